@@ -1,0 +1,71 @@
+"""Reference points for bits per token: what simple models reach on the same split. `evaluate.py --baselines` prints them."""
+
+import lzma
+import math
+
+import numpy as np
+
+
+def ngram_bits(train, test, n, vocab_size):
+    """Bits per token of test (m,) under an n-gram model of train, interpolated down to uniform by Witten-Bell smoothing:
+
+        p_n(x | h) = (count(h x) + types(h) p_{n-1}(x | h')) / (count(h) + types(h)),
+
+    types(h) being the number of different tokens seen after the history h and h' the history without its oldest token
+    (Chen and Goodman 1998, section 2.4). The first tokens of test, whose history is short, get the lower orders.
+    """
+    p = np.full(len(test), 1 / vocab_size)
+    for order in range(1, n + 1):
+        grams, counts = np.unique(windows_as_ints(train, order, vocab_size), return_counts=True)
+        histories, start = np.unique(grams // vocab_size, return_index=True)
+        history_counts, types = np.add.reduceat(counts, start), np.diff(np.append(start, len(grams)))
+
+        queries = windows_as_ints(test, order, vocab_size)
+        count = look_up(queries, grams, counts)
+        history_count = look_up(queries // vocab_size, histories, history_counts)
+        type_count = look_up(queries // vocab_size, histories, types)
+        seen = history_count > 0
+        lower = p[order - 1:]
+        lower[seen] = (count[seen] + type_count[seen] * lower[seen]) / (history_count[seen] + type_count[seen])
+    return float(-np.log2(p).mean())
+
+
+def windows_as_ints(tokens, order, vocab_size):
+    """All runs of `order` tokens as integers in base vocab_size, (len(tokens) - order + 1,) int64."""
+    if vocab_size**order >= 2**63:
+        raise ValueError(f"{order}-grams over {vocab_size} tokens do not fit into 64 bits")
+    tokens = np.asarray(tokens, dtype=np.int64)
+    codes = np.zeros(len(tokens) - order + 1, dtype=np.int64)
+    for i in range(order):
+        codes = codes * vocab_size + tokens[i:i + len(codes)]
+    return codes
+
+
+def look_up(queries, keys, values):
+    """values[i] where queries equal the sorted keys[i], else 0."""
+    i = np.searchsorted(keys, queries).clip(max=len(keys) - 1)
+    return np.where(keys[i] == queries, values[i], 0)
+
+
+def lzma_bits(train, test):
+    """Bits per token of test to LZMA that has read train: the compressed size of both, less that of train alone."""
+    size = lambda tokens: len(lzma.compress(np.asarray(tokens).tobytes(), preset=9 | lzma.PRESET_EXTREME))
+    return 8 * (size(np.concatenate([train, test])) - size(train)) / len(test)
+
+
+def reference_points(train, test, vocab_size):
+    """[(name, bits per token)] of test, for small vocabularies."""
+    return [
+        ("uniform", math.log2(vocab_size)),
+        ("unigram", ngram_bits(train, test, 1, vocab_size)),
+        ("trigram", ngram_bits(train, test, 3, vocab_size)),
+        ("5-gram", ngram_bits(train, test, 5, vocab_size)),
+        ("lzma given train", lzma_bits(train, test)),
+    ]
+
+
+def known_word_share(texts, train_text):
+    """Share of the words in texts that occur in train_text. A text's first and last word may be cut, so they are left out."""
+    known = set(train_text.split())
+    words = [word for text in texts for word in text.split()[1:-1]]
+    return sum(word in known for word in words) / max(1, len(words))

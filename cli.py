@@ -1,0 +1,101 @@
+"""What the command lines share: one-line errors, the device, the precision, progress bars."""
+
+import argparse
+import contextlib
+import difflib
+import sys
+
+import torch
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what is wrong, and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line (exit code 2), without the usage block, and which guesses typos."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            guess = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {guess[0]}?" if guess else ""))
+        return parsed
+
+
+def run(main):
+    """Call main(); turn a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130."""
+    name = sys.argv[0].rsplit("/", 1)[-1]
+    try:
+        main()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `python sample.py CKPT | head -1` is no error
+        sys.stderr.close()
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or float in [low, high]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is outside [{low}, {high}]")
+        return value
+    return parse
+
+
+def pick_device(name="auto"):
+    """torch.device for 'auto' (cuda, then mps, then cpu) or for the name given. Raises UserError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name.split(":")[0], False):
+        raise UserError(f"device {name!r} is not available here; use --device=cpu or leave it out")
+    return torch.device(name)
+
+
+def pick_dtype(device, name="auto"):
+    """The autocast dtype: 'auto' is bfloat16 where the matrix units support it, else float32.
+
+    A CPU without AVX512-BF16 or AMX emulates bfloat16 and is tens of times slower with it (measured: bench.py).
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        fast = device.type == "cpu" and probe()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device, dtype):
+    """Context in which matrix products run in dtype; nothing at all for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def generator_on(device, seed):
+    """A seeded generator for sampling. Draws are made in float64, which mps lacks: there the CPU makes them."""
+    return torch.Generator("cpu" if device.type == "mps" else device).manual_seed(seed)
+
+
+def progress(iterable=None, show=True, **kwargs):
+    """A tqdm bar on stderr, silent when stderr is not a terminal."""
+    return tqdm(iterable, disable=None if show else True, file=sys.stderr, dynamic_ncols=True, **kwargs)

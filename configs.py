@@ -1,0 +1,240 @@
+"""Settings of a run, and the named configs: plain functions that return one. `python train.py` lists them.
+
+batch_size is the number of sequences per optimiser step over all GPUs; micro_batch_size is what one GPU holds at a time,
+and the number of accumulation steps follows. So *_4gpu, *_8gpu and *_32gpu differ in memory use and in nothing else.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import sys
+from dataclasses import dataclass, replace
+
+from cli import ArgumentParser, UserError
+from diffusion import D3PM, MDLM, SCHEDULES
+from model import DiT
+
+
+def setting(default, help, choices=None, same_run=True):
+    """A field of Config. same_run: whether two parts of one run must agree on it (see train.py --resume)."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, same_run=same_run))
+
+
+COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size", "micro_batch_size", "max_steps",
+          "eval_interval", "eval_sequences", "checkpoint_interval", "log_interval"}  # at least 1; other numbers: 0
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    dataset: str = setting("text8", "data set: a folder of data_dir made by data/prepare_*.py")
+    data_dir: str = setting("", "folder of data sets; empty: data/ of this repository", same_run=False)
+    seq_len: int = setting(256, "tokens per sequence")
+    # model
+    n_layer: int = setting(12, "transformer blocks")
+    n_head: int = setting(12, "attention heads")
+    n_embd: int = setting(768, "width")
+    n_cond: int = setting(128, "width of the time conditioning")
+    dropout: float = setting(0.0, "dropout probability on the two residual branches of a block")
+    conditioning: str = setting("step", "what the model is told of the time", ("none", "time", "step"))
+    checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower",
+                                      same_run=False)
+    # objective
+    objective: str = setting("d3pm", "d3pm (T steps) or mdlm (continuous time)", ("d3pm", "mdlm"))
+    T: int = setting(1000, "steps of d3pm, and steps of sampling where no other number is asked for")
+    lambda_ce: float = setting(0.0, "d3pm: weight of the auxiliary cross-entropy at all positions")
+    schedule: str = setting("linear", "noise schedule alpha(t)", tuple(SCHEDULES))
+    time_sampling: str = setting("uniform", "how training draws the time of each sequence; exact_k: mdlm only",
+                                 ("uniform", "stratified", "exact_k"))
+    weighting: str = setting("nelbo", "mdlm: how the loss weights a masked token: as the bound does, or all the same",
+                             ("nelbo", "simple"))
+    # optimisation
+    batch_size: int = setting(1024, "sequences per optimiser step, over all GPUs")
+    micro_batch_size: int = setting(256, "most sequences on one GPU at a time; accumulation follows", same_run=False)
+    max_steps: int = setting(500_000, "optimiser steps")
+    lr: float = setting(1e-3, "peak learning rate of AdamW")
+    min_lr: float = setting(1e-5, "learning rate at max_steps, after a cosine")
+    warmup_steps: int = setting(2500, "steps of linear warm-up")
+    beta1: float = setting(0.9, "AdamW's first decay rate")
+    beta2: float = setting(0.98, "AdamW's second decay rate")
+    weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only")
+    grad_clip: float = setting(0.1, "largest gradient norm; 0: no clipping")
+    ema_decay: float = setting(0.9999, "decay per step of the weights' moving average, which is what gets evaluated")
+    seed: int = setting(1, "of weights, data order, noise and dropout")
+    # run
+    eval_interval: int = setting(2500, "steps between validations", same_run=False)
+    eval_sequences: int = setting(2048, "validation sequences, spread evenly over the split", same_run=False)
+    sample_interval: int = setting(10_000, "steps between printed samples; 0: never", same_run=False)
+    checkpoint_interval: int = setting(2500, "steps between checkpoints", same_run=False)
+    log_interval: int = setting(50, "steps between log lines", same_run=False)
+    out_dir: str = setting("", "folder of checkpoints and log.jsonl; empty: out/CONFIG", same_run=False)
+    device: str = setting("auto", "cuda, mps or cpu; auto: the first one there is", same_run=False)
+    dtype: str = setting("auto", "of matrix products; auto: bfloat16 where it is fast",
+                         ("auto", "bfloat16", "float32"), same_run=False)
+    compile: bool = setting(None, "torch.compile the model; default: on CUDA only", same_run=False)
+    wandb: bool = setting(False, "log to Weights & Biases, too", same_run=False)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"{field.name}={value!r} is none of {', '.join(choices)}")
+            least = 1 if field.name in COUNTS else 0
+            if field.type in (int, float) and not least <= value < float("inf"):
+                raise UserError(f"{field.name}={value} must be {'a finite number, ' if least == 0 else ''}at least {least}")
+        if self.n_embd % (2 * self.n_head):
+            raise UserError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
+        if not (self.dropout < 1 and self.ema_decay < 1 and self.beta1 < 1 and self.beta2 < 1):
+            raise UserError("dropout, ema_decay, beta1 and beta2 must be below 1")
+        if self.objective == "d3pm" and self.time_sampling == "exact_k":
+            raise UserError("time_sampling=exact_k estimates the continuous-time bound: use objective=mdlm with it")
+        if self.objective == "mdlm" and self.lambda_ce or self.objective == "d3pm" and self.weighting == "simple":
+            raise UserError("lambda_ce belongs to objective=d3pm, weighting=simple to objective=mdlm")
+
+    def make_model(self, vocab_size):
+        return DiT(vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.n_cond, self.dropout,
+                   self.conditioning, self.T if self.conditioning == "step" else 1000, self.checkpoint_blocks)
+
+    def make_objective(self, vocab_size):
+        if self.objective == "d3pm":
+            return D3PM(vocab_size, self.T, self.schedule, self.lambda_ce)
+        return MDLM(vocab_size, self.schedule, self.time_sampling, self.weighting)
+
+
+# ---- configs -------------------------------------------------------------------------------------------------------
+# nanoDD's published hyperparameters are the defaults of Config. The docstrings are what `python train.py` lists.
+
+
+def demo():
+    """English of Python's documentation, 27 symbols: about 4 minutes on 2 CPU cores (`make demo`)"""
+    return Config(
+        dataset="pydoc", seq_len=128, n_layer=4, n_head=4, n_embd=128, conditioning="none",
+        objective="mdlm", time_sampling="exact_k", weighting="simple",
+        batch_size=16, micro_batch_size=16, max_steps=1250, lr=3e-3, min_lr=3e-5, warmup_steps=50,
+        grad_clip=1.0, ema_decay=0.99,
+        eval_interval=500, eval_sequences=256, sample_interval=250, checkpoint_interval=250, log_interval=50,
+    )
+
+
+def d3pm_shakespeare():
+    """absorbing D3PM on Tiny Shakespeare, 65 characters, 12M parameters"""
+    return Config(
+        dataset="shakespeare", n_layer=6, n_head=6, n_embd=384, dropout=0.2, lambda_ce=0.05,
+        batch_size=64, micro_batch_size=64, max_steps=10_000, warmup_steps=200, ema_decay=0.999,
+        eval_interval=500, eval_sequences=256, sample_interval=1000, checkpoint_interval=500,
+    )
+
+
+def d3pm_text8():
+    """absorbing D3PM on text8, nanoDD's hyperparameters: 1,024 x 256 characters per step, 92M parameters"""
+    return Config(dataset="text8", dropout=0.025, lambda_ce=0.05)
+
+
+def d3pm_text8_4gpu():
+    """the same, 256 sequences per GPU"""
+    return replace(d3pm_text8(), micro_batch_size=256)
+
+
+def d3pm_text8_8gpu():
+    """the same, 128 sequences per GPU"""
+    return replace(d3pm_text8(), micro_batch_size=128)
+
+
+def d3pm_openwebtext_8gpu():
+    """absorbing D3PM on OpenWebText, nanoDD's: 1,024 x 1,024 GPT-2 tokens per step, 131M parameters; 32 per GPU"""
+    return Config(dataset="openwebtext", seq_len=1024, lambda_ce=0.05, lr=6e-4, micro_batch_size=32)
+
+
+def d3pm_openwebtext_32gpu():
+    """the same, 32 sequences per GPU and no accumulation"""
+    return replace(d3pm_openwebtext_8gpu(), micro_batch_size=32)
+
+
+def mdlm_twin(config):
+    """The same data, size and optimisation in continuous time: no time conditioning, no auxiliary loss, stratified times.
+
+    D3PM's gradients are those of a loss T times smaller, so the clipping threshold changes, too.
+    """
+    return replace(config, objective="mdlm", conditioning="none", lambda_ce=0.0, time_sampling="stratified",
+                   grad_clip=1.0)
+
+
+def mdlm_shakespeare():
+    """MDLM (continuous time, no time conditioning) where d3pm_shakespeare has D3PM"""
+    return mdlm_twin(d3pm_shakespeare())
+
+
+def mdlm_text8():
+    """MDLM where d3pm_text8 has D3PM, 85M parameters"""
+    return mdlm_twin(d3pm_text8())
+
+
+def mdlm_text8_4gpu():
+    """the same, 256 sequences per GPU"""
+    return mdlm_twin(d3pm_text8_4gpu())
+
+
+def mdlm_text8_8gpu():
+    """the same, 128 sequences per GPU"""
+    return mdlm_twin(d3pm_text8_8gpu())
+
+
+def mdlm_openwebtext_8gpu():
+    """MDLM where d3pm_openwebtext_8gpu has D3PM, 124M parameters"""
+    return mdlm_twin(d3pm_openwebtext_8gpu())
+
+
+def mdlm_openwebtext_32gpu():
+    """the same, 32 sequences per GPU and no accumulation"""
+    return mdlm_twin(d3pm_openwebtext_32gpu())
+
+
+CONFIGS = {function.__name__: function for function in (
+    demo, d3pm_shakespeare, d3pm_text8, d3pm_text8_4gpu, d3pm_text8_8gpu, d3pm_openwebtext_8gpu, d3pm_openwebtext_32gpu,
+    mdlm_shakespeare, mdlm_text8, mdlm_text8_4gpu, mdlm_text8_8gpu, mdlm_openwebtext_8gpu, mdlm_openwebtext_32gpu,
+)}
+
+
+# ---- command line of train.py --------------------------------------------------------------------------------------
+
+
+def same_run(name):
+    """Whether two parts of one run must agree on this field."""
+    return Config.__dataclass_fields__[name].metadata["same_run"]
+
+
+def boolean(text):
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def from_command_line(description):
+    """(config name, Config, arguments resume and init_from), from CONFIG and one flag per field of Config."""
+    chosen = next((CONFIGS[word]() for word in sys.argv[1:] if word in CONFIGS), Config())
+    listing = "configs:\n" + "\n".join(f"  {name:24} {inspect.getdoc(CONFIGS[name])}" for name in CONFIGS)
+    p = ArgumentParser(usage="python train.py CONFIG [--key=value ...]", description=description, epilog=listing,
+                       argument_default=argparse.SUPPRESS)
+    p.add_argument("config", nargs="?", metavar="CONFIG", help="one of the configs below")
+    p.add_argument("--resume", metavar="PATH|auto", help="continue a run; auto: that of out_dir, if there is one")
+    p.add_argument("--init_from", metavar="CKPT", help="start from the averaged weights of another run (fine-tuning)")
+    for field in dataclasses.fields(Config):
+        kind = {bool: "bool", int: "int", float: "float", str: "str"}[field.type]
+        choices = field.metadata["choices"]
+        text = f"{field.metadata['help']} [{'|'.join(choices) if choices else kind}: {getattr(chosen, field.name)!r}]"
+        options = dict(type=boolean, nargs="?", const=True) if field.type is bool else dict(type=field.type)
+        p.add_argument(f"--{field.name}", help=text.replace("%", "%%"), metavar=kind.upper(), **options)
+        if field.type is bool:
+            p.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    name = getattr(args, "config", None)
+    if name is None and len(sys.argv) == 1:
+        print(f"usage: python train.py CONFIG [--key=value ...], --help lists the keys\n\n{listing}")
+        sys.exit(0)
+    if name not in CONFIGS:
+        raise UserError(f"unknown config {name!r}: choose one of {', '.join(CONFIGS)}" if name else "name a config first")
+    overrides = {key: value for key, value in vars(args).items() if key in Config.__dataclass_fields__}
+    args.resume, args.init_from = getattr(args, "resume", None), getattr(args, "init_from", None)
+    return name, replace(CONFIGS[name](), **overrides), args

@@ -1,0 +1,108 @@
+"""Prepared data sets: opening them, random crops to train on, windows to evaluate on, prefetching."""
+
+import json
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cli import UserError
+from noise import rng
+
+DATA_DIR = Path(__file__).resolve().parent
+SPLITS = ("train", "val", "test")
+
+
+def load_meta(name, data_dir=""):
+    """The meta.json of a data set. Raises UserError, with the command that makes it, if it is not prepared."""
+    folder = Path(data_dir or DATA_DIR) / name
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except FileNotFoundError:
+        script = DATA_DIR / f"prepare_{name}.py"
+        command = f"python data/{script.name}" if script.exists() else f"python data/prepare_textfile.py FILE --name {name}"
+        raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {command}")
+    except json.JSONDecodeError:
+        raise UserError(f"{folder / 'meta.json'} is damaged: delete {folder} and prepare the data set again")
+
+
+def check_same_tokens(meta, data_meta, dataset):
+    """Raise UserError unless the checkpoint and the data set mean the same by a token id."""
+    for key in ("tokenizer", "alphabet", "vocab_size"):
+        if meta.get(key) != data_meta.get(key):
+            raise UserError(f"the checkpoint's {key} is {meta.get(key)!r} and that of data set {dataset!r} is "
+                            f"{data_meta.get(key)!r}: choose another with --dataset")
+
+
+def load_split(name, split, seq_len, data_dir=""):
+    """The tokens of one split, memory-mapped, (n,) uint8 or uint16 with n >= seq_len. Raises UserError if it has fewer."""
+    meta = load_meta(name, data_dir)
+    path = Path(data_dir or DATA_DIR) / name / f"{split}.bin"
+    try:
+        tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
+    except (FileNotFoundError, ValueError):
+        raise UserError(f"{path} is missing or empty: delete {path.parent} and prepare the data set again")
+    if len(tokens) != meta["sizes"][split]:
+        raise UserError(f"{path} has {len(tokens):,} tokens and its meta.json says {meta['sizes'][split]:,}: "
+                        f"delete {path.parent} and prepare the data set again")
+    if len(tokens) < seq_len:
+        raise UserError(f"the {split} split of {name} has {len(tokens):,} tokens, fewer than one sequence of {seq_len:,}: "
+                        f"use --seq_len={min(meta['sizes'].values())} or less, or a larger text")
+    return tokens
+
+
+def gather(tokens, starts, seq_len):
+    """Windows tokens[start : start + seq_len] as (len(starts), seq_len) long."""
+    return torch.from_numpy(np.stack([tokens[start:start + seq_len] for start in starts]).astype(np.int64))
+
+
+def random_crops(tokens, seq_len, seed, step, indices):
+    """Sequences `indices` of the batch of one step: windows that start anywhere, the last possible start included."""
+    starts = [rng(seed, "crop", step, index).integers(0, len(tokens) - seq_len, endpoint=True) for index in indices]
+    return gather(tokens, starts, seq_len)
+
+
+def windows(tokens, seq_len, limit=None):
+    """Starts of the non-overlapping windows that fit into the split; with limit, that many, evenly spread."""
+    starts = np.arange(0, len(tokens) - seq_len + 1, seq_len)
+    if limit is None or limit >= len(starts):
+        return starts
+    return starts[np.linspace(0, len(starts) - 1, limit).round().astype(int)]
+
+
+def prefetch(iterator, depth=4):
+    """Yield from iterator, which runs ahead in a thread by up to depth items. An exception in it is raised here."""
+    items, stop = queue.Queue(depth), threading.Event()
+
+    def put(item):
+        while not stop.is_set():
+            try:
+                return items.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work():
+        try:
+            for item in iterator:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = items.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
+        thread.join()

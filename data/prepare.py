@@ -1,0 +1,143 @@
+"""What the prepare_*.py scripts share: downloads with a checksum, reading text files, writing a data set at once.
+
+A data set is a folder data/NAME with train.bin, val.bin, test.bin (raw uint8 or uint16 token ids) and meta.json, which
+names the tokenizer. It is built in a temporary folder and renamed when complete, so one that exists is whole.
+"""
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import shutil
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from cli import ArgumentParser, UserError, progress
+from data.loader import DATA_DIR, SPLITS
+
+
+def parser(description):
+    p = ArgumentParser(description=description)
+    p.add_argument("--data_dir", type=Path, default=DATA_DIR, help="folder to write NAME/ into (default: data/)")
+    return p
+
+
+def write_splits(folder, meta, splits):
+    """Write a data set that fits into memory: splits {"train": ids, "val": ids, "test": ids}."""
+    with DatasetWriter(folder, meta) as writer:
+        for split in SPLITS:
+            writer.append(split, splits[split])
+
+
+def cut(ids, train, val):
+    """Cut ids into consecutive splits: the fractions `train` and `val`, and the rest for test."""
+    a, b = round(train * len(ids)), round((train + val) * len(ids))
+    return {"train": ids[:a], "val": ids[a:b], "test": ids[b:]}
+
+
+def is_prepared(folder):
+    """True, and a line that says so, if the data set is complete: then there is nothing to do."""
+    if not (folder / "meta.json").exists():
+        return False
+    meta = json.loads((folder / "meta.json").read_text())
+    sizes = ", ".join(f"{split} {meta['sizes'][split]:,}" for split in SPLITS)
+    print(f"{folder} is prepared already ({sizes} tokens); delete it to prepare it again", file=sys.stderr)
+    return True
+
+
+def fetch(url, sha256, file=None):
+    """The bytes behind url, or of a local copy, checked against a SHA-256. Raises UserError if they cannot be had."""
+    if file:
+        content = read_bytes(file)
+    else:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                size = int(response.headers.get("Content-Length", 0)) or None
+                with progress(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
+                    chunks = []
+                    while chunk := response.read(1 << 20):
+                        chunks.append(chunk)
+                        bar.update(len(chunk))
+            content = b"".join(chunks)
+        except OSError as error:
+            raise UserError(f"could not download {url} ({error}); get it elsewhere and pass --file PATH")
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise UserError(f"{file or url} is not the expected file: SHA-256 {found}, expected {sha256}")
+    return content
+
+
+def read_bytes(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+
+
+def read_text(path):
+    """The text of a UTF-8 file; .gz and .xz are decompressed. Raises UserError if it cannot be read or is empty."""
+    content = read_bytes(path)
+    try:
+        if str(path).endswith(".gz"):
+            content = gzip.decompress(content)
+        elif str(path).endswith(".xz"):
+            content = lzma.decompress(content)
+        text = content.decode("utf-8")
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UserError(f"{path} is not a whole compressed file: {error}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it first")
+    if not text.strip():
+        raise UserError(f"{path} holds no text")
+    return text
+
+
+class DatasetWriter:
+    """Writes a data set into a temporary folder beside its place; leaving the `with` block renames it into place.
+
+    append(split, ids) may be called any number of times: nothing is held in memory. After an exception nothing is left.
+    """
+
+    def __init__(self, folder, meta):
+        self.folder, self.meta = Path(folder), meta
+        self.dtype = np.uint8 if meta["vocab_size"] <= 256 else np.uint16
+
+    def __enter__(self):
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
+        self.files = {split: open(self.temporary / f"{split}.bin", "wb") for split in SPLITS}
+        self.hashes = {split: hashlib.sha256() for split in SPLITS}
+        self.sizes = dict.fromkeys(SPLITS, 0)
+        return self
+
+    def append(self, split, ids):
+        content = np.asarray(ids).astype(self.dtype).tobytes()
+        self.files[split].write(content)
+        self.hashes[split].update(content)
+        self.sizes[split] += len(ids)
+
+    def __exit__(self, kind, error, traceback):
+        for file in self.files.values():
+            file.close()
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _finish(self):
+        empty = [split for split in SPLITS if not self.sizes[split]]
+        if empty:
+            raise UserError(f"the {' and '.join(empty)} split would be empty: the text is too short")
+        meta = dict(self.meta, dtype=np.dtype(self.dtype).name, sizes=self.sizes,
+                    sha256={split: digest.hexdigest() for split, digest in self.hashes.items()})
+        (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
+        self.temporary.chmod(0o755)
+        os.rename(self.temporary, self.folder)
+        sizes = ", ".join(f"{split} {self.sizes[split]:,}" for split in SPLITS)
+        print(f"{self.folder}: {sizes} tokens, vocabulary of {meta['vocab_size']:,}", file=sys.stderr)

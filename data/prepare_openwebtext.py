@@ -1,0 +1,94 @@
+"""Prepare `openwebtext`: 8 million web pages (Gokaslan and Cohen), GPT-2 tokens, 9 billion of them: 18 GB on disk.
+
+Every document is followed by end-of-text. A document goes to train, val or test by a hash of its text, so copies of a
+page stay in one split. Documents stream from disk through a pool of processes: memory use does not grow with the corpus.
+
+    python data/prepare_openwebtext.py --num_proc 16
+    python data/prepare_openwebtext.py --file shard-*.parquet      # local .parquet, .jsonl (field text) or .txt (a line each)
+"""
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import UserError, number, progress, run
+from data.loader import SPLITS
+from data.prepare import DatasetWriter, is_prepared, parser
+from data.tokenizer import GPT2Tokenizer, KNOWN
+
+SOURCE = "Skylion007/openwebtext"  # on the Hugging Face Hub, as parquet files
+BATCH = 200  # documents that a process encodes at a time
+READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+
+
+def load_documents(files):
+    """The documents as a Hugging Face data set with a column `text`, memory-mapped from its cache."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    try:
+        if not files:
+            return load_dataset(SOURCE, split="train")
+        kinds = {READERS.get(Path(file).suffix) for file in files}
+        if None in kinds or len(kinds) > 1:
+            raise UserError(f"--file takes files of one kind: {', '.join(READERS)}")
+        for file in files:
+            if not Path(file).is_file():
+                raise UserError(f"no such file: {file}")
+        documents = load_dataset(kinds.pop(), data_files=list(map(str, files)), split="train")
+    except (OSError, ConnectionError, DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0][:150]
+        raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({reason})"
+                        + ("" if files else "; download its parquet files elsewhere and pass --file"))
+    if "text" not in documents.column_names:
+        raise UserError(f"{files[0]} has no column `text` but {', '.join(documents.column_names)}")
+    return documents
+
+
+def start_worker(share):
+    global tokenizer, held_out
+    tokenizer, held_out = GPT2Tokenizer(), share
+
+
+def encode(texts):
+    """Documents -> {split: their tokens, each document followed by end-of-text}."""
+    tokens = {split: [] for split in SPLITS}
+    for text in texts:
+        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
+        split = "test" if place < held_out else "val" if place < 2 * held_out else "train"
+        tokens[split] += [tokenizer.encode(text), [tokenizer.end_of_text]]
+    return {split: np.concatenate(parts).astype(np.uint16) for split, parts in tokens.items() if parts}
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--file", nargs="+", metavar="FILE", help="local files instead of a download")
+    p.add_argument("--num_proc", type=number(int, 1), default=os.cpu_count(), help="processes (default: one per core)")
+    p.add_argument("--held_out", type=number(float, 0, 0.5), default=0.0005, metavar="SHARE",
+                   help="share of documents in val, and in test (default 0.0005: about 4.5M tokens each)")
+    args = p.parse_args()
+    folder = args.data_dir / "openwebtext"
+    if is_prepared(folder):
+        return
+    documents = load_documents(args.file)
+    GPT2Tokenizer()  # fails here, in one line, if the vocabulary cannot be had; and fills the cache for the workers
+    meta = dict(KNOWN["openwebtext"], name="openwebtext", source=", ".join(args.file) if args.file else SOURCE)
+    pool = multiprocessing.get_context("spawn").Pool(args.num_proc, start_worker, (args.held_out,))
+    with DatasetWriter(folder, meta) as writer, pool, progress(total=len(documents), unit="doc") as bar:
+        batches = (batch["text"] for batch in documents.iter(BATCH))
+        # Pool.imap would read the whole corpus ahead; waves of a few batches per process keep memory bounded.
+        while wave := list(itertools.islice(batches, 8 * args.num_proc)):
+            for texts, encoded in zip(wave, pool.imap(encode, wave)):
+                for split, ids in encoded.items():
+                    writer.append(split, ids)
+                bar.update(len(texts))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,89 @@
+"""Prepare `pydoc`: the English that every full CPython carries, for a first run that needs no download.
+
+It takes the prose paragraphs of the language reference (pydoc_data.topics) and of the standard library's docstrings
+(parsed with ast; nothing is imported), drops code, grammar and tables, and writes them in text8's 27 symbols. Much of it
+repeats itself, so paragraphs are deduplicated, also those that share most of their phrases with an earlier one, and the
+split into 80 % train, 10 % val, 10 % test goes by a hash of the paragraph. The text differs a little between versions of
+Python: meta.json records which one.
+"""
+
+import ast
+import hashlib
+import inspect
+import platform
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import UserError, progress, run
+from data.prepare import DatasetWriter, is_prepared, parser
+from data.tokenizer import CharTokenizer, KNOWN, text8_words
+
+PHRASE = 8  # words; two paragraphs that share most phrases of this length are taken for the same
+SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
+
+
+def documents():
+    """Yield every topic of the language reference and every docstring of the standard library."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("this Python lacks pydoc_data.topics (a stripped build): install the full standard library "
+                        "(Debian, Ubuntu: apt install libpython3-stdlib)")
+    yield from (topics[name] for name in sorted(topics))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in progress(sorted(library.rglob("*.py")), desc="docstrings", unit="file"):
+        if SKIP & set(path.relative_to(library).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, ValueError):
+            continue  # a few files of the library are templates or bad on purpose
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield ast.get_docstring(node, clean=False) or ""
+
+
+def is_prose(paragraph):
+    """English sentences, not code, grammar, a table or a signature."""
+    if "::=" in paragraph or ">>>" in paragraph or "==" in paragraph or "--" in paragraph or "()" in paragraph[:20]:
+        return False
+    letters = sum(c.isalpha() or c.isspace() for c in paragraph)
+    return letters > 0.88 * len(paragraph) and re.search(r"[.;:,]", paragraph) and len(paragraph.split()) >= 8
+
+
+def paragraphs():
+    """Yield the distinct prose paragraphs as lists of words in text8's alphabet."""
+    seen = set()
+    for text in documents():
+        for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text.expandtabs())):
+            words = text8_words(paragraph) if is_prose(paragraph) else []
+            phrases = {hash_of(words[i:i + PHRASE]) for i in range(len(words) - PHRASE + 1)}
+            if phrases and len(phrases & seen) <= len(phrases) / 4:
+                yield words
+            seen |= phrases
+
+
+def hash_of(words):
+    return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
+
+
+def main():
+    args = parser(__doc__).parse_args()
+    folder = args.data_dir / "pydoc"
+    if is_prepared(folder):
+        return
+    meta = dict(KNOWN["text8"], name="pydoc", source=f"documentation strings of Python {platform.python_version()}")
+    tokenizer = CharTokenizer(meta["alphabet"])
+    with DatasetWriter(folder, meta) as writer:
+        for words in paragraphs():
+            part = hash_of(words) % 10
+            split = "test" if part == 0 else "val" if part == 1 else "train"
+            writer.append(split, tokenizer.encode(" ".join(words) + " "))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,33 @@
+"""Prepare `shakespeare`: Tiny Shakespeare (Andrej Karpathy), 1.1 million characters, 65 symbols.
+
+The first 90 % are the training split, the next 5 % val, the last 5 % test.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import run
+from data.prepare import cut, fetch, is_prepared, parser, write_splits
+from data.tokenizer import CharTokenizer
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--file", help="a local copy instead of a download")
+    args = p.parse_args()
+    folder = args.data_dir / "shakespeare"
+    if is_prepared(folder):
+        return
+    text = fetch(URL, SHA256, args.file).decode("ascii")
+    alphabet = "".join(sorted(set(text)))
+    meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet), "name": "shakespeare", "source": URL}
+    write_splits(folder, meta, cut(CharTokenizer(alphabet).encode(text), train=0.9, val=0.05))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,77 @@
+"""Prepare your own text, as characters or as GPT-2 tokens.
+
+    python data/prepare_textfile.py book.txt --name book
+    python data/prepare_textfile.py *.txt.gz --name letters --tokenizer gpt2
+    python data/prepare_textfile.py train.txt --val val.txt --test test.txt --name mine --alphabet text8
+
+Files are UTF-8, plain, .gz or .xz, and are joined in the order given. Without --val and --test, the last tenth of the
+text becomes val and test, half each. Then train with --dataset=NAME.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import UserError, progress, run
+from data.prepare import cut, is_prepared, parser, read_text, write_splits
+from data.tokenizer import KNOWN, make_tokenizer, text8_words
+
+CHUNK = 1 << 20  # characters encoded at a time
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("files", nargs="+", metavar="FILE", help="text to train on")
+    p.add_argument("--name", required=True, help="name of the data set")
+    p.add_argument("--val", metavar="FILE", help="text to validate on; needs --test")
+    p.add_argument("--test", metavar="FILE", help="text to test on; needs --val")
+    p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="default: char")
+    p.add_argument("--alphabet", choices=("own", "text8"), default="own",
+                   help="of char: the text's own symbols (default), or text8's 27, into which the text is brought")
+    args = p.parse_args()
+    if bool(args.val) != bool(args.test):
+        p.error("--val and --test go together")
+    if args.tokenizer == "gpt2" and args.alphabet == "text8":
+        p.error("--alphabet text8 goes with --tokenizer char")
+    if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
+        p.error(f"--name {args.name!r} is no name for a folder: use letters, digits, _ and -")
+    folder = args.data_dir / args.name
+    if is_prepared(folder):
+        return
+
+    texts = ["".join(map(read_text, args.files))] + [read_text(path) for path in (args.val, args.test) if path]
+    if args.alphabet == "text8":
+        texts = [" ".join(text8_words(text)) for text in texts]
+    if args.tokenizer == "gpt2":
+        meta = dict(KNOWN["openwebtext"])
+    elif args.alphabet == "text8":
+        meta = dict(KNOWN["text8"])
+    else:
+        alphabet = "".join(sorted(set().union(*texts)))
+        if len(alphabet) > 65_536:
+            raise UserError(f"the text has {len(alphabet):,} different characters, more than 65,536: use --tokenizer gpt2")
+        meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet)}
+    meta |= {"name": args.name, "source": ", ".join(Path(file).name for file in args.files)}
+    ids = [encode(text, make_tokenizer(meta)) for text in texts]
+    write_splits(folder, meta, dict(zip(("train", "val", "test"), ids)) if args.val else cut(ids[0], train=0.9, val=0.05))
+
+
+def encode(text, tokenizer):
+    """Encode chunk by chunk. A chunk ends after a lone line break, where GPT-2's word pattern breaks in any case."""
+    lines = re.split(r"(?<=\S\n)(?=\S)", text)
+    chunks, size = [[]], 0
+    for line in lines:
+        if size > CHUNK:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(line)
+        size += len(line)
+    return np.concatenate([tokenizer.encode("".join(chunk)) for chunk in progress(chunks, desc="encoding", unit="MB")])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,188 @@
+"""Absorbing diffusion of text: the forward process and the training objectives.
+
+A token is visible at time t with probability alpha(t), independently of the others; otherwise it is the mask. Time runs
+from t = 0 (clean) to t = 1 (all masked). Discrete-time models live on the grid t = s/T, s = 1 ... T; s = 1 is the step
+that ends at clean text (its term of the bound is the papers' reconstruction term).
+
+    here          meaning                                D3PM             MDLM            MD4
+                                                         2107.03006       2406.07524      2406.04329
+    x0, xt        clean and noisy tokens, (B, L) long    x_0, x_t         x, z_t          x_0, x_t
+    t, s          time in (0, 1], step in 1 ... T        t/T, t           t, -            t, -
+    alpha(t)      P(a token is visible at t)             prod(1 - beta)   alpha_t         alpha_t
+    mask_id       the mask, always the last id: V        [MASK]           m               m
+    model         logits (B, L, V) of x0 given xt        p~(x~_0|x_t)     x_theta         mu_theta
+    nelbo         bound on -log p(x0), nats per token    L_vb / L         L_NELBO / L     L / L
+
+Given that the model never predicts the mask and keeps what it sees (carry-over), the KL divergence between the true and
+the learned reverse step vanishes at visible tokens and is proportional to the cross-entropy CE = -log p(x0) at masked
+ones. So every bound here is one sum,
+
+    nelbo = E[ weight * sum over masked positions of CE ] / L,
+
+and a method is a way to draw (mask, t, weight). No posterior over (B, L, K) is ever built; the tests build it, and check.
+
+All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (noise.py). So an
+objective is a deterministic function of (x0, u, v).
+"""
+
+import math
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Schedule(NamedTuple):
+    """A noise schedule: alpha falls from alpha(0) = 1 to alpha(1) = 0. Its functions map tensors to tensors."""
+
+    alpha: Callable    # t -> P(a token is visible at t)
+    dalpha: Callable   # t -> d alpha / dt, never positive
+    inverse: Callable  # a -> the t at which alpha(t) = a
+
+
+SCHEDULES = {
+    "linear": Schedule(
+        alpha=lambda t: 1 - t,
+        dalpha=lambda t: -torch.ones_like(t),
+        inverse=lambda a: 1 - a,
+    ),
+    "cosine": Schedule(  # MD4, arXiv 2406.04329
+        alpha=lambda t: 1 - torch.cos(math.pi / 2 * (1 - t)),
+        dalpha=lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
+        inverse=lambda a: 1 - 2 / math.pi * torch.acos(1 - a),
+    ),
+}
+
+
+class Noise(NamedTuple):
+    """What was masked, at which time, and what the cross-entropy there counts in the bound."""
+
+    mask: torch.Tensor    # (B, L) bool, True where xt is the mask
+    t: torch.Tensor       # (B,) float32, the time that the model is told
+    weight: torch.Tensor  # (B,) float32, nats of bound per sequence for each nat of CE at a masked position
+
+    def to(self, device):
+        return Noise(*(x.to(device, non_blocking=True) for x in self))
+
+
+def cross_entropy(logits, x0):
+    """-log softmax(logits)[x0] in float32, nats, for logits (..., V) and x0 (...)."""
+    return F.cross_entropy(logits.float().flatten(0, -2), x0.flatten(), reduction="none").view(x0.shape)
+
+
+class Absorbing:
+    """What D3PM and MDLM share. A subclass draws the noise: noise() to train with, noise_low_variance() to report with."""
+
+    def __init__(self, mask_id, schedule="linear"):
+        self.mask_id = mask_id
+        self.schedule = SCHEDULES[schedule]
+
+    def masked_ce(self, model, x0, noise):
+        """Sum of the cross-entropy over masked positions, by sequence, over L: x0 (B, L) -> nats (B,)."""
+        xt = torch.where(noise.mask, self.mask_id, x0)
+        ce = cross_entropy(model(xt, noise.t, where=noise.mask), x0[noise.mask])
+        return torch.zeros(x0.shape, device=ce.device).masked_scatter(noise.mask, ce).sum(1) / x0.shape[1]
+
+    def nelbo(self, model, x0, noise):
+        """One-sample estimate of the bound for each sequence: x0 (B, L) -> nats per token (B,)."""
+        return noise.weight * self.masked_ce(model, x0, noise)
+
+    def loss(self, model, x0, noise):
+        """What to minimise, a scalar, and the bound (B,), nats per token, detached, for the log."""
+        nelbo = self.nelbo(model, x0, noise)
+        return nelbo.mean(), nelbo.detach()
+
+
+class D3PM(Absorbing):
+    """Absorbing D3PM with T steps (arXiv 2107.03006, eq. 1 and 5; closed form: MD4, arXiv 2406.04329, eq. 19).
+
+    With a_s = alpha(s/T), a masked token is revealed between s and s - 1 with probability (a_{s-1} - a_s)/(1 - a_s), by
+    the true reverse step and by the learned one alike; they differ in the token that they reveal. Hence
+
+        KL(q(x_{s-1} | x_s, x0) || p(x_{s-1} | x_s)) = (a_{s-1} - a_s)/(1 - a_s) * CE   at masked positions, else 0,
+
+    which is CE/s for the linear schedule. There is no prior term because alpha(1) = 0. Drawing one s of T uniformly
+    multiplies by T.
+
+    lambda_ce adds the auxiliary loss of eq. 5: lambda_ce * CE at all positions, visible ones included, against one term
+    of the sum over s (not the whole sum), as in the published code. It is trained with and never reported.
+    """
+
+    def __init__(self, mask_id, T=1000, schedule="linear", lambda_ce=0.0):
+        super().__init__(mask_id, schedule)
+        self.T, self.lambda_ce = T, lambda_ce
+
+    def noise(self, u, v):
+        """s uniform on 1 ... T (if u is uniform on (0, 1]); each token masked independently. u (B,), v (B, L) -> Noise."""
+        s = torch.ceil(u * self.T)
+        a, a_next = self.schedule.alpha(s / self.T), self.schedule.alpha((s - 1) / self.T)
+        return Noise(v <= 1 - a[:, None], (s / self.T).float(), (self.T * (a_next - a) / (1 - a)).float())
+
+    def noise_low_variance(self, u, v):
+        """The same bound from a better draw: one random token is surely masked, and the weight is constant.
+
+        sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked], where P(s) = a_{s-1} - a_s
+        and i is uniform. Averaging over which of the k masked tokens was the sure one gives the weight L/k: no large
+        weights at small s. v[:, 0] picks the sure token, whose own number then serves token 0.
+        """
+        B, L = v.shape
+        s = torch.ceil(self.T * self.schedule.inverse(1 - u)).clamp(1, self.T)
+        sure = torch.ceil(v[:, 0] * L).long() - 1
+        v = v.clone()
+        v[:, 0] = v[torch.arange(B), sure]
+        v[torch.arange(B), sure] = 0
+        mask = v <= 1 - self.schedule.alpha(s / self.T)[:, None]
+        return Noise(mask, (s / self.T).float(), L / mask.sum(1).float())
+
+    def loss(self, model, x0, noise):
+        if not self.lambda_ce:
+            nelbo = self.nelbo(model, x0, noise)
+            return nelbo.mean() / self.T, nelbo.detach()
+        ce = cross_entropy(model(torch.where(noise.mask, self.mask_id, x0), noise.t), x0)
+        nelbo = noise.weight * (ce * noise.mask).mean(1)
+        return nelbo.mean() / self.T + self.lambda_ce * ce.mean(), nelbo.detach()
+
+
+class MDLM(Absorbing):
+    """Absorbing diffusion in continuous time: MDLM (arXiv 2406.07524, eq. 10), MD4 (arXiv 2406.04329, eq. 5).
+
+        nelbo = integral over t in (0, 1] of -alpha'(t)/(1 - alpha(t)) * E[sum over masked positions of CE] dt / L
+
+    Its value does not depend on the schedule, only the variance of its estimate does. time_sampling:
+    'uniform', 'stratified': t from u, tokens masked independently. The weight is 1/t for the linear schedule; its square
+        has no finite mean, so this is for training and for matching papers, never for error bars.
+    'exact_k': exactly k tokens masked, k uniform on 1 ... L, weight L/k (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736).
+
+    weighting 'simple' trains with the same weight, 2, for every masked token: for the linear schedule the terms of the
+    bound times 2t. What is lost in rigour is won in variance, and short runs end far lower (LOG.md). The reported bound
+    keeps its weights.
+    """
+
+    def __init__(self, mask_id, schedule="linear", time_sampling="stratified", weighting="nelbo"):
+        super().__init__(mask_id, schedule)
+        self.time_sampling, self.weighting = time_sampling, weighting
+
+    def noise(self, u, v):
+        if self.time_sampling == "exact_k":
+            return self.noise_low_variance(u, v)
+        masked = 1 - self.schedule.alpha(u)
+        return Noise(v <= masked[:, None], u.float(), (-self.schedule.dalpha(u) / masked).float())
+
+    def noise_low_variance(self, u, v):
+        """Exactly k = ceil(u L) masks. u (B,), v (B, L) -> Noise.
+
+        The tokens with the k smallest v are masked, and the model is told the moment at which the k-th of them fell: the
+        k-th smallest of L uniform numbers is Beta(k, L - k + 1), which is the law of the masked fraction given k masks
+        under the weight 1/t. So the bound is the same one for models that see the time, too.
+        """
+        L = v.shape[1]
+        k = torch.ceil(u * L).long().clamp(1, L)
+        order = v.argsort(dim=1)
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(L).expand_as(order))
+        fraction = v.gather(1, order).gather(1, k[:, None] - 1).squeeze(1)
+        return Noise(rank < k[:, None], self.schedule.inverse(1 - fraction).float(), L / k.float())
+
+    def loss(self, model, x0, noise):
+        ce = self.masked_ce(model, x0, noise)
+        nelbo = noise.weight * ce
+        return (nelbo if self.weighting == "nelbo" else 2 * ce).mean(), nelbo.detach()

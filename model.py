@@ -1,0 +1,170 @@
+"""The denoiser: a bidirectional transformer with adaLN-Zero conditioning on time (DiT, arXiv 2212.09748).
+
+It maps noisy tokens xt (B, L) and their time t to logits over clean tokens. It knows nothing about diffusion: masks are
+one more token, time is one more input, and what to do with the logits is somebody else's business.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm in float32 with a gain and no bias."""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, eps=1e-5)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+def rotary_tables(seq_len, head_dim, base=10000.0):
+    """cos and sin of RoPE (arXiv 2104.09864), (seq_len, head_dim / 2) each, float32."""
+    frequency = 1 / base ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.outer(torch.arange(seq_len).float(), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + head_dim/2]) of x (..., L, head_dim) by their position's angles."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Time -> c: 256 sinusoids of time_scale * t, then an MLP. t (B,) or (B, L) -> (B, 1, n_cond) or (B, L, n_cond).
+
+    With conditioning = 'step' the scaled time is rounded: a discrete-time model sees its step numbers 1 ... T exactly.
+    """
+
+    def __init__(self, n_cond, conditioning, time_scale, n_frequency=256):
+        super().__init__()
+        self.conditioning, self.time_scale, self.n_frequency = conditioning, time_scale, n_frequency
+        self.fc_in = nn.Linear(n_frequency, n_cond)
+        self.fc_out = nn.Linear(n_cond, n_cond)
+
+    def forward(self, t):
+        t = t.float() * self.time_scale
+        if self.conditioning == "step":
+            t = t.round()
+        half = self.n_frequency // 2
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angle = t[..., None] * frequency
+        c = self.fc_out(F.silu(self.fc_in(torch.cat((angle.cos(), angle.sin()), dim=-1))))
+        return F.silu(c[:, None] if t.dim() == 1 else c)
+
+
+class Block(nn.Module):
+    """Attention and MLP, pre-norm. With n_cond, both are shifted, scaled and gated by c (adaLN-Zero)."""
+
+    def __init__(self, n_embd, n_head, n_cond, dropout):
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.norm1 = LayerNorm(n_embd)
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.attn_out = nn.Linear(n_embd, n_embd, bias=False)
+        self.norm2 = LayerNorm(n_embd)
+        self.mlp_in = nn.Linear(n_embd, 4 * n_embd)
+        self.mlp_out = nn.Linear(4 * n_embd, n_embd)
+        self.modulation = nn.Linear(n_cond, 6 * n_embd) if n_cond else None
+
+    def attention(self, x, cos, sin):
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
+        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.attn_out(x.transpose(1, 2).reshape(B, L, D))
+
+    def mlp(self, x):
+        return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
+
+    def forward(self, x, c, cos, sin):
+        drop = lambda x: F.dropout(x, self.dropout, self.training)
+        if self.modulation is None:
+            x = x + drop(self.attention(self.norm1(x), cos, sin))
+            return x + drop(self.mlp(self.norm2(x)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
+        x = x + gate1 * drop(self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin))
+        return x + gate2 * drop(self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+
+class DiT(nn.Module):
+    """Denoiser over V = vocab_size tokens and the mask (id V). Input and output embeddings are tied.
+
+    conditioning: 'none' (plain pre-norm transformer), 'time' (sees t), 'step' (sees round(t * time_scale)).
+    """
+
+    def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, n_cond=128, dropout=0.0,
+                 conditioning="time", time_scale=1000, checkpoint_blocks=False):
+        super().__init__()
+        self.vocab_size, self.seq_len, self.conditioning = vocab_size, seq_len, conditioning
+        self.checkpoint_blocks = checkpoint_blocks
+        n_cond = 0 if conditioning == "none" else n_cond
+        self.embed = nn.Embedding(vocab_size + 1, n_embd)
+        self.time_embed = TimeEmbedding(n_cond, conditioning, time_scale) if n_cond else None
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, n_cond, dropout) for _ in range(n_layer))
+        self.norm = LayerNorm(n_embd)
+        self.modulation = nn.Linear(n_cond, 2 * n_embd) if n_cond else None
+        cos, sin = rotary_tables(seq_len, n_embd // n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Matrices and embeddings U(-1/sqrt(fan_in), 1/sqrt(fan_in)); biases, modulations and ungated outputs zero.
+
+        So at the start every block is the identity, with adaLN-Zero (gates are zero) and without (outputs are zero).
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                bound = module.weight.shape[1] ** -0.5
+                module.weight.uniform_(-bound, bound)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+        for block in self.blocks:
+            for last in (block.attn_out, block.mlp_out) if block.modulation is None else (block.modulation,):
+                last.weight.zero_()
+        if self.modulation is not None:
+            self.modulation.weight.zero_()
+
+    def trunk(self, xt, t):
+        """Tokens -> features (B, L, D) in float32, ready for the head."""
+        L = xt.shape[1]
+        assert L <= self.seq_len, f"{L} tokens, but the model was built for {self.seq_len}"
+        x, cos, sin = self.embed(xt).float(), self.cos[:L], self.sin[:L]
+        c = None if self.time_embed is None else self.time_embed(t)
+        for block in self.blocks:
+            if self.checkpoint_blocks and self.training:
+                x = checkpoint(block, x, c, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, c, cos, sin)
+        x = self.norm(x)
+        if self.modulation is not None:
+            x = modulate(x, *self.modulation(c).chunk(2, dim=-1))
+        return x
+
+    def head(self, x):
+        """Features (..., D) -> logits (..., V). The mask's row of the embedding is left out: it is never predicted."""
+        return F.linear(x, self.embed.weight[:-1])
+
+    def forward(self, xt, t, where=None):
+        """xt (B, L) long in [0, V], t (B,) or (B, L) in (0, 1] -> logits (B, L, V).
+
+        With where (B, L) bool, logits (N, V) at its N True positions only, in row-major order: the head is a third of the
+        work for 50,000 tokens, and nobody reads what it says about visible ones.
+        """
+        x = self.trunk(xt, t)
+        return self.head(x if where is None else x[where])
+
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())

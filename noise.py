@@ -1,0 +1,35 @@
+"""Every random number of a run, as a pure function of (seed, purpose, step, index in the global batch).
+
+Philox is a counter-based generator (Salmon et al., SC 2011): its state is a position in one long stream, so the numbers
+of sequence 17 of step 1,000 are found by jumping there. They do not depend on the number of processes, the micro-batch
+size or how a run was interrupted, and two models can be compared on the same noise.
+"""
+
+import numpy as np
+import torch
+
+PURPOSES = ("crop", "noise", "strata", "dropout")
+
+
+def rng(seed, purpose, step=0, index=0):
+    """numpy Generator for one purpose of one sequence of one step."""
+    key = np.array([seed, PURPOSES.index(purpose)], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, index, step]))
+
+
+def uniforms(seed, step, indices, batch_size, seq_len, stratified):
+    """The noise of some sequences of a batch: u (N,) and v (N, L), float64 in (0, 1].
+
+    u decides how much of a sequence is masked, v which of its tokens. With `stratified`, the u of the whole batch
+    (batch_size sequences, N of which are asked for) fall one into each interval ((i - 1)/batch_size, i/batch_size], in
+    random order: every single u is still uniform, so estimates stay unbiased, but their mean over the batch varies less.
+    """
+    u, v = np.empty(len(indices)), np.empty((len(indices), seq_len))
+    for row, index in enumerate(indices):
+        generator = rng(seed, "noise", step, index)
+        u[row] = 1 - generator.random()
+        v[row] = 1 - generator.random(seq_len)
+    if stratified:
+        stratum = rng(seed, "strata", step).permutation(batch_size)[np.asarray(indices)]
+        u = (stratum + u) / batch_size
+    return torch.from_numpy(u), torch.from_numpy(v)

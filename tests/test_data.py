@@ -1,0 +1,276 @@
+"""data/: tokenizers, the prepare scripts on small local files in the real formats, crops and windows."""
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import random
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+
+from cli import UserError
+from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
+from data.loader import gather, load_meta, load_split, prefetch, random_crops, windows
+from data.prepare import DatasetWriter
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, TEXT8_ALPHABET, make_tokenizer, text8_words
+
+META = {"tokenizer": "char", "alphabet": TEXT8_ALPHABET, "vocab_size": 27}
+
+
+def prepare(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def read(folder, split):
+    meta = json.loads((folder / "meta.json").read_text())
+    return make_tokenizer(meta).decode(np.fromfile(folder / f"{split}.bin", dtype=meta["dtype"]))
+
+
+def words(n, seed=0):
+    letters = random.Random(seed)
+    return " ".join("".join(letters.choices("abcdefghij", k=4)) for _ in range(n))
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def test_text8_ids():
+    """Space is 0, a is 1, z is 26; decode inverts encode."""
+    tokenizer = CharTokenizer(TEXT8_ALPHABET)
+    assert tokenizer.encode(" az").tolist() == [0, 1, 26]
+    assert tokenizer.decode(tokenizer.encode("the quick brown fox")) == "the quick brown fox"
+
+
+def test_a_character_outside_the_alphabet_is_named():
+    with pytest.raises(UserError, match="'é' 'Ω' not in the alphabet"):
+        CharTokenizer(TEXT8_ALPHABET).encode("caféΩ")
+
+
+def test_text8_words():
+    """Lower case, apostrophes vanish, all else is a space."""
+    assert text8_words("Don't -- Stop\n2 times, café!") == ["dont", "stop", "times", "caf"]
+
+
+def test_gpt2_round_trip(gpt2):
+    """GPT-2 tokens of any text decode to it; end-of-text is the last id of 50,257."""
+    tokenizer = GPT2Tokenizer()
+    text = "Hello,  wörld!\n\n<|endoftext|> is plain text here."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.bpe.eot_token == tokenizer.end_of_text == tokenizer.vocab_size - 1
+
+
+def test_no_gpt2_vocabulary_is_one_line(monkeypatch, tmp_path):
+    """Without network and cache, tiktoken's failure becomes a UserError that says what to do."""
+    import tiktoken
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        GPT2Tokenizer()
+
+
+# ---- prepare scripts -------------------------------------------------------------------------------------------------
+
+
+def test_pydoc(monkeypatch, tmp_path):
+    """A million characters of English in 27 symbols, split 80/10/10; the splits share next to no phrase of 8 words."""
+    prepare(monkeypatch, prepare_pydoc, "--data_dir", tmp_path)
+    text = {split: read(tmp_path / "pydoc", split) for split in ("train", "val", "test")}
+    total = sum(map(len, text.values()))
+    assert total > 1_000_000 and set(text["train"]) == set(TEXT8_ALPHABET) and "  " not in text["train"]
+    assert 0.78 < len(text["train"]) / total < 0.82 and 0.08 < len(text["test"]) / total < 0.12
+    assert text["train"].count(" the ") > 5000 and " self " not in text["train"][:2000]
+
+    def phrases(split):
+        w = text[split].split()
+        return {tuple(w[i:i + 8]) for i in range(len(w) - 7)}
+
+    for a, b in (("test", "train"), ("val", "train"), ("test", "val")):
+        assert len(phrases(a) & phrases(b)) < 0.02 * len(phrases(a))
+    before = (tmp_path / "pydoc" / "train.bin").stat().st_mtime_ns
+    prepare(monkeypatch, prepare_pydoc, "--data_dir", tmp_path)  # a second time is a no-op
+    assert (tmp_path / "pydoc" / "train.bin").stat().st_mtime_ns == before
+
+
+def test_text8(monkeypatch, tmp_path):
+    """From a zip like the original: 90/5/5 splits, ids as everyone's, uint8; another file is refused by its checksum."""
+    text = words(2000)[:10_000 - 1] + " "
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("text8", text)
+    (tmp_path / "text8.zip").write_bytes(buffer.getvalue())
+    arguments = ("--file", tmp_path / "text8.zip", "--data_dir", tmp_path)
+    with pytest.raises(UserError, match="is not the expected file"):
+        prepare(monkeypatch, prepare_text8, *arguments)
+    monkeypatch.setattr(prepare_text8, "SHA256", hashlib.sha256(buffer.getvalue()).hexdigest())
+    prepare(monkeypatch, prepare_text8, *arguments)
+    folder = tmp_path / "text8"
+    assert [len(read(folder, split)) for split in ("train", "val", "test")] == [9 * len(text) // 10 // 1, *[len(text) // 20] * 2]
+    assert read(folder, "train") + read(folder, "val") + read(folder, "test") == text
+    meta = load_meta("text8", tmp_path)
+    assert meta["dtype"] == "uint8" and meta["sizes"]["train"] == 9 * len(text) // 10
+    assert meta["sha256"]["val"] == hashlib.sha256((folder / "val.bin").read_bytes()).hexdigest()
+
+
+def test_shakespeare(monkeypatch, tmp_path):
+    text = "To be, or not to be:\n" * 100
+    (tmp_path / "input.txt").write_text(text)
+    monkeypatch.setattr(prepare_shakespeare, "SHA256", hashlib.sha256(text.encode()).hexdigest())
+    prepare(monkeypatch, prepare_shakespeare, "--file", tmp_path / "input.txt", "--data_dir", tmp_path)
+    folder = tmp_path / "shakespeare"
+    assert read(folder, "train") + read(folder, "val") + read(folder, "test") == text
+    assert load_meta("shakespeare", tmp_path)["vocab_size"] == len(set(text))
+
+
+def test_no_network_is_one_line(monkeypatch, tmp_path):
+    """A failed download names the URL and --file, and leaves nothing behind."""
+    monkeypatch.setattr(prepare_text8, "URL", "http://127.0.0.1:9/text8.zip")
+    with pytest.raises(UserError, match="could not download http://127.0.0.1:9/text8.zip .* --file PATH"):
+        prepare(monkeypatch, prepare_text8, "--data_dir", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_textfile(monkeypatch, tmp_path):
+    """Plain, .gz and .xz files are joined; 90/5/5; the alphabet is the text's own."""
+    parts = ["Alpha, beta.\n" * 50, "Gamma delta!\n" * 50, "äöü\n" * 50]
+    (tmp_path / "a.txt").write_text(parts[0])
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(parts[1].encode()))
+    (tmp_path / "c.txt.xz").write_bytes(lzma.compress(parts[2].encode()))
+    prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", tmp_path / "b.txt.gz", tmp_path / "c.txt.xz",
+            "--name", "mine", "--data_dir", tmp_path)
+    folder, text = tmp_path / "mine", "".join(parts)
+    assert read(folder, "train") + read(folder, "val") + read(folder, "test") == text
+    assert load_meta("mine", tmp_path)["alphabet"] == "".join(sorted(set(text)))
+    sizes = load_meta("mine", tmp_path)["sizes"]
+    assert sizes["train"] == round(0.9 * len(text)) and abs(sizes["val"] - sizes["test"]) <= 1
+
+
+def test_textfile_with_its_own_splits(monkeypatch, tmp_path):
+    """--val and --test are used as they are; --alphabet text8 normalises all three."""
+    for name, text in (("train", "Yes, it IS."), ("val", "No, it isn't!"), ("test", "Maybe 7")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    prepare(monkeypatch, prepare_textfile, tmp_path / "train.txt", "--val", tmp_path / "val.txt", "--test",
+            tmp_path / "test.txt", "--name", "mine", "--alphabet", "text8", "--data_dir", tmp_path)
+    assert [read(tmp_path / "mine", s) for s in ("train", "val", "test")] == ["yes it is", "no it isnt", "maybe"]
+
+
+def test_textfile_gpt2(monkeypatch, tmp_path, gpt2):
+    """Encoding in chunks gives the tokens of the whole text."""
+    text = "".join(f"Line {i} of a  text,\n" + "\n" * (i % 4) + " \t indented\n" * (i % 3) for i in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(prepare_textfile, "CHUNK", 100)
+    prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", "--name", "bpe", "--tokenizer", "gpt2", "--data_dir", tmp_path)
+    ids = np.concatenate([np.fromfile(tmp_path / "bpe" / f"{s}.bin", dtype=np.uint16) for s in ("train", "val", "test")])
+    assert ids.tolist() == GPT2Tokenizer().encode(text).tolist()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "holds no text"), (b" \n", "holds no text"), (b"abc\xff", "not UTF-8"), (b"a", "too short"), (None, "cannot read"),
+])
+def test_textfile_bad_input(monkeypatch, tmp_path, content, message):
+    """Empty, non-text, too short and missing files: one line, and no data set is left behind."""
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", "--name", "mine", "--data_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
+def test_openwebtext(monkeypatch, tmp_path, gpt2, kind):
+    """Local files in the real formats: every document once, followed by end-of-text; copies of a document in one split."""
+    from datasets import Dataset
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    texts = [f"Document {i}: {words(20, seed=i)}" for i in range(300)] + ["A copy of the same page."] * 20
+    path = tmp_path / f"docs.{kind}"
+    if kind == "parquet":
+        Dataset.from_dict({"text": texts}).to_parquet(path)
+    else:
+        path.write_text("".join((json.dumps({"text": t}) if kind == "jsonl" else t) + "\n" for t in texts))
+    monkeypatch.setattr(prepare_openwebtext, "BATCH", 16)
+    prepare(monkeypatch, prepare_openwebtext, "--file", path, "--num_proc", 2, "--held_out", 0.1, "--data_dir", tmp_path)
+    found = {split: read(tmp_path / "openwebtext", split).split("<|endoftext|>") for split in ("train", "val", "test")}
+    assert all(documents.pop() == "" for documents in found.values())
+    assert sorted(sum(found.values(), [])) == sorted(texts)
+    assert sum("A copy of the same page." in documents for documents in found.values()) == 1
+    assert 15 <= len(set(found["val"])) <= 50 and 15 <= len(set(found["test"])) <= 50
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    """An exception while a data set is written removes the temporary folder; the data set's name never appears."""
+    with pytest.raises(KeyboardInterrupt):
+        with DatasetWriter(tmp_path / "mine", META) as writer:
+            writer.append("train", [1, 2, 3])
+            raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- loader ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path):
+    with DatasetWriter(tmp_path / "small", META) as writer:
+        for split, n in (("train", 27), ("val", 20), ("test", 7)):
+            writer.append(split, np.arange(n))
+    return tmp_path
+
+
+def test_crops_reach_every_position(small):
+    """Crops are consecutive tokens, start everywhere, and reach the last window; they depend on (seed, step, index) alone."""
+    tokens = load_split("small", "train", 8, small)
+    x0 = random_crops(tokens, 8, seed=0, step=0, indices=range(2000))
+    assert (x0.diff(dim=1) == 1).all() and set(x0[:, 0].tolist()) == set(range(27 - 8 + 1))
+    assert (x0[[5, 900]] == random_crops(tokens, 8, seed=0, step=0, indices=[5, 900])).all()
+    assert (x0 != random_crops(tokens, 8, seed=0, step=1, indices=range(2000))).any()
+
+
+def test_a_split_of_one_window(small):
+    """A split of exactly one sequence gives that sequence."""
+    tokens = load_split("small", "test", 7, small)
+    assert random_crops(tokens, 7, 0, 0, range(3)).tolist() == [list(range(7))] * 3
+    assert windows(tokens, 7).tolist() == [0]
+
+
+def test_windows_tile_the_split(small):
+    """Windows do not overlap and cover all but a remainder shorter than one; a limit takes them evenly, ends included."""
+    tokens = load_split("small", "val", 6, small)
+    assert windows(tokens, 6).tolist() == [0, 6, 12]
+    assert gather(tokens, windows(tokens, 5), 5).flatten().tolist() == list(range(20))
+    assert windows(np.zeros(1000), 10, limit=3).tolist() == [0, 500, 990] and len(windows(np.zeros(1000), 10, 500)) == 100
+
+
+def test_missing_and_damaged_data_sets(small):
+    """Each names the command or the folder to delete."""
+    with pytest.raises(UserError, match="run python data/prepare_text8.py"):
+        load_split("text8", "train", 8, small)
+    with pytest.raises(UserError, match="prepare_textfile.py FILE --name nothing"):
+        load_meta("nothing", small)
+    with pytest.raises(UserError, match="7 tokens, fewer than one sequence: use --seq_len=7"):
+        load_split("small", "test", 8, small)
+    (small / "small" / "val.bin").write_bytes(b"123")
+    with pytest.raises(UserError, match="3 tokens and its meta.json says 20"):
+        load_split("small", "val", 2, small)
+    (small / "small" / "meta.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        load_meta("small", small)
+
+
+def test_prefetch():
+    """Order is kept, errors surface in the caller, and leaving early ends the thread."""
+    assert list(prefetch(iter(range(20)), depth=3)) == list(range(20))
+
+    def failing():
+        yield 1
+        raise ValueError("broken")
+
+    stream = prefetch(failing())
+    assert next(stream) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(stream)
+    endless = prefetch(iter(int, 1), depth=2)
+    assert next(endless) == 0
+    endless.close()

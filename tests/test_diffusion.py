@@ -1,0 +1,295 @@
+"""diffusion.py against brute force: closed forms, bounds and estimators on a world that can be enumerated."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import world
+from diffusion import D3PM, MDLM, Noise, SCHEDULES
+from noise import uniforms
+from world import L, MASK, MASKS, SEQUENCES, V
+
+T = 4
+SCHEDULE_NAMES = sorted(SCHEDULES)
+
+
+def alphas(schedule, T):
+    return SCHEDULES[schedule].alpha(torch.arange(T + 1, dtype=torch.float64) / T).tolist()
+
+
+def v_of(mask, threshold):
+    """Numbers v that are masked exactly where `mask` says, if noise masks v <= threshold."""
+    return torch.where(mask, threshold / 2, (1 + threshold) / 2)
+
+
+def exact_mean(model, objective, draws):
+    """sum over draws (probability, u, v) of probability * nelbo, for every sequence: (27,) nats per sequence."""
+    total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
+    for probability, u, v in draws:
+        noise = objective.noise(torch.full((len(SEQUENCES),), u, dtype=torch.float64), v.expand(len(SEQUENCES), L))
+        total += probability * objective.nelbo(model, SEQUENCES, noise).double() * L
+    return total
+
+
+def independent_draws(u_nodes, threshold):
+    """Every mask of every u, with its probability under independent masking at rate threshold(u)."""
+    for weight, u in u_nodes:
+        rate = threshold(u)
+        for mask in MASKS:
+            k = int(mask.sum())
+            yield weight * rate**k * (1 - rate) ** (L - k), u, v_of(mask, torch.tensor(rate, dtype=torch.float64))
+
+
+def d3pm_draws(objective):
+    def rate(u):
+        return 1 - objective.schedule.alpha(torch.tensor(math.ceil(u * T) / T, dtype=torch.float64)).item()
+    return independent_draws([(1 / T, (s - 0.5) / T) for s in range(1, T + 1)], rate)
+
+
+def quadrature(n=40):
+    """Gauss-Legendre nodes and weights on (0, 1): exact for the polynomials in t that an expected loss is made of."""
+    import numpy as np
+    x, w = np.polynomial.legendre.leggauss(n)
+    return [(weight / 2, (node + 1) / 2) for node, weight in zip(x, w)]
+
+
+# ---- the forward process --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_schedule_is_consistent(schedule):
+    """alpha falls from 1 to 0, dalpha is its derivative, inverse its inverse."""
+    s = SCHEDULES[schedule]
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64, requires_grad=True)
+    alpha = s.alpha(t)
+    torch.testing.assert_close(alpha[[0, -1]], torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert (alpha.diff() < 0).all()
+    (gradient,) = torch.autograd.grad(alpha.sum(), t)
+    torch.testing.assert_close(s.dalpha(t.detach()), gradient)
+    torch.testing.assert_close(s.inverse(alpha.detach()), t.detach(), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_marginals_are_products_of_one_step_matrices(schedule):
+    """The share of v in (0, 1] that D3PM masks at step s is the mask's entry of Q_1 ... Q_s; a token never changes otherwise."""
+    objective, n = D3PM(MASK, T, schedule), 10_000
+    _, products = world.matrices(alphas(schedule, T))
+    v = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[None]
+    for s in range(1, T + 1):
+        noise = objective.noise(torch.tensor([(s - 0.5) / T], dtype=torch.float64), v)
+        assert noise.t.item() == pytest.approx(s / T)
+        assert noise.mask.float().mean().item() == pytest.approx(products[s][0, MASK].item(), abs=1 / n)
+        assert products[s][0, 0] + products[s][0, MASK] == pytest.approx(1)
+    assert objective.noise(torch.tensor([1.0], dtype=torch.float64), v).mask.all()  # t = 1: everything is masked
+
+
+def test_the_edges_of_u_fall_into_the_right_steps():
+    """u = 1/T still belongs to s = 1, and u just above it to s = 2; the smallest u gives s = 1, not 0."""
+    u = torch.tensor([1e-300, 1 / T, 1 / T + 1e-12, 1.0], dtype=torch.float64)
+    v = torch.full((4, L), 0.5, dtype=torch.float64)
+    assert (D3PM(MASK, T).noise(u, v).t * T).tolist() == [1, 1, 2, T]
+    assert (D3PM(MASK, T).noise_low_variance(u, v).t * T).tolist() == [1, 1, 2, T]
+    assert MDLM(MASK).noise_low_variance(torch.tensor([1e-300, 1.0], dtype=torch.float64),
+                                         torch.rand(2, L)).mask.sum(1).tolist() == [1, L]
+
+
+# ---- closed forms against definitions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_weight_times_ce_is_the_posterior_kl(schedule):
+    """KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)), with q by Bayes from the matrices, is weight/T * CE at masks, 0 elsewhere."""
+    model, a = world.random_denoiser(0, sees_time=True), alphas(schedule, T)
+    steps, products = world.matrices(a)
+    for s in range(1, T + 1):
+        q, p = world.posterior(steps, products, s), world.learned_step(model, steps, products, s, T)
+        log_p0 = model(world.STATES, torch.full((64,), s / T)).log_softmax(-1)
+        noise = D3PM(MASK, T, schedule).noise(torch.tensor([(s - 0.5) / T]), torch.ones(1, L))
+        for x0 in range(V):
+            for state, (x, pi, lp) in enumerate(zip(world.STATES, p, log_p0)):
+                i = state % L
+                if x[i] != MASK and x[i] != x0:
+                    continue
+                qi = q[x[i], x0]
+                kl = torch.where(qi > 0, qi * (qi / pi[i]).log(), 0.0).sum().item()
+                expected = noise.weight.item() / T * -lp[i, x0].item() if x[i] == MASK else 0.0
+                assert kl == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+@pytest.mark.parametrize("sees_time", [False, True])
+def test_d3pm_estimates_its_definition(schedule, sees_time):
+    """The exact expectation of D3PM's estimate is the sum of all T posterior KLs, for an arbitrary denoiser."""
+    model, objective = world.random_denoiser(1, sees_time), D3PM(MASK, T, schedule)
+    torch.testing.assert_close(exact_mean(model, objective, d3pm_draws(objective)),
+                               world.t_step_bound(model, alphas(schedule, T)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_t_step_bound_is_a_bound_on_its_own_sampler(schedule):
+    """The T-step bound of every sequence is at least -log p_T(x0) under the enumerated law of the T-step reverse chain."""
+    for model in (world.oracle, world.random_denoiser(2, sees_time=True)):
+        objective = D3PM(MASK, T, schedule)
+        law = world.chain_law(model, alphas(schedule, T))
+        assert law.sum().item() == pytest.approx(1)
+        slack = exact_mean(model, objective, d3pm_draws(objective)) + law.log()
+        assert slack.min() > -1e-5 and slack.max() > 1e-3
+
+
+# ---- which bounds equal the entropy (Bayes-optimal denoiser) ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+def test_continuous_bound_is_the_log_likelihood(schedule):
+    """With the Bayes-optimal denoiser, MDLM's bound of every single x is -log p(x), whatever the schedule."""
+    objective = MDLM(MASK, schedule)
+    rate = lambda u: 1 - objective.schedule.alpha(torch.tensor(u, dtype=torch.float64)).item()
+    bound = exact_mean(world.oracle, objective, independent_draws(quadrature(), rate))
+    torch.testing.assert_close(bound, -world.P_DATA.log(), rtol=1e-4, atol=1e-5)
+
+
+def exact_k_draws(n=1):
+    """Every k with every order of the v; the v take n random sets of values, which a time-free model must not notice."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(n):
+        values = torch.rand(L, dtype=torch.float64, generator=generator).sort().values
+        for k in range(1, L + 1):
+            for order in itertools.permutations(range(L)):
+                yield 1 / (n * L * math.factorial(L)), (k - 0.5) / L, values[list(order)]
+
+
+def test_exact_k_bound_is_the_log_likelihood():
+    """The same for exactly k masks with weight L/k."""
+    bound = exact_mean(world.oracle, MDLM(MASK, time_sampling="exact_k"), exact_k_draws())
+    torch.testing.assert_close(bound, -world.P_DATA.log(), rtol=1e-5, atol=1e-6)
+
+
+def test_t_step_bound_is_above_the_entropy_and_converges():
+    """With the Bayes-optimal denoiser E L_T > H, and the gap halves as T doubles: the T-step bound tends to the continuous one."""
+    gaps = [(world.P_DATA * world.t_step_bound(world.oracle, alphas("linear", T))).sum().item() - world.ENTROPY
+            for T in (8, 16, 32)]
+    assert gaps[0] > gaps[1] > gaps[2] > 1e-3
+    assert gaps[1] / gaps[2] == pytest.approx(2, abs=0.1)
+
+
+# ---- estimators ------------------------------------------------------------------------------------------------------
+
+
+def continuous_bound(model, schedule="linear"):
+    """The continuous bound of every sequence for any denoiser, by quadrature over t from its definition: (27,) nats."""
+    total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
+    for weight, t in quadrature(60):
+        alpha = SCHEDULES[schedule].alpha(torch.tensor(t, dtype=torch.float64)).item()
+        dalpha = SCHEDULES[schedule].dalpha(torch.tensor(t, dtype=torch.float64)).item()
+        for mask in MASKS:
+            k = int(mask.sum())
+            log_p = model(torch.where(mask, MASK, SEQUENCES), torch.full((27,), t, dtype=torch.float64)).log_softmax(-1)
+            ce = -log_p.gather(-1, SEQUENCES[..., None]).squeeze(-1)
+            total += weight * -dalpha / (1 - alpha) * (1 - alpha) ** k * alpha ** (L - k) * (ce * mask).sum(1)
+    return total
+
+
+@pytest.mark.parametrize("estimator", ["d3pm uniform", "d3pm stratified", "d3pm low variance", "mdlm exact_k"])
+@pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
+@pytest.mark.parametrize("sees_time", [False, True])
+def test_estimators_are_unbiased(estimator, schedule, sees_time):
+    """On the noise that training and evaluation use, the mean over 40,000 draws is within 4 standard errors of the exact bound."""
+    model, n = world.random_denoiser(3, sees_time), 40_000
+    kind, way = estimator.split(" ", 1)
+    objective = D3PM(MASK, T, schedule) if kind == "d3pm" else MDLM(MASK, schedule, "exact_k")
+    exact = world.t_step_bound(model, alphas(schedule, T)) if kind == "d3pm" else continuous_bound(model, schedule)
+    u, v = uniforms(seed=1, step=0, indices=range(n), batch_size=n, seq_len=L, stratified=way != "uniform")
+    noise = objective.noise_low_variance(u, v) if way == "low variance" else objective.noise(u, v)
+    for i in (0, 13, 26):
+        values = objective.nelbo(model, SEQUENCES[i].expand(n, L), noise).double() * L
+        assert abs(values.mean() - exact[i]) < 4 * values.std() / math.sqrt(n)
+        assert values.std() / math.sqrt(n) < 0.02 * exact[i]  # or the line above would show little
+
+
+def test_exact_k_tells_the_time_of_the_kth_mask():
+    """Given k, t has the mean and variance of Beta(k, L - k + 1): what a network that sees the time must be told."""
+    n, L, k = 20_000, 6, 2
+    u = torch.full((n,), (k - 0.5) / L, dtype=torch.float64)
+    _, v = uniforms(seed=2, step=0, indices=range(n), batch_size=n, seq_len=L, stratified=False)
+    t = MDLM(MASK, time_sampling="exact_k").noise(u, v).t
+    assert t.mean().item() == pytest.approx(k / (L + 1), abs=0.005)
+    assert t.var().item() == pytest.approx(k * (L - k + 1) / (L + 1) ** 2 / (L + 2), rel=0.05)
+
+
+def test_low_variance_has_lower_variance():
+    """Of the two estimators of the same T-step bound, the one for reports varies less, by far at many steps."""
+    model, n, steps = world.random_denoiser(3, sees_time=False), 20_000, 1000
+    u, v = uniforms(seed=3, step=0, indices=range(n), batch_size=n, seq_len=L, stratified=False)
+    objective, x0 = D3PM(MASK, steps), SEQUENCES[13].expand(n, L)
+    plain, better = (objective.nelbo(model, x0, noise).var().item()
+                     for noise in (objective.noise(u, v), objective.noise_low_variance(u, v)))
+    assert better < plain / 4
+
+
+def test_stratified_u_are_uniform_one_by_one_and_even_together():
+    """Every interval of length 1/B holds one u of the batch, at a random place in the batch, different in every step."""
+    B = 64
+    batches = [uniforms(seed=4, step=step, indices=range(B), batch_size=B, seq_len=1, stratified=True)[0]
+               for step in range(200)]
+    for u in batches:
+        assert sorted(torch.ceil(u * B).long().tolist()) == list(range(1, B + 1))
+    first = torch.stack([u[0] for u in batches])
+    assert abs(first.mean() - 0.5) < 4 / math.sqrt(12 * 200) and first.min() < 0.1 and first.max() > 0.9
+
+
+def test_noise_is_a_function_of_seed_step_and_index():
+    """Any part of a batch can be drawn alone: the numbers of sequence i do not depend on who asks for which others."""
+    u, v = uniforms(seed=5, step=7, indices=range(16), batch_size=16, seq_len=8, stratified=True)
+    u2, v2 = uniforms(seed=5, step=7, indices=[3, 11], batch_size=16, seq_len=8, stratified=True)
+    assert torch.equal(u[[3, 11]], u2) and torch.equal(v[[3, 11]], v2)
+    u3, v3 = uniforms(seed=5, step=8, indices=range(16), batch_size=16, seq_len=8, stratified=True)
+    assert not (u == u3).any() and not (v == v3).any()
+    assert 0 < v.min() and v.max() <= 1
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_bound_of_a_sequence_ignores_its_neighbours():
+    """The estimate of each sequence is its own: the same alone as in a batch (no average over the masks of the batch)."""
+    model, objective = world.random_denoiser(6, sees_time=True), MDLM(MASK)
+    u, v = uniforms(seed=6, step=0, indices=range(8), batch_size=8, seq_len=L, stratified=True)
+    noise, x0 = objective.noise(u, v), SEQUENCES[:8]
+    together = objective.nelbo(model, x0, noise)
+    alone = torch.cat([objective.nelbo(model, x0[i:i + 1], Noise(*(n[i:i + 1] for n in noise))) for i in range(8)])
+    torch.testing.assert_close(together, alone)
+    loss, bits = objective.loss(model, x0, noise)
+    assert loss == together.mean() and torch.equal(bits, together)
+
+
+def test_nothing_masked_costs_nothing():
+    """A sequence without masks has the bound estimate 0, not nan."""
+    noise = Noise(torch.zeros(2, L, dtype=torch.bool), torch.full((2,), 0.1), torch.full((2,), 10.0))
+    assert D3PM(MASK, T).nelbo(world.oracle, SEQUENCES[:2], noise).tolist() == [0, 0]
+
+
+def test_auxiliary_loss():
+    """lambda_ce adds lambda_ce * mean CE over all positions to L_T/T, and leaves the reported bound alone."""
+    model = world.random_denoiser(7, sees_time=True)
+    u, v = uniforms(seed=7, step=0, indices=range(27), batch_size=27, seq_len=L, stratified=False)
+    plain, with_aux = D3PM(MASK, T), D3PM(MASK, T, lambda_ce=0.3)
+    noise = plain.noise(u, v)
+    xt = torch.where(noise.mask, MASK, SEQUENCES)
+    ce = torch.nn.functional.cross_entropy(model(xt, noise.t).transpose(1, 2), SEQUENCES)
+    loss, nelbo = plain.loss(model, SEQUENCES, noise)
+    loss_aux, nelbo_aux = with_aux.loss(model, SEQUENCES, noise)
+    assert loss.item() == pytest.approx(nelbo.mean().item() / T)
+    assert loss_aux.item() == pytest.approx(loss.item() + 0.3 * ce.item(), rel=1e-5)
+    torch.testing.assert_close(nelbo, nelbo_aux)
+
+
+def test_no_gradient_from_visible_tokens():
+    """Without lambda_ce, the logits at visible positions do not influence the loss."""
+    logits = torch.randn(27, L, V, requires_grad=True)
+    u, v = uniforms(seed=8, step=0, indices=range(27), batch_size=27, seq_len=L, stratified=False)
+    noise = MDLM(MASK).noise(u, v)
+    MDLM(MASK).loss(lambda xt, t, where: logits[where], SEQUENCES, noise)[0].backward()
+    touched = logits.grad.abs().sum(-1) > 0
+    assert torch.equal(touched, noise.mask)

@@ -1,0 +1,137 @@
+"""model.py: what the network can see, and that its shortcuts change nothing."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import configs
+from model import Block, DiT, rotary_tables, rotate
+
+
+def tiny(conditioning="time", **kwargs):
+    """A small network with no parameter at its initial zero."""
+    torch.manual_seed(0)
+    model = DiT(vocab_size=5, seq_len=16, n_layer=2, n_head=2, n_embd=16, n_cond=8, conditioning=conditioning, **kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+def batch(B=3, L=16):
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(0, 6, (B, L), generator=g), torch.rand(B, generator=g)
+
+
+@pytest.mark.parametrize("conditioning", ["none", "time", "step"])
+def test_where_selects(conditioning):
+    """Logits at `where` are those rows of all logits, in row-major order; there is none for the mask."""
+    model, (xt, t) = tiny(conditioning), batch()
+    where = torch.rand(xt.shape) < 0.4
+    logits = model(xt, t)
+    assert logits.shape == (3, 16, 5)
+    torch.testing.assert_close(model(xt, t, where=where), logits[where])
+    assert model(xt, t, where=torch.zeros_like(where)).shape == (0, 5)
+
+
+def test_it_looks_both_ways():
+    """Every logit depends on every token, to the left and to the right, and on no other sequence."""
+    model, (xt, t) = tiny(), batch(2)
+    changed = xt.clone()
+    changed[0, 8] = (changed[0, 8] + 1) % 6
+    difference = (model(xt, t) - model(changed, t)).abs().amax(-1)
+    assert (difference[0] > 1e-6).all() and (difference[1] == 0).all()
+
+
+def test_positions_matter_relatively():
+    """Shifting a sequence by padding changes order-dependent output; rotary scores depend on the distance alone."""
+    cos, sin = rotary_tables(16, 8)
+    q, k = torch.randn(2, 8)
+    score = lambda i, j: (rotate(q, cos[i], sin[i]) * rotate(k, cos[j], sin[j])).sum()
+    torch.testing.assert_close(score(2, 5), score(9, 12))
+    assert (score(2, 5) - score(5, 2)).abs() > 1e-3
+    model, (xt, t) = tiny(), batch(1)
+    permuted = xt[:, torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    assert (model(xt, t).sum(1) - model(permuted, t).sum(1)).abs().max() > 1e-3
+
+
+def test_attention_is_softmax_attention():
+    """Block.attention is softmax(q k / sqrt(d)) v with rotated q and k, written out."""
+    torch.manual_seed(0)
+    block, x = Block(n_embd=16, n_head=2, n_cond=0, dropout=0), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.normal_()
+    cos, sin = rotary_tables(5, 8)
+    q, k, v = block.qkv(x).chunk(3, dim=-1)
+    out = []
+    for h in range(2):
+        s = slice(8 * h, 8 * h + 8)
+        weights = (rotate(q[..., s], cos, sin) @ rotate(k[..., s], cos, sin).transpose(1, 2) / math.sqrt(8)).softmax(-1)
+        out.append(weights @ v[..., s])
+    torch.testing.assert_close(block.attention(x, cos, sin), block.attn_out(torch.cat(out, -1)), atol=1e-4, rtol=1e-4)
+
+
+def test_time():
+    """'none' ignores t, 'time' sees it, 'step' sees it rounded to 1/time_scale; t may differ by position."""
+    xt, t = batch()
+    assert torch.equal(tiny("none")(xt, t), tiny("none")(xt, t / 2))
+    assert (tiny("time")(xt, t) - tiny("time")(xt, t / 2)).abs().max() > 1e-3
+    step = tiny("step", time_scale=10)
+    assert torch.equal(step(xt, torch.tensor([0.1, 0.2, 0.3])), step(xt, torch.tensor([0.1049, 0.1951, 0.3])))
+    assert not torch.equal(step(xt, torch.tensor([0.1, 0.2, 0.3])), step(xt, torch.tensor([0.1, 0.2, 0.4])))
+    torch.testing.assert_close(tiny()(xt, t), tiny()(xt, t[:, None].expand_as(xt)))
+
+
+@pytest.mark.parametrize("conditioning", ["none", "step"])
+def test_initial_network(conditioning):
+    """At the start every block is the identity, and the prediction is nearly uniform."""
+    torch.manual_seed(0)
+    model, x = DiT(27, 8, 3, 2, 64, conditioning=conditioning), torch.randn(1, 8, 64)
+    c = None if conditioning == "none" else torch.randn(1, 1, 128)
+    assert torch.equal(model.blocks[1](x, c, model.cos, model.sin), x)
+    entropy = -(lambda p: (p * p.log()).sum(-1))(model(torch.full((1, 8), 27), torch.ones(1)).softmax(-1))
+    assert entropy.min() > 0.9 * math.log(27)
+
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    """Recomputing activations changes neither loss nor gradients."""
+    xt, t = batch()
+    gradients = []
+    for flag in (False, True):
+        model = tiny(checkpoint_blocks=flag).train()
+        F.cross_entropy(model(xt, t).flatten(0, 1), xt.clamp(max=4).flatten()).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", sorted(configs.CONFIGS))
+def test_every_parameter_of_every_config_is_used(name):
+    """No config builds a parameter that gets no gradient (DistributedDataParallel would hang or complain)."""
+    cfg = configs.replace(configs.CONFIGS[name](), n_embd=24, n_head=2, n_layer=2, seq_len=8, n_cond=8)
+    model, objective = cfg.make_model(11), cfg.make_objective(11)
+    x0 = torch.randint(0, 11, (4, 8))
+    objective.loss(model, x0, objective.noise(torch.full((4,), 0.7).double(), torch.rand(4, 8).double()))[0].backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_bf16_autocast_is_close():
+    """bfloat16 matrix products move logits by a little; they come out of a float32 residual stream."""
+    model, (xt, t) = tiny(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.trunk(xt, t).dtype == torch.float32
+        logits = model(xt, t)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - model(xt, t)).abs().max() < 0.05 * model(xt, t).abs().max()
+
+
+def test_number_of_parameters():
+    """The README's sizes."""
+    with torch.device("meta"):
+        size = lambda name, V: configs.CONFIGS[name]().make_model(V).n_params()
+        assert round(size("d3pm_text8", 27) / 1e6) == 92
+        assert round(size("mdlm_text8", 27) / 1e6) == 85
+        assert round(size("d3pm_openwebtext_8gpu", 50257) / 1e6) == 131

@@ -1,0 +1,100 @@
+"""sampling.py against enumerated laws: the sampler must follow its own Markov chain, exactly."""
+
+import math
+
+import pytest
+import torch
+
+import world
+from diffusion import SCHEDULES
+from sampling import ancestral, categorical
+from world import L, MASK, SEQUENCES, V
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def run(model, xt, steps, schedule="linear", seed=0):
+    return list(ancestral(model, xt, MASK, SCHEDULES[schedule], steps, generator(seed)))
+
+
+def masks(B, L=L):
+    return torch.full((B, L), MASK)
+
+
+def chi_square_excess(counts, law):
+    """How many standard deviations Pearson's statistic lies above its mean, if counts (n,) are drawn from law (n,).
+
+    Cells that expect fewer than 20 are put together.
+    """
+    expected = counts.sum() * law
+    small = expected < 20
+    if small.any():
+        counts, expected = (torch.cat([x[~small], x[small].sum()[None]]) for x in (counts, expected))
+    statistic, dof = ((counts - expected) ** 2 / expected).sum().item(), len(expected) - 1
+    return (statistic - dof) / math.sqrt(2 * dof)
+
+
+@pytest.mark.parametrize("schedule, steps, sees_time", [("linear", 1, False), ("linear", 2, True), ("linear", 4, False),
+                                                        ("cosine", 3, True), ("cosine", 5, False)])
+def test_ancestral_follows_its_chain(schedule, steps, sees_time):
+    """30,000 samples follow the enumerated law of the reverse chain; that law is not the data's, and the test can tell."""
+    model = world.random_denoiser(1, sees_time) if sees_time else world.oracle
+    law = world.chain_law(model, SCHEDULES[schedule].alpha(torch.arange(steps + 1).double() / steps).tolist())
+    x0 = run(model, masks(30_000), steps, schedule)[-1]
+    index = (x0 * torch.tensor([V**2, V, 1])).sum(1)
+    counts = torch.bincount(index, minlength=V**L).double()
+    assert chi_square_excess(counts, law) < 4
+    assert chi_square_excess(counts, world.P_DATA) > 10
+
+
+def test_many_steps_approach_the_data():
+    """With the Bayes-optimal denoiser, the total variation between p_T and the data shrinks like 1/T."""
+    distance = [0.5 * (world.chain_law(world.oracle, [1 - s / T for s in range(T + 1)]) - world.P_DATA).abs().sum().item()
+                for T in (4, 8, 16)]
+    assert distance[0] > 1.7 * distance[1] > 1.7**2 * distance[2] > 0
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_masks_vanish_and_tokens_stay(steps):
+    """Masks only ever become tokens, tokens never change, given ones included, and none is masked at the end."""
+    xt = masks(64)
+    xt[:, 1] = 2
+    states = [xt] + run(world.random_denoiser(2, True), xt, steps)
+    assert len(states) == steps + 1
+    for before, after in zip(states, states[1:]):
+        assert torch.equal(after[before != MASK], before[before != MASK])
+    assert (states[-1] != MASK).all() and (states[-1] < V).all() and (states[-1][:, 1] == 2).all()
+
+
+def test_the_network_is_asked_only_for_what_is_revealed():
+    """At most one call per step, none where nothing is revealed, only the rows and positions that are, at the step's time."""
+    asked = []
+
+    def model(xt, t, where):
+        assert where.any(1).all() and (xt[where] == MASK).all()
+        assert len(set(t.tolist())) == 1
+        asked.append((t[0].item(), int(where.sum())))
+        return torch.zeros(int(where.sum()), V)
+
+    run(model, masks(2, 5), 100)
+    assert sum(n for _, n in asked) == 2 * 5 and len(asked) <= 10
+    assert [t for t, _ in asked] == sorted((t for t, _ in asked), reverse=True)
+    assert all(abs(t * 100 - round(t * 100)) < 1e-4 and t > 0 for t, _ in asked)
+
+
+def test_same_seed_same_sample():
+    """A sample is a function of the seed."""
+    model = world.random_denoiser(3, False)
+    a, b, c = (run(model, masks(50), 4, seed=seed)[-1] for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_categorical_follows_softmax():
+    """Draws follow softmax(logits), and a token of probability zero is never drawn, first and last ones included."""
+    logits = torch.tensor([-math.inf, 1.0, 0.0, -math.inf, -3.0, -math.inf])
+    counts = torch.bincount(categorical(logits.expand(50_000, 6), generator()), minlength=6).double()
+    possible = logits.isfinite()
+    assert (counts[~possible] == 0).all()
+    assert chi_square_excess(counts[possible], logits.softmax(0).double()[possible]) < 4

@@ -1,0 +1,106 @@
+"""A world small enough to enumerate: V = 3 tokens, L = 3 positions, a random distribution over the 27 sequences.
+
+Everything here is written from the definitions (Bayes' rule, matrix products, sums over all states), slowly, and uses
+nothing of diffusion.py or sampling.py: it is what their closed forms are compared with.
+"""
+
+import itertools
+
+import torch
+
+V, L, MASK = 3, 3, 3
+SEQUENCES = torch.tensor(list(itertools.product(range(V), repeat=L)))        # (27, L)
+STATES = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))       # (64, L), masks included
+MASKS = torch.tensor(list(itertools.product([False, True], repeat=L)))       # (8, L)
+P_DATA = (2 * torch.randn(V**L, dtype=torch.float64, generator=torch.Generator().manual_seed(5))).softmax(0)
+ENTROPY = -(P_DATA * P_DATA.log()).sum().item()
+
+
+def oracle(xt, t=None, where=None):
+    """The Bayes-optimal denoiser: log p(x0_i | the visible tokens of xt), (B, L, V) or (N, V) at where."""
+    agrees = ((xt[:, None] == SEQUENCES) | (xt[:, None] == MASK)).all(-1)     # (B, 27)
+    posterior = agrees * P_DATA
+    posterior = posterior / posterior.sum(1, keepdim=True)
+    one_hot = torch.nn.functional.one_hot(SEQUENCES, V).double()              # (27, L, V)
+    log_p = torch.einsum("bn,nlv->blv", posterior, one_hot).log()
+    return log_p if where is None else log_p[where]
+
+
+def random_denoiser(seed, sees_time):
+    """An arbitrary denoiser: smooth in t, different in every state, far from optimal."""
+    generator = torch.Generator().manual_seed(seed)
+    table = 2 * torch.randn(len(STATES), L, V, 2, dtype=torch.float64, generator=generator)
+    code = torch.tensor([(V + 1) ** (L - 1 - i) for i in range(L)])
+
+    def model(xt, t, where=None):
+        entry = table[(xt * code).sum(1)]
+        shift = t.double().view(-1, 1, 1) if sees_time else 0.5
+        logits = entry[..., 0] + torch.sin(3 * shift) * entry[..., 1] if sees_time else entry[..., 0]
+        return logits if where is None else logits[where]
+
+    return model
+
+
+def one_step_matrix(keep):
+    """Q (V+1, V+1): a token stays with probability keep, else becomes the mask, which stays."""
+    Q = torch.eye(V + 1, dtype=torch.float64) * keep
+    Q[:, MASK] += 1 - keep
+    return Q
+
+
+def matrices(alphas):
+    """One-step matrices Q_1 ... Q_T of alphas = [alpha_0 = 1, ..., alpha_T], and products Qbar_0 ... Qbar_T."""
+    steps = [one_step_matrix(alphas[s] / alphas[s - 1]) for s in range(1, len(alphas))]
+    products = [torch.eye(V + 1, dtype=torch.float64)]
+    for Q in steps:
+        products.append(products[-1] @ Q)
+    return steps, products
+
+
+def posterior(steps, products, s):
+    """q(x_{s-1} = j | x_s = i, x0 = k) by Bayes, (x_s, x0, x_{s-1}); rows of impossible pairs are nan."""
+    joint = torch.einsum("kj,ji->ikj", products[s - 1], steps[s - 1])  # q(x_{s-1}=j, x_s=i | x0=k)
+    return joint / joint.sum(-1, keepdim=True)
+
+
+def learned_step(model, steps, products, s, T):
+    """p(x_{s-1} | x_s) of a denoiser for every state: (64, L, V+1), per position: q averaged over its prediction of x0.
+
+    Visible tokens are kept (carry-over).
+    """
+    q = posterior(steps, products, s)
+    p_x0 = model(STATES, torch.full((len(STATES),), s / T, dtype=torch.float64)).softmax(-1)   # (64, L, V)
+    p = torch.einsum("nlk,kj->nlj", p_x0, q[MASK, :V])
+    visible = torch.nn.functional.one_hot(STATES, V + 1).double()
+    return torch.where((STATES == MASK)[..., None], p, visible)
+
+
+def chain_law(model, alphas):
+    """p_T(x0) of the reverse chain with this denoiser, by summing over every path: (27,)."""
+    T = len(alphas) - 1
+    steps, products = matrices(alphas)
+    law = (STATES == MASK).all(1).double()
+    for s in range(T, 0, -1):
+        p = learned_step(model, steps, products, s, T)                         # (64, L, V+1)
+        transition = torch.stack([p[:, i, STATES[:, i]] for i in range(L)]).prod(0)  # (64 from, 64 to)
+        law = law @ transition
+    finished = (STATES != MASK).all(1)
+    return law[finished]
+
+
+def t_step_bound(model, alphas):
+    """The D3PM bound of every sequence by definition: sum over s of E_q KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)), (27,) nats."""
+    T = len(alphas) - 1
+    steps, products = matrices(alphas)
+    total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
+    for s in range(1, T + 1):
+        q, p = posterior(steps, products, s), learned_step(model, steps, products, s, T)
+        for n, x0 in enumerate(SEQUENCES):
+            weight = torch.stack([products[s][x0[i], STATES[:, i]] for i in range(L)]).prod(0)   # q(x_s | x0), (64,)
+            kl = torch.zeros(len(STATES), dtype=torch.float64)
+            for i in range(L):
+                qi = q[STATES[:, i], x0[i]]                                    # (64, V+1)
+                term = torch.where(qi > 0, qi * (qi / p[:, i]).log(), 0.0)
+                kl += term.sum(-1)
+            total[n] += (weight * kl)[weight > 0].sum()
+    return total
