@@ -37,6 +37,7 @@ class Config:
     n_cond: int = setting(128, "width of the time conditioning")
     dropout: float = setting(0.0, "dropout probability on the two residual branches of a block")
     conditioning: str = setting("step", "what the model is told of the time", ("none", "time", "step"))
+    shift_tokens: bool = setting(False, "give every token half of its features from its neighbours: learns sooner")
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower",
                                       same_run=False)
     # objective
@@ -93,7 +94,8 @@ class Config:
 
     def make_model(self, vocab_size):
         return DiT(vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.n_cond, self.dropout,
-                   self.conditioning, self.T if self.conditioning == "step" else 1000, self.checkpoint_blocks)
+                   self.conditioning, self.T if self.conditioning == "step" else 1000, self.shift_tokens,
+                   self.checkpoint_blocks)
 
     def make_objective(self, vocab_size):
         if self.objective == "d3pm":
@@ -108,9 +110,9 @@ class Config:
 def demo():
     """English of Python's documentation, 27 symbols: about 4 minutes on 2 CPU cores (`make demo`)"""
     return Config(
-        dataset="pydoc", seq_len=128, n_layer=4, n_head=4, n_embd=128, conditioning="none",
+        dataset="pydoc", seq_len=128, n_layer=4, n_head=4, n_embd=128, conditioning="none", shift_tokens=True,
         objective="mdlm", time_sampling="exact_k", weighting="simple",
-        batch_size=16, micro_batch_size=16, max_steps=1250, lr=3e-3, min_lr=3e-5, warmup_steps=50,
+        batch_size=16, micro_batch_size=16, max_steps=1700, lr=3e-3, min_lr=3e-5, warmup_steps=50,
         grad_clip=1.0, ema_decay=0.99,
         eval_interval=500, eval_sequences=256, sample_interval=250, checkpoint_interval=250, log_interval=50,
     )
@@ -211,30 +213,28 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def from_command_line(description):
-    """(config name, Config, arguments resume and init_from), from CONFIG and one flag per field of Config."""
+def from_command_line(script, description, add_arguments):
+    """(config name, Config, other arguments): CONFIG, a flag for each field of Config, and what add_arguments adds."""
     chosen = next((CONFIGS[word]() for word in sys.argv[1:] if word in CONFIGS), Config())
     listing = "configs:\n" + "\n".join(f"  {name:24} {inspect.getdoc(CONFIGS[name])}" for name in CONFIGS)
-    p = ArgumentParser(usage="python train.py CONFIG [--key=value ...]", description=description, epilog=listing,
-                       argument_default=argparse.SUPPRESS)
+    p = ArgumentParser(usage=f"python {script} CONFIG [--key=value ...]", description=description, epilog=listing)
     p.add_argument("config", nargs="?", metavar="CONFIG", help="one of the configs below")
-    p.add_argument("--resume", metavar="PATH|auto", help="continue a run; auto: that of out_dir, if there is one")
-    p.add_argument("--init_from", metavar="CKPT", help="start from the averaged weights of another run (fine-tuning)")
+    add_arguments(p)
     for field in dataclasses.fields(Config):
-        kind = {bool: "bool", int: "int", float: "float", str: "str"}[field.type]
-        choices = field.metadata["choices"]
+        kind, choices = field.type.__name__, field.metadata["choices"]
         text = f"{field.metadata['help']} [{'|'.join(choices) if choices else kind}: {getattr(chosen, field.name)!r}]"
         options = dict(type=boolean, nargs="?", const=True) if field.type is bool else dict(type=field.type)
-        p.add_argument(f"--{field.name}", help=text.replace("%", "%%"), metavar=kind.upper(), **options)
+        p.add_argument(f"--{field.name}", metavar=kind.upper(), help=text, default=argparse.SUPPRESS, **options)
         if field.type is bool:
-            p.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
-    args = p.parse_args()
-    name = getattr(args, "config", None)
-    if name is None and len(sys.argv) == 1:
-        print(f"usage: python train.py CONFIG [--key=value ...], --help lists the keys\n\n{listing}")
+            p.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", default=argparse.SUPPRESS,
+                           help=argparse.SUPPRESS)
+    if len(sys.argv) == 1:
+        print(f"usage: {p.usage}, --help lists the keys\n\n{listing}")
         sys.exit(0)
-    if name not in CONFIGS:
-        raise UserError(f"unknown config {name!r}: choose one of {', '.join(CONFIGS)}" if name else "name a config first")
+    args = p.parse_args()
+    if args.config is None:
+        raise UserError("name a config first, one of " + ", ".join(CONFIGS))
+    if args.config not in CONFIGS:
+        raise UserError(f"unknown config {args.config!r}: choose one of {', '.join(CONFIGS)}")
     overrides = {key: value for key, value in vars(args).items() if key in Config.__dataclass_fields__}
-    args.resume, args.init_from = getattr(args, "resume", None), getattr(args, "init_from", None)
-    return name, replace(CONFIGS[name](), **overrides), args
+    return args.config, replace(CONFIGS[args.config](), **overrides), args

@@ -64,12 +64,23 @@ class TimeEmbedding(nn.Module):
         return F.silu(c[:, None] if t.dim() == 1 else c)
 
 
+def token_shift(x):
+    """A quarter of the channels of x (B, L, D) from the token to the left, a quarter from the one to the right.
+
+    The token shift of RWKV (arXiv 2305.13048), in both directions: neighbours at no cost, where small networks need long
+    to find them by attention.
+    """
+    left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
+    return torch.cat((F.pad(left, (0, 0, 1, -1)), F.pad(right, (0, 0, -1, 1)), here), dim=-1)
+
+
 class Block(nn.Module):
     """Attention and MLP, pre-norm. With n_cond, both are shifted, scaled and gated by c (adaLN-Zero)."""
 
-    def __init__(self, n_embd, n_head, n_cond, dropout):
+    def __init__(self, n_embd, n_head, n_cond, dropout, shift_tokens=False):
         super().__init__()
         self.n_head, self.dropout = n_head, dropout
+        self.neighbours = token_shift if shift_tokens else lambda x: x
         self.norm1 = LayerNorm(n_embd)
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.attn_out = nn.Linear(n_embd, n_embd, bias=False)
@@ -90,28 +101,29 @@ class Block(nn.Module):
     def forward(self, x, c, cos, sin):
         drop = lambda x: F.dropout(x, self.dropout, self.training)
         if self.modulation is None:
-            x = x + drop(self.attention(self.norm1(x), cos, sin))
-            return x + drop(self.mlp(self.norm2(x)))
+            x = x + drop(self.attention(self.neighbours(self.norm1(x)), cos, sin))
+            return x + drop(self.mlp(self.neighbours(self.norm2(x))))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
-        x = x + gate1 * drop(self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin))
-        return x + gate2 * drop(self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        x = x + gate1 * drop(self.attention(self.neighbours(modulate(self.norm1(x), shift1, scale1)), cos, sin))
+        return x + gate2 * drop(self.mlp(self.neighbours(modulate(self.norm2(x), shift2, scale2))))
 
 
 class DiT(nn.Module):
     """Denoiser over V = vocab_size tokens and the mask (id V). Input and output embeddings are tied.
 
     conditioning: 'none' (plain pre-norm transformer), 'time' (sees t), 'step' (sees round(t * time_scale)).
+    shift_tokens: see token_shift.
     """
 
     def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, n_cond=128, dropout=0.0,
-                 conditioning="time", time_scale=1000, checkpoint_blocks=False):
+                 conditioning="time", time_scale=1000, shift_tokens=False, checkpoint_blocks=False):
         super().__init__()
         self.vocab_size, self.seq_len, self.conditioning = vocab_size, seq_len, conditioning
         self.checkpoint_blocks = checkpoint_blocks
         n_cond = 0 if conditioning == "none" else n_cond
         self.embed = nn.Embedding(vocab_size + 1, n_embd)
         self.time_embed = TimeEmbedding(n_cond, conditioning, time_scale) if n_cond else None
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, n_cond, dropout) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, n_cond, dropout, shift_tokens) for _ in range(n_layer))
         self.norm = LayerNorm(n_embd)
         self.modulation = nn.Linear(n_cond, 2 * n_embd) if n_cond else None
         cos, sin = rotary_tables(seq_len, n_embd // n_head)

@@ -118,6 +118,23 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin):
         yield [(x0, Noise(*noise)) for x0, *noise in zip(*(tensor.split(micro) for tensor in tensors))]
 
 
+def train_step(net, objective, parts, optimizer, cfg, device, dtype):
+    """One optimiser step on the batch in `parts`. Returns the bound, nats per token, and the gradient norm, as tensors."""
+    nats = torch.zeros((), device=device)
+    for i, (x0, noise) in enumerate(parts):
+        last = i == len(parts) - 1
+        # Under DistributedDataParallel gradients are averaged over the processes, once per step.
+        with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+            with autocast(device, dtype):
+                loss, nelbo = objective.loss(net, x0.to(device, non_blocking=True), noise.to(device))
+            (loss / len(parts)).backward()
+        nats += nelbo.mean() / len(parts)
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return nats, norm
+
+
 def resume_from(where, cfg, out_dir):
     """The payload to continue from. where: a checkpoint, or 'auto': that of out_dir, and None if there is none yet."""
     path = out_dir / "ckpt.pt" if where == "auto" else Path(where)
@@ -147,8 +164,13 @@ def duration(seconds):
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
+def add_arguments(parser):
+    parser.add_argument("--resume", metavar="CKPT|auto", help="continue a run; auto: that of out_dir, if there is one")
+    parser.add_argument("--init_from", metavar="CKPT", help="start from the averaged weights of another run (fine-tuning)")
+
+
 def main():
-    name, cfg, args = configs.from_command_line(__doc__)
+    name, cfg, args = configs.from_command_line("train.py", __doc__, add_arguments)
     rank, world, device = setup_processes(cfg)
     master = rank == 0
     dtype = pick_dtype(device, cfg.dtype)
@@ -236,6 +258,8 @@ def main():
                   f"{world} x {device.type}, {str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}, "
                   f"writing to {out_dir}", file=sys.stdout)
     indices = range(rank * local, (rank + 1) * local)
+    if step >= cfg.max_steps:
+        bar.write(f"{out_dir} is trained already: {step:,} of {cfg.max_steps:,} steps", file=sys.stdout)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, pin=device.type == "cuda"))
     first_step, seconds = step, 0.0           # of this process; seconds of training alone
     nats, logged, clock = torch.zeros((), device=device), step, time.perf_counter()  # since the last log line
@@ -245,16 +269,8 @@ def main():
             group["lr"] = learning_rate(step, cfg)
         if cfg.dropout:  # dropout, too, is a function of (seed, step)
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
-        for i, (x0, noise) in enumerate(parts):
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last or world == 1 else net.no_sync():  # gradients are averaged once a step
-                with autocast(device, dtype):
-                    loss, nelbo = objective.loss(net, x0.to(device, non_blocking=True), noise.to(device))
-                (loss / len(parts)).backward()
-            nats += nelbo.mean() / len(parts)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step_nats, norm = train_step(net, objective, parts, optimizer, cfg, device, dtype)
+        nats += step_nats
         ema.update()
         step += 1
         bar.update()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import configs
-from model import Block, DiT, rotary_tables, rotate
+from model import Block, DiT, rotary_tables, rotate, token_shift
 
 
 def tiny(conditioning="time", **kwargs):
@@ -72,6 +72,15 @@ def test_attention_is_softmax_attention():
         weights = (rotate(q[..., s], cos, sin) @ rotate(k[..., s], cos, sin).transpose(1, 2) / math.sqrt(8)).softmax(-1)
         out.append(weights @ v[..., s])
     torch.testing.assert_close(block.attention(x, cos, sin), block.attn_out(torch.cat(out, -1)), atol=1e-4, rtol=1e-4)
+
+
+def test_token_shift():
+    """A quarter of the channels moves one to the right, a quarter one to the left, zeros come in at the ends; the rest stays."""
+    x = torch.arange(1, 25.0).view(1, 3, 8)
+    shifted = token_shift(x)[0]
+    assert shifted[:, 0].tolist() == [0, 1, 9] and shifted[:, 2].tolist() == [11, 19, 0] and shifted[:, 7].tolist() == [8, 16, 24]
+    plain, (xt, t) = tiny(), batch()
+    assert (tiny(shift_tokens=True)(xt, t) - plain(xt, t)).abs().max() > 1e-3
 
 
 def test_time():

@@ -1,0 +1,96 @@
+"""Training throughput and sampling time of a config, on random tokens: no data set needed.
+
+    python bench.py demo
+    python bench.py d3pm_text8 --batch_size=8 --micro_batch_size=8 --repeats 5
+
+Medians over the repeats after a warm-up; the last line is JSON.
+"""
+
+import json
+import statistics
+import time
+
+import numpy as np
+import torch
+
+import configs
+from cli import autocast, generator_on, number, pick_device, pick_dtype, progress, run
+from data.tokenizer import KNOWN
+from sampling import ancestral
+from train import EMA, batches, make_optimizer, share_of_batch, train_step
+
+
+def add_arguments(parser):
+    parser.add_argument("--repeats", type=number(int, 1), default=10, help="timed optimiser steps, and samples (default 10)")
+    parser.add_argument("--vocab_size", type=number(int, 2), help="default: that of the config's data set, or 27")
+
+
+def seconds_of(function, repeats, device, label):
+    """Median wall time of function() over the repeats, after one call to warm up (and compile)."""
+    times = []
+    for i in progress(range(repeats + 1), desc=label, leave=False):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def main():
+    name, cfg, args = configs.from_command_line("bench.py", __doc__, add_arguments)
+    device = pick_device(cfg.device)
+    dtype = pick_dtype(device, cfg.dtype)
+    vocab_size = args.vocab_size or KNOWN.get(cfg.dataset, {"vocab_size": 27})["vocab_size"]
+    model, objective = cfg.make_model(vocab_size).to(device), cfg.make_objective(vocab_size)
+    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+    if compiled:
+        model.trunk = torch.compile(model.trunk)
+
+    local, micro = share_of_batch(cfg, 1)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 100 * cfg.seq_len)
+    stream = batches(tokens, objective, cfg, 0, range(local), micro, pin=device.type == "cuda")
+    optimizer, ema = make_optimizer(model, cfg, device), EMA(model, cfg.ema_decay)
+
+    def step():
+        train_step(model, objective, next(stream), optimizer, cfg, device, dtype)
+        ema.update()
+
+    nfe = 0
+
+    def denoiser(xt, t, where):
+        nonlocal nfe
+        nfe += 1
+        return model(xt, t, where)
+
+    def sample():
+        xt = torch.full((1, cfg.seq_len), vocab_size, device=device)
+        with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
+            for xt in ancestral(denoiser, xt, vocab_size, objective.schedule, cfg.T, generator_on(device, 0)):
+                pass
+
+    step_seconds = seconds_of(step, args.repeats, device, "training")
+    model.eval()
+    sample_seconds = seconds_of(sample, args.repeats, device, "sampling")
+    result = {
+        "config": name, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."), "compiled": compiled,
+        "torch": str(torch.__version__), "parameters": model.n_params(), "repeats": args.repeats,
+        "step_seconds": step_seconds, "tokens_per_second": cfg.batch_size * cfg.seq_len / step_seconds,
+        "sample_seconds": sample_seconds, "sample_steps": cfg.T, "sample_nfe": nfe // (args.repeats + 1),
+    }
+    print(f"{name}: {result['tokens_per_second']:,.0f} tokens/s in training ({step_seconds:.3f} s per step of "
+          f"{cfg.batch_size} x {cfg.seq_len}), {sample_seconds:.2f} s per sample of {cfg.seq_len} tokens "
+          f"({cfg.T} steps, {result['sample_nfe']} network calls)")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,418 @@
+"""The command lines, on tiny data: prepare, train, resume, evaluate, sample; and what they say to bad input."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import cli
+import configs
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_cond=8", "--seq_len=32", "--batch_size=8", "--micro_batch_size=8",
+         "--dtype=float32", "--device=cpu", "--warmup_steps=5", "--eval_sequences=8", "--sample_interval=0", "--T=50"]
+
+
+class Result:
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run a script as `python SCRIPT ARGUMENTS` would, in this process: exit code, stdout, stderr."""
+    def call(script, *arguments):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        return Result(code, *capfd.readouterr())
+    return call
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A data set `tiny` of 27 symbols, made by the real script in a real process."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("the cat sat on the mat and the dog sat on the log. " * 200)
+    subprocess.run([sys.executable, ROOT / "data/prepare_textfile.py", folder / "text.txt", "--name", "tiny",
+                    "--alphabet", "text8", "--data_dir", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(data_dir, tmp_path_factory):
+    """The folder of a short run of mdlm_shakespeare's twin on `tiny`, trained by a real process."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    subprocess.run([sys.executable, ROOT / "train.py", "mdlm_text8", *SMALL, "--dataset=tiny", f"--data_dir={data_dir}",
+                    f"--out_dir={out}", "--max_steps=60", "--eval_interval=30", "--log_interval=10", "--lr", "0.01",
+                    "--time_sampling=exact_k", "--weighting=simple", "--shift_tokens", "--ema_decay=0.9", "--sample_interval=60"], check=True)
+    return out
+
+
+def train(call, config, data_dir, out, *arguments):
+    return call("train.py", config, *SMALL, "--dataset=tiny", f"--data_dir={data_dir}", f"--out_dir={out}",
+                "--eval_interval=10", "--log_interval=1", *arguments)
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out, key="bits_per_token"):
+    return [line[key] for line in log(out) if key in line]
+
+
+# Adam turns the sign of a vanishing gradient into a whole step, so rounding grows quickly at a real learning rate.
+STEADY = ["--lr=1e-5", "--dropout=0", "--time_sampling=exact_k", "--max_steps=4"]
+
+
+def assert_same_training(one, two):
+    """Losses and gradient norms of two runs agree up to rounding."""
+    for key in ("bits_per_token", "grad_norm"):
+        assert len(losses(one, key)) >= 3 and losses(one, key) == pytest.approx(losses(two, key), rel=1e-4)
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_training_learns(trained):
+    """Bits fall well below those of the first steps; the log has losses, validations and a sample; checkpoints are there."""
+    bits = losses(trained)
+    assert bits[0] > 3.2 > bits[-1] + 0.5
+    validations = [line for line in log(trained) if "val_bits_per_token" in line]
+    assert [line["step"] for line in validations] == [30, 60]
+    assert validations[0]["val_bits_per_token"] > validations[1]["val_bits_per_token"] > 0
+    assert [len(line["sample"]) for line in log(trained) if "sample" in line] == [32]
+    payload = checkpoint.read(trained)
+    assert payload["step"] == 60 and payload["best_val"] == validations[1]["val_bits_per_token"]
+    assert payload["meta"]["alphabet"] == " abcdefghijklmnopqrstuvwxyz"
+    assert (trained / "ckpt_best.pt").exists() and not list(trained.glob(".*"))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("config, extra", [("d3pm_text8", []), ("mdlm_text8", ["--conditioning=time", "--dropout=0.1"])])
+def test_resume_is_exact(call, data_dir, tmp_path, monkeypatch, config, extra):
+    """A run stopped after its checkpoint at step 6 and resumed ends with the weights, averages, optimiser state and log of
+    one that was not stopped: bit for bit."""
+    arguments = ["--max_steps=12", "--checkpoint_interval=6", "--ema_decay=0.9", *extra]
+    assert train(call, config, data_dir, tmp_path / "whole", *arguments).code == 0
+    save = checkpoint.save
+
+    def save_and_stop(path, payload):
+        save(path, payload)
+        if path.name == "ckpt.pt":
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_stop)
+        with pytest.raises(Stop):
+            train(call, config, data_dir, tmp_path / "parts", *arguments)
+    assert checkpoint.read(tmp_path / "parts")["step"] == 6
+    with open(tmp_path / "parts" / "log.jsonl", "a") as file:  # as if steps after the checkpoint had been logged
+        file.write(json.dumps({"step": 7, "bits_per_token": 99.0}) + "\n")
+    assert train(call, config, data_dir, tmp_path / "parts", *arguments, "--resume", "auto").code == 0
+    whole, parts = checkpoint.read(tmp_path / "whole"), checkpoint.read(tmp_path / "parts")
+    assert parts["step"] == 12 and parts["best_val"] == whole["best_val"]
+    for kind in ("model", "ema"):
+        for key, value in whole[kind].items():
+            assert torch.equal(value, parts[kind][key])
+    for i, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(state[key], parts["optimizer"]["state"][i][key]) for key in state)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_micro_batches_do_not_matter(call, data_dir, tmp_path):
+    """The same training whether a step's sequences go through the network at once or in four parts."""
+    for micro in (8, 2):
+        assert train(call, "mdlm_text8", data_dir, tmp_path / str(micro), *STEADY, f"--micro_batch_size={micro}").code == 0
+    assert_same_training(tmp_path / "8", tmp_path / "2")
+
+
+def test_two_processes_train_as_one(call, data_dir, tmp_path):
+    """torchrun with two gloo processes gives the losses, gradients and validation of one process."""
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *STEADY).code == 0
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
+                    "mdlm_text8", *SMALL, "--dataset=tiny", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'two'}",
+                    "--eval_interval=10", "--log_interval=1", *STEADY, "--micro_batch_size=2"],
+                   check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+    one, two = (losses(tmp_path / run, "val_bits_per_token") for run in ("one", "two"))
+    assert len(one) == 1 and one == pytest.approx(two, rel=1e-4)
+
+
+def test_compiled_training(data_dir, tmp_path):
+    """torch.compile changes losses by rounding only, and checkpoints keep plain names."""
+    for flag in ("--compile", "--no-compile"):
+        subprocess.run([sys.executable, ROOT / "train.py", "mdlm_text8", *SMALL, "--dataset=tiny", f"--data_dir={data_dir}",
+                        f"--out_dir={tmp_path / flag}", "--eval_interval=100", "--log_interval=1", *STEADY, "--n_layer=1",
+                        flag], check=True)
+    assert_same_training(tmp_path / "--compile", tmp_path / "--no-compile")
+    assert checkpoint.read(tmp_path / "--compile")["model"].keys() == checkpoint.read(tmp_path / "--no-compile")["model"].keys()
+
+
+def test_fine_tuning(call, data_dir, trained, tmp_path):
+    """--init_from starts from the averaged weights: the first loss is that of the trained model, at step 0 of a new run."""
+    result = train(call, "mdlm_text8", data_dir, tmp_path / "tuned", "--max_steps=2", f"--init_from={trained}",
+                   "--shift_tokens", "--time_sampling=exact_k", "--lr=1e-4")
+    assert result.code == 0 and losses(tmp_path / "tuned")[0] < losses(trained)[0] - 0.5
+
+
+def test_a_finished_run_is_left_alone(call, data_dir, trained):
+    """Training again is refused, and --resume auto of a finished run does nothing, successfully."""
+    arguments = ["--max_steps=60", "--lr=0.01", "--time_sampling=exact_k", "--weighting=simple", "--shift_tokens",
+                 "--ema_decay=0.9"]
+    before = (trained / "ckpt.pt").stat().st_mtime_ns
+    refused = train(call, "mdlm_text8", data_dir, trained, *arguments)
+    assert refused.code == 2 and "holds a run already" in refused.err
+    assert train(call, "mdlm_text8", data_dir, trained, *arguments, "--resume=auto").code == 0
+    assert (trained / "ckpt.pt").stat().st_mtime_ns == before
+
+
+def test_help_lists_every_setting(call):
+    """--help shows every field with type and default, of the config where one is named; bare train.py lists the configs."""
+    text = call("train.py", "d3pm_openwebtext_8gpu", "--help").out
+    assert all(f"--{field} " in text for field in configs.Config.__dataclass_fields__)
+    assert re.search(r"--lr FLOAT\s+peak learning rate of AdamW \[float: 0.0006\]", text)
+    bare = call("train.py")
+    assert bare.code == 0 and all(name in bare.out for name in configs.CONFIGS)
+
+
+# ---- evaluate and sample ---------------------------------------------------------------------------------------------
+
+
+def test_evaluate(call, data_dir, trained):
+    """One JSON object on stdout; the whole split; the number is reproducible and near the last validation."""
+    result = call("evaluate.py", trained, "--split", "test", "--json", "--baselines", "--data_dir", data_dir)
+    scored = json.loads(result.out)
+    n = json.loads((data_dir / "tiny" / "meta.json").read_text())["sizes"]["test"]
+    assert scored["n_sequences"] == n // 32 and scored["n_tokens"] == n // 32 * 32
+    assert 0 < scored["stderr"] < 0.5 and set(scored["baselines"]) > {"uniform", "5-gram"}
+    assert call("evaluate.py", trained, "--split=test", "--json", "--data_dir", data_dir).out.count("\n") == 1
+    last = [line["val_bits_per_token"] for line in log(trained) if "val_bits_per_token" in line][-1]
+    assert abs(scored["bits_per_token"] - last) < 6 * scored["stderr"]
+    plain = call("evaluate.py", trained, "--n_tokens", "64", "--data_dir", data_dir)
+    assert "bits per char on tiny val (2 windows of 32;" in plain.out
+
+
+def test_evaluate_agrees_across_batch_sizes_and_with_more_repeats(call, data_dir, trained):
+    """The batch size of the evaluation does not change its number; repeats average independent noise."""
+    score = lambda *a: json.loads(call("evaluate.py", trained, "--json", "--data_dir", data_dir, *a).out)
+    one, other, many = score("--batch_size=3"), score("--batch_size=64"), score("--repeats=8")
+    assert one["bits_per_token"] == pytest.approx(other["bits_per_token"], rel=1e-5)
+    assert many["stderr"] < one["stderr"] and abs(many["bits_per_token"] - one["bits_per_token"]) < 5 * one["stderr"]
+
+
+def test_sample(call, trained, tmp_path):
+    """Samples go to stdout and --out, without masks, the same for the same seed, and need no data set."""
+    first = call("sample.py", trained, "--batch_size", "3", "--steps", "10", "--seed", "5", "--out", tmp_path / "s.txt")
+    again = call("sample.py", trained, "--batch_size", "3", "--steps", "10", "--seed", "5", "--json")
+    other = call("sample.py", trained, "--batch_size", "3", "--steps", "10", "--seed", "6", "--json")
+    parsed = json.loads(again.out)
+    texts = [sample["text"] for sample in parsed["samples"]]
+    assert first.out == "\n\n".join(texts) + "\n" and (tmp_path / "s.txt").read_text() == "\n".join(texts) + "\n"
+    assert all(len(text) == 32 and set(text) <= set(" abcdefghijklmnopqrstuvwxyz") for text in texts)
+    assert all(0 <= token < 27 for sample in parsed["samples"] for token in sample["tokens"])
+    assert parsed["nfe"] <= 10 and parsed["steps"] == 10 and parsed["seed"] == 5
+    assert texts != [sample["text"] for sample in json.loads(other.out)["samples"]]
+
+
+def test_show(call, data_dir, trained):
+    """--show prints ten states in plain lines where stderr is no terminal, from nearly all masks to none."""
+    result = call("sample.py", trained, "--show", "--steps", "20", "--known_words", "--data_dir", data_dir)
+    states = re.findall(r"step (\d+)/20\n(.*)\n", result.err)
+    assert [int(step) for step, _ in states] == list(range(2, 21, 2))
+    masks = [state.count("░") for _, state in states]
+    assert masks == sorted(masks, reverse=True) and masks[0] > 20 and masks[-1] == 0
+    assert states[-1][1] == result.out.rstrip("\n") and "% of the words occur" in result.err
+
+
+def test_show_on_a_terminal(trained):
+    """On a terminal the frames overwrite each other and highlight what is new."""
+    import pty
+    master, slave = pty.openpty()
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", trained, "--show", "--steps", "5"], stderr=slave,
+                               stdout=subprocess.PIPE, text=True)
+    os.close(slave)
+    frames = b""
+    try:
+        while chunk := os.read(master, 65536):
+            frames += chunk
+    except OSError:
+        pass  # how a pseudo-terminal says that the other end is closed
+    text = process.stdout.read()
+    assert process.wait() == 0 and len(text) == 33
+    assert frames.count(b"\x1b[2A") >= 3 and b"\x1b[1;32m" in frames and b"step 5/5, 0 masks" in frames
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def assert_one_line(result, *words):
+    assert result.code == 2, result
+    assert result.out == "" and result.err.count("\n") == 1 and "Traceback" not in result.err, result.err
+    for word in words:
+        assert word in result.err, result.err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nope"], ["unknown config 'nope'", "d3pm_text8"]),
+    (["--lr=1"], ["name a config first"]),
+    (["demo", "--learning_rate=1"], ["unknown argument --learning_rate=1"]),
+    (["demo", "--lrr=1"], ["did you mean --lr"]),
+    (["demo", "--max_steps=many"], ["--max_steps", "'many'"]),
+    (["demo", "--compile=perhaps"], ["neither true nor false"]),
+    (["demo", "--batch_size=0"], ["batch_size=0 must be at least 1"]),
+    (["demo", "--lr=-1"], ["lr=-1.0"]),
+    (["demo", "--lr=nan"], ["lr=nan"]),
+    (["demo", "--objective=gan"], ["objective='gan' is none of d3pm, mdlm"]),
+    (["demo", "--n_head=5"], ["n_embd", "n_head=5"]),
+    (["demo", "--device=tpu"], ["'tpu' is not available"]),
+    (["demo", "--batch_size=10", "--micro_batch_size=4"], ["batch_size=10 must be a multiple"]),
+    (["demo", "--dataset=nothing"], ["not prepared", "prepare_textfile.py"]),
+    (["d3pm_text8", "--data_dir=/nonexistent"], ["run python data/prepare_text8.py"]),
+    (["d3pm_text8", "--time_sampling=exact_k"], ["continuous-time bound"]),
+    (["demo", "--lambda_ce=1"], ["lambda_ce belongs to objective=d3pm"]),
+])
+def test_bad_train_arguments(call, tmp_path, monkeypatch, arguments, words):
+    """One line that says what is wrong, exit code 2, and no output folder."""
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(call("train.py", *arguments), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_training_starts(call, data_dir, trained, tmp_path):
+    """Sequences longer than a split, nothing to resume, another run's checkpoint, weights that do not fit."""
+    out = tmp_path / "out"
+    go = lambda *a: train(call, "mdlm_text8", data_dir, out, *a)
+    assert_one_line(go("--seq_len=100000"), "fewer than one sequence", "--seq_len=")
+    assert_one_line(go(f"--resume={tmp_path}"), "no checkpoint at")
+    assert_one_line(go(f"--resume={trained}", "--max_steps=60", "--lr=0.5"), "of another run", "lr (was 0.01, now 0.5)", "--init_from")
+    assert_one_line(go(f"--init_from={trained}", "--n_layer=3"), "do not fit", "blocks.2")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "sample.py"])
+def test_bad_checkpoints(call, trained, tmp_path, script):
+    """Missing, foreign, empty, truncated and malicious files."""
+    whole = (trained / "ckpt.pt").read_bytes()
+    cases = {"text.pt": b"not a checkpoint", "empty.pt": b"", "truncated.pt": whole[:len(whole) // 2]}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        assert_one_line(call(script, tmp_path / name), name, "cannot be read as a checkpoint")
+    assert_one_line(call(script, tmp_path / "none.pt"), "no checkpoint at")
+    assert_one_line(call(script, tmp_path), "no checkpoint at")
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"model": Malicious()}, tmp_path / "malicious.pt")
+    assert_one_line(call(script, tmp_path / "malicious.pt"), "cannot be read as a checkpoint")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_other_bad_input(call, data_dir, trained, tmp_path):
+    """Options out of range, other alphabets, folders that are not there."""
+    (tmp_path / "text.txt").write_text("ABC abc " * 200)
+    assert call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", "caps", "--data_dir", data_dir).code == 0
+    assert_one_line(call("evaluate.py", trained, "--dataset", "caps", "--data_dir", data_dir), "alphabet", "--dataset")
+    assert_one_line(call("evaluate.py", trained, "--dataset", "none", "--data_dir", data_dir), "not prepared")
+    assert_one_line(call("evaluate.py", trained, "--split", "dev"), "dev")
+    assert_one_line(call("evaluate.py", trained, "--repeats", "0"), "0 is outside")
+    assert_one_line(call("evaluate.py"), "checkpoint")
+    assert_one_line(call("sample.py", trained, "--steps", "x"), "'x' is not an integer")
+    assert_one_line(call("sample.py", trained, "--batch_size", "0"), "0 is outside")
+    assert_one_line(call("sample.py", trained, "--out", tmp_path / "no" / "where.txt"), "there is no folder")
+    assert_one_line(call("sample.py", trained, "--step", "3"), "did you mean --steps?")
+
+
+def test_a_real_process_says_it_in_one_line(tmp_path):
+    """The same through a real interpreter: exit code 2, one line, no traceback."""
+    process = subprocess.run([sys.executable, ROOT / "sample.py", tmp_path / "none.pt"], capture_output=True, text=True)
+    assert_one_line(Result(process.returncode, process.stdout, process.stderr), "sample.py: no checkpoint at")
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    """If writing fails, the old checkpoint is whole and no temporary file is left."""
+    checkpoint.save(tmp_path / "ckpt.pt", {"step": 1})
+
+    def fail(payload, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError):
+        checkpoint.save(tmp_path / "ckpt.pt", {"step": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"] and checkpoint.read(tmp_path)["step"] == 1
+
+
+def test_heavy_libraries_stay_out():
+    """wandb, datasets and tiktoken are imported only where they are used."""
+    code = ("import sys, train, sample, evaluate, bench, data.prepare_openwebtext, data.prepare_textfile\n"
+            "print(sorted({'wandb', 'datasets', 'tiktoken', 'pandas', 'matplotlib'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_bench(call):
+    """bench.py ends with a JSON line."""
+    result = call("bench.py", "demo", "--n_layer=1", "--n_embd=32", "--T=20", "--batch_size=4", "--seq_len=16", "--repeats=2")
+    line = json.loads(result.out.strip().split("\n")[-1])
+    assert result.code == 0 and line["tokens_per_second"] > 0 and 0 < line["sample_nfe"] <= 20
+
+
+# ---- the README ------------------------------------------------------------------------------------------------------
+
+
+class Parsed(Exception):
+    pass
+
+
+def readme_commands():
+    """Every line of a shell block of the README that runs a script of this repository, from the script on."""
+    text = (ROOT / "README.md").read_text()
+    lines = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)).replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"\s+#.*", "", line) for line in lines if not line.startswith("#")]
+    return [match[0].split() for line in lines if (match := re.search(r"(data/)?\w+\.py( .*)?$", line))]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_readme_command_parses(command, call, monkeypatch):
+    """Every command in the README names an existing script and parses."""
+    parse = cli.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args):
+        parse(self, *args)
+        raise Parsed
+
+    monkeypatch.setattr(cli.ArgumentParser, "parse_args", parse_and_stop)
+    if "--help" in command:
+        assert call(*command).code == 0
+    else:
+        with pytest.raises(Parsed):
+            call(*command)
+        if command[0] == "train.py":
+            assert command[1] in configs.CONFIGS
+
+
+def test_readme_names_every_file():
+    """The file map of the README lists every Python file at the top and in data/."""
+    text = (ROOT / "README.md").read_text()
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("prepare_*.py")]:
+        assert f"`{path.relative_to(ROOT)}`" in text, path.name
