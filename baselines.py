@@ -1,4 +1,4 @@
-"""Reference points for bits per token: what simple models reach on the same split. `evaluate.py --baselines` prints them."""
+"""Reference points for bits per token: what simple models reach on the same split (`evaluate.py --baselines`)."""
 
 import lzma
 import math
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def ngram_bits(train, test, n, vocab_size):
-    """Bits per token of test (m,) under an n-gram model of train, interpolated down to uniform by Witten-Bell smoothing:
+    """Bits per token of test (m,) under an n-gram model of train, interpolated to uniform by Witten-Bell smoothing:
 
         p_n(x | h) = (count(h x) + types(h) p_{n-1}(x | h')) / (count(h) + types(h)),
 
@@ -65,7 +65,7 @@ def reference_points(train, test, vocab_size):
 
 
 def known_word_share(texts, train_text):
-    """Share of the words in texts that occur in train_text. A text's first and last word may be cut, so they are left out."""
+    """Share of words in texts that occur in train_text. A text's first and last word may be cut; they are left out."""
     known = set(train_text.split())
     words = [word for text in texts for word in text.split()[1:-1]]
     return sum(word in known for word in words) / max(1, len(words))

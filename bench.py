@@ -21,7 +21,8 @@ from train import EMA, batches, make_optimizer, share_of_batch, train_step
 
 
 def add_arguments(parser):
-    parser.add_argument("--repeats", type=number(int, 1), default=10, help="timed optimiser steps, and samples (default 10)")
+    parser.add_argument("--repeats", type=number(int, 1), default=10,
+                        help="timed optimiser steps, and samples (default 10)")
     parser.add_argument("--vocab_size", type=number(int, 2), help="default: that of the config's data set, or 27")
 
 

@@ -25,7 +25,7 @@ FORMAT = "discrete-diffusion-1"
 
 
 def save(path, payload):
-    """Write payload to path: to a temporary file, to the disk, then renamed. A crash leaves the old file or the new one."""
+    """Write payload to path: to a temporary file, to the disk, then renamed. A crash leaves the old file or the new."""
     path = Path(path)
     versions = {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -44,7 +44,8 @@ def save(path, payload):
 def read(path, dataset=None):
     """The payload behind path: a file, or a folder with ckpt.pt. Other projects' files are translated (interop.py).
 
-    dataset: what a foreign checkpoint was trained on, where it does not say. Raises UserError for whatever is no checkpoint.
+    dataset: what a foreign checkpoint was trained on, where it does not say.
+    Raises UserError for whatever is no checkpoint.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,7 +63,7 @@ def read(path, dataset=None):
 
 
 def config_of(payload):
-    """The Config of a payload; settings that this version does not know are an error, missing ones take their default."""
+    """The Config of a payload; settings this version does not know are an error, missing ones take their default."""
     known = {field.name for field in dataclasses.fields(Config)}
     unknown = set(payload["config"]) - known
     if unknown:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import os
 import sys
 
 import torch
@@ -39,11 +40,15 @@ def run(main):
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{name}: out of GPU memory: use a smaller --micro_batch_size (train.py) or --batch_size",
+              file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `python sample.py CKPT | head -1` is no error
-        sys.stderr.close()
+    except BrokenPipeError:  # `python sample.py CKPT | head -1` is no error; nor is the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def number(kind, low, high=float("inf")):

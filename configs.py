@@ -1,7 +1,8 @@
 """Settings of a run, and the named configs: plain functions that return one. `python train.py` lists them.
 
-batch_size is the number of sequences per optimiser step over all GPUs; micro_batch_size is what one GPU holds at a time,
-and the number of accumulation steps follows. So *_4gpu, *_8gpu and *_32gpu differ in memory use and in nothing else.
+batch_size is the number of sequences per optimiser step over all GPUs; micro_batch_size is what one GPU holds at a
+time, and the number of accumulation steps follows. So *_4gpu, *_8gpu and *_32gpu differ in memory use and in
+nothing else.
 """
 
 import argparse
@@ -82,7 +83,8 @@ class Config:
                 raise UserError(f"{field.name}={value!r} is none of {', '.join(choices)}")
             least = 1 if field.name in COUNTS else 0
             if field.type in (int, float) and not least <= value < float("inf"):
-                raise UserError(f"{field.name}={value} must be {'a finite number, ' if least == 0 else ''}at least {least}")
+                raise UserError(f"{field.name}={value} must be "
+                                f"{'a finite number, ' if least == 0 else ''}at least {least}")
         if self.n_embd % (2 * self.n_head):
             raise UserError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
         if not (self.dropout < 1 and self.ema_decay < 1 and self.beta1 < 1 and self.beta2 < 1):
@@ -153,7 +155,7 @@ def d3pm_openwebtext_32gpu():
 
 
 def mdlm_twin(config):
-    """The same data, size and optimisation in continuous time: no time conditioning, no auxiliary loss, stratified times.
+    """Same data, size and optimisation in continuous time: no time conditioning, no auxiliary loss, stratified times.
 
     D3PM's gradients are those of a loss T times smaller, so the clipping threshold changes, too.
     """

@@ -19,10 +19,11 @@ ones. So every bound here is one sum,
 
     nelbo = E[ weight * sum over masked positions of CE ] / L,
 
-and a method is a way to draw (mask, t, weight). No posterior over (B, L, K) is ever built; the tests build it, and check.
+and a method is a way to draw (mask, t, weight). No posterior over (B, L, K) is ever built; the tests
+build it, and check.
 
-All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (noise.py). So an
-objective is a deterministic function of (x0, u, v).
+All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (noise.py). So
+an objective is a deterministic function of (x0, u, v).
 """
 
 import math
@@ -71,7 +72,7 @@ def cross_entropy(logits, x0):
 
 
 class Absorbing:
-    """What D3PM and MDLM share. A subclass draws the noise: noise() to train with, noise_low_variance() to report with."""
+    """What D3PM and MDLM share. A subclass draws the noise: noise() to train, noise_low_variance() to report."""
 
     def __init__(self, mask_id, schedule="linear"):
         self.mask_id = mask_id
@@ -113,7 +114,7 @@ class D3PM(Absorbing):
         self.T, self.lambda_ce = T, lambda_ce
 
     def noise(self, u, v):
-        """s uniform on 1 ... T (if u is uniform on (0, 1]); each token masked independently. u (B,), v (B, L) -> Noise."""
+        """s uniform on 1 ... T (if u is uniform on (0, 1]); tokens masked independently. u (B,), v (B, L) -> Noise."""
         s = torch.ceil(u * self.T)
         a, a_next = self.schedule.alpha(s / self.T), self.schedule.alpha((s - 1) / self.T)
         return Noise(v <= 1 - a[:, None], (s / self.T).float(), (self.T * (a_next - a) / (1 - a)).float())
@@ -121,9 +122,9 @@ class D3PM(Absorbing):
     def noise_low_variance(self, u, v):
         """The same bound from a better draw: one random token is surely masked, and the weight is constant.
 
-        sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked], where P(s) = a_{s-1} - a_s
-        and i is uniform. Averaging over which of the k masked tokens was the sure one gives the weight L/k: no large
-        weights at small s. v[:, 0] picks the sure token, whose own number then serves token 0.
+        sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked], where
+        P(s) = a_{s-1} - a_s and i is uniform. Averaging over which of the k masked tokens was the sure one gives the
+        weight L/k: no large weights at small s. v[:, 0] picks the sure token, whose own number then serves token 0.
         """
         B, L = v.shape
         s = torch.ceil(self.T * self.schedule.inverse(1 - u)).clamp(1, self.T)
@@ -149,9 +150,10 @@ class MDLM(Absorbing):
         nelbo = integral over t in (0, 1] of -alpha'(t)/(1 - alpha(t)) * E[sum over masked positions of CE] dt / L
 
     Its value does not depend on the schedule, only the variance of its estimate does. time_sampling:
-    'uniform', 'stratified': t from u, tokens masked independently. The weight is 1/t for the linear schedule; its square
-        has no finite mean, so this is for training and for matching papers, never for error bars.
-    'exact_k': exactly k tokens masked, k uniform on 1 ... L, weight L/k (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736).
+    'uniform', 'stratified': t from u, tokens masked independently. The weight is 1/t for the linear schedule; its
+        square has no finite mean, so this is for training and for matching papers, never for error bars.
+    'exact_k': exactly k tokens masked, k uniform on 1 ... L, weight L/k
+        (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736).
 
     weighting 'simple' trains with the same weight, 2, for every masked token: for the linear schedule the terms of the
     bound times 2t. What is lost in rigour is won in variance, and short runs end far lower (LOG.md). The reported bound
@@ -171,9 +173,9 @@ class MDLM(Absorbing):
     def noise_low_variance(self, u, v):
         """Exactly k = ceil(u L) masks. u (B,), v (B, L) -> Noise.
 
-        The tokens with the k smallest v are masked, and the model is told the moment at which the k-th of them fell: the
-        k-th smallest of L uniform numbers is Beta(k, L - k + 1), which is the law of the masked fraction given k masks
-        under the weight 1/t. So the bound is the same one for models that see the time, too.
+        The tokens with the k smallest v are masked, and the model is told the moment at which the k-th of them fell:
+        the k-th smallest of L uniform numbers is Beta(k, L - k + 1), which is the law of the masked fraction given k
+        masks under the weight 1/t. So the bound is the same one for models that see the time, too.
         """
         L = v.shape[1]
         k = torch.ceil(u * L).long().clamp(1, L)

@@ -3,9 +3,9 @@
     python evaluate.py out/demo                     # the validation split
     python evaluate.py out/demo --split test --json
 
-Every number is an upper bound on -log2 p(x) of the model, averaged over non-overlapping windows of the whole split. It is
-estimated with one network call per window and repeat; the standard error is that of the mean over windows, so it covers
-the noise of the estimate and of the choice of text.
+Every number is an upper bound on -log2 p(x) of the model, averaged over non-overlapping windows of the whole split. It
+is estimated with one network call per window and repeat; the standard error is that of the mean over windows, so it
+covers the noise of the estimate and of the choice of text.
 """
 
 import json
@@ -54,15 +54,17 @@ def parse_args():
     p = ArgumentParser(description=__doc__)
     p.add_argument("checkpoint", help="a file, or a folder with ckpt.pt (nanoDD's ckpt.pt works as well)")
     p.add_argument("--split", choices=SPLITS, default="val", help="default: val")
-    p.add_argument("--n_tokens", type=number(int, 1), help="stop after about this many tokens (default: the whole split)")
+    p.add_argument("--n_tokens", type=number(int, 1),
+                   help="stop after about this many tokens (default: the whole split)")
     p.add_argument("--repeats", type=number(int, 1), default=1, help="draws of the noise per window (default 1)")
     p.add_argument("--dataset", help="data set to score on (default: the one that the checkpoint was trained on)")
-    p.add_argument("--data_dir", default="", help="folder of data sets (default: data/)")
+    p.add_argument("--data_dir", default="", help="folder of data sets (default: the one trained on)")
     p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
     p.add_argument("--batch_size", type=number(int, 1), default=32, help="windows per network call (default 32)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the noise (default 0)")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one there is)")
-    p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="default: bfloat16 where fast")
+    p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+                   help="default: bfloat16 where fast")
     p.add_argument("--baselines", action="store_true", help="also n-grams and lzma on the same split (character data)")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return p.parse_args()
@@ -72,11 +74,11 @@ def main():
     args = parse_args()
     device = pick_device(args.device)
     model, config, meta, step = load_model(args.checkpoint, device, args.dataset, args.raw)
-    dataset = args.dataset or config.dataset
-    check_same_tokens(meta, load_meta(dataset, args.data_dir), dataset)
+    dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
+    check_same_tokens(meta, load_meta(dataset, data_dir), dataset)
     if args.baselines and meta["tokenizer"] != "char":
         raise UserError("--baselines is for character data")
-    tokens = load_split(dataset, args.split, config.seq_len, args.data_dir)
+    tokens = load_split(dataset, args.split, config.seq_len, data_dir)
     limit = args.n_tokens and max(1, round(args.n_tokens / config.seq_len))
     starts = windows(tokens, config.seq_len, limit)
 
@@ -98,7 +100,7 @@ def main():
     out = sys.stderr if args.json else sys.stdout
     print(line, file=out)
     if args.baselines:
-        train = load_split(dataset, "train", 1, args.data_dir)
+        train = load_split(dataset, "train", 1, data_dir)
         result["baselines"] = dict(reference_points(train, tokens, meta["vocab_size"]))
         print(comparison(bits, error, result["baselines"], unit), file=out)
     if args.json:
@@ -107,7 +109,8 @@ def main():
 
 def comparison(bits, error, baselines, unit):
     """The model among the reference points, worst first, and in words which of them it beats."""
-    rows = [(name, value, "") for name, value in baselines.items()] + [("this model (a bound)", bits, f" ± {error:.4f}")]
+    rows = ([(name, value, "") for name, value in baselines.items()]
+            + [("this model (a bound)", bits, f" ± {error:.4f}")])
     lines = [f"  {name:24}{value:8.4f}{extra}" for name, value, extra in sorted(rows, key=lambda row: -row[1])]
     beaten = [name for name, value in baselines.items() if bits + error < value]
     unbeaten = [name for name in baselines if name not in beaten]

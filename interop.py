@@ -1,8 +1,8 @@
 """Other projects' checkpoints, translated into ours: key names, conventions, and what they leave unsaid.
 
 nanoDD (github.com/flukeskywalker/nanoDD), ckpt.pt: the same network under other names, fed the step number 1 ... T; the
-output is tied to the input embedding; EMA weights by ema_pytorch. Its buffers (betas, alpha_bars, inv_freq) follow from T
-and the sizes, so they are dropped.
+output is tied to the input embedding; EMA weights by ema_pytorch. Its buffers (betas, alpha_bars, inv_freq) follow from
+T and the sizes, so they are dropped.
 """
 
 import re

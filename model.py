@@ -67,8 +67,8 @@ class TimeEmbedding(nn.Module):
 def token_shift(x):
     """A quarter of the channels of x (B, L, D) from the token to the left, a quarter from the one to the right.
 
-    The token shift of RWKV (arXiv 2305.13048), in both directions: neighbours at no cost, where small networks need long
-    to find them by attention.
+    The token shift of RWKV (arXiv 2305.13048), in both directions: neighbours at no cost, where small networks need
+    long to find them by attention.
     """
     left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
     return torch.cat((F.pad(left, (0, 0, 1, -1)), F.pad(right, (0, 0, -1, 1)), here), dim=-1)
@@ -91,7 +91,8 @@ class Block(nn.Module):
 
     def attention(self, x, cos, sin):
         B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
+        # q, k, v: (B, heads, L, D/heads)
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.attn_out(x.transpose(1, 2).reshape(B, L, D))
 
@@ -172,8 +173,8 @@ class DiT(nn.Module):
     def forward(self, xt, t, where=None):
         """xt (B, L) long in [0, V], t (B,) or (B, L) in (0, 1] -> logits (B, L, V).
 
-        With where (B, L) bool, logits (N, V) at its N True positions only, in row-major order: the head is a third of the
-        work for 50,000 tokens, and nobody reads what it says about visible ones.
+        With where (B, L) bool, logits (N, V) at its N True positions only, in row-major order: the head is a third of
+        the work for 50,000 tokens, and nobody reads what it says about visible ones.
         """
         x = self.trunk(xt, t)
         return self.head(x if where is None else x[where])

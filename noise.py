@@ -22,7 +22,8 @@ def uniforms(seed, step, indices, batch_size, seq_len, stratified):
 
     u decides how much of a sequence is masked, v which of its tokens. With `stratified`, the u of the whole batch
     (batch_size sequences, N of which are asked for) fall one into each interval ((i - 1)/batch_size, i/batch_size], in
-    random order: every single u is still uniform, so estimates stay unbiased, but their mean over the batch varies less.
+    random order: every single u is still uniform, so estimates stay unbiased, but their mean over
+    the batch varies less.
     """
     u, v = np.empty(len(indices)), np.empty((len(indices), seq_len))
     for row, index in enumerate(indices):

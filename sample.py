@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -31,15 +30,20 @@ def parse_args():
     p.add_argument("checkpoint", help="a file, or a folder with ckpt.pt (nanoDD's ckpt.pt works as well)")
     p.add_argument("--batch_size", type=number(int, 1), default=1, help="number of samples (default 1)")
     p.add_argument("--steps", type=number(int, 1), help="steps of the reverse chain (default: the config's T)")
+    p.add_argument("--temperature", type=number(float, 0.01, 100), default=1.0,
+                   help="below 1: likelier tokens, less variety (default 1: the model's own law)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="same seed, same samples (default 0)")
     p.add_argument("--show", action="store_true", help="show the denoising of the first sample as it happens")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the samples to FILE as well, one after the other")
-    p.add_argument("--known_words", action="store_true", help="also report the share of words known from the training data")
+    p.add_argument("--known_words", action="store_true",
+                   help="also report the share of words known from the training data")
     p.add_argument("--dataset", help="data set of a foreign checkpoint that does not name it: text8 or openwebtext")
-    p.add_argument("--data_dir", default="", help="folder of data sets, for --known_words (default: data/)")
+    p.add_argument("--data_dir", default="",
+                   help="folder of data sets, for --known_words (default: the one trained on)")
     p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one there is)")
-    p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="default: bfloat16 where fast")
+    p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+                   help="default: bfloat16 where fast")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return p.parse_args()
 
@@ -69,7 +73,7 @@ def draw(tokens, before, mask_id, tokenizer, color):
 
 
 class Screen:
-    """Shows states one over the other on a terminal, at most 25 a second; elsewhere prints ten of them in plain lines."""
+    """Shows states one over another on a terminal, at most 25 a second; elsewhere prints ten of them in plain lines."""
 
     def __init__(self, mask_id, tokenizer, steps):
         self.mask_id, self.tokenizer, self.steps = mask_id, tokenizer, steps
@@ -98,21 +102,24 @@ def main():
         raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
     device = pick_device(args.device)
     model, config, meta, _ = load_model(args.checkpoint, device, args.dataset, args.raw)
+    data_dir = args.data_dir or config.data_dir
     tokenizer = make_tokenizer(meta)
     objective = config.make_objective(meta["vocab_size"])
     steps = args.steps or config.T
     if args.known_words:
         if meta["tokenizer"] != "char":
             raise UserError("--known_words is for character data")
-        train_text = tokenizer.decode(load_split(config.dataset, "train", 1, args.data_dir))
+        train_text = tokenizer.decode(load_split(config.dataset, "train", 1, data_dir))
 
     start = time.perf_counter()
     denoiser = Counted(model)
     screen = Screen(objective.mask_id, tokenizer, steps) if args.show else None
     xt = torch.full((args.batch_size, config.seq_len), objective.mask_id, device=device)
-    chain = ancestral(denoiser, xt, objective.mask_id, objective.schedule, steps, generator_on(device, args.seed))
+    chain = ancestral(denoiser, xt, objective.mask_id, objective.schedule, steps, generator_on(device, args.seed),
+                      args.temperature)
     with autocast(device, pick_dtype(device, args.dtype)):
-        for step, xt in enumerate(progress(chain, total=steps, desc="sampling", unit="step", leave=False, show=not screen), 1):
+        for step, xt in enumerate(progress(chain, total=steps, desc="sampling", unit="step", leave=False,
+                                           show=not screen), 1):
             if screen:
                 screen.show(step, xt[0].tolist())
     seconds = time.perf_counter() - start
@@ -124,7 +131,8 @@ def main():
     if args.json:
         print(json.dumps({
             "samples": [{"text": text, "tokens": sample} for text, sample in zip(texts, tokens)],
-            "sampler": "ancestral", "steps": steps, "nfe": denoiser.nfe, "seconds": seconds, "seed": args.seed,
+            "sampler": "ancestral", "steps": steps, "temperature": args.temperature, "nfe": denoiser.nfe,
+            "seconds": seconds, "seed": args.seed,
         }))
     else:
         print("\n\n".join(texts))

@@ -17,14 +17,17 @@ def categorical(logits, generator):
 
 
 @torch.no_grad()
-def ancestral(model, xt, mask_id, schedule, steps, generator):
-    """The reverse chain on the grid 1, (n-1)/n, ..., 1/n, 0 with n = steps (D3PM eq. 4; MDLM eq. 6-7), as an iterator.
+def ancestral(model, xt, mask_id, schedule, steps, generator, temperature=1.0):
+    """The reverse chain on the grid 1, (n-1)/n, ..., 1/n, 0 with n = steps (D3PM, eq. 4; MDLM, eq. 6), as an iterator.
 
     Starts from xt (B, L) at t = 1: masks, and tokens that are given. Yields the state after each step, which is a new
-    tensor wherever it changed. From t to s < t each mask is revealed with probability (alpha_s - alpha_t)/(1 - alpha_t),
-    whatever the network says; only then is a token drawn, from the network's prediction at t. So the network runs for the
-    sequences that reveal something, its head at the positions that do, and on many steps not at all: the law is that of
-    the (B, L, V + 1)-wise posterior. At s = 0 everything is revealed, and a revealed token never changes.
+    tensor wherever it changed. From t to s < t each mask is revealed with probability
+    (alpha_s - alpha_t)/(1 - alpha_t), whatever the network says; only then is a token drawn, from the network's
+    prediction at t. So the network runs for the sequences that reveal something, its head at the positions that do, and
+    on many steps not at all: the law is that of a draw from the posterior over all V + 1 states. At s = 0 everything is
+    revealed, and a revealed token never changes.
+
+    temperature divides the logits; other than 1, the law is no longer the model's.
     """
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     alpha = schedule.alpha(grid)
@@ -35,6 +38,6 @@ def ancestral(model, xt, mask_id, schedule, steps, generator):
         rows = reveal.any(1)
         if rows.any():
             t = torch.full((int(rows.sum()),), grid[i].item(), device=xt.device)
-            drawn = categorical(model(xt[rows], t, where=reveal[rows]), generator)
+            drawn = categorical(model(xt[rows], t, where=reveal[rows]) / temperature, generator)
             xt = xt.masked_scatter(reveal, drawn)
         yield xt

@@ -33,7 +33,7 @@ from sampling import ancestral
 
 
 class EMA:
-    """Exponential moving average of a model's weights, with a warm-up: the decay of update n is at most (1+n)/(10+n)."""
+    """Exponential moving average of a model's weights, with warm-up: the decay of update n is at most (1+n)/(10+n)."""
 
     def __init__(self, model, decay):
         self.model, self.decay, self.updates = model, decay, 0
@@ -93,7 +93,8 @@ def setup_processes(cfg):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            device_id=device if device.type == "cuda" else None)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -119,7 +120,7 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin):
 
 
 def train_step(net, objective, parts, optimizer, cfg, device, dtype):
-    """One optimiser step on the batch in `parts`. Returns the bound, nats per token, and the gradient norm, as tensors."""
+    """One optimiser step on the batch in `parts`. Returns the bound, nats per token, and gradient norm, as tensors."""
     nats = torch.zeros((), device=device)
     for i, (x0, noise) in enumerate(parts):
         last = i == len(parts) - 1
@@ -154,6 +155,8 @@ def resume_from(where, cfg, out_dir):
 def open_log(path, step):
     """log.jsonl for appending, without the lines of later steps than the one that the run continues from."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # cut off by a crash
     path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
     return open(path, "a", buffering=1)
 
@@ -166,7 +169,8 @@ def duration(seconds):
 
 def add_arguments(parser):
     parser.add_argument("--resume", metavar="CKPT|auto", help="continue a run; auto: that of out_dir, if there is one")
-    parser.add_argument("--init_from", metavar="CKPT", help="start from the averaged weights of another run (fine-tuning)")
+    parser.add_argument("--init_from", metavar="CKPT",
+                        help="start from the averaged weights of another run (fine-tuning)")
 
 
 def main():
@@ -207,7 +211,8 @@ def main():
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     if compiled:
         model.trunk = torch.compile(model.trunk)
-    net = model if world == 1 else DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    net = model if world == 1 else DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None)
 
     # ---- where results go -------------------------------------------------------------------------------------------
     if master:
@@ -220,7 +225,7 @@ def main():
     unit = f"bits/{tokenizer.unit}"
 
     def log(line, **values):
-        """A line for people; the values as JSON in log.jsonl, and to wandb if asked."""
+        """Show a line; write the values to log.jsonl, and to wandb if asked."""
         if master:
             bar.write(line, file=sys.stdout)
             log_file.write(json.dumps({"step": step, "tokens": step * cfg.batch_size * cfg.seq_len, **values}) + "\n")
@@ -254,12 +259,13 @@ def main():
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     if master:
-        bar.write(f"{name}: {model.n_params() / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
+        bar.write(f"{name}: {model.n_params() / 1e6:.1f}M parameters, "
+                  f"{cfg.batch_size} x {cfg.seq_len} tokens per step, "
                   f"{world} x {device.type}, {str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}, "
                   f"writing to {out_dir}", file=sys.stdout)
+        if step:
+            bar.write(f"continuing at step {step:,} of {cfg.max_steps:,}", file=sys.stdout)
     indices = range(rank * local, (rank + 1) * local)
-    if step >= cfg.max_steps:
-        bar.write(f"{out_dir} is trained already: {step:,} of {cfg.max_steps:,} steps", file=sys.stdout)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, pin=device.type == "cuda"))
     first_step, seconds = step, 0.0           # of this process; seconds of training alone
     nats, logged, clock = torch.zeros((), device=device), step, time.perf_counter()  # since the last log line
@@ -292,8 +298,9 @@ def main():
         paused = time.perf_counter()
         if step % cfg.eval_interval == 0 or step == cfg.max_steps:
             bits, error = validate()
-            log(f"step {step:,}  validation {unit} {bits:.4f} ± {error:.4f}{'  (best so far)' if bits < best_val else ''}",
-                val_bits_per_token=bits, val_stderr=error)
+            log(f"step {step:,}  validation {unit} {bits:.4f} ± {error:.4f}"
+                f"{'  (best so far)' if bits < best_val else ''}",
+                val_bits_per_token=bits, val_stderr=None if math.isnan(error) else error)
             if bits < best_val:
                 best_val = bits
                 if master:
@@ -305,6 +312,8 @@ def main():
             save("ckpt.pt")
         clock += time.perf_counter() - paused
     bar.close()
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

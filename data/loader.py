@@ -22,14 +22,20 @@ def load_meta(name, data_dir=""):
         return json.loads((folder / "meta.json").read_text())
     except FileNotFoundError:
         script = DATA_DIR / f"prepare_{name}.py"
-        command = f"python data/{script.name}" if script.exists() else f"python data/prepare_textfile.py FILE --name {name}"
+        command = (f"python data/{script.name}" if script.exists()
+                   else f"python data/prepare_textfile.py FILE --name {name}")
         raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {command}")
     except json.JSONDecodeError:
         raise UserError(f"{folder / 'meta.json'} is damaged: delete {folder} and prepare the data set again")
 
 
 def check_same_tokens(meta, data_meta, dataset):
-    """Raise UserError unless the checkpoint and the data set mean the same by a token id."""
+    """Raise UserError unless the checkpoint (meta) and the data set (data_meta) mean the same by a token id."""
+    strange = sorted(set(data_meta.get("alphabet", "")) - set(meta.get("alphabet", "")))
+    if strange and meta["tokenizer"] == "char":
+        raise UserError(f"data set {dataset!r} has characters outside the checkpoint's alphabet: "
+                        f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''}; "
+                        "choose another with --dataset")
     for key in ("tokenizer", "alphabet", "vocab_size"):
         if meta.get(key) != data_meta.get(key):
             raise UserError(f"the checkpoint's {key} is {meta.get(key)!r} and that of data set {dataset!r} is "
@@ -37,7 +43,7 @@ def check_same_tokens(meta, data_meta, dataset):
 
 
 def load_split(name, split, seq_len, data_dir=""):
-    """The tokens of one split, memory-mapped, (n,) uint8 or uint16 with n >= seq_len. Raises UserError if it has fewer."""
+    """The tokens of one split, memory-mapped, (n,) uint8 or uint16 with n >= seq_len. Raises UserError if fewer."""
     meta = load_meta(name, data_dir)
     path = Path(data_dir or DATA_DIR) / name / f"{split}.bin"
     try:
@@ -48,7 +54,8 @@ def load_split(name, split, seq_len, data_dir=""):
         raise UserError(f"{path} has {len(tokens):,} tokens and its meta.json says {meta['sizes'][split]:,}: "
                         f"delete {path.parent} and prepare the data set again")
     if len(tokens) < seq_len:
-        raise UserError(f"the {split} split of {name} has {len(tokens):,} tokens, fewer than one sequence of {seq_len:,}: "
+        raise UserError(f"the {split} split of {name} has {len(tokens):,} tokens, "
+                        f"fewer than one sequence of {seq_len:,}: "
                         f"use --seq_len={min(meta['sizes'].values())} or less, or a larger text")
     return tokens
 

@@ -1,10 +1,11 @@
 """Prepare `openwebtext`: 8 million web pages (Gokaslan and Cohen), GPT-2 tokens, 9 billion of them: 18 GB on disk.
 
 Every document is followed by end-of-text. A document goes to train, val or test by a hash of its text, so copies of a
-page stay in one split. Documents stream from disk through a pool of processes: memory use does not grow with the corpus.
+page stay in one split. Documents stream from disk through a pool of processes: memory use does not grow
+with the corpus.
 
     python data/prepare_openwebtext.py --num_proc 16
-    python data/prepare_openwebtext.py --file shard-*.parquet      # local .parquet, .jsonl (field text) or .txt (a line each)
+    python data/prepare_openwebtext.py --file shard-*.parquet    # .parquet, .jsonl (field text) or .txt (a line each)
 """
 
 import hashlib

@@ -1,10 +1,10 @@
 """Prepare `pydoc`: the English that every full CPython carries, for a first run that needs no download.
 
 It takes the prose paragraphs of the language reference (pydoc_data.topics) and of the standard library's docstrings
-(parsed with ast; nothing is imported), drops code, grammar and tables, and writes them in text8's 27 symbols. Much of it
-repeats itself, so paragraphs are deduplicated, also those that share most of their phrases with an earlier one, and the
-split into 80 % train, 10 % val, 10 % test goes by a hash of the paragraph. The text differs a little between versions of
-Python: meta.json records which one.
+(parsed with ast; nothing is imported), drops code, grammar and tables, and writes them in text8's 27 symbols. Much of
+it repeats itself, so paragraphs are deduplicated, also those that share most of their phrases with an earlier one, and
+the split into 80 % train, 10 % val, 10 % test goes by a hash of the paragraph. The text differs a little between
+versions of Python: meta.json records which one.
 """
 
 import ast

@@ -25,7 +25,8 @@ def main():
         return
     text = fetch(URL, SHA256, args.file).decode("ascii")
     alphabet = "".join(sorted(set(text)))
-    meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet), "name": "shakespeare", "source": URL}
+    meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet),
+            "name": "shakespeare", "source": URL}
     write_splits(folder, meta, cut(CharTokenizer(alphabet).encode(text), train=0.9, val=0.05))
 
 

@@ -53,11 +53,13 @@ def main():
     else:
         alphabet = "".join(sorted(set().union(*texts)))
         if len(alphabet) > 65_536:
-            raise UserError(f"the text has {len(alphabet):,} different characters, more than 65,536: use --tokenizer gpt2")
+            raise UserError(f"the text has {len(alphabet):,} different characters, more than 65,536: "
+                            "use --tokenizer gpt2")
         meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet)}
     meta |= {"name": args.name, "source": ", ".join(Path(file).name for file in args.files)}
     ids = [encode(text, make_tokenizer(meta)) for text in texts]
-    write_splits(folder, meta, dict(zip(("train", "val", "test"), ids)) if args.val else cut(ids[0], train=0.9, val=0.05))
+    write_splits(folder, meta,
+                 dict(zip(("train", "val", "test"), ids)) if args.val else cut(ids[0], train=0.9, val=0.05))
 
 
 def encode(text, tokenizer):

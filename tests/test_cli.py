@@ -16,8 +16,9 @@ import cli
 import configs
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_cond=8", "--seq_len=32", "--batch_size=8", "--micro_batch_size=8",
-         "--dtype=float32", "--device=cpu", "--warmup_steps=5", "--eval_sequences=8", "--sample_interval=0", "--T=50"]
+SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_cond=8", "--seq_len=32", "--batch_size=8",
+         "--micro_batch_size=8", "--dtype=float32", "--device=cpu", "--warmup_steps=5", "--eval_sequences=8",
+         "--sample_interval=0", "--T=50"]
 
 
 class Result:
@@ -56,7 +57,8 @@ def trained(data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     subprocess.run([sys.executable, ROOT / "train.py", "mdlm_text8", *SMALL, "--dataset=tiny", f"--data_dir={data_dir}",
                     f"--out_dir={out}", "--max_steps=60", "--eval_interval=30", "--log_interval=10", "--lr", "0.01",
-                    "--time_sampling=exact_k", "--weighting=simple", "--shift_tokens", "--ema_decay=0.9", "--sample_interval=60"], check=True)
+                    "--time_sampling=exact_k", "--weighting=simple", "--shift_tokens", "--ema_decay=0.9",
+                    "--sample_interval=60"], check=True)
     return out
 
 
@@ -87,7 +89,7 @@ def assert_same_training(one, two):
 
 
 def test_training_learns(trained):
-    """Bits fall well below those of the first steps; the log has losses, validations and a sample; checkpoints are there."""
+    """Bits fall well below the first steps'; the log has losses, validations and a sample; checkpoints are there."""
     bits = losses(trained)
     assert bits[0] > 3.2 > bits[-1] + 0.5
     validations = [line for line in log(trained) if "val_bits_per_token" in line]
@@ -104,10 +106,11 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("config, extra", [("d3pm_text8", []), ("mdlm_text8", ["--conditioning=time", "--dropout=0.1"])])
+@pytest.mark.parametrize("config, extra", [("d3pm_text8", []),
+                                           ("mdlm_text8", ["--conditioning=time", "--dropout=0.1"])])
 def test_resume_is_exact(call, data_dir, tmp_path, monkeypatch, config, extra):
-    """A run stopped after its checkpoint at step 6 and resumed ends with the weights, averages, optimiser state and log of
-    one that was not stopped: bit for bit."""
+    """A run stopped after its checkpoint at step 6 and resumed ends with the weights, averages, optimiser state and log
+    of one that was not stopped: bit for bit."""
     arguments = ["--max_steps=12", "--checkpoint_interval=6", "--ema_decay=0.9", *extra]
     assert train(call, config, data_dir, tmp_path / "whole", *arguments).code == 0
     save = checkpoint.save
@@ -123,7 +126,7 @@ def test_resume_is_exact(call, data_dir, tmp_path, monkeypatch, config, extra):
             train(call, config, data_dir, tmp_path / "parts", *arguments)
     assert checkpoint.read(tmp_path / "parts")["step"] == 6
     with open(tmp_path / "parts" / "log.jsonl", "a") as file:  # as if steps after the checkpoint had been logged
-        file.write(json.dumps({"step": 7, "bits_per_token": 99.0}) + "\n")
+        file.write(json.dumps({"step": 7, "bits_per_token": 99.0}) + "\n" + '{"step": 8, "bits')
     assert train(call, config, data_dir, tmp_path / "parts", *arguments, "--resume", "auto").code == 0
     whole, parts = checkpoint.read(tmp_path / "whole"), checkpoint.read(tmp_path / "parts")
     assert parts["step"] == 12 and parts["best_val"] == whole["best_val"]
@@ -138,16 +141,18 @@ def test_resume_is_exact(call, data_dir, tmp_path, monkeypatch, config, extra):
 def test_micro_batches_do_not_matter(call, data_dir, tmp_path):
     """The same training whether a step's sequences go through the network at once or in four parts."""
     for micro in (8, 2):
-        assert train(call, "mdlm_text8", data_dir, tmp_path / str(micro), *STEADY, f"--micro_batch_size={micro}").code == 0
+        assert train(call, "mdlm_text8", data_dir, tmp_path / str(micro), *STEADY,
+                     f"--micro_batch_size={micro}").code == 0
     assert_same_training(tmp_path / "8", tmp_path / "2")
 
 
 def test_two_processes_train_as_one(call, data_dir, tmp_path):
     """torchrun with two gloo processes gives the losses, gradients and validation of one process."""
     assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *STEADY).code == 0
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
-                    "mdlm_text8", *SMALL, "--dataset=tiny", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'two'}",
-                    "--eval_interval=10", "--log_interval=1", *STEADY, "--micro_batch_size=2"],
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    ROOT / "train.py", "mdlm_text8", *SMALL, "--dataset=tiny", f"--data_dir={data_dir}",
+                    f"--out_dir={tmp_path / 'two'}", "--eval_interval=10", "--log_interval=1", *STEADY,
+                    "--micro_batch_size=2"],
                    check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert_same_training(tmp_path / "one", tmp_path / "two")
     one, two = (losses(tmp_path / run, "val_bits_per_token") for run in ("one", "two"))
@@ -157,15 +162,16 @@ def test_two_processes_train_as_one(call, data_dir, tmp_path):
 def test_compiled_training(data_dir, tmp_path):
     """torch.compile changes losses by rounding only, and checkpoints keep plain names."""
     for flag in ("--compile", "--no-compile"):
-        subprocess.run([sys.executable, ROOT / "train.py", "mdlm_text8", *SMALL, "--dataset=tiny", f"--data_dir={data_dir}",
-                        f"--out_dir={tmp_path / flag}", "--eval_interval=100", "--log_interval=1", *STEADY, "--n_layer=1",
-                        flag], check=True)
+        subprocess.run([sys.executable, ROOT / "train.py", "mdlm_text8", *SMALL, "--dataset=tiny",
+                        f"--data_dir={data_dir}", f"--out_dir={tmp_path / flag}", "--eval_interval=100",
+                        "--log_interval=1", *STEADY, "--n_layer=1", flag], check=True)
     assert_same_training(tmp_path / "--compile", tmp_path / "--no-compile")
-    assert checkpoint.read(tmp_path / "--compile")["model"].keys() == checkpoint.read(tmp_path / "--no-compile")["model"].keys()
+    assert (checkpoint.read(tmp_path / "--compile")["model"].keys()
+            == checkpoint.read(tmp_path / "--no-compile")["model"].keys())
 
 
 def test_fine_tuning(call, data_dir, trained, tmp_path):
-    """--init_from starts from the averaged weights: the first loss is that of the trained model, at step 0 of a new run."""
+    """--init_from starts from the averaged weights: the first loss is the trained model's, at step 0 of a new run."""
     result = train(call, "mdlm_text8", data_dir, tmp_path / "tuned", "--max_steps=2", f"--init_from={trained}",
                    "--shift_tokens", "--time_sampling=exact_k", "--lr=1e-4")
     assert result.code == 0 and losses(tmp_path / "tuned")[0] < losses(trained)[0] - 0.5
@@ -183,7 +189,7 @@ def test_a_finished_run_is_left_alone(call, data_dir, trained):
 
 
 def test_help_lists_every_setting(call):
-    """--help shows every field with type and default, of the config where one is named; bare train.py lists the configs."""
+    """--help shows every field with type and default, of the config where one is named; bare train.py lists configs."""
     text = call("train.py", "d3pm_openwebtext_8gpu", "--help").out
     assert all(f"--{field} " in text for field in configs.Config.__dataclass_fields__)
     assert re.search(r"--lr FLOAT\s+peak learning rate of AdamW \[float: 0.0006\]", text)
@@ -298,9 +304,10 @@ def test_bad_training_starts(call, data_dir, trained, tmp_path):
     """Sequences longer than a split, nothing to resume, another run's checkpoint, weights that do not fit."""
     out = tmp_path / "out"
     go = lambda *a: train(call, "mdlm_text8", data_dir, out, *a)
-    assert_one_line(go("--seq_len=100000"), "fewer than one sequence", "--seq_len=")
+    assert_one_line(go("--seq_len=100000"), "fewer than one sequence of 100,000", "--seq_len=")
     assert_one_line(go(f"--resume={tmp_path}"), "no checkpoint at")
-    assert_one_line(go(f"--resume={trained}", "--max_steps=60", "--lr=0.5"), "of another run", "lr (was 0.01, now 0.5)", "--init_from")
+    assert_one_line(go(f"--resume={trained}", "--max_steps=60", "--lr=0.5"), "of another run",
+                    "lr (was 0.01, now 0.5)", "--init_from")
     assert_one_line(go(f"--init_from={trained}", "--n_layer=3"), "do not fit", "blocks.2")
     assert not out.exists()
 
@@ -329,7 +336,8 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     """Options out of range, other alphabets, folders that are not there."""
     (tmp_path / "text.txt").write_text("ABC abc " * 200)
     assert call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", "caps", "--data_dir", data_dir).code == 0
-    assert_one_line(call("evaluate.py", trained, "--dataset", "caps", "--data_dir", data_dir), "alphabet", "--dataset")
+    assert_one_line(call("evaluate.py", trained, "--dataset", "caps", "--data_dir", data_dir),
+                    "outside the checkpoint's alphabet: 'A' 'B' 'C'")
     assert_one_line(call("evaluate.py", trained, "--dataset", "none", "--data_dir", data_dir), "not prepared")
     assert_one_line(call("evaluate.py", trained, "--split", "dev"), "dev")
     assert_one_line(call("evaluate.py", trained, "--repeats", "0"), "0 is outside")
@@ -372,7 +380,8 @@ def test_heavy_libraries_stay_out():
 
 def test_bench(call):
     """bench.py ends with a JSON line."""
-    result = call("bench.py", "demo", "--n_layer=1", "--n_embd=32", "--T=20", "--batch_size=4", "--seq_len=16", "--repeats=2")
+    result = call("bench.py", "demo", "--n_layer=1", "--n_embd=32", "--T=20", "--batch_size=4", "--seq_len=16",
+                  "--repeats=2")
     line = json.loads(result.out.strip().split("\n")[-1])
     assert result.code == 0 and line["tokens_per_second"] > 0 and 0 < line["sample_nfe"] <= 20
 

@@ -96,7 +96,7 @@ def test_pydoc(monkeypatch, tmp_path):
 
 
 def test_text8(monkeypatch, tmp_path):
-    """From a zip like the original: 90/5/5 splits, ids as everyone's, uint8; another file is refused by its checksum."""
+    """From a zip like the original: 90/5/5 splits, ids as everyone's, uint8; another file is refused by checksum."""
     text = words(2000)[:10_000 - 1] + " "
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -108,7 +108,8 @@ def test_text8(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare_text8, "SHA256", hashlib.sha256(buffer.getvalue()).hexdigest())
     prepare(monkeypatch, prepare_text8, *arguments)
     folder = tmp_path / "text8"
-    assert [len(read(folder, split)) for split in ("train", "val", "test")] == [9 * len(text) // 10 // 1, *[len(text) // 20] * 2]
+    assert ([len(read(folder, split)) for split in ("train", "val", "test")]
+            == [9 * len(text) // 10 // 1, *[len(text) // 20] * 2])
     assert read(folder, "train") + read(folder, "val") + read(folder, "test") == text
     meta = load_meta("text8", tmp_path)
     assert meta["dtype"] == "uint8" and meta["sizes"]["train"] == 9 * len(text) // 10
@@ -162,13 +163,16 @@ def test_textfile_gpt2(monkeypatch, tmp_path, gpt2):
     text = "".join(f"Line {i} of a  text,\n" + "\n" * (i % 4) + " \t indented\n" * (i % 3) for i in range(400))
     (tmp_path / "a.txt").write_text(text)
     monkeypatch.setattr(prepare_textfile, "CHUNK", 100)
-    prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", "--name", "bpe", "--tokenizer", "gpt2", "--data_dir", tmp_path)
-    ids = np.concatenate([np.fromfile(tmp_path / "bpe" / f"{s}.bin", dtype=np.uint16) for s in ("train", "val", "test")])
+    prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", "--name", "bpe", "--tokenizer", "gpt2",
+            "--data_dir", tmp_path)
+    ids = np.concatenate([np.fromfile(tmp_path / "bpe" / f"{s}.bin", dtype=np.uint16)
+                          for s in ("train", "val", "test")])
     assert ids.tolist() == GPT2Tokenizer().encode(text).tolist()
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "holds no text"), (b" \n", "holds no text"), (b"abc\xff", "not UTF-8"), (b"a", "too short"), (None, "cannot read"),
+    (b"", "holds no text"), (b" \n", "holds no text"), (b"abc\xff", "not UTF-8"), (b"a", "too short"),
+    (None, "cannot read"),
 ])
 def test_textfile_bad_input(monkeypatch, tmp_path, content, message):
     """Empty, non-text, too short and missing files: one line, and no data set is left behind."""
@@ -181,7 +185,7 @@ def test_textfile_bad_input(monkeypatch, tmp_path, content, message):
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt"])
 def test_openwebtext(monkeypatch, tmp_path, gpt2, kind):
-    """Local files in the real formats: every document once, followed by end-of-text; copies of a document in one split."""
+    """Local files in the real formats: every document once, then end-of-text; copies of a document in one split."""
     from datasets import Dataset
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     texts = [f"Document {i}: {words(20, seed=i)}" for i in range(300)] + ["A copy of the same page."] * 20
@@ -191,7 +195,8 @@ def test_openwebtext(monkeypatch, tmp_path, gpt2, kind):
     else:
         path.write_text("".join((json.dumps({"text": t}) if kind == "jsonl" else t) + "\n" for t in texts))
     monkeypatch.setattr(prepare_openwebtext, "BATCH", 16)
-    prepare(monkeypatch, prepare_openwebtext, "--file", path, "--num_proc", 2, "--held_out", 0.1, "--data_dir", tmp_path)
+    prepare(monkeypatch, prepare_openwebtext, "--file", path, "--num_proc", 2, "--held_out", 0.1,
+            "--data_dir", tmp_path)
     found = {split: read(tmp_path / "openwebtext", split).split("<|endoftext|>") for split in ("train", "val", "test")}
     assert all(documents.pop() == "" for documents in found.values())
     assert sorted(sum(found.values(), [])) == sorted(texts)
@@ -220,7 +225,7 @@ def small(tmp_path):
 
 
 def test_crops_reach_every_position(small):
-    """Crops are consecutive tokens, start everywhere, and reach the last window; they depend on (seed, step, index) alone."""
+    """Crops are consecutive tokens, start everywhere, reach the last window and depend on (seed, step, index) alone."""
     tokens = load_split("small", "train", 8, small)
     x0 = random_crops(tokens, 8, seed=0, step=0, indices=range(2000))
     assert (x0.diff(dim=1) == 1).all() and set(x0[:, 0].tolist()) == set(range(27 - 8 + 1))
@@ -236,11 +241,12 @@ def test_a_split_of_one_window(small):
 
 
 def test_windows_tile_the_split(small):
-    """Windows do not overlap and cover all but a remainder shorter than one; a limit takes them evenly, ends included."""
+    """Windows do not overlap and cover all but a shorter remainder; a limit takes them evenly, ends included."""
     tokens = load_split("small", "val", 6, small)
     assert windows(tokens, 6).tolist() == [0, 6, 12]
     assert gather(tokens, windows(tokens, 5), 5).flatten().tolist() == list(range(20))
-    assert windows(np.zeros(1000), 10, limit=3).tolist() == [0, 500, 990] and len(windows(np.zeros(1000), 10, 500)) == 100
+    assert (windows(np.zeros(1000), 10, limit=3).tolist() == [0, 500, 990]
+            and len(windows(np.zeros(1000), 10, 500)) == 100)
 
 
 def test_missing_and_damaged_data_sets(small):
@@ -249,7 +255,7 @@ def test_missing_and_damaged_data_sets(small):
         load_split("text8", "train", 8, small)
     with pytest.raises(UserError, match="prepare_textfile.py FILE --name nothing"):
         load_meta("nothing", small)
-    with pytest.raises(UserError, match="7 tokens, fewer than one sequence: use --seq_len=7"):
+    with pytest.raises(UserError, match="7 tokens, fewer than one sequence of 8: use --seq_len=7"):
         load_split("small", "test", 8, small)
     (small / "small" / "val.bin").write_bytes(b"123")
     with pytest.raises(UserError, match="3 tokens and its meta.json says 20"):

@@ -73,7 +73,7 @@ def test_schedule_is_consistent(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_marginals_are_products_of_one_step_matrices(schedule):
-    """The share of v in (0, 1] that D3PM masks at step s is the mask's entry of Q_1 ... Q_s; a token never changes otherwise."""
+    """The share of v in (0, 1] masked at step s is the mask's entry of Q_1 ... Q_s; a token never changes otherwise."""
     objective, n = D3PM(MASK, T, schedule), 10_000
     _, products = world.matrices(alphas(schedule, T))
     v = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[None]
@@ -100,7 +100,7 @@ def test_the_edges_of_u_fall_into_the_right_steps():
 
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_weight_times_ce_is_the_posterior_kl(schedule):
-    """KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)), with q by Bayes from the matrices, is weight/T * CE at masks, 0 elsewhere."""
+    """KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)), q by Bayes from the matrices, is weight/T * CE at masks, 0 elsewhere."""
     model, a = world.random_denoiser(0, sees_time=True), alphas(schedule, T)
     steps, products = world.matrices(a)
     for s in range(1, T + 1):
@@ -129,7 +129,7 @@ def test_d3pm_estimates_its_definition(schedule, sees_time):
 
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_t_step_bound_is_a_bound_on_its_own_sampler(schedule):
-    """The T-step bound of every sequence is at least -log p_T(x0) under the enumerated law of the T-step reverse chain."""
+    """The T-step bound of every sequence is at least -log p_T(x0) under the enumerated law of the reverse chain."""
     for model in (world.oracle, world.random_denoiser(2, sees_time=True)):
         objective = D3PM(MASK, T, schedule)
         law = world.chain_law(model, alphas(schedule, T))
@@ -151,7 +151,7 @@ def test_continuous_bound_is_the_log_likelihood(schedule):
 
 
 def exact_k_draws(n=1):
-    """Every k with every order of the v; the v take n random sets of values, which a time-free model must not notice."""
+    """Every k with every order of v; the v take n random sets of values, which a time-free model must not notice."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(n):
         values = torch.rand(L, dtype=torch.float64, generator=generator).sort().values
@@ -167,7 +167,7 @@ def test_exact_k_bound_is_the_log_likelihood():
 
 
 def test_t_step_bound_is_above_the_entropy_and_converges():
-    """With the Bayes-optimal denoiser E L_T > H, and the gap halves as T doubles: the T-step bound tends to the continuous one."""
+    """With the Bayes-optimal denoiser E L_T > H, and the gap halves as T doubles: L_T tends to the continuous bound."""
     gaps = [(world.P_DATA * world.t_step_bound(world.oracle, alphas("linear", T))).sum().item() - world.ENTROPY
             for T in (8, 16, 32)]
     assert gaps[0] > gaps[1] > gaps[2] > 1e-3
@@ -195,7 +195,7 @@ def continuous_bound(model, schedule="linear"):
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 @pytest.mark.parametrize("sees_time", [False, True])
 def test_estimators_are_unbiased(estimator, schedule, sees_time):
-    """On the noise that training and evaluation use, the mean over 40,000 draws is within 4 standard errors of the exact bound."""
+    """On the noise of training and evaluation, 40,000 draws average to within 4 standard errors of the exact bound."""
     model, n = world.random_denoiser(3, sees_time), 40_000
     kind, way = estimator.split(" ", 1)
     objective = D3PM(MASK, T, schedule) if kind == "d3pm" else MDLM(MASK, schedule, "exact_k")
@@ -229,7 +229,7 @@ def test_low_variance_has_lower_variance():
 
 
 def test_stratified_u_are_uniform_one_by_one_and_even_together():
-    """Every interval of length 1/B holds one u of the batch, at a random place in the batch, different in every step."""
+    """Every interval of length 1/B holds one u of the batch, at a random place in it, different in every step."""
     B = 64
     batches = [uniforms(seed=4, step=step, indices=range(B), batch_size=B, seq_len=1, stratified=True)[0]
                for step in range(200)]
@@ -253,7 +253,7 @@ def test_noise_is_a_function_of_seed_step_and_index():
 
 
 def test_bound_of_a_sequence_ignores_its_neighbours():
-    """The estimate of each sequence is its own: the same alone as in a batch (no average over the masks of the batch)."""
+    """The estimate of each sequence is its own: the same alone as in a batch (no average over the batch's masks)."""
     model, objective = world.random_denoiser(6, sees_time=True), MDLM(MASK)
     u, v = uniforms(seed=6, step=0, indices=range(8), batch_size=8, seq_len=L, stratified=True)
     noise, x0 = objective.noise(u, v), SEQUENCES[:8]
@@ -283,6 +283,18 @@ def test_auxiliary_loss():
     assert loss.item() == pytest.approx(nelbo.mean().item() / T)
     assert loss_aux.item() == pytest.approx(loss.item() + 0.3 * ce.item(), rel=1e-5)
     torch.testing.assert_close(nelbo, nelbo_aux)
+
+
+def test_simple_weighting():
+    """weighting='simple' minimises twice the masked CE per token, every masked token alike; the reported bound is unmoved."""
+    model, objective = world.random_denoiser(9, sees_time=True), MDLM(MASK, time_sampling="exact_k", weighting="simple")
+    u, v = uniforms(seed=9, step=0, indices=range(27), batch_size=27, seq_len=L, stratified=True)
+    noise = objective.noise(u, v)
+    xt = torch.where(noise.mask, MASK, SEQUENCES)
+    ce = torch.nn.functional.cross_entropy(model(xt, noise.t).transpose(1, 2), SEQUENCES, reduction="none")
+    loss, nelbo = objective.loss(model, SEQUENCES, noise)
+    assert loss.item() == pytest.approx(2 * (ce * noise.mask).mean().item(), rel=1e-5)
+    torch.testing.assert_close(nelbo, objective.nelbo(model, SEQUENCES, noise))
 
 
 def test_no_gradient_from_visible_tokens():

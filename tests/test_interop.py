@@ -14,9 +14,10 @@ MASK, T = 27, 1000
 
 def foreign(model):
     """The state dict of one of our networks under nanoDD's names, with its buffers."""
-    names = {"embed.weight": "vocab_embed.weight", "norm.weight": "norm_final.weight", "modulation.": "adaLN_modulation.",
-             "time_embed.fc_in.": "c_embed.mlp.0.", "time_embed.fc_out.": "c_embed.mlp.2.", ".qkv.": ".attn_qkv.",
-             ".mlp_in.": ".mlp.0.", ".mlp_out.": ".mlp.2."}
+    names = {"embed.weight": "vocab_embed.weight", "norm.weight": "norm_final.weight",
+             "modulation.": "adaLN_modulation.", "time_embed.fc_in.": "c_embed.mlp.0.",
+             "time_embed.fc_out.": "c_embed.mlp.2.", ".qkv.": ".attn_qkv.", ".mlp_in.": ".mlp.0.",
+             ".mlp_out.": ".mlp.2."}
     state = {"betas": torch.zeros(T + 1), "alpha_bars": torch.zeros(T + 1), "net.rotary_emb.inv_freq": torch.zeros(4)}
     for key, value in model.state_dict().items():
         for ours, theirs in names.items():
@@ -28,7 +29,8 @@ def foreign(model):
 def nanodd_payload(model, prefix=""):
     args = dict(vocab_size=27, n_embed=16, n_heads=2, n_blocks=2, n_cond=8, dropout=0.0, T=T, lambda_ce=0.05)
     state = {prefix + key: value for key, value in foreign(model).items()}
-    ema = {"initted": torch.tensor(True), "step": torch.tensor(3), **{f"ema_model.{k}": v + 1 for k, v in state.items()}}
+    ema = {"initted": torch.tensor(True), "step": torch.tensor(3),
+           **{f"ema_model.{k}": v + 1 for k, v in state.items()}}
     return dict(model=state, ema=ema, optimizer={}, model_cls="D3PMAbsorbing", model_args=args,
                 training_args=dict(seq_len=12), total_batch_size=1, iter_num=7, best_val_loss=1.0)
 
@@ -45,7 +47,8 @@ def test_nanodd_names(tmp_path, prefix):
     torch.save(nanodd_payload(model, prefix), tmp_path / "ckpt.pt")
     raw = checkpoint.load_model(tmp_path / "ckpt.pt", torch.device("cpu"), raw=True)
     ema = checkpoint.load_model(tmp_path, torch.device("cpu"))
-    assert (raw.config.seq_len, raw.config.T, raw.config.conditioning, raw.meta["name"], raw.step) == (12, T, "step", "text8", 7)
+    assert ((raw.config.seq_len, raw.config.T, raw.config.conditioning, raw.meta["name"], raw.step)
+            == (12, T, "step", "text8", 7))
     for key, value in model.state_dict().items():
         assert torch.equal(raw.model.state_dict()[key], value)
         assert torch.equal(ema.model.state_dict()[key], value + 1)
@@ -92,7 +95,7 @@ def all_logits(model, xt, t):
 @pytest.mark.parametrize("kind", ["model", "ema"])
 @torch.no_grad()
 def test_golden_logits(nanodd, kind, monkeypatch):
-    """Logits at step numbers t (B,), and at one time per position (B, L), recorded between the steps: not to be rounded."""
+    """Logits at step numbers t (B,), and at one time per position (B, L), recorded between steps: not to be rounded."""
     models, expected = nanodd
     xt, t, t_2d = expected["net.x_t"], expected["net.t"], expected["net.t_2d"]
     for name, time, conditioning in ((f"net.logits_{kind}", t, "step"), (f"net.logits2d_{kind}", t_2d, "time")):
@@ -138,7 +141,8 @@ def test_golden_gradients(nanodd):
     rows = torch.where((s > 1)[:, None], ce * (xt == MASK) / s[:, None] + 0.05 * ce, ce)
     model.zero_grad()
     rows.mean().backward()
-    ours = {"grad.net.blocks.0.attn_qkv.weight": model.blocks[0].qkv.weight, "grad.net.norm_final.weight": model.norm.weight,
+    ours = {"grad.net.blocks.0.attn_qkv.weight": model.blocks[0].qkv.weight,
+            "grad.net.norm_final.weight": model.norm.weight,
             "grad.net.blocks.1.adaLN_modulation.bias": model.blocks[1].modulation.bias,
             "grad.net.c_embed.mlp.0.weight": model.time_embed.fc_in.weight,
             "grad.net.vocab_embed.weight": model.embed.weight}
@@ -152,8 +156,8 @@ def test_golden_posteriors(nanodd, kind):
     """nanoDD's sampling distributions follow from our logits once its mask class is put back.
 
     With p_m the mask's softmax probability, a masked token at step s >= 2 becomes v with probability
-    p_v/(s (1 - p_m) + T p_m); at s = 1 nanoDD redraws every position from the raw softmax over K. Our sampler forbids the
-    mask (p_m = 0), which leaves p_v/s, and keeps what it has.
+    p_v/(s (1 - p_m) + T p_m); at s = 1 nanoDD redraws every position from the raw softmax over K. Our sampler forbids
+    the mask (p_m = 0), which leaves p_v/s, and keeps what it has.
     """
     models, expected = nanodd
     for s in expected["post.t"].tolist():

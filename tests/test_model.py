@@ -75,10 +75,11 @@ def test_attention_is_softmax_attention():
 
 
 def test_token_shift():
-    """A quarter of the channels moves one to the right, a quarter one to the left, zeros come in at the ends; the rest stays."""
+    """A quarter of the channels moves one right, a quarter one left, zeros come in at the ends; the rest stays."""
     x = torch.arange(1, 25.0).view(1, 3, 8)
     shifted = token_shift(x)[0]
-    assert shifted[:, 0].tolist() == [0, 1, 9] and shifted[:, 2].tolist() == [11, 19, 0] and shifted[:, 7].tolist() == [8, 16, 24]
+    assert (shifted[:, 0].tolist() == [0, 1, 9] and shifted[:, 2].tolist() == [11, 19, 0]
+            and shifted[:, 7].tolist() == [8, 16, 24])
     plain, (xt, t) = tiny(), batch()
     assert (tiny(shift_tokens=True)(xt, t) - plain(xt, t)).abs().max() > 1e-3
 

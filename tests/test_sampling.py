@@ -8,7 +8,7 @@ import torch
 import world
 from diffusion import SCHEDULES
 from sampling import ancestral, categorical
-from world import L, MASK, SEQUENCES, V
+from world import L, MASK, V
 
 
 def generator(seed=0):
@@ -39,7 +39,7 @@ def chi_square_excess(counts, law):
 @pytest.mark.parametrize("schedule, steps, sees_time", [("linear", 1, False), ("linear", 2, True), ("linear", 4, False),
                                                         ("cosine", 3, True), ("cosine", 5, False)])
 def test_ancestral_follows_its_chain(schedule, steps, sees_time):
-    """30,000 samples follow the enumerated law of the reverse chain; that law is not the data's, and the test can tell."""
+    """30,000 samples follow the enumerated law of the reverse chain; it is not the data's, and the test can tell."""
     model = world.random_denoiser(1, sees_time) if sees_time else world.oracle
     law = world.chain_law(model, SCHEDULES[schedule].alpha(torch.arange(steps + 1).double() / steps).tolist())
     x0 = run(model, masks(30_000), steps, schedule)[-1]
@@ -51,7 +51,8 @@ def test_ancestral_follows_its_chain(schedule, steps, sees_time):
 
 def test_many_steps_approach_the_data():
     """With the Bayes-optimal denoiser, the total variation between p_T and the data shrinks like 1/T."""
-    distance = [0.5 * (world.chain_law(world.oracle, [1 - s / T for s in range(T + 1)]) - world.P_DATA).abs().sum().item()
+    distance = [0.5 * (world.chain_law(world.oracle, [1 - s / T for s in range(T + 1)])
+                       - world.P_DATA).abs().sum().item()
                 for T in (4, 8, 16)]
     assert distance[0] > 1.7 * distance[1] > 1.7**2 * distance[2] > 0
 
@@ -69,7 +70,7 @@ def test_masks_vanish_and_tokens_stay(steps):
 
 
 def test_the_network_is_asked_only_for_what_is_revealed():
-    """At most one call per step, none where nothing is revealed, only the rows and positions that are, at the step's time."""
+    """At most one call per step, none if nothing is revealed, only rows and positions that are, at the step's time."""
     asked = []
 
     def model(xt, t, where):
@@ -98,3 +99,11 @@ def test_categorical_follows_softmax():
     possible = logits.isfinite()
     assert (counts[~possible] == 0).all()
     assert chi_square_excess(counts[possible], logits.softmax(0).double()[possible]) < 4
+
+
+def test_temperature():
+    """At temperature 1/2 the tokens follow p^2, normalised; the order of reveals stays that of the chain."""
+    p = torch.tensor([0.5, 0.3, 0.2])
+    model = lambda xt, t, where: p.log().expand(int(where.sum()), V)
+    *_, x0 = ancestral(model, masks(20_000), MASK, SCHEDULES["linear"], 3, generator(), temperature=0.5)
+    assert chi_square_excess(torch.bincount(x0.flatten()).double(), (p**2 / (p**2).sum()).double()) < 4

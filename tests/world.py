@@ -89,7 +89,7 @@ def chain_law(model, alphas):
 
 
 def t_step_bound(model, alphas):
-    """The D3PM bound of every sequence by definition: sum over s of E_q KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)), (27,) nats."""
+    """The D3PM bound of every sequence by definition: sum_s E_q KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)), (27,) nats."""
     T = len(alphas) - 1
     steps, products = matrices(alphas)
     total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
