@@ -286,7 +286,7 @@ def test_auxiliary_loss():
 
 
 def test_simple_weighting():
-    """weighting='simple' minimises twice the masked CE per token, every masked token alike; the reported bound is unmoved."""
+    """weighting='simple' minimises twice the masked CE per token, all masked tokens alike; the reported bound stays."""
     model, objective = world.random_denoiser(9, sees_time=True), MDLM(MASK, time_sampling="exact_k", weighting="simple")
     u, v = uniforms(seed=9, step=0, indices=range(27), batch_size=27, seq_len=L, stratified=True)
     noise = objective.noise(u, v)
