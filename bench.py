@@ -57,6 +57,7 @@ def main():
 
     local, micro = share_of_batch(cfg, 1)
     tokens = np.random.default_rng(0).integers(0, vocab_size, 100 * cfg.seq_len)
+    cfg = configs.replace(cfg, max_steps=args.repeats + 1)
     stream = batches(tokens, objective, cfg, 0, range(local), micro, pin=device.type == "cuda")
     optimizer, ema = make_optimizer(model, cfg, device), EMA(model, cfg.ema_decay)
 

@@ -3,7 +3,7 @@
     format   "discrete-diffusion-1"
     config   the fields of Config              meta    the data set's meta.json: sampling needs no data set
     model    raw weights                       ema     their moving average, which is what evaluate and sample use
-    optimizer, step, tokens, best_val          name    of the config function
+    optimizer, step, best_val                  name    of the config function
     versions of torch, numpy and Python
 """
 

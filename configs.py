@@ -85,6 +85,8 @@ class Config:
             if field.type in (int, float) and not least <= value < float("inf"):
                 raise UserError(f"{field.name}={value} must be "
                                 f"{'a finite number, ' if least == 0 else ''}at least {least}")
+        if self.seed >= 2**63:
+            raise UserError("seed must be below 2**63")
         if self.n_embd % (2 * self.n_head):
             raise UserError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
         if not (self.dropout < 1 and self.ema_decay < 1 and self.beta1 < 1 and self.beta2 < 1):

@@ -55,6 +55,11 @@ SCHEDULES = {
 }
 
 
+def to_device(x, device):
+    """Copy to the device: on CUDA without waiting, which is safe for pinned memory alone, so nowhere else."""
+    return x.to(device, non_blocking=x.is_pinned())
+
+
 class Noise(NamedTuple):
     """What was masked, at which time, and what the cross-entropy there counts in the bound."""
 
@@ -63,7 +68,7 @@ class Noise(NamedTuple):
     weight: torch.Tensor  # (B,) float32, nats of bound per sequence for each nat of CE at a masked position
 
     def to(self, device):
-        return Noise(*(x.to(device, non_blocking=True) for x in self))
+        return Noise(*(to_device(x, device) for x in self))
 
 
 def cross_entropy(logits, x0):
@@ -149,7 +154,8 @@ class MDLM(Absorbing):
 
         nelbo = integral over t in (0, 1] of -alpha'(t)/(1 - alpha(t)) * E[sum over masked positions of CE] dt / L
 
-    Its value does not depend on the schedule, only the variance of its estimate does. time_sampling:
+    For a network that does not see the time, its value is the same for every schedule, and only its variance is not.
+    time_sampling:
     'uniform', 'stratified': t from u, tokens masked independently. The weight is 1/t for the linear schedule; its
         square has no finite mean, so this is for training and for matching papers, never for error bars.
     'exact_k': exactly k tokens masked, k uniform on 1 ... L, weight L/k

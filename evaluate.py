@@ -47,7 +47,8 @@ def bound(model, objective, tokens, starts, seq_len, batch_size, device, dtype, 
 
 def mean_and_error(values):
     """Mean of n independent values (n,) and its standard error (nan if n = 1)."""
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+    error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+    return values.mean().item(), error
 
 
 def parse_args():
@@ -61,7 +62,7 @@ def parse_args():
     p.add_argument("--data_dir", default="", help="folder of data sets (default: the one trained on)")
     p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
     p.add_argument("--batch_size", type=number(int, 1), default=32, help="windows per network call (default 32)")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of the noise (default 0)")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (default 0)")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one there is)")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                    help="default: bfloat16 where fast")
@@ -73,6 +74,8 @@ def parse_args():
 def main():
     args = parse_args()
     device = pick_device(args.device)
+    if args.baselines and args.n_tokens:
+        raise UserError("--baselines are scored on the whole split: leave out --n_tokens")
     model, config, meta, step = load_model(args.checkpoint, device, args.dataset, args.raw)
     dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
     check_same_tokens(meta, load_meta(dataset, data_dir), dataset)
@@ -112,7 +115,8 @@ def comparison(bits, error, baselines, unit):
     rows = ([(name, value, "") for name, value in baselines.items()]
             + [("this model (a bound)", bits, f" ± {error:.4f}")])
     lines = [f"  {name:24}{value:8.4f}{extra}" for name, value, extra in sorted(rows, key=lambda row: -row[1])]
-    beaten = [name for name, value in baselines.items() if bits + error < value]
+    margin = 0 if math.isnan(error) else error
+    beaten = [name for name, value in baselines.items() if bits + margin < value]
     unbeaten = [name for name in baselines if name not in beaten]
     return "\n".join([f"bits per {unit}, same split, reference points fitted on the train split:", *lines,
                       f"The model beats {', '.join(beaten) or 'none of them'}"

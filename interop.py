@@ -36,7 +36,7 @@ def nanodd(payload, path, dataset=None):
     try:
         args, training = payload["model_args"], payload.get("training_args", {})
         V = args["vocab_size"]
-        if dataset is None:
+        if dataset not in KNOWN:  # the user's own data: the checkpoint's is recognised by its vocabulary
             dataset = next((name for name, meta in KNOWN.items() if meta["vocab_size"] == V), "text8")
         defaults = {"text8": 256, "openwebtext": 1024}
         config = dict(
@@ -49,8 +49,10 @@ def nanodd(payload, path, dataset=None):
                if key.startswith("ema_model.")}
         weights = [rename(state, NANODD_NAMES) for state in (payload["model"], ema)]
         step = payload["iter_num"]
-    except (KeyError, AttributeError) as error:
+    except KeyError as error:
         raise UserError(f"{path} looks like a nanoDD checkpoint but lacks {error}")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} looks like a nanoDD checkpoint but is damaged: {error}")
     meta = dict(KNOWN.get(dataset, {}), name=dataset)
     if meta.get("vocab_size") != V:
         raise UserError(f"{path} has a vocabulary of {V:,}, which is not {dataset}'s: name its data set with --dataset "

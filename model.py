@@ -24,7 +24,8 @@ class LayerNorm(nn.Module):
 
 
 def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
+    """x * (1 + scale) + shift, in float32: in bfloat16 a small scale would vanish beside the 1."""
+    return x * (1 + scale.float()) + shift
 
 
 def rotary_tables(seq_len, head_dim, base=10000.0):
@@ -67,8 +68,8 @@ class TimeEmbedding(nn.Module):
 def token_shift(x):
     """A quarter of the channels of x (B, L, D) from the token to the left, a quarter from the one to the right.
 
-    The token shift of RWKV (arXiv 2305.13048), in both directions: neighbours at no cost, where small networks need
-    long to find them by attention.
+    After RWKV's token shift (arXiv 2305.13048), in both directions and without parameters: neighbours at no cost, where
+    small networks need long to find them by attention.
     """
     left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
     return torch.cat((F.pad(left, (0, 0, 1, -1)), F.pad(right, (0, 0, -1, 1)), here), dim=-1)

@@ -2,7 +2,8 @@
 
 Philox is a counter-based generator (Salmon et al., SC 2011): its state is a position in one long stream, so the numbers
 of sequence 17 of step 1,000 are found by jumping there. They do not depend on the number of processes, the micro-batch
-size or how a run was interrupted, and two models can be compared on the same noise.
+size or how a run was interrupted, and two models can be compared on the same noise. (Dropout alone, whose noise is
+drawn on the device, depends on the process and the micro-batch, too.)
 """
 
 import numpy as np

@@ -32,7 +32,7 @@ def parse_args():
     p.add_argument("--steps", type=number(int, 1), help="steps of the reverse chain (default: the config's T)")
     p.add_argument("--temperature", type=number(float, 0.01, 100), default=1.0,
                    help="below 1: likelier tokens, less variety (default 1: the model's own law)")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="same seed, same samples (default 0)")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same samples (default 0)")
     p.add_argument("--show", action="store_true", help="show the denoising of the first sample as it happens")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the samples to FILE as well, one after the other")
     p.add_argument("--known_words", action="store_true",
@@ -98,8 +98,8 @@ class Screen:
 
 def main():
     args = parse_args()
-    if args.out and not args.out.parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise UserError(f"--out {args.out} is {'a folder' if args.out.is_dir() else 'in no existing folder'}")
     device = pick_device(args.device)
     model, config, meta, _ = load_model(args.checkpoint, device, args.dataset, args.raw)
     data_dir = args.data_dir or config.data_dir

@@ -38,6 +38,6 @@ def ancestral(model, xt, mask_id, schedule, steps, generator, temperature=1.0):
         rows = reveal.any(1)
         if rows.any():
             t = torch.full((int(rows.sum()),), grid[i].item(), device=xt.device)
-            drawn = categorical(model(xt[rows], t, where=reveal[rows]) / temperature, generator)
+            drawn = categorical(model(xt[rows], t, where=reveal[rows]).float() / temperature, generator)
             xt = xt.masked_scatter(reveal, drawn)
         yield xt

@@ -26,7 +26,7 @@ import configs
 from cli import UserError, autocast, generator_on, pick_device, pick_dtype, progress, run
 from data.loader import check_same_tokens, load_meta, load_split, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
-from diffusion import Noise
+from diffusion import Noise, to_device
 from evaluate import bound, mean_and_error
 from noise import rng, uniforms
 from sampling import ancestral
@@ -127,7 +127,7 @@ def train_step(net, objective, parts, optimizer, cfg, device, dtype):
         # Under DistributedDataParallel gradients are averaged over the processes, once per step.
         with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
             with autocast(device, dtype):
-                loss, nelbo = objective.loss(net, x0.to(device, non_blocking=True), noise.to(device))
+                loss, nelbo = objective.loss(net, to_device(x0, device), noise.to(device))
             (loss / len(parts)).backward()
         nats += nelbo.mean() / len(parts)
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
@@ -136,8 +136,11 @@ def train_step(net, objective, parts, optimizer, cfg, device, dtype):
     return nats, norm
 
 
-def resume_from(where, cfg, out_dir):
-    """The payload to continue from. where: a checkpoint, or 'auto': that of out_dir, and None if there is none yet."""
+def resume_from(where, cfg, meta, out_dir):
+    """The payload to continue from. where: a checkpoint, or 'auto': that of out_dir, and None if there is none yet.
+
+    Raises UserError if it is of another config, of other data, or would overwrite another run.
+    """
     path = out_dir / "ckpt.pt" if where == "auto" else Path(where)
     if where == "auto" and not path.exists():
         return None
@@ -149,6 +152,13 @@ def resume_from(where, cfg, out_dir):
                if configs.same_run(key) and before[key] != now[key]]
     if changed:
         raise UserError(f"{path} is of another run: {', '.join(changed)}; start a new one with --init_from={path}")
+    check_same_tokens(payload["meta"], meta, cfg.dataset)
+    if payload["meta"]["sha256"] != meta["sha256"]:
+        raise UserError(f"data set {cfg.dataset!r} is not the one that {path} was trained on: prepare that one again, "
+                        f"or start a new run with --init_from={path}")
+    folder = path if path.is_dir() else path.parent
+    if (out_dir / "ckpt.pt").exists() and folder.resolve() != out_dir.resolve():
+        raise UserError(f"{out_dir} holds another run than {path}: choose another --out_dir")
     return payload
 
 
@@ -170,7 +180,7 @@ def duration(seconds):
 def add_arguments(parser):
     parser.add_argument("--resume", metavar="CKPT|auto", help="continue a run; auto: that of out_dir, if there is one")
     parser.add_argument("--init_from", metavar="CKPT",
-                        help="start from the averaged weights of another run (fine-tuning)")
+                        help="start from the averaged weights of another run (fine-tuning), unless --resume finds one")
 
 
 def main():
@@ -193,7 +203,7 @@ def main():
     model = cfg.make_model(meta["vocab_size"]).to(device)
     step, best_val, payload = 0, math.inf, None
     if args.resume:
-        payload = resume_from(args.resume, cfg, out_dir)
+        payload = resume_from(args.resume, cfg, meta, out_dir)
     elif (out_dir / "ckpt.pt").exists():
         raise UserError(f"{out_dir} holds a run already: --resume auto continues it, --out_dir puts this one elsewhere")
     if args.init_from and not payload:
@@ -208,6 +218,12 @@ def main():
         optimizer.load_state_dict(payload["optimizer"])
         ema.load_state_dict(payload["ema"])
         ema.updates = step
+    if world > 1:
+        steps = [None] * world
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise UserError(f"the processes found checkpoints of different steps {sorted(set(steps))}: out_dir must be "
+                            "on a file system that all nodes share")
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     if compiled:
         model.trunk = torch.compile(model.trunk)
@@ -216,7 +232,10 @@ def main():
 
     # ---- where results go -------------------------------------------------------------------------------------------
     if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {out_dir}: {error.strerror}")
         log_file = open_log(out_dir / "log.jsonl", step)
         if cfg.wandb:
             import wandb

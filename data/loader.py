@@ -20,7 +20,7 @@ def load_meta(name, data_dir=""):
     folder = Path(data_dir or DATA_DIR) / name
     try:
         return json.loads((folder / "meta.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         script = DATA_DIR / f"prepare_{name}.py"
         command = (f"python data/{script.name}" if script.exists()
                    else f"python data/prepare_textfile.py FILE --name {name}")

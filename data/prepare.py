@@ -108,7 +108,12 @@ class DatasetWriter:
         self.dtype = np.uint8 if meta["vocab_size"] <= 256 else np.uint16
 
     def __enter__(self):
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} is in the way: it exists and is no data set; move it or take another name")
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder.parent}: {error.strerror}")
         self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
         self.files = {split: open(self.temporary / f"{split}.bin", "wb") for split in SPLITS}
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
@@ -136,7 +141,7 @@ class DatasetWriter:
             raise UserError(f"the {' and '.join(empty)} split would be empty: the text is too short")
         meta = dict(self.meta, dtype=np.dtype(self.dtype).name, sizes=self.sizes,
                     sha256={split: digest.hexdigest() for split, digest in self.hashes.items()})
-        (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n")
+        (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         self.temporary.chmod(0o755)
         os.rename(self.temporary, self.folder)
         sizes = ", ".join(f"{split} {self.sizes[split]:,}" for split in SPLITS)

@@ -138,6 +138,15 @@ def test_resume_is_exact(call, data_dir, tmp_path, monkeypatch, config, extra):
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+def test_validation_and_samples_do_not_touch_training(call, data_dir, tmp_path):
+    """The same weights whether a run validates and samples at every step or never."""
+    for interval in (1, 100):
+        assert train(call, "d3pm_text8", data_dir, tmp_path / str(interval), "--max_steps=4",
+                     f"--eval_interval={interval}", f"--sample_interval={interval}").code == 0
+    often, seldom = (checkpoint.read(tmp_path / interval) for interval in ("1", "100"))
+    assert all(torch.equal(often["model"][key], seldom["model"][key]) for key in often["model"])
+
+
 def test_micro_batches_do_not_matter(call, data_dir, tmp_path):
     """The same training whether a step's sequences go through the network at once or in four parts."""
     for micro in (8, 2):
@@ -175,6 +184,21 @@ def test_fine_tuning(call, data_dir, trained, tmp_path):
     result = train(call, "mdlm_text8", data_dir, tmp_path / "tuned", "--max_steps=2", f"--init_from={trained}",
                    "--shift_tokens", "--time_sampling=exact_k", "--lr=1e-4")
     assert result.code == 0 and losses(tmp_path / "tuned")[0] < losses(trained)[0] - 0.5
+
+
+def test_resume_refuses_other_data_and_other_runs(call, data_dir, trained, tmp_path):
+    """The same config on other data of the same name, or into the folder of another run: refused, nothing changed."""
+    arguments = ["--max_steps=60", "--lr=0.01", "--time_sampling=exact_k", "--weighting=simple", "--shift_tokens",
+                 "--ema_decay=0.9", f"--resume={trained}"]
+    (tmp_path / "text.txt").write_text("another text, of the same alphabet. " * 200)
+    call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", "tiny", "--alphabet", "text8",
+         "--data_dir", tmp_path)
+    assert_one_line(train(call, "mdlm_text8", tmp_path, tmp_path / "out", *arguments), "is not the one that")
+    other = tmp_path / "other"
+    assert train(call, "mdlm_text8", data_dir, other, "--max_steps=1").code == 0
+    before = (other / "ckpt.pt").read_bytes(), (other / "log.jsonl").read_bytes()
+    assert_one_line(train(call, "mdlm_text8", data_dir, other, *arguments), "holds another run")
+    assert before == ((other / "ckpt.pt").read_bytes(), (other / "log.jsonl").read_bytes())
 
 
 def test_a_finished_run_is_left_alone(call, data_dir, trained):
@@ -287,6 +311,8 @@ def assert_one_line(result, *words):
     (["demo", "--objective=gan"], ["objective='gan' is none of d3pm, mdlm"]),
     (["demo", "--n_head=5"], ["n_embd", "n_head=5"]),
     (["demo", "--device=tpu"], ["'tpu' is not available"]),
+    (["demo", "--device=cpu:x"], ["'cpu:x' is not available"]),
+    (["demo", f"--seed={2**64}"], ["seed must be below"]),
     (["demo", "--batch_size=10", "--micro_batch_size=4"], ["batch_size=10 must be a multiple"]),
     (["demo", "--dataset=nothing"], ["not prepared", "prepare_textfile.py"]),
     (["d3pm_text8", "--data_dir=/nonexistent"], ["run python data/prepare_text8.py"]),
@@ -304,6 +330,8 @@ def test_bad_training_starts(call, data_dir, trained, tmp_path):
     """Sequences longer than a split, nothing to resume, another run's checkpoint, weights that do not fit."""
     out = tmp_path / "out"
     go = lambda *a: train(call, "mdlm_text8", data_dir, out, *a)
+    (tmp_path / "file").write_text("in the way")
+    assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "file"), "cannot make the folder")
     assert_one_line(go("--seq_len=100000"), "fewer than one sequence of 100,000", "--seq_len=")
     assert_one_line(go(f"--resume={tmp_path}"), "no checkpoint at")
     assert_one_line(go(f"--resume={trained}", "--max_steps=60", "--lr=0.5"), "of another run",
@@ -344,7 +372,10 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     assert_one_line(call("evaluate.py"), "checkpoint")
     assert_one_line(call("sample.py", trained, "--steps", "x"), "'x' is not an integer")
     assert_one_line(call("sample.py", trained, "--batch_size", "0"), "0 is outside")
-    assert_one_line(call("sample.py", trained, "--out", tmp_path / "no" / "where.txt"), "there is no folder")
+    assert_one_line(call("sample.py", trained, "--out", tmp_path / "no" / "where.txt"), "in no existing folder")
+    assert_one_line(call("sample.py", trained, "--out", "."), "is a folder")
+    assert_one_line(call("sample.py", trained, "--seed", 2**64), "outside")
+    assert_one_line(call("evaluate.py", trained, "--data_dir", tmp_path / "text.txt"), "not prepared")
     assert_one_line(call("sample.py", trained, "--step", "3"), "did you mean --steps?")
 
 

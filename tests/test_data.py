@@ -213,6 +213,15 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_the_way_is_found_before_the_work(tmp_path):
+    """A folder of the data set's name that is none is refused at the start, and stays as it is."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "book.txt").write_text("precious")
+    with pytest.raises(UserError, match="is in the way"), DatasetWriter(tmp_path / "mine", META):
+        raise AssertionError("started to write")
+    assert (tmp_path / "mine" / "book.txt").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
 # ---- loader ----------------------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,13 @@ def test_continuous_bound_is_the_log_likelihood(schedule):
     torch.testing.assert_close(bound, -world.P_DATA.log(), rtol=1e-4, atol=1e-5)
 
 
+def test_continuous_bound_is_the_same_for_every_schedule():
+    """For a denoiser that does not see the time; one that does is another model under another schedule."""
+    blind, seeing = (world.random_denoiser(3, sees_time) for sees_time in (False, True))
+    torch.testing.assert_close(continuous_bound(blind, "linear"), continuous_bound(blind, "cosine"))
+    assert (continuous_bound(seeing, "linear") - continuous_bound(seeing, "cosine")).abs().max() > 0.01
+
+
 def exact_k_draws(n=1):
     """Every k with every order of v; the v take n random sets of values, which a time-free model must not notice."""
     generator = torch.Generator().manual_seed(0)

@@ -68,6 +68,9 @@ def test_nanodd_strictness(tmp_path):
         load(lambda p: p["ema"].update({"ema_model.net.norm_final.weight": torch.zeros(3)}))
     with pytest.raises(UserError, match="not openwebtext's"):
         load(lambda p: None, dataset="openwebtext")
+    with pytest.raises(UserError, match="is damaged"):
+        load(lambda p: p.update(model_args=[]))
+    load(lambda p: None, dataset="my_own_data")  # what to score on, not what it was trained on
     with pytest.raises(UserError, match="lacks 'model_args'"):
         load(lambda p: p.pop("model_args"))
     with pytest.raises(UserError, match="neither a checkpoint of this project nor of nanoDD .it holds: weights"):

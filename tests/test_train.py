@@ -1,0 +1,74 @@
+"""The parts of train.py that comparing a run with itself cannot check: averages, learning rate, decay, clipping."""
+
+import math
+
+import pytest
+import torch
+
+from configs import Config
+from diffusion import MDLM
+from noise import uniforms
+from train import EMA, learning_rate, make_optimizer, train_step
+
+CFG = Config(n_layer=1, n_head=2, n_embd=16, n_cond=8, seq_len=8, max_steps=110, warmup_steps=10, lr=1.0, min_lr=0.1)
+
+
+def test_ema():
+    """average <- d * average + (1 - d) * weights with d = min(decay, (1 + n)/(10 + n)), update by update."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema, expected = EMA(model, decay=0.5), model.weight.item()
+    for n in range(1, 20):
+        with torch.no_grad():
+            model.weight.fill_(float(n))
+        ema.update()
+        d = min(0.5, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * n
+        assert ema.average[0].item() == pytest.approx(expected)
+
+
+def test_ema_is_applied_and_taken_back():
+    """Inside applied() the model has the average and is in eval mode; then its own weights again, after errors, too."""
+    model = torch.nn.Linear(3, 3).train()
+    ema, average = EMA(model, decay=0.9), model.weight.clone()
+    with torch.no_grad():
+        model.weight.normal_()
+    raw = model.weight.clone()
+    with pytest.raises(ZeroDivisionError), ema.applied():
+        assert torch.equal(model.weight, average) and not model.training
+        raise ZeroDivisionError
+    assert torch.equal(model.weight, raw) and model.training and torch.equal(ema.average[0], average)
+
+
+def test_learning_rate():
+    """Linear warm-up, the peak, half-way down the cosine, and min_lr at the end."""
+    rates = [learning_rate(step, CFG) for step in (0, 4, 9, 10, 60, 110)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55, 0.1])
+
+
+def test_decay_on_matrices_only():
+    """Every parameter is in one group; embeddings and matrices decay, gains and biases do not."""
+    model = CFG.make_model(5)
+    decayed, free = make_optimizer(model, CFG, torch.device("cpu")).param_groups
+    assert decayed["weight_decay"] == CFG.weight_decay and free["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in free["params"]} == {1}
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("grad_clip", [0.01, 0.0])
+def test_clipping(grad_clip):
+    """The step is taken with the gradient of the whole batch, scaled down to norm grad_clip; 0 leaves it alone."""
+    torch.manual_seed(0)
+    cfg = Config(n_layer=1, n_head=2, n_embd=16, n_cond=8, seq_len=8, grad_clip=grad_clip)
+    model, objective = cfg.make_model(5), MDLM(5)
+    x0, noise = torch.randint(0, 5, (4, 8)), objective.noise(*uniforms(0, 0, range(4), 4, 8, True))
+    objective.loss(model, x0, noise)[0].backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    norm = math.sqrt(sum((g**2).sum().item() for g in gradients))
+    model.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    nats, reported = train_step(model, objective, [(x0, noise)], optimizer, cfg, torch.device("cpu"), torch.float32)
+    scale = min(1.0, grad_clip / norm) if grad_clip else 1.0
+    for p, old, gradient in zip(model.parameters(), before, gradients):
+        torch.testing.assert_close(old - p, scale * gradient, atol=1e-6, rtol=1e-3)
+    assert reported.item() == pytest.approx(norm, rel=1e-4) and norm > 0.01 and nats > 0
