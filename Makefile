@@ -7,7 +7,7 @@ demo: .venv/ready
 	$(PY) data/prepare_pydoc.py
 	$(PY) train.py demo --resume auto
 	$(PY) evaluate.py out/demo --split test --repeats 4 --baselines
-	$(PY) sample.py out/demo --show --batch_size 8 --temperature 0.8 --known_words
+	$(PY) sample.py out/demo --show --batch_size 8 --temperature 0.7 --known_words
 
 test: .venv/ready
 	$(PY) -m pytest -q
