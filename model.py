@@ -93,21 +93,21 @@ class Block(nn.Module):
     def attention(self, x, cos, sin):
         B, L, D = x.shape
         # q, k, v: (B, heads, L, D/heads)
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.neighbours(x)).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.attn_out(x.transpose(1, 2).reshape(B, L, D))
 
     def mlp(self, x):
-        return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
+        return self.mlp_out(F.gelu(self.mlp_in(self.neighbours(x)), approximate="tanh"))
 
     def forward(self, x, c, cos, sin):
         drop = lambda x: F.dropout(x, self.dropout, self.training)
         if self.modulation is None:
-            x = x + drop(self.attention(self.neighbours(self.norm1(x)), cos, sin))
-            return x + drop(self.mlp(self.neighbours(self.norm2(x))))
+            x = x + drop(self.attention(self.norm1(x), cos, sin))
+            return x + drop(self.mlp(self.norm2(x)))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
-        x = x + gate1 * drop(self.attention(self.neighbours(modulate(self.norm1(x), shift1, scale1)), cos, sin))
-        return x + gate2 * drop(self.mlp(self.neighbours(modulate(self.norm2(x), shift2, scale2))))
+        x = x + gate1 * drop(self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin))
+        return x + gate2 * drop(self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class DiT(nn.Module):
