@@ -77,7 +77,11 @@ def cross_entropy(logits, x0):
 
 
 class Absorbing:
-    """What D3PM and MDLM share. A subclass draws the noise: noise() to train, noise_low_variance() to report."""
+    """What D3PM and MDLM share. A subclass has
+
+    noise(u, v), noise_low_variance(u, v): the Noise to train on, and that to report the bound with
+    loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
+    """
 
     def __init__(self, mask_id, schedule="linear"):
         self.mask_id = mask_id
@@ -92,11 +96,6 @@ class Absorbing:
     def nelbo(self, model, x0, noise):
         """One-sample estimate of the bound for each sequence: x0 (B, L) -> nats per token (B,)."""
         return noise.weight * self.masked_ce(model, x0, noise)
-
-    def loss(self, model, x0, noise):
-        """What to minimise, a scalar, and the bound (B,), nats per token, detached, for the log."""
-        nelbo = self.nelbo(model, x0, noise)
-        return nelbo.mean(), nelbo.detach()
 
 
 class D3PM(Absorbing):
@@ -125,7 +124,7 @@ class D3PM(Absorbing):
         return Noise(v <= 1 - a[:, None], (s / self.T).float(), (self.T * (a_next - a) / (1 - a)).float())
 
     def noise_low_variance(self, u, v):
-        """The same bound from a better draw: one random token is surely masked, and the weight is constant.
+        """The same bound from a better draw: one random token is surely masked, and no weight is above L.
 
         sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked], where
         P(s) = a_{s-1} - a_s and i is uniform. Averaging over which of the k masked tokens was the sure one gives the
@@ -171,6 +170,7 @@ class MDLM(Absorbing):
         self.time_sampling, self.weighting = time_sampling, weighting
 
     def noise(self, u, v):
+        """As time_sampling says. u (B,), v (B, L) -> Noise."""
         if self.time_sampling == "exact_k":
             return self.noise_low_variance(u, v)
         masked = 1 - self.schedule.alpha(u)

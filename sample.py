@@ -126,8 +126,6 @@ def main():
 
     tokens = xt.tolist()
     texts = [tokenizer.decode(sample) for sample in tokens]
-    if args.out:
-        write(args.out, "".join(text + "\n" for text in texts))
     if args.json:
         print(json.dumps({
             "samples": [{"text": text, "tokens": sample} for text, sample in zip(texts, tokens)],
@@ -136,6 +134,8 @@ def main():
         }))
     else:
         print("\n\n".join(texts))
+    if args.out:
+        write(args.out, "".join(text + "\n" for text in texts))
     print(f"{denoiser.nfe} network calls, {seconds:.1f} s, {xt.numel() / seconds:,.0f} tokens/s, seed {args.seed}",
           file=sys.stderr)
     if args.known_words:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import ArgumentParser, UserError, progress
-from data.loader import DATA_DIR, SPLITS
+from data.loader import DATA_DIR, SPLITS, load_meta
 
 
 def parser(description):
@@ -44,7 +44,7 @@ def is_prepared(folder):
     """True, and a line that says so, if the data set is complete: then there is nothing to do."""
     if not (folder / "meta.json").exists():
         return False
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = load_meta(folder.name, folder.parent)
     sizes = ", ".join(f"{split} {meta['sizes'][split]:,}" for split in SPLITS)
     print(f"{folder} is prepared already ({sizes} tokens); delete it to prepare it again", file=sys.stderr)
     return True

@@ -179,6 +179,19 @@ def test_compiled_training(data_dir, tmp_path):
             == checkpoint.read(tmp_path / "--no-compile")["model"].keys())
 
 
+def test_gpt2_tokens(call, gpt2, data_dir, tmp_path):
+    """A data set of GPT-2 tokens: train, evaluate in bits per token, sample text."""
+    call("data/prepare_textfile.py", data_dir / "text.txt", "--name", "bpe", "--tokenizer", "gpt2",
+         "--data_dir", tmp_path)
+    result = call("train.py", "mdlm_openwebtext_8gpu", *SMALL, "--dataset=bpe", f"--data_dir={tmp_path}",
+                  f"--out_dir={tmp_path / 'out'}", "--max_steps=2", "--log_interval=1")
+    assert result.code == 0 and "bits/token" in result.out
+    assert "bits per token on bpe val" in call("evaluate.py", tmp_path / "out").out
+    sample = json.loads(call("sample.py", tmp_path / "out", "--json", "--steps=4").out)["samples"][0]
+    assert sample["text"] == gpt2.decode(sample["tokens"]) and len(sample["tokens"]) == 32
+    assert_one_line(call("evaluate.py", tmp_path / "out", "--baselines"), "for character data")
+
+
 def test_fine_tuning(call, data_dir, trained, tmp_path):
     """--init_from starts from the averaged weights: the first loss is the trained model's, at step 0 of a new run."""
     result = train(call, "mdlm_text8", data_dir, tmp_path / "tuned", "--max_steps=2", f"--init_from={trained}",

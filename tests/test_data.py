@@ -15,7 +15,7 @@ import pytest
 from cli import UserError
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
 from data.loader import gather, load_meta, load_split, prefetch, random_crops, windows
-from data.prepare import DatasetWriter
+from data.prepare import DatasetWriter, is_prepared
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, TEXT8_ALPHABET, make_tokenizer, text8_words
 
 META = {"tokenizer": "char", "alphabet": TEXT8_ALPHABET, "vocab_size": 27}
@@ -272,6 +272,8 @@ def test_missing_and_damaged_data_sets(small):
     (small / "small" / "meta.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         load_meta("small", small)
+    with pytest.raises(UserError, match="is damaged"):
+        is_prepared(small / "small")
 
 
 def test_prefetch():
