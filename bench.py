@@ -1,7 +1,8 @@
-"""Training throughput and sampling time of a config, on random tokens: no data set needed.
+"""Training throughput and sampling time of a config, or the memory that it needs, on random tokens: no data needed.
 
     python bench.py demo
     python bench.py d3pm_text8 --batch_size=8 --micro_batch_size=8 --repeats 5
+    python bench.py d3pm_text8_8gpu --memory
 
 Medians over the repeats after a warm-up; the last line is JSON.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 import configs
-from cli import autocast, generator_on, number, pick_device, pick_dtype, progress, run
+from cli import autocast, device_name, generator_on, number, pick_device, pick_dtype, progress, run, synchronize
 from data.tokenizer import KNOWN
 from sampling import ancestral
 from train import EMA, batches, make_optimizer, share_of_batch, train_step
@@ -23,6 +24,8 @@ from train import EMA, batches, make_optimizer, share_of_batch, train_step
 def add_arguments(parser):
     parser.add_argument("--repeats", type=number(int, 1), default=10,
                         help="timed optimiser steps, and samples (default 10)")
+    parser.add_argument("--memory", action="store_true",
+                        help="count the bytes that training needs on one GPU, instead of timing anything")
     parser.add_argument("--vocab_size", type=number(int, 2), help="default: that of the config's data set, or 27")
 
 
@@ -38,11 +41,39 @@ def seconds_of(function, repeats, device, label):
     return statistics.median(times[1:])
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+def kept_bytes(model, objective, cfg, n, device, dtype):
+    """What autograd keeps of n sequences between the forward and the backward pass, half of the tokens masked.
+
+    Returns bytes: each storage once, the parameters not at all.
+    """
+    storages, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    x0 = torch.randint(model.vocab_size, (n, cfg.seq_len), device=device)
+    half = torch.full((n,), 0.5, dtype=torch.float64)
+    noise = objective.noise(half, torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype):
+        loss, _ = objective.loss(model, x0, noise)
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+def memory(name, cfg, model, objective, device, dtype):
+    """Print what training needs on one GPU with DDP, without torch.compile, which keeps less."""
+    micro = min(cfg.micro_batch_size, cfg.batch_size)
+    one, two = (kept_bytes(model, objective, cfg, n, device, dtype) for n in (1, 2))
+    weights = 4 * model.n_params()
+    result = {
+        "config": name, "parameters": model.n_params(), "dtype": str(dtype).removeprefix("torch."),
+        "weights_gradients_adam_average_bytes": 5 * weights, "activation_bytes_per_sequence": two - one,
+        "micro_batch_size": micro, "total_bytes": 5 * weights + 2 * one - two + micro * (two - one),
+    }
+    print(f"{name}: {result['total_bytes'] / 1e9:.1f} GB = {5 * weights / 1e9:.1f} GB of weights, gradients, AdamW's "
+          f"moments and average + {micro} sequences x {(two - one) / 1e6:.0f} MB of activations in {result['dtype']}, "
+          "and what the allocator wastes")
+    print(json.dumps(result))
 
 
 def main():
@@ -51,6 +82,8 @@ def main():
     dtype = pick_dtype(device, cfg.dtype)
     vocab_size = args.vocab_size or KNOWN.get(cfg.dataset, {"vocab_size": 27})["vocab_size"]
     model, objective = cfg.make_model(vocab_size).to(device), cfg.make_objective(vocab_size)
+    if args.memory:
+        return memory(name, cfg, model, objective, device, dtype)
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
     if compiled:
         model.trunk = torch.compile(model.trunk)
@@ -82,7 +115,7 @@ def main():
     model.eval()
     sample_seconds = seconds_of(sample, args.repeats, device, "sampling")
     result = {
-        "config": name, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "config": name, "device": device_name(device),
         "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."), "compiled": compiled,
         "torch": str(torch.__version__), "parameters": model.n_params(), "repeats": args.repeats,
         "step_seconds": step_seconds, "tokens_per_second": cfg.batch_size * cfg.seq_len / step_seconds,

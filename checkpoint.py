@@ -1,19 +1,25 @@
 """Checkpoints: one file of plain tensors and plain types, written atomically, read with weights_only=True.
 
-    format   "discrete-diffusion-1"
-    config   the fields of Config              meta    the data set's meta.json: sampling needs no data set
-    model    raw weights                       ema     their moving average, which is what evaluate and sample use
-    optimizer, step, best_val                  name    of the config function
-    versions of torch, numpy and Python
+    format     "discrete-diffusion-2"
+    config     the fields of Config              meta    the data set's meta.json: sampling needs no data set
+    model      raw weights                       ema     their moving average, which is what evaluate and sample use
+    optimizer  its tensors by parameter name     name    of the config function
+    step, best_val, tally, wandb_id              where a resumed run goes on
+    versions   of torch, numpy and Python        sha256  of all of the above
+
+A run's folder has ckpt.pt, the last one, ckpt_prev.pt, the one before, and ckpt_best.pt, the best validation, without
+optimizer. At every instant ckpt.pt or ckpt_prev.pt is whole on the disk.
 """
 
 import dataclasses
+import hashlib
 import os
 import platform
-import tempfile
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 import torch
 
@@ -21,35 +27,113 @@ import interop
 from cli import UserError
 from configs import Config
 
-FORMAT = "discrete-diffusion-1"
+FORMAT = "discrete-diffusion-2"
 
 
-def save(path, payload):
-    """Write payload to path: to a temporary file, to the disk, then renamed. A crash leaves the old file or the new."""
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def digest(payload):
+    """SHA-256 over the contents of a payload: keys, plain values, and every tensor's type, shape and bytes.
+
+    torch.load does not notice flipped bits. A hash of the contents, unlike one of the file, can be in the file itself.
+    """
+    sha = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
+            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, (dict, list, tuple)):
+            sha.update(f"{type(value).__name__} {len(value)}\0".encode())
+            for item in value.items() if isinstance(value, dict) else value:
+                add(item)
+        else:
+            sha.update(f"{value!r}\0".encode())
+
+    add(payload)
+    return sha.hexdigest()
+
+
+def save(path, payload, keep_previous=False):
+    """Write payload to path: to a temporary file, to the disk, then renamed. A crash leaves the old file or the new.
+
+    keep_previous: the file that was there is kept as NAME_prev.pt. Raises UserError if the disk is full.
+    """
     path = Path(path)
-    versions = {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    temporary = path.with_name(f".{path.name}.tmp")
+    payload = dict(payload, format=FORMAT, versions=versions())
+    payload["sha256"] = digest(payload)
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(dict(payload, format=FORMAT, versions=versions), file)
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        if keep_previous and path.exists():
+            os.replace(path, previous(path))
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        cause = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__  # torch.save hides a full disk behind an error of its own
+        if cause is None:
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are untouched: make room, then "
+                        "run the same command with --resume auto")
+
+
+def versions():
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
+
+
+def previous(path):
+    return path.with_name(f"{path.stem}_prev{path.suffix}")
+
+
+def sync_folder(folder):
+    """Have renames survive a power cut, too, where folders can be synced."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def claim(out_dir):
+    """Make the folder, and lock it for this process, which keeps the returned lock until it ends, however it ends.
+
+    Raises UserError if another process has it.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(out_dir / ".lock")
+        lock.acquire(timeout=0)
+        return lock
+    except filelock.Timeout:
+        raise UserError(f"another process is training in {out_dir}: wait for it, or choose another --out_dir")
+    except NotImplementedError:
+        print(f"{out_dir} is on a file system without locks: do not start a second run there", file=sys.stderr)
+    except OSError as error:
+        raise UserError(f"cannot use the folder {out_dir}: {error.strerror}")
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read(path, dataset=None):
-    """The payload behind path: a file, or a folder with ckpt.pt. Other projects' files are translated (interop.py).
+    """The payload behind path: a file, or a run's folder. Other projects' files are translated (interop.py).
 
     dataset: what a foreign checkpoint was trained on, where it does not say.
-    Raises UserError for whatever is no checkpoint.
+    Raises UserError for whatever is no checkpoint, or a damaged one.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "ckpt.pt"
+        if not path.exists() and previous(path).exists():
+            path = previous(path)  # a crash came between the two renames of save
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: `python train.py CONFIG` writes out/CONFIG/ckpt.pt")
     try:
@@ -57,9 +141,32 @@ def read(path, dataset=None):
     except Exception as error:  # pickle, zip and zlib errors of many kinds; none of them means anything to a user
         reason = str(error).strip().split("\n")[0][:100]
         raise UserError(f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}")
-    if isinstance(payload, dict) and payload.get("format") == FORMAT:
-        return payload
-    return interop.translate(payload, path, dataset)
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        return interop.translate(payload, path, dataset)
+    if payload.pop("sha256", None) != digest(payload):
+        raise UserError(f"{path} is damaged: its contents do not match their SHA-256")
+    return payload
+
+
+def read_latest(out_dir):
+    """(path, payload) of a run's last whole checkpoint, or (None, None) if it has none.
+
+    If ckpt.pt is damaged, says so on stderr and takes ckpt_prev.pt. Raises UserError if that is damaged, too.
+    """
+    problems = []
+    for path in (out_dir / "ckpt.pt", out_dir / "ckpt_prev.pt"):
+        if path.exists():
+            try:
+                payload = read(path)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                print(f"{problem}; going on from {path}", file=sys.stderr)
+            return path, payload
+    if problems:
+        raise UserError("; ".join(problems))
+    return None, None
 
 
 def config_of(payload):
@@ -83,12 +190,14 @@ def load_model(path, device, dataset=None, raw=False):
     payload = read(path, dataset)
     config = config_of(payload)
     model = config.make_model(payload["meta"]["vocab_size"])
-    load_weights(model, payload["model"] if raw else payload["ema"], path)
+    weights = payload["model"] if raw else payload["ema"]
+    check_fit(model, weights, path)
+    model.load_state_dict(weights)
     return Loaded(model.to(device).eval(), config, payload["meta"], payload["step"])
 
 
-def load_weights(model, weights, path):
-    """load_state_dict, strictly; a misfit is a UserError that names the first keys or shapes concerned."""
+def check_fit(model, weights, path):
+    """Raise a UserError that names the first keys or shapes concerned unless weights are exactly those of the model."""
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     wrong = [f"{key}: {found.get(key, 'missing')}, expected {expected.get(key, 'none')}"
@@ -96,4 +205,3 @@ def load_weights(model, weights, path):
     if wrong:
         raise UserError(f"the weights in {path} do not fit the model: {'; '.join(wrong[:3])}"
                         + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-    model.load_state_dict(weights)

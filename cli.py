@@ -5,9 +5,16 @@ import contextlib
 import difflib
 import os
 import sys
+import time
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 class UserError(Exception):
@@ -34,23 +41,40 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main):
     """Call main(); turn a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130."""
-    name = os.path.basename(sys.argv[0])
+    name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks
+    code = 0
     try:
         main()
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        if rank in (None, "0"):  # under torchrun all processes raise the same one (parallel.py)
+            print(f"{name}: {error}", file=sys.stderr)
+        code = 2
     except torch.OutOfMemoryError:
         print(f"{name}: out of GPU memory: use a smaller --micro_batch_size (train.py) or --batch_size",
               file=sys.stderr)
-        sys.exit(1)
+        code = 1
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:  # `python sample.py CKPT | head -1` is no error; nor is the flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except RuntimeError as error:
+        if rank is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).split("] ", 1)[-1].splitlines()[0][:100]
+        print(f"{name}: process {rank} has lost another one, which ended, or did not answer in time ({reason})",
+              file=sys.stderr)
+        code = 1
+    if rank is not None:
+        # At once: an ordered exit can wait for a process that is gone, and gloo's threads can crash it (issue 179291 of
+        # pytorch).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def number(kind, low, high=float("inf")):
@@ -90,6 +114,46 @@ def pick_dtype(device, name="auto"):
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         fast = device.type == "cpu" and probe()
     return torch.bfloat16 if fast else torch.float32
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def synchronize(device):
+    """Wait until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def matmul_peak(device, dtype, repeats=5):
+    """Floating-point operations per second that this device reaches in large square matrix products: best of repeats.
+
+    What a model does per second is compared with that (MFU), since data sheets promise more than any program gets.
+    """
+    n, products = (8192, 20) if device.type == "cuda" else (1024, 1)
+    a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
+    for _ in range(repeats + 1):  # the first one warms up
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(products):
+            a @ a
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 * products / min(seconds[1:])
+
+
+def memory_used(device):
+    """Peak memory in bytes: what tensors took on a GPU, what the process took on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def autocast(device, dtype):

@@ -22,7 +22,8 @@ def setting(default, help, choices=None, same_run=True):
 
 
 COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size", "micro_batch_size", "max_steps",
-          "eval_interval", "eval_sequences", "checkpoint_interval", "log_interval"}  # at least 1; other numbers: 0
+          "eval_interval", "eval_sequences", "checkpoint_interval", "log_interval",
+          "max_skipped"}  # at least 1; other numbers: 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,14 @@ class Config:
     dtype: str = setting("auto", "of matrix products; auto: bfloat16 where it is fast",
                          ("auto", "bfloat16", "float32"), same_run=False)
     compile: bool = setting(None, "torch.compile the model; default: on CUDA only", same_run=False)
+    fsdp: bool = setting(False, "share one model out over the processes (FSDP) instead of copying it to each (DDP)",
+                         same_run=False)
+    max_skipped: int = setting(20, "stop when this many steps in a row had a loss or gradient that was not finite",
+                               same_run=False)
+    timeout_minutes: float = setting(10.0, "minutes after which a process that does not answer is given up",
+                                     same_run=False)
+    peak_tflops: float = setting(0.0, "of one device, for the utilisation (MFU); 0: measured at the start",
+                                 same_run=False)
     wandb: bool = setting(False, "log to Weights & Biases, too", same_run=False)
 
     def __post_init__(self):
@@ -85,6 +94,8 @@ class Config:
             if field.type in (int, float) and not least <= value < float("inf"):
                 raise UserError(f"{field.name}={value} must be "
                                 f"{'a finite number, ' if least == 0 else ''}at least {least}")
+        if not self.timeout_minutes:
+            raise UserError("timeout_minutes must be above 0")
         if self.seed >= 2**63:
             raise UserError("seed must be below 2**63")
         if self.n_embd % (2 * self.n_head):

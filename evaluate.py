@@ -23,24 +23,24 @@ from noise import uniforms
 
 
 @torch.no_grad()
-def bound(model, objective, tokens, starts, seq_len, batch_size, device, dtype, seed=0, repeats=1, mine=slice(None),
+def bound(model, objective, tokens, starts, seq_len, batch_size, device, dtype, mine=None, seed=0, repeats=1,
           show=False):
-    """The bound on each window of tokens: (len(starts),) float64, nats per token, zero outside the slice `mine`.
+    """The bound on windows `mine` (default: all) of the tokens: (len(mine),) float64, nats per token.
 
     The noise of window i depends on (seed, i) alone and is stratified over all windows, so two models, or two steps of
     training, are compared on the same masks.
     """
-    total = torch.zeros(len(starts), dtype=torch.float64)
-    indices = list(range(len(starts)))[mine]
-    with progress(total=repeats * len(indices), desc="evaluating", unit="seq", leave=False, show=show) as bar:
+    mine = list(range(len(starts)) if mine is None else mine)
+    total = torch.zeros(len(mine), dtype=torch.float64)
+    with progress(total=repeats * len(mine), desc="evaluating", unit="seq", leave=False, show=show) as bar:
         for repeat in range(repeats):
-            for i in range(0, len(indices), batch_size):
-                chunk = indices[i:i + batch_size]
+            for i in range(0, len(mine), batch_size):
+                chunk = mine[i:i + batch_size]
                 x0 = gather(tokens, starts[chunk], seq_len).to(device)
                 u, v = uniforms(seed, repeat, chunk, len(starts), seq_len, stratified=True)
                 with autocast(device, dtype):
                     nelbo = objective.nelbo(model, x0, objective.noise_low_variance(u, v).to(device))
-                total[chunk] += nelbo.cpu().double() / repeats
+                total[i:i + batch_size] += nelbo.cpu().double() / repeats
                 bar.update(len(chunk))
     return total
 
@@ -88,7 +88,7 @@ def main():
     start = time.perf_counter()
     objective = config.make_objective(meta["vocab_size"])
     nats = bound(model, objective, tokens, starts, config.seq_len, args.batch_size, device,
-                 pick_dtype(device, args.dtype), args.seed, args.repeats, show=True)
+                 pick_dtype(device, args.dtype), seed=args.seed, repeats=args.repeats, show=True)
     bits, error = mean_and_error(nats / math.log(2))
     unit = "char" if meta["tokenizer"] == "char" else "token"
     estimator = f"T-step bound, T = {config.T}" if config.objective == "d3pm" else "continuous-time bound, exact k"

@@ -1,15 +1,14 @@
 """Train a denoiser.
 
     python train.py CONFIG [--key=value ...]                      one CPU, MPS or GPU
-    torchrun --standalone --nproc_per_node=8 train.py CONFIG      one node of 8 GPUs
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py CONFIG
-                                                                  on each of 4 nodes
+    torchrun --standalone --nproc_per_node=8 train.py CONFIG      one node of 8 GPUs; README.md has several nodes, SLURM
 
-Writes out/CONFIG/ckpt.pt (the last state), ckpt_best.pt (the best validation) and log.jsonl (every number shown).
+Writes out/CONFIG/ckpt.pt (the last state), ckpt_prev.pt (the one before), ckpt_best.pt (the best validation) and
+log.jsonl (every number shown). SIGTERM, SIGUSR1 and Ctrl-C finish the step and write a checkpoint; --resume auto goes
+on from there, and the result is the same as if nothing had happened.
 """
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -18,17 +17,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import configs
-from cli import UserError, autocast, generator_on, pick_device, pick_dtype, progress, run
+import parallel
+from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, pick_dtype, progress, run)
 from data.loader import check_same_tokens, load_meta, load_split, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import Noise, to_device
 from evaluate import bound, mean_and_error
+from log import Log
 from noise import rng, uniforms
+from parallel import on_main, together
 from sampling import ancestral
 
 
@@ -37,36 +37,26 @@ class EMA:
 
     def __init__(self, model, decay):
         self.model, self.decay, self.updates = model, decay, 0
-        self.names, self.params = zip(*model.named_parameters())
-        self.average = [p.detach().clone() for p in self.params]
+        self.average = [p.detach().clone() for p in model.parameters()]
+        # What this process holds of them: with FSDP a share, else all.
+        self.weights, self.averages = parallel.local(model.parameters()), parallel.local(self.average)
 
-    @torch.no_grad()
     def update(self):
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, self.params, 1 - decay)
+        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self):
         """Within the context the model is in eval mode and has the average as its weights."""
-        raw = [p.detach().clone() for p in self.params]
-        self._put(self.average)
+        raw = [weight.clone() for weight in self.weights]
+        torch._foreach_copy_(self.weights, self.averages)
         self.model.eval()
         try:
             yield
         finally:
-            self._put(raw)
+            torch._foreach_copy_(self.weights, raw)
             self.model.train()
-
-    @torch.no_grad()
-    def _put(self, weights):
-        torch._foreach_copy_(self.params, weights)
-
-    def state_dict(self):
-        return dict(zip(self.names, self.average))
-
-    def load_state_dict(self, state):
-        torch._foreach_copy_(self.average, [state[name] for name in self.names])
 
 
 def make_optimizer(model, cfg, device):
@@ -85,27 +75,15 @@ def learning_rate(step, cfg):
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def setup_processes(cfg):
-    """(rank, number of processes, device). Under torchrun it joins the others: by nccl on CUDA, by gloo elsewhere."""
-    device = pick_device(cfg.device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                            device_id=device if device.type == "cuda" else None)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
 def share_of_batch(cfg, world):
     """(sequences per process and step, sequences per micro-step). Raises UserError if batch_size does not divide so."""
-    local = cfg.batch_size // world
-    micro = min(cfg.micro_batch_size, local)
-    if micro == 0 or cfg.batch_size % (world * micro):
+    if cfg.batch_size < world:
+        raise UserError(f"batch_size={cfg.batch_size} is fewer than one sequence for each of {world} processes")
+    micro = min(cfg.micro_batch_size, cfg.batch_size // world)
+    if cfg.batch_size % (world * micro):
         raise UserError(f"batch_size={cfg.batch_size} must be a multiple of processes x micro_batch_size = "
-                        f"{world} x {max(micro, 1)}")
-    return local, micro
+                        f"{world} x {micro}")
+    return cfg.batch_size // world, micro
 
 
 def batches(tokens, objective, cfg, first_step, indices, micro, pin):
@@ -120,31 +98,96 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin):
 
 
 def train_step(net, objective, parts, optimizer, cfg, device, dtype):
-    """One optimiser step on the batch in `parts`. Returns the bound, nats per token, and gradient norm, as tensors."""
+    """One optimiser step on the batch in `parts`, this process's share.
+
+    Returns the bound in nats per token and the gradient norm, of the whole batch, and whether one of them is not
+    finite: then weights and optimiser state stay as they were. All are tensors: nothing here waits for the GPU.
+    """
     nats = torch.zeros((), device=device)
     for i, (x0, noise) in enumerate(parts):
-        last = i == len(parts) - 1
-        # Under DistributedDataParallel gradients are averaged over the processes, once per step.
-        with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
-            with autocast(device, dtype):
-                loss, nelbo = objective.loss(net, to_device(x0, device), noise.to(device))
-            (loss / len(parts)).backward()
+        parallel.average_gradients(net, i == len(parts) - 1)
+        with autocast(device, dtype):
+            loss, nelbo = objective.loss(net, to_device(x0, device), noise.to(device))
+        (loss / len(parts)).backward()
         nats += nelbo.mean() / len(parts)
+    nats = parallel.total(nats) / parallel.world
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
+    if hasattr(norm, "full_tensor"):  # FSDP
+        norm = norm.full_tensor()
+    bad = ~(nats.isfinite() & norm.isfinite())
+    optimizer.found_inf = bad.float()  # how fused optimisers are told to do nothing, on the device (see GradScaler)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return nats, norm
+    return nats, norm, bad
 
 
-def resume_from(where, cfg, meta, out_dir):
-    """The payload to continue from. where: a checkpoint, or 'auto': that of out_dir, and None if there is none yet.
+def flops_per_token(model, objective, cfg):
+    """Floating-point operations of a training step per token; the head counts where the objective asks for logits."""
+    noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True))
+    return model.flops(cfg.seq_len, 1.0 if cfg.lambda_ce else noise.mask.float().mean().item())
 
-    Raises UserError if it is of another config, of other data, or would overwrite another run.
+
+# ---- a run's state -------------------------------------------------------------------------------------------------
+
+
+def state_of(model, ema, optimizer=None):
+    """Weights, averages and optimiser state for a checkpoint, collected in the main process. Called by all."""
+    parameters = dict(model.named_parameters())
+    state = {"model": {name: parallel.whole(p) for name, p in parameters.items()},
+             "ema": {name: parallel.whole(average) for name, average in zip(parameters, ema.average)}}
+    if optimizer:
+        state["optimizer"] = {name: {key: parallel.whole(value) for key, value in optimizer.state[p].items()}
+                              for name, p in parameters.items()}
+    return state
+
+
+def restore(state, model, ema, optimizer):
+    """Copy what state_of collected, in the main process, back into all processes."""
+    shapes = on_main(lambda: {name: {key: value.shape for key, value in entries.items()}
+                              for name, entries in state["optimizer"].items()})
+    for (name, p), average in zip(model.named_parameters(), ema.average):
+        parallel.copy_from_main(p, state and state["model"][name])
+        parallel.copy_from_main(average, state and state["ema"][name])
+        for key, shape in shapes[name].items():  # moments are shaped, and shared out, as their parameter is
+            value = torch.zeros_like(p) if shape == p.shape else torch.zeros(shape, device=p.device)
+            parallel.copy_from_main(value, state and state["optimizer"][name][key])
+            optimizer.state[p][key] = value
+
+
+def open_run(args, cfg, meta, out_dir, model):
+    """(checkpoint to go on from, weights to start from, lock of out_dir), None each where there is none.
+
+    For the main process. Raises UserError if out_dir is in use or holds another run, and if the checkpoint asked for is
+    not there, damaged, of another config or of other data.
     """
-    path = out_dir / "ckpt.pt" if where == "auto" else Path(where)
-    if where == "auto" and not path.exists():
-        return None
-    payload = checkpoint.read(path)
+    lock = checkpoint.claim(out_dir) if out_dir.is_dir() else None
+    holds_run = any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt_prev.pt"))
+    if args.resume is None and holds_run:
+        raise UserError(f"{out_dir} holds a run already: --resume auto continues it, --out_dir puts this one elsewhere")
+    path, payload = (None, None)
+    if args.resume == "auto":
+        path, payload = checkpoint.read_latest(out_dir)
+    elif args.resume:
+        path, payload = Path(args.resume), checkpoint.read(args.resume)
+        folder = path if path.is_dir() else path.parent
+        if holds_run and folder.resolve() != out_dir.resolve():
+            raise UserError(f"{out_dir} holds another run than {path}: choose another --out_dir")
+    if payload:
+        check_same_run(payload, path, cfg, meta)
+        checkpoint.check_fit(model, payload["model"], path)
+        if path.name == "ckpt_prev.pt" and (out_dir / "ckpt.pt").exists():
+            # Else the next checkpoint would make it the previous one, in place of path.
+            (out_dir / "ckpt.pt").rename(out_dir / "ckpt_damaged.pt")
+    source = None
+    if args.init_from and not payload:
+        source = checkpoint.read(args.init_from)
+        check_same_tokens(source["meta"], meta, cfg.dataset)
+        checkpoint.check_fit(model, source["ema"], args.init_from)
+    return payload, source and source["ema"], lock
+
+
+def check_same_run(payload, path, cfg, meta):
+    """Raise a UserError that names what differs, unless payload is a state of a run with this config on this data."""
     if "optimizer" not in payload:
         raise UserError(f"{path} has no optimiser state to resume from; start a new run with --init_from={path}")
     before, now = asdict(checkpoint.config_of(payload)), asdict(cfg)
@@ -156,19 +199,22 @@ def resume_from(where, cfg, meta, out_dir):
     if payload["meta"]["sha256"] != meta["sha256"]:
         raise UserError(f"data set {cfg.dataset!r} is not the one that {path} was trained on: prepare that one again, "
                         f"or start a new run with --init_from={path}")
-    folder = path if path.is_dir() else path.parent
-    if (out_dir / "ckpt.pt").exists() and folder.resolve() != out_dir.resolve():
-        raise UserError(f"{out_dir} holds another run than {path}: choose another --out_dir")
-    return payload
 
 
-def open_log(path, step):
-    """log.jsonl for appending, without the lines of later steps than the one that the run continues from."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # cut off by a crash
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-    return open(path, "a", buffering=1)
+def check_same_data(meta, main_meta, dataset):
+    if meta["sha256"] != main_meta["sha256"]:
+        raise UserError(f"data set {dataset!r} is not the one that the main process has: copy that one here")
+
+
+def count(tally, nats, bad):
+    """One more step in the tally, which stays on the device: nats and number of steps since the last log line (without
+    the skipped ones), steps skipped in all, steps skipped in a row until now."""
+    return torch.stack((tally[0] + torch.where(bad, 0, nats), tally[1] + ~bad, tally[2] + bad, (tally[3] + 1) * bad))
+
+
+def finite(x):
+    """x, or None if it is infinite or not a number: JSON has neither."""
+    return x if math.isfinite(x) else None
 
 
 def duration(seconds):
@@ -185,84 +231,71 @@ def add_arguments(parser):
 
 def main():
     name, cfg, args = configs.from_command_line("train.py", __doc__, add_arguments)
-    rank, world, device = setup_processes(cfg)
-    master = rank == 0
+    parallel.join(cfg.timeout_minutes)
+    rank, world, is_main = parallel.rank, parallel.world, parallel.is_main
+    if cfg.fsdp and "RANK" not in os.environ:
+        raise UserError("--fsdp shares one model out over several processes: start them with torchrun")
+    device = together(lambda: parallel.own_device(cfg.device))
     dtype = pick_dtype(device, cfg.dtype)
     local, micro = share_of_batch(cfg, world)
     out_dir = Path(cfg.out_dir or f"out/{name}")
 
-    # ---- data, model, optimiser; a resumed run loads all three ------------------------------------------------------
-    meta = load_meta(cfg.dataset, cfg.data_dir)
-    train_tokens = load_split(cfg.dataset, "train", cfg.seq_len, cfg.data_dir)
-    val_tokens = load_split(cfg.dataset, "val", cfg.seq_len, cfg.data_dir)
-    val_starts = windows(val_tokens, cfg.seq_len, cfg.eval_sequences)
-    tokenizer = make_tokenizer(meta)
+    # ---- data and model; nothing is written before all of it is found to be in order --------------------------------
+    meta = together(lambda: load_meta(cfg.dataset, cfg.data_dir))
+    main_meta = on_main(lambda: meta)
+    together(lambda: check_same_data(meta, main_meta, cfg.dataset))
+    train_tokens, val_tokens = together(lambda: [load_split(cfg.dataset, split, cfg.seq_len, cfg.data_dir)
+                                                 for split in ("train", "val")])
+    tokenizer = together(lambda: make_tokenizer(meta))
     objective = cfg.make_objective(meta["vocab_size"])
-
     torch.manual_seed(cfg.seed)
-    model = cfg.make_model(meta["vocab_size"]).to(device)
-    step, best_val, payload = 0, math.inf, None
-    if args.resume:
-        payload = resume_from(args.resume, cfg, meta, out_dir)
-    elif (out_dir / "ckpt.pt").exists():
-        raise UserError(f"{out_dir} holds a run already: --resume auto continues it, --out_dir puts this one elsewhere")
-    if args.init_from and not payload:
-        source = checkpoint.read(args.init_from)
-        check_same_tokens(source["meta"], meta, cfg.dataset)
-        checkpoint.load_weights(model, source["ema"], args.init_from)
-    if payload:
-        checkpoint.load_weights(model, payload["model"], out_dir)
-    optimizer, ema = make_optimizer(model, cfg, device), EMA(model, cfg.ema_decay)
-    if payload:
-        step, best_val = payload["step"], payload["best_val"]
-        optimizer.load_state_dict(payload["optimizer"])
-        ema.load_state_dict(payload["ema"])
-        ema.updates = step
-    if world > 1:
-        steps = [None] * world
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            raise UserError(f"the processes found checkpoints of different steps {sorted(set(steps))}: out_dir must be "
-                            "on a file system that all nodes share")
+    model = cfg.make_model(meta["vocab_size"])  # on the CPU: the same weights on every device and in every process
+    n_params, flops = model.n_params(), flops_per_token(model, objective, cfg)
+    payload, source, lock = together(lambda: open_run(args, cfg, meta, out_dir, model) if is_main else (None,) * 3)
+    resumed, copied = on_main(lambda: (payload is not None, source is not None))
+    lock = together(lambda: (lock or checkpoint.claim(out_dir)) if is_main else None)
+
+    # ---- the state of the run ---------------------------------------------------------------------------------------
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-    if compiled:
-        model.trunk = torch.compile(model.trunk)
-    net = model if world == 1 else DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None)
+    net = parallel.spread(model, device, cfg.fsdp, compiled)
+    if copied:
+        for key, p in model.named_parameters():
+            parallel.copy_from_main(p, source and source[key])
+    optimizer, ema = make_optimizer(model, cfg, device), EMA(model, cfg.ema_decay)
+    step, best_val, tally, wandb_id = 0, math.inf, torch.zeros(4), None
+    if resumed:
+        step, best_val, tally, wandb_id = on_main(
+            lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
+        restore(payload, model, ema, optimizer)
+        ema.updates = step
+    payload = source = None  # gigabytes
+    tally = tally.to(device)
+    peak = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
+    peak = parallel.total(torch.tensor(peak, dtype=torch.float64)).item()
 
-    # ---- where results go -------------------------------------------------------------------------------------------
-    if master:
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {out_dir}: {error.strerror}")
-        log_file = open_log(out_dir / "log.jsonl", step)
-        if cfg.wandb:
-            import wandb
-            wandb.init(project="discrete-diffusion", name=name, config=asdict(cfg))
-    bar = progress(total=cfg.max_steps, initial=step, desc=name, unit="step", show=master)
+    # ---- what is done besides training ------------------------------------------------------------------------------
+    bar = progress(total=cfg.max_steps, initial=step, desc=name, unit="step", show=is_main)
+    log = together(lambda: Log(out_dir, step, name, asdict(cfg), bar, wandb_id) if is_main else None)
     unit = f"bits/{tokenizer.unit}"
+    val_starts = windows(val_tokens, cfg.seq_len, cfg.eval_sequences)
 
-    def log(line, **values):
-        """Show a line; write the values to log.jsonl, and to wandb if asked."""
-        if master:
-            bar.write(line, file=sys.stdout)
-            log_file.write(json.dumps({"step": step, "tokens": step * cfg.batch_size * cfg.seq_len, **values}) + "\n")
-            if cfg.wandb:
-                wandb.log(values, step=step)
+    def report(line, **values):
+        on_main(lambda: log.write(line, step=step, tokens=step * cfg.batch_size * cfg.seq_len, **values))
 
     def validate():
         """Bits per token of the averaged weights on fixed windows with fixed noise, and the standard error."""
+        n = len(val_starts)
+        # All processes score as many windows, because FSDP's need each other: some windows are scored twice.
+        mine = [i % n for i in range(rank, n + -n % world, world)]
+        nats = torch.zeros(2, n, dtype=torch.float64)
         with ema.applied():
-            nats = bound(model, objective, val_tokens, val_starts, cfg.seq_len, micro, device, dtype,
-                         mine=slice(rank, None, world))
-        if world > 1:
-            nats = nats.to(device)
-            dist.all_reduce(nats)  # every process has filled in its own windows
-        return mean_and_error(nats.cpu() / math.log(2))
+            nats[0, mine] = bound(model, objective, val_tokens, val_starts, cfg.seq_len, micro, device, dtype, mine)
+        nats[1, mine] = 1
+        total, scored = parallel.total(nats)
+        return mean_and_error(total / scored / math.log(2))
 
     def sample():
-        """One text from the averaged weights."""
+        """One text from the averaged weights, by all processes alike."""
         generator = generator_on(device, cfg.seed)
         xt = torch.full((1, cfg.seq_len), objective.mask_id, device=device)
         with ema.applied(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
@@ -270,69 +303,81 @@ def main():
                 pass
         return tokenizer.decode(xt[0].tolist())
 
-    def save(filename):
-        checkpoint.save(out_dir / filename, {
+    def save(filename, to_resume):
+        state = state_of(model, ema, optimizer if to_resume else None)
+        on_main(lambda: checkpoint.save(out_dir / filename, {
             "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
-            "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-        })
+            "tally": tally.cpu(), "wandb_id": log.wandb_id, **state}, keep_previous=to_resume))
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
-    if master:
-        bar.write(f"{name}: {model.n_params() / 1e6:.1f}M parameters, "
-                  f"{cfg.batch_size} x {cfg.seq_len} tokens per step, "
-                  f"{world} x {device.type}, {str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}, "
-                  f"writing to {out_dir}", file=sys.stdout)
-        if step:
-            bar.write(f"continuing at step {step:,} of {cfg.max_steps:,}", file=sys.stdout)
+    report(f"{name}: {n_params / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
+           f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}, {str(dtype).removeprefix('torch.')}"
+           f"{', compiled' if compiled else ''}, peak {peak / 1e12:.3g} TFLOP/s, writing to {out_dir}"
+           + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if step else ""),
+           run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
+           versions=checkpoint.versions())
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, pin=device.type == "cuda"))
-    first_step, seconds = step, 0.0           # of this process; seconds of training alone
-    nats, logged, clock = torch.zeros((), device=device), step, time.perf_counter()  # since the last log line
+    first_step, seconds = step, 0.0                     # of this process; seconds of training alone
+    logged, clock = step, time.perf_counter()           # at the last log line
+    stop = parallel.StopSignals()
     model.train()
     for parts in stream:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         if cfg.dropout:  # dropout, too, is a function of (seed, step)
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
-        step_nats, norm = train_step(net, objective, parts, optimizer, cfg, device, dtype)
-        nats += step_nats
+        nats, norm, bad = train_step(net, objective, parts, optimizer, cfg, device, dtype)
         ema.update()
+        tally = count(tally, nats, bad)
         step += 1
         bar.update()
 
         if step % cfg.log_interval == 0 or step == cfg.max_steps:
-            if world > 1:
-                dist.all_reduce(nats)
-            bits = nats.item() / world / (step - logged) / math.log(2)  # waits for the GPU, so the time below is true
+            nats, steps, skipped, in_a_row = tally.tolist()  # waits for the GPU, so the time below is true
+            tally[:2] = 0
             elapsed = time.perf_counter() - clock
             clock += elapsed
             seconds += elapsed
             rate = (step - logged) * cfg.batch_size * cfg.seq_len / elapsed
-            left = (cfg.max_steps - step) * seconds / (step - first_step)
-            log(f"step {step:,}  tokens {step * cfg.batch_size * cfg.seq_len:,}  {unit} {bits:.3f}  "
-                f"lr {group['lr']:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  {duration(left)} left",
-                bits_per_token=bits, lr=group["lr"], grad_norm=norm.item(), tokens_per_second=rate)
-            nats.zero_()
             logged = step
+            bits = nats / steps / math.log(2) if steps else math.nan
+            left = (cfg.max_steps - step) * seconds / (step - first_step)
+            mfu, memory = rate * flops / peak, memory_used(device)
+            report(f"step {step:,}  tokens {step * cfg.batch_size * cfg.seq_len:,}  {unit} {bits:.3f}  "
+                   f"lr {group['lr']:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
+                   f"{memory / 1e9:.1f} GB  {duration(left)} left"
+                   + (f"  {skipped:.0f} steps skipped (not finite)" if skipped else ""),
+                   bits_per_token=finite(bits), lr=group["lr"], grad_norm=finite(norm.item()), skipped=int(skipped),
+                   tokens_per_second=rate, mfu=mfu, memory_bytes=memory, seconds_left=left)
+            if in_a_row >= cfg.max_skipped:
+                raise UserError(f"loss or gradient was not finite in {in_a_row:.0f} steps in a row, up to step "
+                                f"{step:,}: the last good checkpoint in {out_dir} is untouched; "
+                                "try a smaller --lr in a new run")
         paused = time.perf_counter()
         if step % cfg.eval_interval == 0 or step == cfg.max_steps:
             bits, error = validate()
-            log(f"step {step:,}  validation {unit} {bits:.4f} ± {error:.4f}"
-                f"{'  (best so far)' if bits < best_val else ''}",
-                val_bits_per_token=bits, val_stderr=None if math.isnan(error) else error)
+            report(f"step {step:,}  validation {unit} {bits:.4f} ± {error:.4f}"
+                   f"{'  (best so far)' if bits < best_val else ''}",
+                   val_bits_per_token=finite(bits), val_stderr=finite(error))
             if bits < best_val:
                 best_val = bits
-                if master:
-                    save("ckpt_best.pt")
-        if master and cfg.sample_interval and step % cfg.sample_interval == 0:
+                save("ckpt_best.pt", to_resume=False)
+        if cfg.sample_interval and step % cfg.sample_interval == 0:
             text = sample()
-            log(f"step {step:,}  sample  {text}", sample=text)
-        if master and (step % cfg.checkpoint_interval == 0 or step == cfg.max_steps):
-            save("ckpt.pt")
+            report(f"step {step:,}  sample  {text}", sample=text)
+        stopped_by = stop.agreed()
+        if step % cfg.checkpoint_interval == 0 or step == cfg.max_steps or stopped_by:
+            save("ckpt.pt", to_resume=True)
         clock += time.perf_counter() - paused
-    bar.close()
-    if world > 1:
-        dist.destroy_process_group()
+        if stopped_by and step < cfg.max_steps:
+            on_main(lambda: bar.write(
+                f"stopped by {stopped_by} after step {step:,} of {cfg.max_steps:,}, which is saved in {out_dir}: "
+                "to continue, run the same command with --resume auto", file=sys.stdout))
+            break
+    stream.close()
+    on_main(lambda: log.close())
+    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
 import os
+import runpy
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,3 +30,47 @@ def gpt2():
         return GPT2Tokenizer()
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Run a script as `python SCRIPT ARGUMENTS` would, in this process: exit code, stdout, stderr."""
+    from commands import Result
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def call(script, *arguments):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Result(code, *capfd.readouterr())
+    return call
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A data set `tiny` of 27 symbols, made by the real script in a real process."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("the cat sat on the mat and the dog sat on the log. " * 200)
+    subprocess.run([sys.executable, ROOT / "data/prepare_textfile.py", folder / "text.txt", "--name", "tiny",
+                    "--alphabet", "text8", "--data_dir", folder], check=True)
+    return folder
+
+
+TRAINED = ["--max_steps=60", "--eval_interval=30", "--log_interval=10", "--lr=0.01", "--time_sampling=exact_k",
+           "--weighting=simple", "--shift_tokens", "--ema_decay=0.9", "--sample_interval=60"]
+
+
+@pytest.fixture(scope="session")
+def trained(data_dir, tmp_path_factory):
+    """The folder of a short run on `tiny`, trained by a real process."""
+    from commands import arguments
+    out = tmp_path_factory.mktemp("run") / "out"
+    subprocess.run([sys.executable, *arguments("mdlm_text8", data_dir, out, *TRAINED)], check=True)
+    return out

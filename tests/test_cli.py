@@ -1,237 +1,18 @@
-"""The command lines, on tiny data: prepare, train, resume, evaluate, sample; and what they say to bad input."""
+"""The command lines, on tiny data: prepare, evaluate, sample; what they say to bad input; the README. Training itself
+is in test_runs.py."""
 
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import checkpoint
 import cli
 import configs
-
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_cond=8", "--seq_len=32", "--batch_size=8",
-         "--micro_batch_size=8", "--dtype=float32", "--device=cpu", "--warmup_steps=5", "--eval_sequences=8",
-         "--sample_interval=0", "--T=50"]
-
-
-class Result:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def call(monkeypatch, capfd):
-    """Run a script as `python SCRIPT ARGUMENTS` would, in this process: exit code, stdout, stderr."""
-    def call(script, *arguments):
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as error:
-            code = error.code or 0
-        return Result(code, *capfd.readouterr())
-    return call
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A data set `tiny` of 27 symbols, made by the real script in a real process."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("the cat sat on the mat and the dog sat on the log. " * 200)
-    subprocess.run([sys.executable, ROOT / "data/prepare_textfile.py", folder / "text.txt", "--name", "tiny",
-                    "--alphabet", "text8", "--data_dir", folder], check=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def trained(data_dir, tmp_path_factory):
-    """The folder of a short run of mdlm_shakespeare's twin on `tiny`, trained by a real process."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    subprocess.run([sys.executable, ROOT / "train.py", "mdlm_text8", *SMALL, "--dataset=tiny", f"--data_dir={data_dir}",
-                    f"--out_dir={out}", "--max_steps=60", "--eval_interval=30", "--log_interval=10", "--lr", "0.01",
-                    "--time_sampling=exact_k", "--weighting=simple", "--shift_tokens", "--ema_decay=0.9",
-                    "--sample_interval=60"], check=True)
-    return out
-
-
-def train(call, config, data_dir, out, *arguments):
-    return call("train.py", config, *SMALL, "--dataset=tiny", f"--data_dir={data_dir}", f"--out_dir={out}",
-                "--eval_interval=10", "--log_interval=1", *arguments)
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def losses(out, key="bits_per_token"):
-    return [line[key] for line in log(out) if key in line]
-
-
-# Adam turns the sign of a vanishing gradient into a whole step, so rounding grows quickly at a real learning rate.
-STEADY = ["--lr=1e-5", "--dropout=0", "--time_sampling=exact_k", "--max_steps=4"]
-
-
-def assert_same_training(one, two):
-    """Losses and gradient norms of two runs agree up to rounding."""
-    for key in ("bits_per_token", "grad_norm"):
-        assert len(losses(one, key)) >= 3 and losses(one, key) == pytest.approx(losses(two, key), rel=1e-4)
-
-
-# ---- train -----------------------------------------------------------------------------------------------------------
-
-
-def test_training_learns(trained):
-    """Bits fall well below the first steps'; the log has losses, validations and a sample; checkpoints are there."""
-    bits = losses(trained)
-    assert bits[0] > 3.2 > bits[-1] + 0.5
-    validations = [line for line in log(trained) if "val_bits_per_token" in line]
-    assert [line["step"] for line in validations] == [30, 60]
-    assert validations[0]["val_bits_per_token"] > validations[1]["val_bits_per_token"] > 0
-    assert [len(line["sample"]) for line in log(trained) if "sample" in line] == [32]
-    payload = checkpoint.read(trained)
-    assert payload["step"] == 60 and payload["best_val"] == validations[1]["val_bits_per_token"]
-    assert payload["meta"]["alphabet"] == " abcdefghijklmnopqrstuvwxyz"
-    assert (trained / "ckpt_best.pt").exists() and not list(trained.glob(".*"))
-
-
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("config, extra", [("d3pm_text8", []),
-                                           ("mdlm_text8", ["--conditioning=time", "--dropout=0.1"])])
-def test_resume_is_exact(call, data_dir, tmp_path, monkeypatch, config, extra):
-    """A run stopped after its checkpoint at step 6 and resumed ends with the weights, averages, optimiser state and log
-    of one that was not stopped: bit for bit."""
-    arguments = ["--max_steps=12", "--checkpoint_interval=6", "--ema_decay=0.9", *extra]
-    assert train(call, config, data_dir, tmp_path / "whole", *arguments).code == 0
-    save = checkpoint.save
-
-    def save_and_stop(path, payload):
-        save(path, payload)
-        if path.name == "ckpt.pt":
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_stop)
-        with pytest.raises(Stop):
-            train(call, config, data_dir, tmp_path / "parts", *arguments)
-    assert checkpoint.read(tmp_path / "parts")["step"] == 6
-    with open(tmp_path / "parts" / "log.jsonl", "a") as file:  # as if steps after the checkpoint had been logged
-        file.write(json.dumps({"step": 7, "bits_per_token": 99.0}) + "\n" + '{"step": 8, "bits')
-    assert train(call, config, data_dir, tmp_path / "parts", *arguments, "--resume", "auto").code == 0
-    whole, parts = checkpoint.read(tmp_path / "whole"), checkpoint.read(tmp_path / "parts")
-    assert parts["step"] == 12 and parts["best_val"] == whole["best_val"]
-    for kind in ("model", "ema"):
-        for key, value in whole[kind].items():
-            assert torch.equal(value, parts[kind][key])
-    for i, state in whole["optimizer"]["state"].items():
-        assert all(torch.equal(state[key], parts["optimizer"]["state"][i][key]) for key in state)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-
-
-def test_validation_and_samples_do_not_touch_training(call, data_dir, tmp_path):
-    """The same weights whether a run validates and samples at every step or never."""
-    for interval in (1, 100):
-        assert train(call, "d3pm_text8", data_dir, tmp_path / str(interval), "--max_steps=4",
-                     f"--eval_interval={interval}", f"--sample_interval={interval}").code == 0
-    often, seldom = (checkpoint.read(tmp_path / interval) for interval in ("1", "100"))
-    assert all(torch.equal(often["model"][key], seldom["model"][key]) for key in often["model"])
-
-
-def test_micro_batches_do_not_matter(call, data_dir, tmp_path):
-    """The same training whether a step's sequences go through the network at once or in four parts."""
-    for micro in (8, 2):
-        assert train(call, "mdlm_text8", data_dir, tmp_path / str(micro), *STEADY,
-                     f"--micro_batch_size={micro}").code == 0
-    assert_same_training(tmp_path / "8", tmp_path / "2")
-
-
-def test_two_processes_train_as_one(call, data_dir, tmp_path):
-    """torchrun with two gloo processes gives the losses, gradients and validation of one process."""
-    assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *STEADY).code == 0
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    ROOT / "train.py", "mdlm_text8", *SMALL, "--dataset=tiny", f"--data_dir={data_dir}",
-                    f"--out_dir={tmp_path / 'two'}", "--eval_interval=10", "--log_interval=1", *STEADY,
-                    "--micro_batch_size=2"],
-                   check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert_same_training(tmp_path / "one", tmp_path / "two")
-    one, two = (losses(tmp_path / run, "val_bits_per_token") for run in ("one", "two"))
-    assert len(one) == 1 and one == pytest.approx(two, rel=1e-4)
-
-
-def test_compiled_training(data_dir, tmp_path):
-    """torch.compile changes losses by rounding only, and checkpoints keep plain names."""
-    for flag in ("--compile", "--no-compile"):
-        subprocess.run([sys.executable, ROOT / "train.py", "mdlm_text8", *SMALL, "--dataset=tiny",
-                        f"--data_dir={data_dir}", f"--out_dir={tmp_path / flag}", "--eval_interval=100",
-                        "--log_interval=1", *STEADY, "--n_layer=1", flag], check=True)
-    assert_same_training(tmp_path / "--compile", tmp_path / "--no-compile")
-    assert (checkpoint.read(tmp_path / "--compile")["model"].keys()
-            == checkpoint.read(tmp_path / "--no-compile")["model"].keys())
-
-
-def test_gpt2_tokens(call, gpt2, data_dir, tmp_path):
-    """A data set of GPT-2 tokens: train, evaluate in bits per token, sample text."""
-    call("data/prepare_textfile.py", data_dir / "text.txt", "--name", "bpe", "--tokenizer", "gpt2",
-         "--data_dir", tmp_path)
-    result = call("train.py", "mdlm_openwebtext_8gpu", *SMALL, "--dataset=bpe", f"--data_dir={tmp_path}",
-                  f"--out_dir={tmp_path / 'out'}", "--max_steps=2", "--log_interval=1")
-    assert result.code == 0 and "bits/token" in result.out
-    assert "bits per token on bpe val" in call("evaluate.py", tmp_path / "out").out
-    sample = json.loads(call("sample.py", tmp_path / "out", "--json", "--steps=4").out)["samples"][0]
-    assert sample["text"] == gpt2.decode(sample["tokens"]) and len(sample["tokens"]) == 32
-    assert_one_line(call("evaluate.py", tmp_path / "out", "--baselines"), "for character data")
-
-
-def test_fine_tuning(call, data_dir, trained, tmp_path):
-    """--init_from starts from the averaged weights: the first loss is the trained model's, at step 0 of a new run."""
-    result = train(call, "mdlm_text8", data_dir, tmp_path / "tuned", "--max_steps=2", f"--init_from={trained}",
-                   "--shift_tokens", "--time_sampling=exact_k", "--lr=1e-4")
-    assert result.code == 0 and losses(tmp_path / "tuned")[0] < losses(trained)[0] - 0.5
-
-
-def test_resume_refuses_other_data_and_other_runs(call, data_dir, trained, tmp_path):
-    """The same config on other data of the same name, or into the folder of another run: refused, nothing changed."""
-    arguments = ["--max_steps=60", "--lr=0.01", "--time_sampling=exact_k", "--weighting=simple", "--shift_tokens",
-                 "--ema_decay=0.9", f"--resume={trained}"]
-    (tmp_path / "text.txt").write_text("another text, of the same alphabet. " * 200)
-    call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", "tiny", "--alphabet", "text8",
-         "--data_dir", tmp_path)
-    assert_one_line(train(call, "mdlm_text8", tmp_path, tmp_path / "out", *arguments), "is not the one that")
-    other = tmp_path / "other"
-    assert train(call, "mdlm_text8", data_dir, other, "--max_steps=1").code == 0
-    before = (other / "ckpt.pt").read_bytes(), (other / "log.jsonl").read_bytes()
-    assert_one_line(train(call, "mdlm_text8", data_dir, other, *arguments), "holds another run")
-    assert before == ((other / "ckpt.pt").read_bytes(), (other / "log.jsonl").read_bytes())
-
-
-def test_a_finished_run_is_left_alone(call, data_dir, trained):
-    """Training again is refused, and --resume auto of a finished run does nothing, successfully."""
-    arguments = ["--max_steps=60", "--lr=0.01", "--time_sampling=exact_k", "--weighting=simple", "--shift_tokens",
-                 "--ema_decay=0.9"]
-    before = (trained / "ckpt.pt").stat().st_mtime_ns
-    refused = train(call, "mdlm_text8", data_dir, trained, *arguments)
-    assert refused.code == 2 and "holds a run already" in refused.err
-    assert train(call, "mdlm_text8", data_dir, trained, *arguments, "--resume=auto").code == 0
-    assert (trained / "ckpt.pt").stat().st_mtime_ns == before
-
-
-def test_help_lists_every_setting(call):
-    """--help shows every field with type and default, of the config where one is named; bare train.py lists configs."""
-    text = call("train.py", "d3pm_openwebtext_8gpu", "--help").out
-    assert all(f"--{field} " in text for field in configs.Config.__dataclass_fields__)
-    assert re.search(r"--lr FLOAT\s+peak learning rate of AdamW \[float: 0.0006\]", text)
-    bare = call("train.py")
-    assert bare.code == 0 and all(name in bare.out for name in configs.CONFIGS)
+from commands import ROOT, SMALL, Result, assert_one_line, log, train
 
 
 # ---- evaluate and sample ---------------------------------------------------------------------------------------------
@@ -301,14 +82,29 @@ def test_show_on_a_terminal(trained):
     assert frames.count(b"\x1b[2A") >= 3 and b"\x1b[1;32m" in frames and b"step 5/5, 0 masks" in frames
 
 
+def test_gpt2_tokens(call, gpt2, data_dir, tmp_path):
+    """A data set of GPT-2 tokens: train, evaluate in bits per token, sample text."""
+    call("data/prepare_textfile.py", data_dir / "text.txt", "--name", "bpe", "--tokenizer", "gpt2",
+         "--data_dir", tmp_path)
+    result = call("train.py", "mdlm_openwebtext_8gpu", *SMALL, "--dataset=bpe", f"--data_dir={tmp_path}",
+                  f"--out_dir={tmp_path / 'out'}", "--max_steps=2", "--log_interval=1")
+    assert result.code == 0 and "bits/token" in result.out
+    assert "bits per token on bpe val" in call("evaluate.py", tmp_path / "out").out
+    sample = json.loads(call("sample.py", tmp_path / "out", "--json", "--steps=4").out)["samples"][0]
+    assert sample["text"] == gpt2.decode(sample["tokens"]) and len(sample["tokens"]) == 32
+    assert_one_line(call("evaluate.py", tmp_path / "out", "--baselines"), "for character data")
+
+
+def test_help_lists_every_setting(call):
+    """--help shows every field with type and default, of the config where one is named; bare train.py lists configs."""
+    text = call("train.py", "d3pm_openwebtext_8gpu", "--help").out
+    assert all(f"--{field} " in text for field in configs.Config.__dataclass_fields__)
+    assert re.search(r"--lr FLOAT\s+peak learning rate of AdamW \[float: 0.0006\]", text)
+    bare = call("train.py")
+    assert bare.code == 0 and all(name in bare.out for name in configs.CONFIGS)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
-
-
-def assert_one_line(result, *words):
-    assert result.code == 2, result
-    assert result.out == "" and result.err.count("\n") == 1 and "Traceback" not in result.err, result.err
-    for word in words:
-        assert word in result.err, result.err
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -344,7 +140,7 @@ def test_bad_training_starts(call, data_dir, trained, tmp_path):
     out = tmp_path / "out"
     go = lambda *a: train(call, "mdlm_text8", data_dir, out, *a)
     (tmp_path / "file").write_text("in the way")
-    assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "file"), "cannot make the folder")
+    assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "file"), "cannot use the folder")
     assert_one_line(go("--seq_len=100000"), "fewer than one sequence of 100,000", "--seq_len=")
     assert_one_line(go(f"--resume={tmp_path}"), "no checkpoint at")
     assert_one_line(go(f"--resume={trained}", "--max_steps=60", "--lr=0.5"), "of another run",
@@ -401,23 +197,16 @@ def test_a_real_process_says_it_in_one_line(tmp_path):
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def test_saving_is_atomic(tmp_path, monkeypatch):
-    """If writing fails, the old checkpoint is whole and no temporary file is left."""
-    checkpoint.save(tmp_path / "ckpt.pt", {"step": 1})
-
-    def fail(payload, file):
-        file.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError):
-        checkpoint.save(tmp_path / "ckpt.pt", {"step": 2})
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"] and checkpoint.read(tmp_path)["step"] == 1
+def test_checkpoints_are_never_unpickled():
+    """Every torch.load says weights_only=True: a checkpoint from somewhere must not run code."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]:
+        for call in re.findall(r"torch\.load\(.*\)", path.read_text()):
+            assert "weights_only=True" in call, (path.name, call)
 
 
 def test_heavy_libraries_stay_out():
     """wandb, datasets and tiktoken are imported only where they are used."""
-    code = ("import sys, train, sample, evaluate, bench, data.prepare_openwebtext, data.prepare_textfile\n"
+    code = ("import sys, train, sample, evaluate, bench, plot, data.prepare_openwebtext, data.prepare_textfile\n"
             "print(sorted({'wandb', 'datasets', 'tiktoken', 'pandas', 'matplotlib'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
@@ -441,7 +230,7 @@ def readme_commands():
     """Every line of a shell block of the README that runs a script of this repository, from the script on."""
     text = (ROOT / "README.md").read_text()
     lines = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)).replace("\\\n", " ").splitlines()
-    lines = [re.sub(r"\s+#.*", "", line) for line in lines if not line.startswith("#")]
+    lines = [re.sub(r"\s+(#|\|\|).*", "", line) for line in lines if not line.startswith("#")]
     return [match[0].split() for line in lines if (match := re.search(r"(data/)?\w+\.py( .*)?$", line))]
 
 

@@ -148,3 +148,25 @@ def test_number_of_parameters():
         assert round(size("d3pm_text8", 27) / 1e6) == 92
         assert round(size("mdlm_text8", 27) / 1e6) == 85
         assert round(size("d3pm_openwebtext_8gpu", 50257) / 1e6) == 131
+
+
+@pytest.mark.parametrize("conditioning", ["none", "time", "step"])
+def test_flops(conditioning):
+    """flops() is what PyTorch's own counter finds in a forward and backward pass, attention as two products of (L, L);
+    all but the time embedding and modulations, which run once per sequence."""
+    from torch.utils.flop_counter import FlopCounterMode
+    B, L, V = 4, 64, 50
+    model = DiT(V, L, n_layer=3, n_head=2, n_embd=64, n_cond=8, conditioning=conditioning)
+    where = torch.rand(B, L) < 0.5
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(torch.randint(0, V, (B, L)), torch.rand(B), where).sum().backward()
+    expected = model.flops(L, where.float().mean().item()) * B * L
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6 if conditioning == "none" else 0.01)
+
+
+@pytest.mark.parametrize("conditioning", ["none", "time", "step"])
+def test_no_unused_parameters(conditioning):
+    """Every parameter gets a gradient in every pass, so DistributedDataParallel need not look for those that do not."""
+    model = DiT(7, 8, n_layer=2, n_head=2, n_embd=16, n_cond=8, conditioning=conditioning)
+    model(torch.randint(0, 7, (2, 8)), torch.rand(2), torch.ones(2, 8, dtype=torch.bool)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -1,0 +1,94 @@
+"""Where the numbers of a run go: the terminal, log.jsonl, and Weights & Biases if asked.
+
+log.jsonl has one JSON object per line. Each has "step"; the other keys say what it is:
+
+    run, config, processes, device, versions       a start, or a resumption
+    bits_per_token, lr, grad_norm, skipped, ...    training, the mean since the line of this kind before
+    val_bits_per_token, val_stderr                 a validation of the averaged weights
+    sample                                         a text from the averaged weights
+"""
+
+import html
+import json
+import os
+import sys
+
+from cli import UserError
+
+
+def read(path):
+    """The objects of a log.jsonl. A last line that a crash cut off is left out. Raises UserError if it is no log."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no log of train.py")
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+            entries[-1]["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path} is no log of train.py, or a damaged one: line {number} has no step")
+    return entries
+
+
+class Log:
+    """The log of a run that goes on at a step: what log.jsonl has of later steps is dropped, and comes again.
+
+    wandb_id: of the Weights & Biases run to continue; None for a new one, whose id is then in self.wandb_id.
+    """
+
+    def __init__(self, out_dir, step, name, config, bar, wandb_id=None):
+        self.path, self.bar, self.wandb, self.wandb_id = out_dir / "log.jsonl", bar, None, wandb_id
+        kept = [entry for entry in read(self.path) if entry["step"] <= step] if self.path.exists() else []
+        temporary = self.path.with_name(".log.jsonl.tmp")
+        try:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            os.replace(temporary, self.path)
+            self.file = open(self.path, "a", buffering=1)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}")
+        if config["wandb"]:
+            self.wandb = start_wandb(name, config, wandb_id)
+            self.wandb_id = self.wandb.id
+
+    def write(self, line, **values):
+        """Show a line and record the values, step among them."""
+        self.bar.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        try:
+            self.file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}; make room, then run the same command with "
+                            "--resume auto")
+        if self.wandb and "config" not in values:
+            if "sample" in values:
+                import wandb
+                text = html.escape(values["sample"])
+                values["sample"] = wandb.Html(f"<pre style='white-space: pre-wrap'>{text}</pre>")
+            self.wandb.log(values)
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(name, config, run_id):
+    """A new Weights & Biases run, or the one with this id; offline if there is no account or no connection."""
+    import wandb
+    options = dict(project="discrete-diffusion", name=name, config=config, id=run_id, resume="allow")
+    try:
+        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+    except wandb.Error as error:
+        print(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, `wandb sync wandb/offline-run-*` "
+              "uploads it", file=sys.stderr)
+        run = wandb.init(**options, mode="offline")
+    # A resumed run repeats some steps; wandb's own counter refuses to go back.
+    run.define_metric("*", step_metric="step")
+    return run

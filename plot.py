@@ -1,0 +1,88 @@
+"""Draw the training curves of runs, from their log.jsonl, to a PNG.
+
+    python plot.py out/demo
+    python plot.py out/d3pm_text8 out/mdlm_text8 --out text8.png --x hours --from_step 10000
+"""
+
+import sys
+from pathlib import Path
+
+import log
+from cli import ArgumentParser, UserError, number, run
+
+AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training"}
+
+
+def parse_args():
+    p = ArgumentParser(description=__doc__)
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a log.jsonl")
+    p.add_argument("--out", type=Path, default=Path("curves.png"), metavar="FILE", help="default: curves.png")
+    p.add_argument("--x", choices=AXES, default="tokens", help="horizontal axis (default: tokens)")
+    p.add_argument("--log_x", action="store_true", help="logarithmic horizontal axis")
+    p.add_argument("--from_step", type=number(int, 0), default=0, help="leave out what comes before (default 0)")
+    return p.parse_args()
+
+
+def curves(path, from_step=0):
+    """(name, training, validation) of a run's log.
+
+    training: (step, tokens, hours, bits per token) for each log line; validation: the same and the standard error.
+    """
+    path = path / "log.jsonl" if path.is_dir() or not path.suffix else path
+    name, hours, before, training, validation = path.parent.name, 0.0, None, [], []
+    for entry in log.read(path):
+        if "run" in entry or before is None:
+            before = entry  # a start or a resumption: time counts from here
+        if "bits_per_token" in entry:
+            hours += (entry["tokens"] - before["tokens"]) / entry["tokens_per_second"] / 3600
+            before = entry
+        where = (entry["step"], entry.get("tokens"), hours)
+        if entry["step"] < from_step:
+            continue
+        if entry.get("bits_per_token") is not None:
+            training.append((*where, entry["bits_per_token"]))
+        if entry.get("val_bits_per_token") is not None:
+            validation.append((*where, entry["val_bits_per_token"], entry["val_stderr"] or 0.0))
+    if not training and not validation:
+        raise UserError(f"{path} has no losses{f' from step {from_step:,} on' if from_step else ''} to draw")
+    return name, training, validation
+
+
+def draw(runs, out, x, log_x):
+    """Training as a thin line, validation as points with two standard errors either way, one colour per run."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
+    for i, (name, training, validation) in enumerate(runs):
+        color, column = f"C{i}", list(AXES).index(x)
+        if training:
+            axes.plot([row[column] for row in training], [row[3] for row in training], color=color, alpha=0.4, lw=0.8,
+                      label=None if validation else name)
+        if validation:
+            axes.errorbar([row[column] for row in validation], [row[3] for row in validation],
+                          [2 * row[4] for row in validation], color=color, marker="o", ms=3, lw=1, capsize=2,
+                          label=f"{name}: {validation[-1][3]:.3f} ± {validation[-1][4]:.3f}")
+    axes.set(xlabel=AXES[x], ylabel="bits per token (a bound)", xscale="log" if log_x else "linear")
+    axes.set_title("line: training; points: validation of the averaged weights, ± 2 standard errors", fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(title="last validation" if any(validation for *_, validation in runs) else None)
+    figure.tight_layout()
+    figure.savefig(out, format="png")
+
+
+def main():
+    args = parse_args()
+    if not args.out.resolve().parent.is_dir():
+        raise UserError(f"--out {args.out} is in no existing folder")
+    runs = [curves(path, args.from_step) for path in args.runs]
+    try:
+        draw(runs, args.out, args.x, args.log_x)
+    except OSError as error:
+        raise UserError(f"cannot write {args.out}: {error.strerror}")
+    print(f"{args.out}: {', '.join(name for name, *_ in runs)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

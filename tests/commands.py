@@ -1,0 +1,120 @@
+"""What the tests of the command lines share: a small run, how to start it, and how to read what it left."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_cond=8", "--seq_len=32", "--batch_size=8",
+         "--micro_batch_size=8", "--dtype=float32", "--device=cpu", "--warmup_steps=5", "--eval_sequences=8",
+         "--sample_interval=0", "--T=50", "--dataset=tiny", "--eval_interval=10", "--log_interval=1",
+         "--peak_tflops=1"]
+
+# Adam turns the sign of a vanishing gradient into a whole step, so rounding grows quickly at a real learning rate.
+STEADY = ["--lr=1e-5", "--dropout=0", "--time_sampling=exact_k", "--max_steps=4"]
+
+
+class Result:
+    """How a command ended: exit code, stdout, stderr."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+
+def arguments(config, data_dir, out, *extra):
+    """The command line of a small run, for call() or after `python`."""
+    return [ROOT / "train.py", config, *SMALL, f"--data_dir={data_dir}", f"--out_dir={out}", *extra]
+
+
+def train(call, *args):
+    """A small run in this process; args as for arguments()."""
+    return call(*map(str, arguments(*args)))
+
+
+def start(*args, n=1, torchrun=None, script=None, **environment):
+    """A small run of n real processes that find each other, as torchrun's workers do; or by torchrun with these flags.
+
+    args as for arguments(); script: to run in place of train.py. Returns the processes, or torchrun's. The stdout and
+    stderr of each are one pipe.
+    """
+    command = [sys.executable, *map(str, arguments(*args))]
+    command[1] = str(script or command[1])
+    if torchrun is not None:
+        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", *torchrun]
+    workers = [{}]
+    if n > 1 and torchrun is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        workers = [{"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                   for i in range(n)]
+    common = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
+    return [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             env=os.environ | common | {key: str(value) for key, value in worker.items()})
+            for worker in workers]
+
+
+def finish(processes, timeout=100):
+    """[(exit code, output)] of processes of start(), in their order; those not done by then are killed."""
+    watchdog = threading.Timer(timeout, lambda: [process.kill() for process in processes])
+    watchdog.start()
+    try:
+        outputs = [process.stdout.read() for process in processes]
+        return [(process.wait(), output) for process, output in zip(processes, outputs)]
+    finally:
+        watchdog.cancel()
+
+
+def finish_well(processes):
+    results = finish(processes)
+    assert all(code == 0 for code, _ in results), results
+    return results
+
+
+def read_until(process, beginning):
+    """Read a process's output up to the line that begins so."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            return
+    raise AssertionError("".join(lines))
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out, key="bits_per_token"):
+    return [line[key] for line in log(out) if key in line]
+
+
+def assert_same_training(one, two, rel=1e-4):
+    """Losses and gradient norms of two runs agree up to rounding."""
+    for key in ("bits_per_token", "grad_norm"):
+        assert len(losses(one, key)) >= 3 and losses(one, key) == pytest.approx(losses(two, key), rel=rel)
+
+
+def assert_identical(one, two):
+    """Two finished runs agree bit for bit: weights, averages, optimiser state, tally, best and logged losses."""
+    one_state, two_state = checkpoint.read(one), checkpoint.read(two)
+    for key in ("step", "best_val", "tally", "model", "ema", "optimizer"):
+        assert checkpoint.digest(one_state[key]) == checkpoint.digest(two_state[key]), key
+    for key in ("bits_per_token", "grad_norm", "lr", "skipped", "val_bits_per_token"):
+        assert losses(one, key) == losses(two, key), key
+
+
+def assert_one_line(result, *words):
+    """A refusal: exit code 2 and one line on stderr that has these words."""
+    assert result.code == 2, result
+    assert result.out == "" and result.err.count("\n") == 1 and "Traceback" not in result.err, result.err
+    for word in words:
+        assert word in result.err, result.err
