@@ -112,6 +112,39 @@ def test_sharded_and_whole_checkpoints_are_the_same(data_dir, tmp_path):
     assert shapes[0] == shapes[1]
 
 
+SHARES = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import parallel
+from configs import Config
+from train import EMA
+
+parallel.join(1)
+torch.manual_seed(0)
+model = Config(n_layer=2, n_head=2, n_embd=32, n_cond=8, seq_len=16).make_model(27)
+before = {{name: p.detach().clone() for name, p in model.named_parameters()}}
+parallel.spread(model, torch.device("cpu"), True, False)
+ema = EMA(model, 0.9)
+held = sum(x.numel() for x in ema.weights)
+assert held == sum(x.numel() for x in ema.averages) < 0.6 * model.n_params(), (held, model.n_params())
+assert parallel.total(torch.tensor(held)) == model.n_params() == sum(x.numel() for x in before.values())
+for name, p in model.named_parameters():
+    together = parallel.whole(p)
+    assert torch.equal(together, before[name]) if parallel.is_main else together is None
+    parallel.copy_from_main(p, before[name] + 1 if parallel.is_main else None)
+    together = parallel.whole(p)
+    assert together is None or torch.equal(together, before[name] + 1)
+parallel.leave()
+"""
+
+
+def test_fsdp_shares_the_model_out(data_dir, tmp_path):
+    """Each of two processes holds about half of the weights and averages; together they hold all, each value once."""
+    (tmp_path / "shares.py").write_text(SHARES.format(root=str(ROOT)))
+    finish_well(start("x", data_dir, tmp_path, script=tmp_path / "shares.py", n=2))
+
+
 # ---- interruptions ---------------------------------------------------------------------------------------------------
 
 
@@ -133,8 +166,10 @@ def stop_after(monkeypatch, steps, number=signal.SIGTERM):
 def test_resume_is_exact_at_every_step(call, data_dir, tmp_path, monkeypatch, config, extra):
     """A run stopped and resumed after each of its 12 steps ends with the weights, averages, optimiser state and log
     of one that was not stopped: bit for bit. Its log lines cover 5 steps, so the sums in between survive, too."""
-    options = ["--max_steps=12", "--log_interval=5", "--eval_interval=6", "--ema_decay=0.9", *extra]
+    options = ["--max_steps=12", "--log_interval=5", "--eval_interval=3", "--ema_decay=0.2", "--lr=3", *extra]
     assert train(call, config, data_dir, tmp_path / "whole", *options).code == 0
+    validations = losses(tmp_path / "whole", "val_bits_per_token")
+    assert min(validations) != validations[-1]  # else best_val could be lost without a trace
     for step in range(1, 13):
         with monkeypatch.context() as patch:
             stop_after(patch, 1)
@@ -180,7 +215,7 @@ def test_two_processes_resume_exactly(call, data_dir, tmp_path):
 def test_torchrun(data_dir, tmp_path):
     """torchrun passes signals on. After a worker is killed it starts all of them again, and they go on alone."""
     options = ["--max_steps=200", "--log_interval=10", "--checkpoint_interval=10", "--lr=1e-5", "--resume=auto"]
-    flags = ["--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=60", "--max-restarts=3"]
+    flags = ["--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=60", "--max-restarts=1"]
     finish_well(start("mdlm_text8", data_dir, tmp_path / "whole", *options, n=2))
 
     [torchrun] = start("mdlm_text8", data_dir, tmp_path / "out", *options, n=2, torchrun=flags)
@@ -372,7 +407,7 @@ def test_full_disk(call, data_dir, tmp_path, monkeypatch):
         assert train(call, "mdlm_text8", data_dir, out, "--max_steps=6", "--checkpoint_interval=2").code == 0
     files = {path: path.read_bytes() for path in (out / "ckpt.pt", out / "ckpt_prev.pt")}
     size, limits = (out / "ckpt.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (size // 2, size - 200):  # torch.save fails in different ways
+    for limit in range(size // 3, size, size // 15):  # torch.save fails in different ways
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
             result = train(call, "mdlm_text8", data_dir, out, "--max_steps=6", "--checkpoint_interval=2",
