@@ -25,7 +25,8 @@ import torch
 
 import interop
 from cli import UserError
-from configs import Config
+from configs import Config, same_run
+from data.loader import check_same_data, check_same_tokens
 
 FORMAT = "discrete-diffusion-2"
 
@@ -167,6 +168,56 @@ def read_latest(out_dir):
     if problems:
         raise UserError("; ".join(problems))
     return None, None
+
+
+# ---- going on from one ---------------------------------------------------------------------------------------------
+
+
+def open_run(out_dir, resume, init_from, cfg, meta, model):
+    """(checkpoint to go on from, weights to start from, lock of out_dir), None each where there is none.
+
+    For the main process. Raises UserError if out_dir is in use or holds another run, and if the checkpoint asked for is
+    not there, damaged, of another config or of other data.
+    """
+    lock = claim(out_dir) if out_dir.is_dir() else None
+    last = out_dir / "ckpt.pt"
+    holds_run = last.exists() or previous(last).exists()
+    if resume is None and holds_run:
+        raise UserError(f"{out_dir} holds a run already: --resume auto continues it, --out_dir puts this one elsewhere")
+    path, payload, source = None, None, None
+    if resume == "auto":
+        path, payload = read_latest(out_dir)
+    elif resume:
+        path, payload = Path(resume), read(resume)
+        folder = path if path.is_dir() else path.parent
+        if holds_run and folder.resolve() != out_dir.resolve():
+            raise UserError(f"{out_dir} holds another run than {path}: choose another --out_dir")
+    if payload:
+        check_same_run(payload, path, cfg, meta)
+        check_fit(model, payload["model"], path)
+        if resume == "auto" and path != last and last.exists():
+            last.rename(out_dir / "ckpt_damaged.pt")  # else the next checkpoint would put it in place of the whole one
+    if init_from and not payload:
+        source = read(init_from)
+        check_same_tokens(source["meta"], meta, cfg.dataset)
+        check_fit(model, source["ema"], init_from)
+    return payload, source and source["ema"], lock
+
+
+def check_same_run(payload, path, cfg, meta):
+    """Raise a UserError that names what differs, unless payload is a state of a run with this config on this data."""
+    if "optimizer" not in payload:
+        raise UserError(f"{path} has no optimiser state to resume from; start a new run with --init_from={path}")
+    before, now = dataclasses.asdict(config_of(payload)), dataclasses.asdict(cfg)
+    changed = [f"{key} (was {before[key]!r}, now {now[key]!r})" for key in now
+               if same_run(key) and before[key] != now[key]]
+    if changed:
+        raise UserError(f"{path} is of another run: {', '.join(changed)}; start a new one with --init_from={path}")
+    check_same_tokens(payload["meta"], meta, cfg.dataset)
+    check_same_data(meta, payload["meta"], cfg.dataset, f"the run of {path}")
+
+
+# ---- using one -----------------------------------------------------------------------------------------------------
 
 
 def config_of(payload):

@@ -22,7 +22,7 @@ import checkpoint
 import configs
 import parallel
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, pick_dtype, progress, run)
-from data.loader import check_same_tokens, load_meta, load_split, prefetch, random_crops, windows
+from data.loader import check_same_data, load_meta, load_split, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import Noise, to_device
 from evaluate import bound, mean_and_error
@@ -154,58 +154,6 @@ def restore(state, model, ema, optimizer):
             optimizer.state[p][key] = value
 
 
-def open_run(args, cfg, meta, out_dir, model):
-    """(checkpoint to go on from, weights to start from, lock of out_dir), None each where there is none.
-
-    For the main process. Raises UserError if out_dir is in use or holds another run, and if the checkpoint asked for is
-    not there, damaged, of another config or of other data.
-    """
-    lock = checkpoint.claim(out_dir) if out_dir.is_dir() else None
-    holds_run = any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt_prev.pt"))
-    if args.resume is None and holds_run:
-        raise UserError(f"{out_dir} holds a run already: --resume auto continues it, --out_dir puts this one elsewhere")
-    path, payload = (None, None)
-    if args.resume == "auto":
-        path, payload = checkpoint.read_latest(out_dir)
-    elif args.resume:
-        path, payload = Path(args.resume), checkpoint.read(args.resume)
-        folder = path if path.is_dir() else path.parent
-        if holds_run and folder.resolve() != out_dir.resolve():
-            raise UserError(f"{out_dir} holds another run than {path}: choose another --out_dir")
-    if payload:
-        check_same_run(payload, path, cfg, meta)
-        checkpoint.check_fit(model, payload["model"], path)
-        if path.name == "ckpt_prev.pt" and (out_dir / "ckpt.pt").exists():
-            # Else the next checkpoint would make it the previous one, in place of path.
-            (out_dir / "ckpt.pt").rename(out_dir / "ckpt_damaged.pt")
-    source = None
-    if args.init_from and not payload:
-        source = checkpoint.read(args.init_from)
-        check_same_tokens(source["meta"], meta, cfg.dataset)
-        checkpoint.check_fit(model, source["ema"], args.init_from)
-    return payload, source and source["ema"], lock
-
-
-def check_same_run(payload, path, cfg, meta):
-    """Raise a UserError that names what differs, unless payload is a state of a run with this config on this data."""
-    if "optimizer" not in payload:
-        raise UserError(f"{path} has no optimiser state to resume from; start a new run with --init_from={path}")
-    before, now = asdict(checkpoint.config_of(payload)), asdict(cfg)
-    changed = [f"{key} (was {before[key]!r}, now {now[key]!r})" for key in now
-               if configs.same_run(key) and before[key] != now[key]]
-    if changed:
-        raise UserError(f"{path} is of another run: {', '.join(changed)}; start a new one with --init_from={path}")
-    check_same_tokens(payload["meta"], meta, cfg.dataset)
-    if payload["meta"]["sha256"] != meta["sha256"]:
-        raise UserError(f"data set {cfg.dataset!r} is not the one that {path} was trained on: prepare that one again, "
-                        f"or start a new run with --init_from={path}")
-
-
-def check_same_data(meta, main_meta, dataset):
-    if meta["sha256"] != main_meta["sha256"]:
-        raise UserError(f"data set {dataset!r} is not the one that the main process has: copy that one here")
-
-
 def count(tally, nats, bad):
     """One more step in the tally, which stays on the device: nats and number of steps since the last log line (without
     the skipped ones), steps skipped in all, steps skipped in a row until now."""
@@ -243,7 +191,7 @@ def main():
     # ---- data and model; nothing is written before all of it is found to be in order --------------------------------
     meta = together(lambda: load_meta(cfg.dataset, cfg.data_dir))
     main_meta = on_main(lambda: meta)
-    together(lambda: check_same_data(meta, main_meta, cfg.dataset))
+    together(lambda: check_same_data(meta, main_meta, cfg.dataset, "the main process"))
     train_tokens, val_tokens = together(lambda: [load_split(cfg.dataset, split, cfg.seq_len, cfg.data_dir)
                                                  for split in ("train", "val")])
     tokenizer = together(lambda: make_tokenizer(meta))
@@ -251,7 +199,8 @@ def main():
     torch.manual_seed(cfg.seed)
     model = cfg.make_model(meta["vocab_size"])  # on the CPU: the same weights on every device and in every process
     n_params, flops = model.n_params(), flops_per_token(model, objective, cfg)
-    payload, source, lock = together(lambda: open_run(args, cfg, meta, out_dir, model) if is_main else (None,) * 3)
+    payload, source, lock = together(lambda: checkpoint.open_run(
+        out_dir, args.resume, args.init_from, cfg, meta, model) if is_main else (None, None, None))
     resumed, copied = on_main(lambda: (payload is not None, source is not None))
     lock = together(lambda: (lock or checkpoint.claim(out_dir)) if is_main else None)
 

@@ -42,6 +42,13 @@ def check_same_tokens(meta, data_meta, dataset):
                             f"{data_meta.get(key)!r}: choose another with --dataset")
 
 
+def check_same_data(meta, other, dataset, owner):
+    """Raise UserError unless both meta.json describe the same data: the one read here, and that of `owner`."""
+    if meta["sha256"] != other["sha256"]:
+        raise UserError(f"data set {dataset!r} is not the one that {owner} has: copy that one here, or prepare it "
+                        "again")
+
+
 def load_split(name, split, seq_len, data_dir=""):
     """The tokens of one split, memory-mapped, (n,) uint8 or uint16 with n >= seq_len. Raises UserError if fewer."""
     meta = load_meta(name, data_dir)
