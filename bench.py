@@ -17,7 +17,7 @@ import torch
 import configs
 from cli import autocast, device_name, generator_on, number, pick_device, pick_dtype, progress, run, synchronize
 from data.tokenizer import KNOWN
-from sampling import ancestral
+from sampling import sampler_of
 from train import EMA, batches, make_optimizer, share_of_batch, train_step
 
 
@@ -108,7 +108,7 @@ def main():
     def sample():
         xt = torch.full((1, cfg.seq_len), vocab_size, device=device)
         with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            for xt in ancestral(denoiser, xt, vocab_size, objective.schedule, cfg.T, generator_on(device, 0)):
+            for xt in sampler_of(objective, denoiser, xt, cfg.T, generator_on(device, 0))[0]:
                 pass
 
     step_seconds = seconds_of(step, args.repeats, device, "training")

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from cli import ArgumentParser, UserError
-from diffusion import D3PM, MDLM, SCHEDULES
+from diffusion import D3PM, MDLM, SCHEDULES, AutoRegressive
 from model import DiT
 
 
@@ -43,7 +43,8 @@ class Config:
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower",
                                       same_run=False)
     # objective
-    objective: str = setting("d3pm", "d3pm (T steps) or mdlm (continuous time)", ("d3pm", "mdlm"))
+    objective: str = setting("d3pm", "d3pm (T steps), mdlm (continuous time) or ar (left to right, no diffusion)",
+                             ("d3pm", "mdlm", "ar"))
     T: int = setting(1000, "steps of d3pm, and steps of sampling where no other number is asked for")
     lambda_ce: float = setting(0.0, "d3pm: weight of the auxiliary cross-entropy at all positions")
     schedule: str = setting("linear", "noise schedule alpha(t)", tuple(SCHEDULES))
@@ -104,17 +105,21 @@ class Config:
             raise UserError("dropout, ema_decay, beta1 and beta2 must be below 1")
         if self.objective == "d3pm" and self.time_sampling == "exact_k":
             raise UserError("time_sampling=exact_k estimates the continuous-time bound: use objective=mdlm with it")
-        if self.objective == "mdlm" and self.lambda_ce or self.objective == "d3pm" and self.weighting == "simple":
+        if self.objective != "d3pm" and self.lambda_ce or self.objective != "mdlm" and self.weighting == "simple":
             raise UserError("lambda_ce belongs to objective=d3pm, weighting=simple to objective=mdlm")
+        if self.objective == "ar" and self.conditioning != "none":
+            raise UserError("objective=ar has no time: use conditioning=none with it")
 
     def make_model(self, vocab_size):
         return DiT(vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.n_cond, self.dropout,
                    self.conditioning, self.T if self.conditioning == "step" else 1000, self.shift_tokens,
-                   self.checkpoint_blocks)
+                   self.checkpoint_blocks, causal=self.objective == "ar")
 
     def make_objective(self, vocab_size):
         if self.objective == "d3pm":
             return D3PM(vocab_size, self.T, self.schedule, self.lambda_ce)
+        if self.objective == "ar":
+            return AutoRegressive(vocab_size)
         return MDLM(vocab_size, self.schedule, self.time_sampling, self.weighting)
 
 
@@ -206,9 +211,36 @@ def mdlm_openwebtext_32gpu():
     return mdlm_twin(d3pm_openwebtext_32gpu())
 
 
+def ar_twin(config):
+    """Same data, size and optimisation, but left to right (causal attention, exact likelihood): the yardstick."""
+    return replace(config, objective="ar", conditioning="none", lambda_ce=0.0, time_sampling="uniform",
+                   weighting="nelbo", grad_clip=1.0)
+
+
+def ar_demo():
+    """autoregressive where demo has masked diffusion"""
+    return ar_twin(demo())
+
+
+def ar_shakespeare():
+    """autoregressive where d3pm_shakespeare has D3PM"""
+    return ar_twin(d3pm_shakespeare())
+
+
+def ar_text8():
+    """autoregressive where d3pm_text8 has D3PM, 85M parameters"""
+    return ar_twin(d3pm_text8())
+
+
+def ar_openwebtext_8gpu():
+    """autoregressive where d3pm_openwebtext_8gpu has D3PM, 124M parameters"""
+    return ar_twin(d3pm_openwebtext_8gpu())
+
+
 CONFIGS = {function.__name__: function for function in (
     demo, d3pm_shakespeare, d3pm_text8, d3pm_text8_4gpu, d3pm_text8_8gpu, d3pm_openwebtext_8gpu, d3pm_openwebtext_32gpu,
     mdlm_shakespeare, mdlm_text8, mdlm_text8_4gpu, mdlm_text8_8gpu, mdlm_openwebtext_8gpu, mdlm_openwebtext_32gpu,
+    ar_demo, ar_shakespeare, ar_text8, ar_openwebtext_8gpu,
 )}
 
 

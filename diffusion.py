@@ -87,9 +87,13 @@ class Absorbing:
         self.mask_id = mask_id
         self.schedule = SCHEDULES[schedule]
 
+    def corrupt(self, x0, mask):
+        """What the network sees of x0 (B, L)."""
+        return torch.where(mask, self.mask_id, x0)
+
     def masked_ce(self, model, x0, noise):
         """Sum of the cross-entropy over masked positions, by sequence, over L: x0 (B, L) -> nats (B,)."""
-        xt = torch.where(noise.mask, self.mask_id, x0)
+        xt = self.corrupt(x0, noise.mask)
         ce = cross_entropy(model(xt, noise.t, where=noise.mask), x0[noise.mask])
         return torch.zeros(x0.shape, device=ce.device).masked_scatter(noise.mask, ce).sum(1) / x0.shape[1]
 
@@ -143,7 +147,7 @@ class D3PM(Absorbing):
         if not self.lambda_ce:
             nelbo = self.nelbo(model, x0, noise)
             return nelbo.mean() / self.T, nelbo.detach()
-        ce = cross_entropy(model(torch.where(noise.mask, self.mask_id, x0), noise.t), x0)
+        ce = cross_entropy(model(self.corrupt(x0, noise.mask), noise.t), x0)
         nelbo = noise.weight * (ce * noise.mask).mean(1)
         return nelbo.mean() / self.T + self.lambda_ce * ce.mean(), nelbo.detach()
 
@@ -194,3 +198,26 @@ class MDLM(Absorbing):
         ce = self.masked_ce(model, x0, noise)
         nelbo = noise.weight * ce
         return (nelbo if self.weighting == "nelbo" else 2 * ce).mean(), nelbo.detach()
+
+
+class AutoRegressive(Absorbing):
+    """No diffusion: every token is predicted from those on its left, by a causal network. The yardstick of the field.
+
+    nelbo is not a bound but the negative log-likelihood itself, by the chain rule, and there is no noise in it. Seen as
+    absorbing: all positions are asked for, each has weight 1, and position i sees x0[:i], shifted by one, after the
+    mask, which serves as the start of the text.
+    """
+
+    def noise(self, u, v):
+        """u (B,), v (B, L) -> Noise, the same for any u and v."""
+        ones = torch.ones(len(u))
+        return Noise(torch.ones(v.shape, dtype=torch.bool), ones, ones)
+
+    noise_low_variance = noise
+
+    def corrupt(self, x0, mask):
+        return F.pad(x0[:, :-1], (1, 0), value=self.mask_id)
+
+    def loss(self, model, x0, noise):
+        nll = self.nelbo(model, x0, noise)
+        return nll.mean(), nll.detach()

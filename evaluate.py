@@ -91,7 +91,8 @@ def main():
                  pick_dtype(device, args.dtype), seed=args.seed, repeats=args.repeats, show=True)
     bits, error = mean_and_error(nats / math.log(2))
     unit = "char" if meta["tokenizer"] == "char" else "token"
-    estimator = f"T-step bound, T = {config.T}" if config.objective == "d3pm" else "continuous-time bound, exact k"
+    estimator = {"d3pm": f"T-step bound, T = {config.T}", "mdlm": "continuous-time bound, exact k",
+                 "ar": "negative log-likelihood, chain rule"}[config.objective]
     result = {
         "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": len(starts),
         "n_tokens": len(starts) * config.seq_len, "estimator": estimator, "dataset": dataset, "split": args.split,

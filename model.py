@@ -65,23 +65,26 @@ class TimeEmbedding(nn.Module):
         return F.silu(c[:, None] if t.dim() == 1 else c)
 
 
-def token_shift(x):
+def token_shift(x, causal=False):
     """A quarter of the channels of x (B, L, D) from the token to the left, a quarter from the one to the right.
+
+    causal: the latter come from the second token to the left instead.
 
     After RWKV's token shift (arXiv 2305.13048), in both directions and without parameters: neighbours at no cost, where
     small networks need long to find them by attention.
     """
     left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
-    return torch.cat((F.pad(left, (0, 0, 1, -1)), F.pad(right, (0, 0, -1, 1)), here), dim=-1)
+    shift = 2 if causal else -1
+    return torch.cat((F.pad(left, (0, 0, 1, -1)), F.pad(right, (0, 0, shift, -shift)), here), dim=-1)
 
 
 class Block(nn.Module):
     """Attention and MLP, pre-norm. With n_cond, both are shifted, scaled and gated by c (adaLN-Zero)."""
 
-    def __init__(self, n_embd, n_head, n_cond, dropout, shift_tokens=False):
+    def __init__(self, n_embd, n_head, n_cond, dropout, shift_tokens=False, causal=False):
         super().__init__()
-        self.n_head, self.dropout = n_head, dropout
-        self.neighbours = token_shift if shift_tokens else lambda x: x
+        self.n_head, self.dropout, self.causal = n_head, dropout, causal
+        self.neighbours = (lambda x: token_shift(x, causal)) if shift_tokens else lambda x: x
         self.norm1 = LayerNorm(n_embd)
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.attn_out = nn.Linear(n_embd, n_embd, bias=False)
@@ -94,7 +97,8 @@ class Block(nn.Module):
         B, L, D = x.shape
         # q, k, v: (B, heads, L, D/heads)
         q, k, v = self.qkv(self.neighbours(x)).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v,
+                                           is_causal=self.causal)
         return self.attn_out(x.transpose(1, 2).reshape(B, L, D))
 
     def mlp(self, x):
@@ -114,18 +118,19 @@ class DiT(nn.Module):
     """Denoiser over V = vocab_size tokens and the mask (id V). Input and output embeddings are tied.
 
     conditioning: 'none' (plain pre-norm transformer), 'time' (sees t), 'step' (sees round(t * time_scale)).
-    shift_tokens: see token_shift.
+    shift_tokens: see token_shift. causal: no token sees those on its right (for the autoregressive baseline).
     """
 
     def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, n_cond=128, dropout=0.0,
-                 conditioning="time", time_scale=1000, shift_tokens=False, checkpoint_blocks=False):
+                 conditioning="time", time_scale=1000, shift_tokens=False, checkpoint_blocks=False, causal=False):
         super().__init__()
         self.vocab_size, self.seq_len, self.conditioning = vocab_size, seq_len, conditioning
         self.checkpoint_blocks = checkpoint_blocks
         n_cond = 0 if conditioning == "none" else n_cond
         self.embed = nn.Embedding(vocab_size + 1, n_embd)
         self.time_embed = TimeEmbedding(n_cond, conditioning, time_scale) if n_cond else None
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, n_cond, dropout, shift_tokens) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, n_cond, dropout, shift_tokens, causal)
+                                    for _ in range(n_layer))
         self.norm = LayerNorm(n_embd)
         self.modulation = nn.Linear(n_cond, 2 * n_embd) if n_cond else None
         cos, sin = rotary_tables(seq_len, n_embd // n_head)

@@ -19,7 +19,7 @@ from checkpoint import load_model
 from cli import ArgumentParser, UserError, autocast, generator_on, number, pick_device, pick_dtype, progress, run
 from data.loader import load_split
 from data.tokenizer import make_tokenizer
-from sampling import ancestral
+from sampling import sampler_of
 
 MASK = "\N{LIGHT SHADE}"
 HIGHLIGHT, RESET = "\x1b[1;32m", "\x1b[0m"
@@ -105,6 +105,8 @@ def main():
     data_dir = args.data_dir or config.data_dir
     tokenizer = make_tokenizer(meta)
     objective = config.make_objective(meta["vocab_size"])
+    if args.steps and config.objective == "ar":
+        raise UserError("an autoregressive model takes one step per token: leave out --steps")
     steps = args.steps or config.T
     if args.known_words:
         if meta["tokenizer"] != "char":
@@ -113,10 +115,9 @@ def main():
 
     start = time.perf_counter()
     denoiser = Counted(model)
-    screen = Screen(objective.mask_id, tokenizer, steps) if args.show else None
     xt = torch.full((args.batch_size, config.seq_len), objective.mask_id, device=device)
-    chain = ancestral(denoiser, xt, objective.mask_id, objective.schedule, steps, generator_on(device, args.seed),
-                      args.temperature)
+    chain, steps = sampler_of(objective, denoiser, xt, steps, generator_on(device, args.seed), args.temperature)
+    screen = Screen(objective.mask_id, tokenizer, steps) if args.show else None
     with autocast(device, pick_dtype(device, args.dtype)):
         for step, xt in enumerate(progress(chain, total=steps, desc="sampling", unit="step", leave=False,
                                            show=not screen), 1):
@@ -129,7 +130,7 @@ def main():
     if args.json:
         print(json.dumps({
             "samples": [{"text": text, "tokens": sample} for text, sample in zip(texts, tokens)],
-            "sampler": "ancestral", "steps": steps, "temperature": args.temperature, "nfe": denoiser.nfe,
+            "sampler": chain.__name__, "steps": steps, "temperature": args.temperature, "nfe": denoiser.nfe,
             "seconds": seconds, "seed": args.seed,
         }))
     else:

@@ -1,6 +1,11 @@
-"""The reverse process: samplers, as functions of a denoiser callable `model(xt, t, where) -> logits`."""
+"""The reverse process: samplers, as functions of a denoiser callable `model(xt, t, where) -> logits`.
+
+A sampler is an iterator over the states on the way from xt (B, L), which has masks and maybe given tokens, to text.
+"""
 
 import torch
+
+from diffusion import AutoRegressive
 
 
 def categorical(logits, generator):
@@ -41,3 +46,29 @@ def ancestral(model, xt, mask_id, schedule, steps, generator, temperature=1.0):
             drawn = categorical(model(xt[rows], t, where=reveal[rows]).float() / temperature, generator)
             xt = xt.masked_scatter(reveal, drawn)
         yield xt
+
+
+@torch.no_grad()
+def left_to_right(model, xt, mask_id, generator, temperature=1.0):
+    """Draws the masks of xt (B, L) one position after another from a causal network (diffusion.AutoRegressive).
+
+    Yields the state after each position. Given tokens stay, but only those on their right know of them. The network
+    runs on the prefix alone, once for each position where a token is missing.
+    """
+    for i in range(xt.shape[1]):
+        rows = xt[:, i] == mask_id
+        if rows.any():
+            seen = torch.nn.functional.pad(xt[rows, :i], (1, 0), value=mask_id)
+            last = torch.zeros_like(seen, dtype=torch.bool)
+            last[:, i] = True
+            t = torch.ones(len(seen), device=xt.device)
+            xt = xt.clone()
+            xt[rows, i] = categorical(model(seen, t, where=last).float() / temperature, generator)
+        yield xt
+
+
+def sampler_of(objective, model, xt, steps, generator, temperature=1.0):
+    """The sampler that belongs to an objective; (iterator, number of states that it yields)."""
+    if isinstance(objective, AutoRegressive):
+        return left_to_right(model, xt, objective.mask_id, generator, temperature), xt.shape[1]
+    return ancestral(model, xt, objective.mask_id, objective.schedule, steps, generator, temperature), steps

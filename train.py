@@ -29,7 +29,7 @@ from evaluate import bound, mean_and_error
 from log import Log
 from noise import rng, uniforms
 from parallel import on_main, together
-from sampling import ancestral
+from sampling import sampler_of
 
 
 class EMA:
@@ -248,7 +248,7 @@ def main():
         generator = generator_on(device, cfg.seed)
         xt = torch.full((1, cfg.seq_len), objective.mask_id, device=device)
         with ema.applied(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            for xt in ancestral(model, xt, objective.mask_id, objective.schedule, cfg.T, generator):
+            for xt in sampler_of(objective, model, xt, cfg.T, generator)[0]:
                 pass
         return tokenizer.decode(xt[0].tolist())
 

@@ -82,6 +82,23 @@ def test_show_on_a_terminal(trained):
     assert frames.count(b"\x1b[2A") >= 3 and b"\x1b[1;32m" in frames and b"step 5/5, 0 masks" in frames
 
 
+def test_autoregressive(call, data_dir, tmp_path):
+    """The baseline is trained, scored and sampled by the same commands; what has no meaning for it is refused."""
+    out = tmp_path / "out"
+    assert train(call, "ar_text8", data_dir, out, "--max_steps=40", "--lr=0.01", "--sample_interval=40",
+                 "--time_sampling=stratified").code == 0
+    bits = [line["val_bits_per_token"] for line in log(out) if "val_bits_per_token" in line]
+    assert bits[-1] < bits[0] - 0.5
+    scored = json.loads(call("evaluate.py", out, "--json").out)
+    assert scored["estimator"] == "negative log-likelihood, chain rule"
+    again = json.loads(call("evaluate.py", out, "--json", "--seed=5", "--batch_size=3").out)
+    assert again["bits_per_token"] == pytest.approx(scored["bits_per_token"], rel=1e-6)  # there is no noise in it
+    sampled = json.loads(call("sample.py", out, "--json", "--batch_size=2").out)
+    assert sampled["nfe"] == sampled["steps"] == 32 and sampled["sampler"] == "left_to_right"
+    assert_one_line(call("sample.py", out, "--steps=4"), "one step per token")
+    assert_one_line(call("train.py", "ar_text8", "--conditioning=step"), "objective=ar has no time")
+
+
 def test_gpt2_tokens(call, gpt2, data_dir, tmp_path):
     """A data set of GPT-2 tokens: train, evaluate in bits per token, sample text."""
     call("data/prepare_textfile.py", data_dir / "text.txt", "--name", "bpe", "--tokenizer", "gpt2",

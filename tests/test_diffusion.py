@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import world
-from diffusion import D3PM, MDLM, Noise, SCHEDULES
+from diffusion import D3PM, MDLM, Noise, SCHEDULES, AutoRegressive
+from model import DiT
 from noise import uniforms
 from world import L, MASK, MASKS, SEQUENCES, V
 
@@ -312,3 +313,40 @@ def test_no_gradient_from_visible_tokens():
     MDLM(MASK).loss(lambda xt, t, where: logits[where], SEQUENCES, noise)[0].backward()
     touched = logits.grad.abs().sum(-1) > 0
     assert torch.equal(touched, noise.mask)
+
+
+# ---- the autoregressive baseline -------------------------------------------------------------------------------------
+
+
+def nll(model):
+    """-log p of every sequence, nats (27,), by the objective."""
+    objective = AutoRegressive(MASK)
+    u, v = torch.rand(len(SEQUENCES)), torch.rand(len(SEQUENCES), L)
+    noise = objective.noise_low_variance(u, v)
+    return objective.nelbo(model, SEQUENCES, noise).double() * L
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_autoregressive_likelihoods_sum_to_one(causal):
+    """The probabilities of all sequences under a random causal network sum to one; a network that looks to the right
+    is no distribution, and is found out."""
+    torch.manual_seed(2)
+    model = DiT(V, L, n_layer=2, n_head=2, n_embd=16, conditioning="none", causal=causal)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=1.0)
+    with torch.no_grad():
+        total = (-nll(model)).exp().sum().item()
+    assert (abs(total - 1) < 1e-4) == causal, total
+
+
+def test_autoregressive_oracle_has_the_entropy():
+    """With the conditionals of the data the negative log-likelihood is -log p(x) for every sequence."""
+    def model(seen, t, where):
+        log_p = []
+        for i in range(L):
+            prefix = torch.full((len(seen), L), MASK)
+            prefix[:, :i] = seen[:, 1:i + 1]
+            log_p.append(world.oracle(prefix)[:, i])
+        return torch.stack(log_p, 1)[where]
+
+    torch.testing.assert_close(nll(model), -world.P_DATA.log(), atol=1e-5, rtol=1e-5)

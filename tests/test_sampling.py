@@ -7,7 +7,7 @@ import torch
 
 import world
 from diffusion import SCHEDULES
-from sampling import ancestral, categorical
+from sampling import ancestral, categorical, left_to_right
 from world import L, MASK, V
 
 
@@ -107,3 +107,25 @@ def test_temperature():
     model = lambda xt, t, where: p.log().expand(int(where.sum()), V)
     *_, x0 = ancestral(model, masks(20_000), MASK, SCHEDULES["linear"], 3, generator(), temperature=0.5)
     assert chi_square_excess(torch.bincount(x0.flatten()).double(), (p**2 / (p**2).sum()).double()) < 4
+
+
+def test_left_to_right_follows_the_data():
+    """With the conditionals of the data, 30,000 samples follow the data; the network sees the start and the prefix, is
+    asked for the last position only, and not at all where a token is given."""
+    lengths = []
+
+    def model(seen, t, where):
+        i = seen.shape[1] - 1
+        assert (seen[:, 0] == MASK).all() and (seen[:, 1:] < V).all() and where.sum() == len(seen) == where[:, i].sum()
+        lengths.append(i)
+        return world.oracle(torch.nn.functional.pad(seen[:, 1:], (0, L - i), value=MASK))[:, i]
+
+    *_, x0 = left_to_right(model, masks(30_000), MASK, generator())
+    assert lengths == [0, 1, 2]
+    counts = torch.bincount((x0 * torch.tensor([V**2, V, 1])).sum(1), minlength=V**L).double()
+    assert chi_square_excess(counts, world.P_DATA) < 4
+    xt = masks(50)
+    xt[:, 0], xt[:25, 2] = 2, 1
+    states = list(left_to_right(model, xt, MASK, generator()))
+    assert (states[-1][:, 0] == 2).all() and (states[-1][:25, 2] == 1).all() and (states[-1] != MASK).all()
+    assert len(states) == L and lengths == [0, 1, 2, 1, 2]
