@@ -81,7 +81,7 @@ def save(path, payload, keep_previous=False):
             cause = cause.__context__  # torch.save hides a full disk behind an error of its own
         if cause is None:
             raise
-        raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are untouched: make room, then "
+        raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are untouched: mend that, then "
                         "run the same command with --resume auto")
 
 
@@ -140,13 +140,20 @@ def read(path, dataset=None):
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and zlib errors of many kinds; none of them means anything to a user
-        reason = str(error).strip().split("\n")[0][:100]
-        raise UserError(f"{path} cannot be read as a checkpoint (truncated, or another kind of file): {reason}")
+        reason = f": {error.strerror}" if isinstance(error, OSError) else ""
+        raise UserError(f"{path} cannot be read as a checkpoint: truncated, damaged, or another kind of file{reason}")
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         return interop.translate(payload, path, dataset)
     if payload.pop("sha256", None) != digest(payload):
         raise UserError(f"{path} is damaged: its contents do not match their SHA-256")
+    check_keys(payload, ("config", "meta", "model", "ema", "step"), path)
     return payload
+
+
+def check_keys(payload, keys, path):
+    missing = [key for key in keys if key not in payload]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it was written by another version of this project")
 
 
 def read_latest(out_dir):
@@ -181,8 +188,8 @@ def open_run(out_dir, resume, init_from, cfg, meta, model):
     """
     lock = claim(out_dir) if out_dir.is_dir() else None
     last = out_dir / "ckpt.pt"
-    holds_run = last.exists() or previous(last).exists()
-    if resume is None and holds_run:
+    holds_run = any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.jsonl"))
+    if not resume and holds_run:
         raise UserError(f"{out_dir} holds a run already: --resume auto continues it, --out_dir puts this one elsewhere")
     path, payload, source = None, None, None
     if resume == "auto":
@@ -208,6 +215,7 @@ def check_same_run(payload, path, cfg, meta):
     """Raise a UserError that names what differs, unless payload is a state of a run with this config on this data."""
     if "optimizer" not in payload:
         raise UserError(f"{path} has no optimiser state to resume from; start a new run with --init_from={path}")
+    check_keys(payload, ("best_val", "tally", "wandb_id"), path)
     before, now = dataclasses.asdict(config_of(payload)), dataclasses.asdict(cfg)
     changed = [f"{key} (was {before[key]!r}, now {now[key]!r})" for key in now
                if same_run(key) and before[key] != now[key]]

@@ -6,6 +6,7 @@ import difflib
 import os
 import sys
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,11 @@ def run(main):
         if rank in (None, "0"):  # under torchrun all processes raise the same one (parallel.py)
             print(f"{name}: {error}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:
+        pass  # `python sample.py CKPT | head -1` is no error
+    except OSError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        code = 2
     except torch.OutOfMemoryError:
         print(f"{name}: out of GPU memory: use a smaller --micro_batch_size (train.py) or --batch_size",
               file=sys.stderr)
@@ -58,23 +64,34 @@ def run(main):
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # `python sample.py CKPT | head -1` is no error; nor is the flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except RuntimeError as error:
-        if rank is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+    except Exception as error:
+        if rank is None:
             raise
-        reason = str(error).split("] ", 1)[-1].splitlines()[0][:100]
-        print(f"{name}: process {rank} has lost another one, which ended, or did not answer in time ({reason})",
-              file=sys.stderr)
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            reason = str(error).split("] ", 1)[-1].splitlines()[0][:100]
+            print(f"{name}: process {rank} has lost another one, which ended, or did not answer in time ({reason})",
+                  file=sys.stderr)
+        else:
+            traceback.print_exc()
         code = 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it, or its disk is full: do not complain once more at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if rank is not None:
         # At once: an ordered exit can wait for a process that is gone, and gloo's threads can crash it (issue 179291 of
         # pytorch).
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def named(text):
+    """An argparse type: text that is not empty, as `--resume "$UNSET"` would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def number(kind, low, high=float("inf")):

@@ -95,8 +95,8 @@ class Config:
             if field.type in (int, float) and not least <= value < float("inf"):
                 raise UserError(f"{field.name}={value} must be "
                                 f"{'a finite number, ' if least == 0 else ''}at least {least}")
-        if not self.timeout_minutes:
-            raise UserError("timeout_minutes must be above 0")
+        if not 0 < self.timeout_minutes <= 1e6:
+            raise UserError("timeout_minutes must be above 0, and a million at most")
         if self.seed >= 2**63:
             raise UserError("seed must be below 2**63")
         if self.n_embd % (2 * self.n_head):

@@ -11,28 +11,34 @@ log.jsonl has one JSON object per line. Each has "step"; the other keys say what
 import html
 import json
 import os
+import shutil
 import sys
 
 from cli import UserError
 
 
-def read(path):
-    """The objects of a log.jsonl. A last line that a crash cut off is left out. Raises UserError if it is no log."""
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no log of train.py")
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    entries = []
+def parse(path):
+    """(objects, numbers of the lines that are none) of a log.jsonl; a last line that a crash cut off is neither."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    entries, damaged = [], []
     for number, line in enumerate(lines, 1):
         try:
-            entries.append(json.loads(line))
-            entries[-1]["step"] + 0
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path} is no log of train.py, or a damaged one: line {number} has no step")
+            entry = json.loads(line)
+            entry["step"] + 0
+            entries.append(entry)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged.append(number)
+    return entries, damaged
+
+
+def read(path):
+    """The objects of a log.jsonl. Raises UserError if it is none, or a damaged one."""
+    try:
+        entries, damaged = parse(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    if damaged:
+        raise UserError(f"{path} is no log of train.py, or a damaged one: line {damaged[0]} has no step")
     return entries
 
 
@@ -44,10 +50,18 @@ class Log:
 
     def __init__(self, out_dir, step, name, config, bar, wandb_id=None):
         self.path, self.bar, self.wandb, self.wandb_id = out_dir / "log.jsonl", bar, None, wandb_id
-        kept = [entry for entry in read(self.path) if entry["step"] <= step] if self.path.exists() else []
-        temporary = self.path.with_name(".log.jsonl.tmp")
+        self.terminal = True
         try:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            entries, damaged = parse(self.path) if self.path.exists() else ([], [])
+            if damaged:
+                shutil.copy(self.path, out_dir / "log_damaged.jsonl")
+                print(f"{self.path} has damaged lines, which are left out (first: {damaged[0]}); log_damaged.jsonl is "
+                      "a copy", file=sys.stderr)
+            temporary = self.path.with_name(".log.jsonl.tmp")
+            with open(temporary, "w") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, self.path)
             self.file = open(self.path, "a", buffering=1)
         except OSError as error:
@@ -56,10 +70,21 @@ class Log:
             self.wandb = start_wandb(name, config, wandb_id)
             self.wandb_id = self.wandb.id
 
+    def show(self, line):
+        """A line for the terminal. If nobody reads it any more, as after `train.py | head`, training goes on."""
+        try:
+            if self.terminal:
+                self.bar.write(line, file=sys.stdout)
+                sys.stdout.flush()
+        except BrokenPipeError:
+            self.terminal = False
+        except OSError as error:
+            raise UserError(f"cannot write the output: {error.strerror}; make room, then run the same command with "
+                            "--resume auto")
+
     def write(self, line, **values):
         """Show a line and record the values, step among them."""
-        self.bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        self.show(line)
         try:
             self.file.write(json.dumps(values) + "\n")
         except OSError as error:
@@ -71,6 +96,10 @@ class Log:
                 text = html.escape(values["sample"])
                 values["sample"] = wandb.Html(f"<pre style='white-space: pre-wrap'>{text}</pre>")
             self.wandb.log(values)
+
+    def sync(self):
+        """Have what is written survive a power cut."""
+        os.fsync(self.file.fileno())
 
     def close(self):
         self.bar.close()
@@ -84,7 +113,7 @@ def start_wandb(name, config, run_id):
     import wandb
     options = dict(project="discrete-diffusion", name=name, config=config, id=run_id, resume="allow")
     try:
-        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30, login_timeout=30))
     except wandb.Error as error:
         print(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, `wandb sync wandb/offline-run-*` "
               "uploads it", file=sys.stderr)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cli import UserError, pick_device
 
 rank = int(os.environ.get("RANK", 0))
-world = int(os.environ.get("WORLD_SIZE", 1))
+world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 is_main = rank == 0
 
 
@@ -45,6 +45,10 @@ def own_device(name):
     if device.type == "cuda" and dist.is_initialized():
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
+    if device.type == "mps" and dist.is_initialized():
+        if name != "auto":
+            raise UserError("several processes cannot share work on mps: leave out torchrun, or use --device=cpu")
+        device = torch.device("cpu")  # gloo sends nothing from mps
     return device
 
 
@@ -137,10 +141,11 @@ def spread(model, device, fsdp, compiled):
 
 
 def average_gradients(net, wanted):
-    """Whether the next backward pass averages gradients over the processes: once per step is enough."""
-    if hasattr(net, "set_requires_gradient_sync"):
-        net.set_requires_gradient_sync(wanted)
-    elif isinstance(net, DistributedDataParallel):
+    """Whether the next backward pass averages gradients over the processes: once per step is enough.
+
+    FSDP does it every time all the same, because otherwise every process would have to keep all of them.
+    """
+    if isinstance(net, DistributedDataParallel):
         net.require_backward_grad_sync = wanted  # what its no_sync() sets
 
 

@@ -29,23 +29,33 @@ def curves(path, from_step=0):
     training: (step, tokens, hours, bits per token) for each log line; validation: the same and the standard error.
     """
     path = path / "log.jsonl" if path.is_dir() or not path.suffix else path
-    name, hours, before, training, validation = path.parent.name, 0.0, None, [], []
-    for entry in log.read(path):
+    entries = log.read(path)
+    try:
+        name, training, validation = path.resolve().parent.name, *rows(entries, from_step)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{path} is no log of train.py: its lines lack numbers")
+    if not training and not validation:
+        raise UserError(f"{path} has no losses{f' from step {from_step:,} on' if from_step else ''} to draw")
+    return name, training, validation
+
+
+def rows(entries, from_step):
+    """The rows of curves() for the objects of a log."""
+    hours, before, training, validation = 0.0, None, [], []
+    for entry in entries:
         if "run" in entry or before is None:
             before = entry  # a start or a resumption: time counts from here
         if "bits_per_token" in entry:
             hours += (entry["tokens"] - before["tokens"]) / entry["tokens_per_second"] / 3600
             before = entry
-        where = (entry["step"], entry.get("tokens"), hours)
+        where = (entry["step"], entry["tokens"], hours)
         if entry["step"] < from_step:
             continue
         if entry.get("bits_per_token") is not None:
-            training.append((*where, entry["bits_per_token"]))
+            training.append((*where, float(entry["bits_per_token"])))
         if entry.get("val_bits_per_token") is not None:
-            validation.append((*where, entry["val_bits_per_token"], entry["val_stderr"] or 0.0))
-    if not training and not validation:
-        raise UserError(f"{path} has no losses{f' from step {from_step:,} on' if from_step else ''} to draw")
-    return name, training, validation
+            validation.append((*where, float(entry["val_bits_per_token"]), abs(entry["val_stderr"] or 0.0)))
+    return training, validation
 
 
 def draw(runs, out, x, log_x):

@@ -9,9 +9,9 @@ on from there, and the result is the same as if nothing had happened.
 """
 
 import contextlib
+import importlib.util
 import math
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,8 @@ import torch
 import checkpoint
 import configs
 import parallel
-from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, pick_dtype, progress, run)
+from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
+                 run)
 from data.loader import check_same_data, load_meta, load_split, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import Noise, to_device
@@ -101,7 +102,7 @@ def train_step(net, objective, parts, optimizer, cfg, device, dtype):
     """One optimiser step on the batch in `parts`, this process's share.
 
     Returns the bound in nats per token and the gradient norm, of the whole batch, and whether one of them is not
-    finite: then weights and optimiser state stay as they were. All are tensors: nothing here waits for the GPU.
+    finite: then weights and optimiser state stay as they were. All are tensors: nothing here waits for a CUDA GPU.
     """
     nats = torch.zeros((), device=device)
     for i, (x0, noise) in enumerate(parts):
@@ -115,8 +116,11 @@ def train_step(net, objective, parts, optimizer, cfg, device, dtype):
     if hasattr(norm, "full_tensor"):  # FSDP
         norm = norm.full_tensor()
     bad = ~(nats.isfinite() & norm.isfinite())
-    optimizer.found_inf = bad.float()  # how fused optimisers are told to do nothing, on the device (see GradScaler)
-    optimizer.step()
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = bad.float()  # has it do nothing, decided on the device, as torch.amp.GradScaler does
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return nats, norm, bad
 
@@ -156,8 +160,10 @@ def restore(state, model, ema, optimizer):
 
 def count(tally, nats, bad):
     """One more step in the tally, which stays on the device: nats and number of steps since the last log line (without
-    the skipped ones), steps skipped in all, steps skipped in a row until now."""
-    return torch.stack((tally[0] + torch.where(bad, 0, nats), tally[1] + ~bad, tally[2] + bad, (tally[3] + 1) * bad))
+    the skipped ones), steps skipped in all, steps skipped in a row until now, the most in a row since the line."""
+    row = (tally[3] + 1) * bad
+    return torch.stack((tally[0] + torch.where(bad, 0, nats), tally[1] + ~bad, tally[2] + bad, row,
+                        torch.maximum(tally[4], row)))
 
 
 def finite(x):
@@ -172,8 +178,9 @@ def duration(seconds):
 
 
 def add_arguments(parser):
-    parser.add_argument("--resume", metavar="CKPT|auto", help="continue a run; auto: that of out_dir, if there is one")
-    parser.add_argument("--init_from", metavar="CKPT",
+    parser.add_argument("--resume", type=named, metavar="CKPT|auto",
+                        help="continue a run; auto: that of out_dir, if there is one")
+    parser.add_argument("--init_from", type=named, metavar="CKPT",
                         help="start from the averaged weights of another run (fine-tuning), unless --resume finds one")
 
 
@@ -181,8 +188,11 @@ def main():
     name, cfg, args = configs.from_command_line("train.py", __doc__, add_arguments)
     parallel.join(cfg.timeout_minutes)
     rank, world, is_main = parallel.rank, parallel.world, parallel.is_main
+    stop = parallel.StopSignals()
     if cfg.fsdp and "RANK" not in os.environ:
         raise UserError("--fsdp shares one model out over several processes: start them with torchrun")
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb needs the package: pip install wandb")
     device = together(lambda: parallel.own_device(cfg.device))
     dtype = pick_dtype(device, cfg.dtype)
     local, micro = share_of_batch(cfg, world)
@@ -211,7 +221,7 @@ def main():
         for key, p in model.named_parameters():
             parallel.copy_from_main(p, source and source[key])
     optimizer, ema = make_optimizer(model, cfg, device), EMA(model, cfg.ema_decay)
-    step, best_val, tally, wandb_id = 0, math.inf, torch.zeros(4), None
+    step, best_val, tally, wandb_id = 0, math.inf, torch.zeros(5), None
     if resumed:
         step, best_val, tally, wandb_id = on_main(
             lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
@@ -254,9 +264,17 @@ def main():
 
     def save(filename, to_resume):
         state = state_of(model, ema, optimizer if to_resume else None)
-        on_main(lambda: checkpoint.save(out_dir / filename, {
-            "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
-            "tally": tally.cpu(), "wandb_id": log.wandb_id, **state}, keep_previous=to_resume))
+
+        def write():
+            if not all(weights.isfinite().all() for kind in ("model", "ema") for weights in state[kind].values()):
+                raise UserError(f"the weights are not finite after step {step:,}, and are not saved: the last good "
+                                f"checkpoint in {out_dir} is untouched; try a smaller --lr in a new run")
+            log.sync()
+            checkpoint.save(out_dir / filename, {
+                "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
+                "tally": tally.cpu(), "wandb_id": log.wandb_id, **state}, keep_previous=to_resume)
+
+        on_main(write)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     report(f"{name}: {n_params / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
@@ -269,7 +287,6 @@ def main():
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, pin=device.type == "cuda"))
     first_step, seconds = step, 0.0                     # of this process; seconds of training alone
     logged, clock = step, time.perf_counter()           # at the last log line
-    stop = parallel.StopSignals()
     model.train()
     for parts in stream:
         for group in optimizer.param_groups:
@@ -283,8 +300,8 @@ def main():
         bar.update()
 
         if step % cfg.log_interval == 0 or step == cfg.max_steps:
-            nats, steps, skipped, in_a_row = tally.tolist()  # waits for the GPU, so the time below is true
-            tally[:2] = 0
+            nats, steps, skipped, _, in_a_row = tally.tolist()  # waits for the GPU, so the time below is true
+            tally[:2] = tally[4] = 0
             elapsed = time.perf_counter() - clock
             clock += elapsed
             seconds += elapsed
@@ -300,8 +317,8 @@ def main():
                    bits_per_token=finite(bits), lr=group["lr"], grad_norm=finite(norm.item()), skipped=int(skipped),
                    tokens_per_second=rate, mfu=mfu, memory_bytes=memory, seconds_left=left)
             if in_a_row >= cfg.max_skipped:
-                raise UserError(f"loss or gradient was not finite in {in_a_row:.0f} steps in a row, up to step "
-                                f"{step:,}: the last good checkpoint in {out_dir} is untouched; "
+                raise UserError(f"loss or gradient was not finite in {in_a_row:.0f} steps in a row before step "
+                                f"{step + 1:,}: the last good checkpoint in {out_dir} is untouched; "
                                 "try a smaller --lr in a new run")
         paused = time.perf_counter()
         if step % cfg.eval_interval == 0 or step == cfg.max_steps:
@@ -320,9 +337,9 @@ def main():
             save("ckpt.pt", to_resume=True)
         clock += time.perf_counter() - paused
         if stopped_by and step < cfg.max_steps:
-            on_main(lambda: bar.write(
+            on_main(lambda: log.show(
                 f"stopped by {stopped_by} after step {step:,} of {cfg.max_steps:,}, which is saved in {out_dir}: "
-                "to continue, run the same command with --resume auto", file=sys.stdout))
+                "to continue, run the same command with --resume auto"))
             break
     stream.close()
     on_main(lambda: log.close())

@@ -19,14 +19,17 @@ def load_meta(name, data_dir=""):
     """The meta.json of a data set. Raises UserError, with the command that makes it, if it is not prepared."""
     folder = Path(data_dir or DATA_DIR) / name
     try:
-        return json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         script = DATA_DIR / f"prepare_{name}.py"
         command = (f"python data/{script.name}" if script.exists()
                    else f"python data/prepare_textfile.py FILE --name {name}")
         raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {command}")
-    except json.JSONDecodeError:
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict) or not {"tokenizer", "vocab_size", "dtype", "sizes", "sha256"} <= meta.keys():
         raise UserError(f"{folder / 'meta.json'} is damaged: delete {folder} and prepare the data set again")
+    return meta
 
 
 def check_same_tokens(meta, data_meta, dataset):

@@ -269,9 +269,10 @@ def test_missing_and_damaged_data_sets(small):
     (small / "small" / "val.bin").write_bytes(b"123")
     with pytest.raises(UserError, match="3 tokens and its meta.json says 20"):
         load_split("small", "val", 2, small)
-    (small / "small" / "meta.json").write_text("{")
-    with pytest.raises(UserError, match="is damaged"):
-        load_meta("small", small)
+    for content in (b"{", b"[]", b"{}", b"\xff\xfe", b'{"vocab_size": 27}'):
+        (small / "small" / "meta.json").write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            load_meta("small", small)
     with pytest.raises(UserError, match="is damaged"):
         is_prepared(small / "small")
 

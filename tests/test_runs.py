@@ -19,9 +19,10 @@ import pytest
 import torch
 
 import checkpoint
+import data.loader
 import diffusion
 from cli import UserError
-from commands import (ROOT, STEADY, assert_identical, assert_one_line, assert_same_training, finish,
+from commands import (ROOT, STEADY, arguments, assert_identical, assert_one_line, assert_same_training, finish,
                       finish_well, log, losses, read_until, start, train)
 from conftest import TRAINED
 
@@ -193,6 +194,19 @@ def test_signals(call, data_dir, tmp_path, monkeypatch, name):
     assert checkpoint.read(tmp_path / "out")["step"] == 3
 
 
+def test_a_signal_while_starting(call, data_dir, tmp_path, monkeypatch):
+    """A signal that comes before the first step lets that step happen, and is obeyed then."""
+    split = data.loader.load_split
+
+    def load_and_signal(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return split(*args)
+
+    monkeypatch.setattr(data.loader, "load_split", load_and_signal)
+    result = train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=50")
+    assert result.code == 0 and "stopped by SIGTERM after step 1 of 50" in result.out
+
+
 def test_two_processes_resume_exactly(call, data_dir, tmp_path):
     """One of two processes gets a signal: both finish the same step and exit 0. Two that go on end bit for bit where
     two that never stopped do; a single one sees the same data, and ends there up to rounding."""
@@ -287,8 +301,8 @@ def test_killed_at_random(data_dir, tmp_path):
 # ---- checkpoints that cannot be written or read ----------------------------------------------------------------------
 
 
-PAYLOAD = {"name": "x", "config": {"lr": 0.1, "betas": (0.9, 0.98), "wandb": False, "compile": None},
-           "meta": {"a": "b"},
+PAYLOAD = {"name": "x", "step": 0, "meta": {"a": "b"},
+           "config": {"lr": 0.1, "betas": (0.9, 0.98), "wandb": False, "compile": None},
            "model": {"w": torch.arange(64.0).view(8, 8), "b": torch.ones(3, dtype=torch.bfloat16)}, "ema": {},
            "optimizer": {"w": {"step": torch.tensor(3.0), "exp_avg": torch.zeros(0)}}}
 
@@ -421,6 +435,45 @@ def test_full_disk(call, data_dir, tmp_path, monkeypatch):
                  "--resume=auto").code == 0
 
 
+def test_nobody_reads_the_output(data_dir, tmp_path):
+    """`train.py | head` goes on to the end without complaint; output to a full disk ends the run with one line."""
+    def shell(out, before, after):
+        command = [sys.executable, *arguments("mdlm_text8", data_dir, out, "--max_steps=9")]
+        return subprocess.run(["bash", "-c", f"{before} {' '.join(map(str, command))} {after}"], capture_output=True,
+                              text=True)
+
+    process = shell(tmp_path / "out", "set -o pipefail;", "| head -2")
+    assert process.returncode == 0 and process.stderr == "" and checkpoint.read(tmp_path / "out")["step"] == 9
+    process = shell(tmp_path / "other", "", "> /dev/full")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "No space left" in process.stderr
+
+
+def test_a_damaged_log_does_not_stop_a_run(call, data_dir, tmp_path, monkeypatch):
+    """Lines that a crash spoilt are left out and reported; the file is kept as log_damaged.jsonl."""
+    out, options = tmp_path / "out", ["--max_steps=6"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert train(call, "mdlm_text8", data_dir, out, *options).code == 0
+    content = (out / "log.jsonl").read_bytes().split(b"\n")
+    content[2] = b"\0" * 50
+    (out / "log.jsonl").write_bytes(b"\n".join(content))
+    result = train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto")
+    assert result.code == 0 and "damaged lines" in result.err and "(first: 3)" in result.err
+    assert [line["step"] for line in log(out) if "bits_per_token" in line] == [1, 3, 4, 5, 6]
+    assert b"\0" in (out / "log_damaged.jsonl").read_bytes()
+
+
+def test_what_is_left_of_a_run_is_not_written_over(call, data_dir, tmp_path):
+    """A folder with only the best checkpoint, or only the log, is that of a run, too; an empty --resume is refused."""
+    out, options = tmp_path / "out", ["--max_steps=2"]
+    assert train(call, "mdlm_text8", data_dir, out, *options).code == 0
+    assert_one_line(train(call, "mdlm_text8", data_dir, out, *options, "--resume="), "--resume: is empty")
+    for name in ("ckpt.pt", "ckpt_best.pt"):
+        (out / name).unlink()
+        assert_one_line(train(call, "mdlm_text8", data_dir, out, *options), "holds a run already")
+    assert [path.name for path in out.glob("[a-z]*")] == ["log.jsonl"]
+
+
 def test_one_run_per_folder(call, data_dir, tmp_path):
     """A second run in the folder of a living one is refused; a dead one, even if killed, holds nothing."""
     options = ["--max_steps=100000", "--checkpoint_interval=5"]
@@ -502,7 +555,7 @@ def test_a_step_that_is_not_finite_is_skipped(call, data_dir, tmp_path, monkeypa
     two, four = checkpoint.read(tmp_path / "two"), checkpoint.read(tmp_path / "four")
     for key in ("model", "optimizer"):
         assert checkpoint.digest(two[key]) == checkpoint.digest(four[key])
-    assert four["tally"][2:].tolist() == [2, 2] and losses(tmp_path / "four")[2:] == [None, None]
+    assert four["tally"][2:4].tolist() == [2, 2] and losses(tmp_path / "four")[2:] == [None, None]
 
 
 def test_too_many_steps_that_are_not_finite(call, data_dir, tmp_path, monkeypatch):
@@ -511,9 +564,27 @@ def test_too_many_steps_that_are_not_finite(call, data_dir, tmp_path, monkeypatc
     result = train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=50", "--max_skipped=3",
                    "--checkpoint_interval=3")
     assert result.code == 2 and result.err.count("\n") == 1 and result.err.startswith(
-        "train.py: loss or gradient was not finite in 3 steps in a row, up to step 6")
+        "train.py: loss or gradient was not finite in 3 steps in a row before step 7")
     payload = checkpoint.read(tmp_path / "out")
     assert payload["step"] == 3 and all(torch.isfinite(value).all() for value in payload["ema"].values())
+
+
+def test_bad_steps_between_two_log_lines_count(call, data_dir, tmp_path, monkeypatch):
+    """Three in a row stop the run at the next log line, also if good ones came after; two do not."""
+    for bad, code in ((range(2, 5), 2), (range(2, 4), 0)):
+        with monkeypatch.context() as patch:
+            poison(patch, bad)
+            assert train(call, "mdlm_text8", data_dir, tmp_path / str(code), "--max_steps=12", "--max_skipped=3",
+                         "--log_interval=10").code == code
+
+
+def test_weights_that_overflow_are_not_saved(call, data_dir, tmp_path):
+    """A step that makes the weights infinite, from finite loss and gradient: the checkpoint before it stays the last."""
+    result = train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=40", "--checkpoint_interval=1",
+                   "--lr=3e38", "--beta2=0", "--grad_clip=0", "--log_interval=40")
+    assert result.code == 2 and result.err.count("\n") == 1 and "weights are not finite after step" in result.err
+    for path in (tmp_path / "out").glob("ckpt*.pt"):
+        assert all(torch.isfinite(value).all() for value in checkpoint.read(path)["model"].values())
 
 
 POISONED = """
@@ -641,7 +712,10 @@ def test_plot(call, trained, data_dir, tmp_path):
     assert_one_line(call("plot.py", tmp_path / "none"), "cannot read")
     assert_one_line(call("plot.py", trained, "--from_step=1000"), "has no losses from step 1,000 on")
     assert_one_line(call("plot.py", trained, "--out", tmp_path / "no" / "where.png"), "in no existing folder")
-    for content in (b"PNG\xff", b"[1]\n", b"{\n", b'{"step": "x"}\n'):
+    for content in (b"PNG\xff\n", b"[1]\n", b"{\n", b'{"step": "x"}\n', b"[" * 10**5 + b"\n",
+                    b'{"step": 1, "bits_per_token": 3}\n', b'{"step": 1, "tokens": 1, "val_bits_per_token": 3}\n',
+                    b'{"step": 1, "tokens": 1, "bits_per_token": "x", "tokens_per_second": 1}\n',
+                    b'{"step": 1, "tokens": 1, "bits_per_token": 3, "tokens_per_second": 0}\n'):
         (tmp_path / "log.jsonl").write_bytes(content)
         assert_one_line(call("plot.py", tmp_path), "is no log of train.py")
 

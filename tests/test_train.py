@@ -73,3 +73,20 @@ def test_clipping(grad_clip):
     for p, old, gradient in zip(model.parameters(), before, gradients):
         torch.testing.assert_close(old - p, scale * gradient, atol=1e-6, rtol=1e-3)
     assert reported.item() == pytest.approx(norm, rel=1e-4) and norm > 0.01 and nats > 0 and not bad
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bad_step_is_skipped_by_any_optimizer(fused):
+    """Fused optimisers are told on the device, the others (mps) by not being called: a bad step changes nothing."""
+    torch.manual_seed(0)
+    model, objective = CFG.make_model(5), MDLM(5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    x0, noise = torch.randint(0, 5, (4, 8)), objective.noise(*uniforms(0, 0, range(4), 4, 8, True))
+    spoilt = noise._replace(weight=noise.weight * math.nan)
+    weights = lambda: [p.detach().clone() for p in model.parameters()]
+    before = weights()
+    for draw, skipped in ((spoilt, True), (noise, False), (spoilt, True)):
+        *_, bad = train_step(model, objective, [(x0, draw)], optimizer, CFG, torch.device("cpu"), torch.float32)
+        after = weights()
+        assert bool(bad) == skipped == all(torch.equal(a, b) for a, b in zip(before, after))
+        before = after
