@@ -579,7 +579,7 @@ def test_bad_steps_between_two_log_lines_count(call, data_dir, tmp_path, monkeyp
 
 
 def test_weights_that_overflow_are_not_saved(call, data_dir, tmp_path):
-    """A step that makes the weights infinite, from finite loss and gradient: the checkpoint before it stays the last."""
+    """A step makes the weights infinite, from a finite loss and gradient: the checkpoint before it stays the last."""
     result = train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=40", "--checkpoint_interval=1",
                    "--lr=3e38", "--beta2=0", "--grad_clip=0", "--log_interval=40")
     assert result.code == 2 and result.err.count("\n") == 1 and "weights are not finite after step" in result.err
