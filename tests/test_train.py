@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from cli import matmul_peak
 from configs import Config
 from diffusion import MDLM
 from noise import uniforms
@@ -90,3 +91,11 @@ def test_a_bad_step_is_skipped_by_any_optimizer(fused):
         after = weights()
         assert bool(bad) == skipped == all(torch.equal(a, b) for a, b in zip(before, after))
         before = after
+
+
+def test_matmul_peak(monkeypatch):
+    """The peak is that of the fastest product, 2 n^3 operations in its time; the first one only warms up."""
+    durations = [1, 40, 20, 30, 50, 60]
+    clock = iter([time for i, duration in enumerate(durations) for time in (100 * i, 100 * i + duration)])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert matmul_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 20
