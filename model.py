@@ -74,8 +74,9 @@ def token_shift(x, causal=False):
     small networks need long to find them by attention.
     """
     left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
-    shift = 2 if causal else -1
-    return torch.cat((F.pad(left, (0, 0, 1, -1)), F.pad(right, (0, 0, shift, -shift)), here), dim=-1)
+    left = F.pad(left, (0, 0, 1, 0))[:, :-1]
+    right = F.pad(right, (0, 0, 2, 0))[:, :-2] if causal else F.pad(right, (0, 0, 0, 1))[:, 1:]
+    return torch.cat((left, right, here), dim=-1)
 
 
 class Block(nn.Module):
