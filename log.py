@@ -113,7 +113,9 @@ def start_wandb(name, config, run_id):
     import wandb
     options = dict(project="discrete-diffusion", name=name, config=config, id=run_id, resume="allow")
     try:
-        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30, login_timeout=30))
+        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+            raise wandb.Error("no account is set up here (`wandb login`)")
+        run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
     except wandb.Error as error:
         print(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, `wandb sync wandb/offline-run-*` "
               "uploads it", file=sys.stderr)

@@ -134,6 +134,8 @@ def test_help_lists_every_setting(call):
     (["demo", "--batch_size=0"], ["batch_size=0 must be at least 1"]),
     (["demo", "--lr=-1"], ["lr=-1.0"]),
     (["demo", "--lr=nan"], ["lr=nan"]),
+    (["demo", "--timeout_minutes=1e15"], ["timeout_minutes"]),
+    (["demo", "--fsdp"], ["torchrun"]),
     (["demo", "--objective=gan"], ["objective='gan' is none of d3pm, mdlm"]),
     (["demo", "--n_head=5"], ["n_embd", "n_head=5"]),
     (["demo", "--device=tpu"], ["'tpu' is not available"]),
@@ -158,6 +160,7 @@ def test_bad_training_starts(call, data_dir, trained, tmp_path):
     go = lambda *a: train(call, "mdlm_text8", data_dir, out, *a)
     (tmp_path / "file").write_text("in the way")
     assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "file"), "cannot use the folder")
+    assert_one_line(train(call, "mdlm_text8", data_dir, "x" * 300), "File name too long")
     assert_one_line(go("--seq_len=100000"), "fewer than one sequence of 100,000", "--seq_len=")
     assert_one_line(go(f"--resume={tmp_path}"), "no checkpoint at")
     assert_one_line(go(f"--resume={trained}", "--max_steps=60", "--lr=0.5"), "of another run",

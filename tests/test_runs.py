@@ -664,6 +664,14 @@ def test_an_error_in_one_process_is_one_in_all(data_dir, tmp_path):
     assert (first, second) == ((2, "agree.py: process 1: only here\n"), (2, ""))
 
 
+def test_only_torchrun_makes_processes():
+    """A WORLD_SIZE that something else has left in the environment does not make a single process one of two."""
+    code = "import parallel; print(parallel.rank, parallel.world)"
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | {"WORLD_SIZE": "2"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
+                          text=True).stdout == "0 1\n"
+
+
 def test_a_dead_process_ends_the_others(data_dir, tmp_path):
     """One of two processes is killed: within seconds, not the timeout of ten minutes, the other ends with one line."""
     for victim in (0, 1):
