@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
 import numpy as np
 import torch
 
@@ -104,21 +103,24 @@ def sync_folder(folder):
 
 
 def claim(out_dir):
-    """Make the folder, and lock it for this process, which keeps the returned lock until it ends, however it ends.
+    """Make the folder, and lock it for this process. Returns the open file that holds the lock until the process ends.
 
-    Raises UserError if another process has it.
+    The kernel holds it, so a dead process holds nothing. Where there are no such locks (Windows, some network file
+    systems) a line on stderr says so, and training goes on. Raises UserError if another process has the folder.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(out_dir / ".lock")
-        lock.acquire(timeout=0)
-        return lock
-    except filelock.Timeout:
-        raise UserError(f"another process is training in {out_dir}: wait for it, or choose another --out_dir")
-    except NotImplementedError:
-        print(f"{out_dir} is on a file system without locks: do not start a second run there", file=sys.stderr)
+        lock = open(out_dir / ".lock", "a")
     except OSError as error:
         raise UserError(f"cannot use the folder {out_dir}: {error.strerror}")
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # which of the two depends on the file system
+        raise UserError(f"another process is training in {out_dir}: wait for it, or choose another --out_dir")
+    except (ImportError, OSError):
+        print(f"{out_dir} cannot be locked: do not start a second run there", file=sys.stderr)
+    return lock
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Tests with several processes use gloo on the CPU, which is what train.py does there.
 """
 
+import errno
 import json
 import math
 import os
@@ -490,6 +491,17 @@ def test_one_run_per_folder(call, data_dir, tmp_path):
     read_until(again, f"continuing at step {done:,}")
     again.kill()
     again.wait()
+
+
+def test_a_file_system_without_locks(call, data_dir, tmp_path, monkeypatch):
+    """Where nothing can be locked the run says so, once, and goes on."""
+    def flock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for resume in ([], ["--resume=auto"]):
+        result = train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=1", *resume)
+        assert result.code == 0 and result.err.count("cannot be locked") == 1
 
 
 def test_resume_refuses_other_data_and_other_runs(call, data_dir, trained, tmp_path):
