@@ -32,7 +32,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
     def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_intermixed_args(args, namespace)  # options may stand between CKPTs
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             guess = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
@@ -183,6 +183,27 @@ def autocast(device, dtype):
 def generator_on(device, seed):
     """A seeded generator for sampling. Draws are made in float64, which mps lacks: there the CPU makes them."""
     return torch.Generator("cpu" if device.type == "mps" else device).manual_seed(seed)
+
+
+def table(rows, columns, out):
+    """Print rows (dicts) under their columns {key: (title, format)}; what a row lacks is left empty."""
+    cells = [[title for title, _ in columns.values()]]
+    cells += [["" if row.get(key) is None else format(row[key], how) for key, (_, how) in columns.items()]
+              for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), file=out)
+
+
+def write_text(path, text):
+    """Write a text file at once: a failure leaves what was there before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}")
 
 
 def progress(iterable=None, show=True, **kwargs):

@@ -77,15 +77,21 @@ def cross_entropy(logits, x0):
 
 
 class Absorbing:
-    """What D3PM and MDLM share. A subclass has
+    """What all objectives share. A subclass has
 
-    noise(u, v), noise_low_variance(u, v): the Noise to train on, and that to report the bound with
+    noise(u, v): the Noise to train on
     loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
+    estimators: names of its methods (u, v, w) -> Noise that estimate the bound with a finite variance (w (B,) decides
+        the time where the mask leaves it open); the first one is the bound to report, the second one estimates the same
     """
 
     def __init__(self, mask_id, schedule="linear"):
         self.mask_id = mask_id
         self.schedule = SCHEDULES[schedule]
+
+    def time(self, rate):
+        """What the network is told when a share `rate` of the tokens is expected to be masked: (B,) -> (B,) float32."""
+        return self.schedule.inverse(1 - rate).float()
 
     def corrupt(self, x0, mask):
         """What the network sees of x0 (B, L)."""
@@ -100,6 +106,35 @@ class Absorbing:
     def nelbo(self, model, x0, noise):
         """One-sample estimate of the bound for each sequence: x0 (B, L) -> nats per token (B,)."""
         return noise.weight * self.masked_ce(model, x0, noise)
+
+    def exact_k(self, u, v, w=None):
+        """The continuous-time bound by exactly k = ceil(u L) masks, with weight L/k: u (B,), v (B, L) -> Noise.
+
+        Independent masks at rate r with weight 1/r, integrated over r, are k masks with k uniform on 1 ... L and weight
+        L/k (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736). The masked tokens are those with the k smallest v, and the
+        network is told the moment at which the k-th of them fell. That is Beta(k, L - k + 1), the law of r given k
+        masks under the weight 1/r, so the bound is the same one for networks that see the time, too.
+        """
+        L = v.shape[1]
+        k = torch.ceil(u * L).long().clamp(1, L)
+        order = v.argsort(dim=1)
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(L).expand_as(order))
+        rate = v.gather(1, order).gather(1, k[:, None] - 1).squeeze(1)
+        return Noise(rank < k[:, None], self.time(rate), L / k.float())
+
+    def continuous(self, u, v, w):
+        """The continuous-time bound by independent masks at a uniform rate, u, without the large weights of small u.
+
+        u (B,), v (B, L), w (B,) -> Noise. The weight 1/u has no finite variance; its mean over all rates that could
+        have given these k masks is (L + 1)/k (0 if k = 0), which has (Rao-Blackwell). A network that sees the time is
+        told one of these rates, r ~ Beta(k, L - k + 1): the k-th smallest of L uniform numbers, found by leaving out,
+        as w says, one of the L + 1 numbers u, v[0], ..., v[L - 1].
+        """
+        L = v.shape[1]
+        mask = v <= u[:, None]
+        k = mask.sum(1)
+        rate = torch.where(w <= k / (L + 1), u, (v * mask).amax(1))
+        return Noise(mask, self.time(rate), torch.where(k > 0, (L + 1) / k, 0).float())
 
 
 class D3PM(Absorbing):
@@ -117,6 +152,8 @@ class D3PM(Absorbing):
     of the sum over s (not the whole sum), as in the published code. It is trained with and never reported.
     """
 
+    estimators = ("t_step", "t_step_uniform", "exact_k", "continuous")
+
     def __init__(self, mask_id, T=1000, schedule="linear", lambda_ce=0.0):
         super().__init__(mask_id, schedule)
         self.T, self.lambda_ce = T, lambda_ce
@@ -127,8 +164,16 @@ class D3PM(Absorbing):
         a, a_next = self.schedule.alpha(s / self.T), self.schedule.alpha((s - 1) / self.T)
         return Noise(v <= 1 - a[:, None], (s / self.T).float(), (self.T * (a_next - a) / (1 - a)).float())
 
-    def noise_low_variance(self, u, v):
-        """The same bound from a better draw: one random token is surely masked, and no weight is above L.
+    def time(self, rate):
+        """Of the T steps, which are all that the network knows, the one in whose interval the rate falls."""
+        return (torch.ceil(self.schedule.inverse(1 - rate) * self.T).clamp(1, self.T) / self.T).float()
+
+    def t_step_uniform(self, u, v, w=None):
+        """The T-step bound as the papers write it: s uniform, tokens masked independently, weights up to T."""
+        return self.noise(u, v)
+
+    def t_step(self, u, v, w=None):
+        """The T-step bound from a better draw: one random token is surely masked, and no weight is above L.
 
         sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked], where
         P(s) = a_{s-1} - a_s and i is uniform. Averaging over which of the k masked tokens was the sure one gives the
@@ -161,13 +206,14 @@ class MDLM(Absorbing):
     time_sampling:
     'uniform', 'stratified': t from u, tokens masked independently. The weight is 1/t for the linear schedule; its
         square has no finite mean, so this is for training and for matching papers, never for error bars.
-    'exact_k': exactly k tokens masked, k uniform on 1 ... L, weight L/k
-        (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736).
+    'exact_k': exactly k tokens masked, see there.
 
     weighting 'simple' trains with the same weight, 2, for every masked token: for the linear schedule the terms of the
     bound times 2t. What is lost in rigour is won in variance, and short runs end far lower (LOG.md). The reported bound
     keeps its weights.
     """
+
+    estimators = ("exact_k", "continuous")
 
     def __init__(self, mask_id, schedule="linear", time_sampling="stratified", weighting="nelbo"):
         super().__init__(mask_id, schedule)
@@ -176,23 +222,9 @@ class MDLM(Absorbing):
     def noise(self, u, v):
         """As time_sampling says. u (B,), v (B, L) -> Noise."""
         if self.time_sampling == "exact_k":
-            return self.noise_low_variance(u, v)
+            return self.exact_k(u, v)
         masked = 1 - self.schedule.alpha(u)
         return Noise(v <= masked[:, None], u.float(), (-self.schedule.dalpha(u) / masked).float())
-
-    def noise_low_variance(self, u, v):
-        """Exactly k = ceil(u L) masks. u (B,), v (B, L) -> Noise.
-
-        The tokens with the k smallest v are masked, and the model is told the moment at which the k-th of them fell:
-        the k-th smallest of L uniform numbers is Beta(k, L - k + 1), which is the law of the masked fraction given k
-        masks under the weight 1/t. So the bound is the same one for models that see the time, too.
-        """
-        L = v.shape[1]
-        k = torch.ceil(u * L).long().clamp(1, L)
-        order = v.argsort(dim=1)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(L).expand_as(order))
-        fraction = v.gather(1, order).gather(1, k[:, None] - 1).squeeze(1)
-        return Noise(rank < k[:, None], self.schedule.inverse(1 - fraction).float(), L / k.float())
 
     def loss(self, model, x0, noise):
         ce = self.masked_ce(model, x0, noise)
@@ -208,12 +240,16 @@ class AutoRegressive(Absorbing):
     mask, which serves as the start of the text.
     """
 
+    estimators = ("chain_rule",)
+
     def noise(self, u, v):
         """u (B,), v (B, L) -> Noise, the same for any u and v."""
         ones = torch.ones(len(u))
         return Noise(torch.ones(v.shape, dtype=torch.bool), ones, ones)
 
-    noise_low_variance = noise
+    def chain_rule(self, u, v, w=None):
+        """All tokens in one call of the network, which must be causal."""
+        return self.noise(u, v)
 
     def corrupt(self, x0, mask):
         return F.pad(x0[:, :-1], (1, 0), value=self.mask_id)

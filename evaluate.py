@@ -1,127 +1,354 @@
-"""Bits per token of a checkpoint on a split of its data set, with a standard error.
+"""Score checkpoints: likelihood with its standard error, by several estimators; sample quality; zero-shot.
 
-    python evaluate.py out/demo                     # the validation split
-    python evaluate.py out/demo --split test --json
+    python evaluate.py out/demo                                # bits per token on the validation split
+    python evaluate.py out/demo out/mdlm_demo --split test     # the difference of two, on the same masks
+    python evaluate.py out/demo --check                        # two estimators; exit code 1 if they disagree
+    python evaluate.py out/demo --order confidence             # the exact likelihood along an order of reveals
+    python evaluate.py out/demo --text book.txt                # any text, zero-shot
+    python evaluate.py out/demo --curve                        # cross-entropy by mask rate
+    python evaluate.py out/demo --curse                        # what decoding in parallel costs
+    python evaluate.py out/demo --samples 64 --steps 8,32,128 --judge out/ar_demo
 
-Every number is an upper bound on -log2 p(x) of the model, averaged over non-overlapping windows of the whole split. It
-is estimated with one network call per window and repeat; the standard error is that of the mean over windows, so it
-covers the noise of the estimate and of the choice of text.
+A masked model's number is an upper bound on its -log2 p(x), averaged over non-overlapping windows of the whole split.
+The standard error is that of the mean over windows: it covers the noise of the estimate and the choice of text.
 """
 
 import json
 import math
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from baselines import reference_points
 from checkpoint import load_model
-from cli import ArgumentParser, UserError, autocast, number, pick_device, pick_dtype, progress, run
-from data.loader import SPLITS, check_same_tokens, gather, load_meta, load_split, windows
-from noise import uniforms
+from cli import ArgumentParser, UserError, named, number, pick_device, pick_dtype, run
+from data.loader import SPLITS, check_same_data, check_same_tokens, load_meta, load_split, windows
+from data.prepare import read_text
+from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
+from diffusion import D3PM
+from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error
+from quality import samples
+from sampling import SAMPLERS
+from studies import curse, curve, variance
+
+ESTIMATORS = {
+    "exact_k": "continuous-time bound, exact k", "continuous": "continuous-time bound, independent masks",
+    "t_step": "T-step bound, T = {T}", "t_step_uniform": "T-step bound, T = {T}, uniform steps",
+    "chain_rule": "negative log-likelihood, chain rule",
+}
+# What estimates the same number from other masks. The second of an autoregressive model sees prefixes alone.
+SECOND = {"exact_k": "continuous", "continuous": "exact_k", "t_step": "t_step_uniform", "t_step_uniform": "t_step",
+          "chain_rule": "l2r"}
+LIMIT = 4         # standard errors by which two estimates of one number may differ
+ROUNDING = 1e-4   # bits by which they may in any case
 
 
-@torch.no_grad()
-def bound(model, objective, tokens, starts, seq_len, batch_size, device, dtype, mine=None, seed=0, repeats=1,
-          show=False):
-    """The bound on windows `mine` (default: all) of the tokens: (len(mine),) float64, nats per token.
-
-    The noise of window i depends on (seed, i) alone and is stratified over all windows, so two models, or two steps of
-    training, are compared on the same masks.
-    """
-    mine = list(range(len(starts)) if mine is None else mine)
-    total = torch.zeros(len(mine), dtype=torch.float64)
-    with progress(total=repeats * len(mine), desc="evaluating", unit="seq", leave=False, show=show) as bar:
-        for repeat in range(repeats):
-            for i in range(0, len(mine), batch_size):
-                chunk = mine[i:i + batch_size]
-                x0 = gather(tokens, starts[chunk], seq_len).to(device)
-                u, v = uniforms(seed, repeat, chunk, len(starts), seq_len, stratified=True)
-                with autocast(device, dtype):
-                    nelbo = objective.nelbo(model, x0, objective.noise_low_variance(u, v).to(device))
-                total[i:i + batch_size] += nelbo.cpu().double() / repeats
-                bar.update(len(chunk))
-    return total
+def integers(text):
+    """An argparse type: 8,16,32 -> [8, 16, 32]."""
+    return [number(int, 1)(part) for part in text.split(",")]
 
 
-def mean_and_error(values):
-    """Mean of n independent values (n,) and its standard error (nan if n = 1)."""
-    error = (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
-    return values.mean().item(), error
+def samplers(text):
+    """An argparse type: names of samplers, separated by commas."""
+    unknown = [name for name in text.split(",") if name not in SAMPLERS]
+    if unknown:
+        raise UserError(f"--sampler {unknown[0]!r} is none of {', '.join(SAMPLERS)}")
+    return text.split(",")
 
 
 def parse_args():
     p = ArgumentParser(description=__doc__)
     p.add_argument("checkpoint", help="a file, or a folder with ckpt.pt (nanoDD's ckpt.pt works as well)")
-    p.add_argument("--split", choices=SPLITS, default="val", help="default: val")
-    p.add_argument("--n_tokens", type=number(int, 1),
-                   help="stop after about this many tokens (default: the whole split)")
-    p.add_argument("--repeats", type=number(int, 1), default=1, help="draws of the noise per window (default 1)")
-    p.add_argument("--dataset", help="data set to score on (default: the one that the checkpoint was trained on)")
-    p.add_argument("--data_dir", default="", help="folder of data sets (default: the one trained on)")
+    p.add_argument("other", nargs="?", type=named, help="another checkpoint to compare with")
+    data = p.add_argument_group("on what")
+    data.add_argument("--split", choices=SPLITS, default="val", help="default: val")
+    data.add_argument("--dataset", help="data set to score on (default: the one that the checkpoint was trained on)")
+    data.add_argument("--data_dir", default="", help="folder of data sets (default: the one trained on)")
+    data.add_argument("--text", type=named, metavar="FILE", help="score this text (plain, .gz or .xz) instead")
+    data.add_argument("--seq_len", type=number(int, 1), help="tokens per window (default: as trained; not more)")
+    data.add_argument("--n_tokens", type=number(int, 1),
+                      help="about this many tokens, in windows spread over the split (default: all of it; for --curve "
+                           "and --curse 256 windows)")
+    how = p.add_argument_group("likelihood")
+    how.add_argument("--estimator", choices=[name for name in ESTIMATORS if name != "chain_rule"],
+                     help="default: t_step for d3pm, exact_k for other masked models")
+    how.add_argument("--T", type=number(int, 1), help="steps of the T-step bound (default: the checkpoint's)")
+    how.add_argument("--repeats", type=number(int, 1), default=1, help="draws of the noise per window (default 1)")
+    how.add_argument("--baselines", action="store_true",
+                     help="also n-grams and lzma on the same split (character data)")
+    modes = p.add_argument_group("instead of the bound").add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true",
+                       help="estimate the bound in two ways; exit code 1 if they disagree beyond their errors")
+    modes.add_argument("--order", choices=ORDERS,
+                       help="the exact likelihood when tokens are revealed one by one in this order; slow")
+    modes.add_argument("--curve", action="store_true", help="cross-entropy by mask rate; writes curve.json, curve.png")
+    modes.add_argument("--curse", action="store_true",
+                       help="price of predicting tokens in parallel; writes curse.json, curse.png")
+    modes.add_argument("--variance", action="store_true",
+                       help="noise of several estimators with 64 network calls on 8 windows; slow")
+    modes.add_argument("--samples", type=named, metavar="N|FILE",
+                       help="quality of N samples, or of those in FILE; writes quality.csv, quality.png")
+    p.add_argument("--trials", type=number(int, 2), default=200, help="of --variance (default 200)")
+    q = p.add_argument_group("--samples")
+    q.add_argument("--judge", type=named, metavar="CKPT|hf://NAME",
+                   help="autoregressive checkpoint, or model of transformers, that reads the samples")
+    q.add_argument("--steps", type=integers, help="steps of sampling, such as 8,32,128 (default: the config's T)")
+    q.add_argument("--sampler", type=samplers, default=["ancestral"],
+                   help=f"of {', '.join(SAMPLERS)}, several with commas (default ancestral)")
+    q.add_argument("--temperature", type=number(float, 0.01, 100), default=1.0, help="default 1")
     p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
     p.add_argument("--batch_size", type=number(int, 1), default=32, help="windows per network call (default 32)")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (default 0)")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one there is)")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                    help="default: bfloat16 where fast")
-    p.add_argument("--baselines", action="store_true", help="also n-grams and lzma on the same split (character data)")
+    p.add_argument("--out_dir", type=Path, help="folder of what is written (default: the checkpoint's)")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return p.parse_args()
+
+
+# ---- what is scored --------------------------------------------------------------------------------------------------
+
+
+class Subject(NamedTuple):
+    """A checkpoint and what it is scored on."""
+
+    path: str
+    model: torch.nn.Module
+    config: object
+    meta: dict
+    step: int
+    tokenizer: object
+    dataset: str          # name of the data set, or of the text file
+    where: str            # the same in words
+    data_dir: str
+    tokens: np.ndarray    # (n,)
+    starts: np.ndarray    # of the windows
+    seq_len: int
+
+    def windows(self, batch_size, device, dtype):
+        """The arguments that all measurements share."""
+        return self.tokens, self.starts, self.seq_len, batch_size, device, dtype
+
+    def output(self, folder, name):
+        """Where a study is written: in folder, or the checkpoint's. Raises UserError if there is no such folder."""
+        path = Path(self.path)
+        folder = folder or (path if path.is_dir() else path.parent)
+        if not folder.is_dir():
+            raise UserError(f"--out_dir {folder} is no folder")
+        return folder / name
+
+    def masked_only(self, flag):
+        if self.objective().estimators[0] == "chain_rule":
+            raise UserError(f"{self.path} is autoregressive: {flag} is for masked models")
+
+    def objective(self, estimator=None, T=None):
+        if estimator in ("t_step", "t_step_uniform"):
+            return D3PM(self.meta["vocab_size"], T or self.config.T, self.config.schedule)
+        return self.config.make_objective(self.meta["vocab_size"])
+
+
+def open_subject(path, args, device):
+    """Load a checkpoint and what to score it on. Raises UserError for what does not fit together."""
+    model, config, meta, step = load_model(path, device, args.dataset, args.raw)
+    seq_len = args.seq_len or config.seq_len
+    if seq_len > config.seq_len:
+        raise UserError(f"--seq_len={seq_len} is longer than the {config.seq_len} tokens that {path} was trained on")
+    tokenizer = make_tokenizer(meta)
+    dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
+    if args.text:
+        text, how = read_text(args.text), "as it stands"
+        if meta.get("alphabet") == TEXT8_ALPHABET:
+            text, how = " ".join(text8_words(text)), "in text8's 27 symbols"
+        tokens = tokenizer.encode(text)
+        if len(tokens) < seq_len:
+            raise UserError(f"{args.text} has {len(tokens):,} tokens, fewer than one window of {seq_len}: "
+                            f"use a longer text{f' or --seq_len={len(tokens)}' if len(tokens) else ''}")
+        dataset = args.text
+        where = f"{args.text} ({how}, no detokenisation; the last {len(tokens) % seq_len} tokens left out)"
+    else:
+        check_same_tokens(meta, load_meta(dataset, data_dir), dataset)
+        tokens = load_split(dataset, args.split, seq_len, data_dir)
+        where = f"{dataset} {args.split}"
+    n_windows = args.n_tokens and max(1, round(args.n_tokens / seq_len))
+    if args.curve or args.curse:
+        n_windows = n_windows or 256
+    return Subject(path, model, config, meta, step, tokenizer, dataset, where, data_dir, tokens,
+                   windows(tokens, seq_len, n_windows), seq_len)
+
+
+def check_comparable(one, two, named_data):
+    """Raise UserError unless two subjects are scored on the same windows of data that neither was chosen for."""
+    for key in ("tokenizer", "alphabet", "vocab_size"):
+        if one.meta.get(key) != two.meta.get(key):
+            raise UserError(f"{one.path} and {two.path} have different data: their {key}s are {one.meta.get(key)!r} "
+                            f"and {two.meta.get(key)!r}, so that their bits per token are of different things")
+    if one.dataset != two.dataset:
+        raise UserError(f"{one.path} and {two.path} have different data ({one.dataset} and {two.dataset}): "
+                        "name the one to score both on with --dataset")
+    if not named_data and "sha256" in one.meta and "sha256" in two.meta:
+        check_same_data(one.meta, two.meta, one.dataset, two.path)
+    if one.seq_len != two.seq_len:
+        raise UserError(f"{one.path} and {two.path} have windows of {one.seq_len} and {two.seq_len} tokens: "
+                        f"choose --seq_len={min(one.seq_len, two.seq_len)} for both")
+
+
+# ---- likelihood ------------------------------------------------------------------------------------------------------
+
+
+def pick_estimator(subject, args):
+    """The estimator asked for, or the one that belongs to the checkpoint's objective."""
+    objective = subject.objective()
+    estimator = args.estimator or ("t_step" if args.T else objective.estimators[0])
+    if estimator.startswith("t_step"):
+        if objective.estimators[0] == "chain_rule":
+            raise UserError(f"{subject.path} is autoregressive: its likelihood is exact; leave out --estimator and --T")
+    elif args.T:
+        raise UserError(f"--T belongs to the T-step bound, not to --estimator {estimator}")
+    elif estimator not in objective.estimators:
+        raise UserError(f"{subject.path} is autoregressive: its likelihood is exact; leave out --estimator and --T")
+    return estimator
+
+
+def nats_of(subject, estimator, args, device, dtype):
+    """Nats per token of each window by an estimator or along an order (n,), and the name of the method."""
+    settings = subject.windows(args.batch_size, device, dtype)
+    if estimator in ORDERS:
+        objective = subject.objective()
+        if objective.estimators[0] == "chain_rule" and estimator != "l2r":
+            raise UserError(f"{subject.path} is autoregressive and knows one order: --order l2r")
+        return (chain_rule_of(subject.model, objective, *settings, estimator, args.seed, show=True),
+                f"negative log-likelihood, order {estimator}")
+    objective = subject.objective(estimator, args.T)
+    nats = bound(subject.model, objective, *settings, seed=args.seed, repeats=args.repeats, estimator=estimator,
+                 show=True)
+    return nats, ESTIMATORS[estimator].format(T=getattr(objective, "T", None))
+
+
+def likelihood(subject, estimator, args, device, dtype):
+    """(nats per token of each window, the line to print, the fields of the JSON object)."""
+    start = time.perf_counter()
+    nats, method = nats_of(subject, estimator, args, device, dtype)
+    bits, error = mean_and_error(nats / math.log(2), by_rate(len(nats), args.seed, args.repeats))
+    unit = subject.tokenizer.unit
+    n_tokens = len(subject.starts) * subject.seq_len
+    counts = sum(np.bincount(subject.tokens[i:i + subject.seq_len], minlength=subject.meta["vocab_size"])
+                 for i in subject.starts)
+    n_chars, n_bytes = (int(counts @ lengths) for lengths in subject.tokenizer.lengths())
+    result = {
+        "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": len(subject.starts),
+        "n_tokens": n_tokens, "bits_per_char": bits * n_tokens / n_chars, "bits_per_byte": bits * n_tokens / n_bytes,
+        "perplexity": 2**bits, "estimator": method, "dataset": subject.dataset,
+        "split": None if args.text else args.split, "seq_len": subject.seq_len, "repeats": args.repeats,
+        "seed": args.seed, "step": subject.step, "weights": "raw" if args.raw else "ema", "checkpoint": subject.path,
+        "seconds": time.perf_counter() - start,
+    }
+    also = "" if unit == "char" else f", {result['bits_per_byte']:.4f} bits per byte"
+    line = (f"{bits:.4f} ± {error:.4f} bits per {unit} on {subject.where} ({len(subject.starts):,} windows of "
+            f"{subject.seq_len}; {method}; step {subject.step:,}; perplexity {2**bits:,.2f}{also})")
+    return nats, line, result
+
+
+def agree(mean, error):
+    """Whether a difference of two estimates of the same number, in bits, is within its error, or rounding."""
+    return abs(mean) <= LIMIT * error or abs(mean) < ROUNDING
+
+
+def difference(one, two, args):
+    """Mean of one - two in bits, and its standard error, for nats (n,) of the same windows each."""
+    return mean_and_error((one - two) / math.log(2), by_rate(len(one), args.seed, args.repeats))
+
+
+def score(args, device, dtype, out):
+    """The bound, or the likelihood along an order, of one or two checkpoints, or two estimates of one."""
+    one = open_subject(args.checkpoint, args, device)
+    if args.baselines and (args.n_tokens or args.text or args.seq_len or args.other):
+        raise UserError("--baselines are scored on the whole split, beside one checkpoint: leave out --n_tokens, "
+                        "--text and --seq_len")
+    if args.baselines and one.meta["tokenizer"] != "char":
+        raise UserError("--baselines is for character data")
+    if args.order and (args.estimator or args.T or args.repeats > 1):
+        raise UserError("--order is exact and has no noise: leave out --estimator, --T and --repeats")
+    if args.other:
+        if args.check:
+            raise UserError("--check is for one checkpoint")
+        two = open_subject(args.other, args, device)
+        check_comparable(one, two, args.dataset or args.text)
+        return compare(one, two, args, device, dtype, out)
+    if args.check and len(one.starts) < 2:
+        raise UserError("--check needs at least two windows: more --n_tokens, a longer text or a shorter --seq_len")
+    estimator = args.order or pick_estimator(one, args)
+    nats, line, result = likelihood(one, estimator, args, device, dtype)
+    print(line, file=out)
+    if args.check:
+        second_nats, line, second = likelihood(one, SECOND[estimator], args, device, dtype)
+        mean, error = difference(nats, second_nats, args)
+        verdict = agree(mean, error)
+        print(f"{line}\ndifference {mean:.4f} ± {error:.4f}: they {'agree' if verdict else 'DISAGREE'} "
+              f"(more than {max(LIMIT * error, ROUNDING):.4f} would have been noticed)", file=out)
+        result["check"] = {"agree": verdict, "difference": mean, "stderr": error, "second": second}
+    if args.baselines:
+        train = load_split(one.dataset, "train", 1, one.data_dir)
+        result["baselines"] = dict(reference_points(train, one.tokens, one.meta["vocab_size"]))
+        print(comparison(result["bits_per_token"], result["stderr"], result["baselines"], one.tokenizer.unit), file=out)
+    return result
+
+
+def compare(one, two, args, device, dtype, out):
+    """Two checkpoints on the same windows, and the same masks where both have masks."""
+    estimators = [args.order or pick_estimator(subject, args) for subject in (one, two)]
+    if len(set(estimators)) == 2 and "chain_rule" not in estimators:
+        estimators = ["exact_k", "exact_k"]  # d3pm against mdlm: what can be compared
+    scored = [likelihood(subject, estimator, args, device, dtype)
+              for subject, estimator in zip((one, two), estimators)]
+    mean, error = difference(scored[1][0], scored[0][0], args)
+    for subject, (_, line, _) in zip((one, two), scored):
+        print(f"{subject.path}: {line}", file=out)
+    print(f"{two.path} less {one.path}: {mean:+.4f} ± {error:.4f} bits per {one.tokenizer.unit}, window by window",
+          file=out)
+    return {"models": [result for *_, result in scored], "difference": mean,
+            "difference_stderr": None if math.isnan(error) else error}
+
+
+def comparison(bits, error, baselines, unit):
+    """The model among the reference points, worst first, and in words which of them it beats."""
+    error = error or 0
+    rows = ([(name, value, "") for name, value in baselines.items()]
+            + [("this model (a bound)", bits, f" ± {error:.4f}")])
+    lines = [f"  {name:24}{value:8.4f}{extra}" for name, value, extra in sorted(rows, key=lambda row: -row[1])]
+    beaten = [name for name, value in baselines.items() if bits + error < value]
+    unbeaten = [name for name in baselines if name not in beaten]
+    return "\n".join([f"bits per {unit}, same split, reference points fitted on the train split:", *lines,
+                      f"The model beats {', '.join(beaten) or 'none of them'}"
+                      + (f"; it does not beat {', '.join(unbeaten)}." if unbeaten else ".")])
 
 
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    if args.baselines and args.n_tokens:
-        raise UserError("--baselines are scored on the whole split: leave out --n_tokens")
-    model, config, meta, step = load_model(args.checkpoint, device, args.dataset, args.raw)
-    dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
-    check_same_tokens(meta, load_meta(dataset, data_dir), dataset)
-    if args.baselines and meta["tokenizer"] != "char":
-        raise UserError("--baselines is for character data")
-    tokens = load_split(dataset, args.split, config.seq_len, data_dir)
-    limit = args.n_tokens and max(1, round(args.n_tokens / config.seq_len))
-    starts = windows(tokens, config.seq_len, limit)
-
-    start = time.perf_counter()
-    objective = config.make_objective(meta["vocab_size"])
-    nats = bound(model, objective, tokens, starts, config.seq_len, args.batch_size, device,
-                 pick_dtype(device, args.dtype), seed=args.seed, repeats=args.repeats, show=True)
-    bits, error = mean_and_error(nats / math.log(2))
-    unit = "char" if meta["tokenizer"] == "char" else "token"
-    estimator = {"d3pm": f"T-step bound, T = {config.T}", "mdlm": "continuous-time bound, exact k",
-                 "ar": "negative log-likelihood, chain rule"}[config.objective]
-    result = {
-        "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": len(starts),
-        "n_tokens": len(starts) * config.seq_len, "estimator": estimator, "dataset": dataset, "split": args.split,
-        "seq_len": config.seq_len, "repeats": args.repeats, "seed": args.seed, "step": step,
-        "weights": "raw" if args.raw else "ema", "checkpoint": args.checkpoint, "seconds": time.perf_counter() - start,
-    }
-    line = (f"{bits:.4f} ± {error:.4f} bits per {unit} on {dataset} {args.split} "
-            f"({len(starts):,} windows of {config.seq_len}; {estimator}; step {step:,})")
+    dtype = pick_dtype(device, args.dtype)
     out = sys.stderr if args.json else sys.stdout
-    print(line, file=out)
-    if args.baselines:
-        train = load_split(dataset, "train", 1, data_dir)
-        result["baselines"] = dict(reference_points(train, tokens, meta["vocab_size"]))
-        print(comparison(bits, error, result["baselines"], unit), file=out)
+    study_of = {"curve": curve, "variance": variance, "samples": samples}
+    mode = next((mode for mode in (*study_of, "curse") if getattr(args, mode)), None)
+    if mode and (args.estimator or args.T or args.repeats > 1 or args.baselines):
+        raise UserError(f"--estimator, --T, --repeats and --baselines belong to the bound, not to --{mode}")
+    if mode == "curse":
+        subjects = [open_subject(path, args, device) for path in (args.checkpoint, args.other) if path]
+        result = curse(subjects, args, device, dtype, out)
+    elif mode:
+        if args.other:
+            raise UserError(f"--{mode} is for one checkpoint")
+        result = study_of[mode](open_subject(args.checkpoint, args, device), args, device, dtype, out)
+    else:
+        result = score(args, device, dtype, out)
     if args.json:
         print(json.dumps(result))
-
-
-def comparison(bits, error, baselines, unit):
-    """The model among the reference points, worst first, and in words which of them it beats."""
-    rows = ([(name, value, "") for name, value in baselines.items()]
-            + [("this model (a bound)", bits, f" ± {error:.4f}")])
-    lines = [f"  {name:24}{value:8.4f}{extra}" for name, value, extra in sorted(rows, key=lambda row: -row[1])]
-    margin = 0 if math.isnan(error) else error
-    beaten = [name for name, value in baselines.items() if bits + margin < value]
-    unbeaten = [name for name in baselines if name not in beaten]
-    return "\n".join([f"bits per {unit}, same split, reference points fitted on the train split:", *lines,
-                      f"The model beats {', '.join(beaten) or 'none of them'}"
-                      + (f"; it does not beat {', '.join(unbeaten)}." if unbeaten else ".")])
+    if not result.get("check", {"agree": True})["agree"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,28 @@ def uniforms(seed, step, indices, batch_size, seq_len, stratified):
         u[row] = 1 - generator.random()
         v[row] = 1 - generator.random(seq_len)
     if stratified:
-        stratum = rng(seed, "strata", step).permutation(batch_size)[np.asarray(indices)]
+        stratum = strata(seed, batch_size, step)[np.asarray(indices)]
         u = (stratum + u) / batch_size
     return torch.from_numpy(u), torch.from_numpy(v)
+
+
+def strata(seed, n, block=0):
+    """Which of n equal intervals of a block the u of each of n sequences falls into: (n,) int."""
+    return rng(seed, "strata", block).permutation(n)
+
+
+def repeated_uniforms(seed, indices, n, repeats, seq_len):
+    """The noise of some of n sequences that are scored `repeats` times each: u, w (N, repeats) and v (N, repeats, L).
+
+    Every number is uniform on (0, 1], and all are independent but the u: those of the n * repeats draws fall one into
+    each of as many equal intervals, those of one sequence one into each of `repeats` equal blocks.
+    """
+    within_block = np.stack([strata(seed, n, block) for block in range(repeats)], 1)
+    u, w = np.empty((2, len(indices), repeats))
+    v = np.empty((len(indices), repeats, seq_len))
+    for row, index in enumerate(indices):
+        generator = rng(seed, "noise", 0, index)
+        block = generator.permutation(repeats)
+        u[row] = (block * n + within_block[index, block] + 1 - generator.random(repeats)) / (n * repeats)
+        v[row], w[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random(repeats)
+    return tuple(map(torch.from_numpy, (u, v, w)))

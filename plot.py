@@ -4,6 +4,7 @@
     python plot.py out/d3pm_text8 out/mdlm_text8 --out text8.png --x hours --from_step 10000
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -80,6 +81,31 @@ def draw(runs, out, x, log_x):
     axes.legend(title="last validation" if any(validation for *_, validation in runs) else None)
     figure.tight_layout()
     figure.savefig(out, format="png")
+
+
+def picture(out, series, x, y, log_x=False, level=None):
+    """Draw {name: [(x, y, standard error)]} with two standard errors either way, and a horizontal line (name, y)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
+    for name, points in series.items():
+        xs, ys, errors = zip(*sorted(points))
+        axes.errorbar(xs, ys, [0 if math.isnan(error) else 2 * error for error in errors], marker="o", ms=3, lw=1,
+                      capsize=2, label=name)
+    if level:
+        axes.axhline(level[1], color="gray", ls="--", lw=1, label=level[0])
+    axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    try:
+        figure.savefig(out, format="png")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}")
+    finally:
+        plt.close(figure)
 
 
 def main():

@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -16,10 +15,12 @@ import torch
 
 from baselines import known_word_share
 from checkpoint import load_model
-from cli import ArgumentParser, UserError, autocast, generator_on, number, pick_device, pick_dtype, progress, run
+from cli import (ArgumentParser, UserError, autocast, generator_on, number, pick_device, pick_dtype, progress, run,
+                 write_text)
 from data.loader import load_split
 from data.tokenizer import make_tokenizer
-from sampling import sampler_of
+from quality import Counted
+from sampling import SAMPLERS, sampler_of
 
 MASK = "\N{LIGHT SHADE}"
 HIGHLIGHT, RESET = "\x1b[1;32m", "\x1b[0m"
@@ -29,6 +30,7 @@ def parse_args():
     p = ArgumentParser(description=__doc__)
     p.add_argument("checkpoint", help="a file, or a folder with ckpt.pt (nanoDD's ckpt.pt works as well)")
     p.add_argument("--batch_size", type=number(int, 1), default=1, help="number of samples (default 1)")
+    p.add_argument("--sampler", choices=SAMPLERS, default="ancestral", help="default: ancestral")
     p.add_argument("--steps", type=number(int, 1), help="steps of the reverse chain (default: the config's T)")
     p.add_argument("--temperature", type=number(float, 0.01, 100), default=1.0,
                    help="below 1: likelier tokens, less variety (default 1: the model's own law)")
@@ -46,17 +48,6 @@ def parse_args():
                    help="default: bfloat16 where fast")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return p.parse_args()
-
-
-class Counted:
-    """A denoiser that counts its calls (nfe: number of function evaluations)."""
-
-    def __init__(self, model):
-        self.model, self.nfe = model, 0
-
-    def __call__(self, xt, t, where=None):
-        self.nfe += 1
-        return self.model(xt, t, where)
 
 
 def draw(tokens, before, mask_id, tokenizer, color):
@@ -116,7 +107,8 @@ def main():
     start = time.perf_counter()
     denoiser = Counted(model)
     xt = torch.full((args.batch_size, config.seq_len), objective.mask_id, device=device)
-    chain, steps = sampler_of(objective, denoiser, xt, steps, generator_on(device, args.seed), args.temperature)
+    chain, steps = sampler_of(objective, denoiser, xt, steps, generator_on(device, args.seed), args.temperature,
+                              args.sampler)
     screen = Screen(objective.mask_id, tokenizer, steps) if args.show else None
     with autocast(device, pick_dtype(device, args.dtype)):
         for step, xt in enumerate(progress(chain, total=steps, desc="sampling", unit="step", leave=False,
@@ -136,22 +128,11 @@ def main():
     else:
         print("\n\n".join(texts))
     if args.out:
-        write(args.out, "".join(text + "\n" for text in texts))
+        write_text(args.out, "".join(text + "\n" for text in texts))
     print(f"{denoiser.nfe} network calls, {seconds:.1f} s, {xt.numel() / seconds:,.0f} tokens/s, seed {args.seed}",
           file=sys.stderr)
     if args.known_words:
         print(f"{known_word_share(texts, train_text):.1%} of the words occur in the training data", file=sys.stderr)
-
-
-def write(path, text):
-    """Write a text file at once: a failure leaves what was there before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}")
 
 
 if __name__ == "__main__":

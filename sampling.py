@@ -49,6 +49,53 @@ def ancestral(model, xt, mask_id, schedule, steps, generator, temperature=1.0):
 
 
 @torch.no_grad()
+def first_hitting(model, xt, mask_id, time, generator, temperature=1.0):
+    """The reverse chain in continuous time, without a grid (first-hitting sampler, arXiv 2409.02908), as an iterator.
+
+    With n masks left at rate r the next of them falls at rate r u^(1/n), u uniform, whichever it is: so each call draws
+    that moment and one of the masks for every row of xt (B, L), and the token there from the network's prediction at
+    that moment. Yields the state after each of at most L calls. time: rate (B,) -> what the network is told.
+    """
+    device = generator.device
+    rate = torch.ones(len(xt), dtype=torch.float64)
+    while (masked := xt == mask_id).any():
+        rows = masked.any(1)
+        u, which = (torch.rand(shape, dtype=torch.float64, device=device, generator=generator).cpu()
+                    for shape in ((len(xt),), xt.shape))
+        rate = rate * u ** (1 / masked.sum(1).clamp(min=1).cpu())
+        position = which.to(xt.device).masked_fill(~masked, -1.0).argmax(1)
+        where = torch.zeros_like(masked)
+        where[rows, position[rows]] = True
+        t = time(rate).to(xt.device)
+        xt = xt.masked_scatter(where, categorical(model(xt[rows], t[rows], where=where[rows]).float() / temperature,
+                                                  generator))
+        yield xt
+
+
+@torch.no_grad()
+def topk(model, xt, mask_id, time, steps, generator, temperature=1.0):
+    """Reveals the tokens that the network is surest of, equally many in each step (MaskGIT, arXiv 2202.04200; LLaDA,
+    arXiv 2502.09992), as an iterator over the states.
+
+    A token is drawn for every mask of xt (B, L); those that the network (at temperature 1) finds likeliest stay. This
+    is not the law of the model: texts look better, and become more alike.
+    """
+    for i in range(steps):
+        masked = xt == mask_id
+        left = masked.sum(1)
+        rows = left > 0
+        if rows.any():
+            logits = model(xt[rows], time(left[rows].cpu().double() / xt.shape[1]).to(xt.device), where=masked[rows])
+            drawn = categorical(logits.float() / temperature, generator)
+            sure = logits.float().softmax(-1).gather(1, drawn[:, None]).squeeze(1)
+            sure = torch.full(xt.shape, -1.0, device=xt.device).masked_scatter(masked, sure)
+            rank = sure.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            stay = masked & (rank < torch.ceil(left / (steps - i))[:, None])
+            xt = torch.where(stay, xt.masked_scatter(masked, drawn), xt)
+        yield xt
+
+
+@torch.no_grad()
 def left_to_right(model, xt, mask_id, generator, temperature=1.0):
     """Draws the masks of xt (B, L) one position after another from a causal network (diffusion.AutoRegressive).
 
@@ -67,8 +114,19 @@ def left_to_right(model, xt, mask_id, generator, temperature=1.0):
         yield xt
 
 
-def sampler_of(objective, model, xt, steps, generator, temperature=1.0):
-    """The sampler that belongs to an objective; (iterator, number of states that it yields)."""
+SAMPLERS = ("ancestral", "first_hitting", "topk")
+
+
+def sampler_of(objective, model, xt, steps, generator, temperature=1.0, sampler="ancestral"):
+    """A sampler for a model of this objective; (iterator, number of states that it yields).
+
+    A causal network has only one, left_to_right.
+    """
     if isinstance(objective, AutoRegressive):
         return left_to_right(model, xt, objective.mask_id, generator, temperature), xt.shape[1]
+    if sampler == "first_hitting":
+        n = int((xt == objective.mask_id).sum(1).max())
+        return first_hitting(model, xt, objective.mask_id, objective.time, generator, temperature), n
+    if sampler == "topk":
+        return topk(model, xt, objective.mask_id, objective.time, steps, generator, temperature), steps
     return ancestral(model, xt, objective.mask_id, objective.schedule, steps, generator, temperature), steps

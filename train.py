@@ -26,7 +26,7 @@ from cli import (UserError, autocast, device_name, generator_on, matmul_peak, me
 from data.loader import check_same_data, load_meta, load_split, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import Noise, to_device
-from evaluate import bound, mean_and_error
+from likelihood import bound, by_rate, mean_and_error
 from log import Log
 from noise import rng, uniforms
 from parallel import on_main, together
@@ -251,7 +251,7 @@ def main():
             nats[0, mine] = bound(model, objective, val_tokens, val_starts, cfg.seq_len, micro, device, dtype, mine)
         nats[1, mine] = 1
         total, scored = parallel.total(nats)
-        return mean_and_error(total / scored / math.log(2))
+        return mean_and_error(total / scored / math.log(2), by_rate(n))
 
     def sample():
         """One text from the averaged weights, by all processes alike."""

@@ -4,7 +4,7 @@ It takes the prose paragraphs of the language reference (pydoc_data.topics) and 
 (parsed with ast; nothing is imported), drops code, grammar and tables, and writes them in text8's 27 symbols. Much of
 it repeats itself, so paragraphs are deduplicated, also those that share most of their phrases with an earlier one, and
 the split into 80 % train, 10 % val, 10 % test goes by a hash of the paragraph. The text differs a little between
-versions of Python: meta.json records which one.
+versions of Python: meta.json records which one. With --tokenizer gpt2 the same text becomes `pydoc_gpt2`.
 """
 
 import ast
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, progress, run
 from data.prepare import DatasetWriter, is_prepared, parser
-from data.tokenizer import CharTokenizer, KNOWN, text8_words
+from data.tokenizer import KNOWN, make_tokenizer, text8_words
 
 PHRASE = 8  # words; two paragraphs that share most phrases of this length are taken for the same
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
@@ -72,17 +72,22 @@ def hash_of(words):
 
 
 def main():
-    args = parser(__doc__).parse_args()
-    folder = args.data_dir / "pydoc"
+    p = parser(__doc__)
+    p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="default: char")
+    args = p.parse_args()
+    name = "pydoc" if args.tokenizer == "char" else "pydoc_gpt2"
+    folder = args.data_dir / name
     if is_prepared(folder):
         return
-    meta = dict(KNOWN["text8"], name="pydoc", source=f"documentation strings of Python {platform.python_version()}")
-    tokenizer = CharTokenizer(meta["alphabet"])
+    meta = dict(KNOWN["text8" if name == "pydoc" else "openwebtext"], name=name,
+                source=f"documentation strings of Python {platform.python_version()}")
+    tokenizer = make_tokenizer(meta)
     with DatasetWriter(folder, meta) as writer:
         for words in paragraphs():
             part = hash_of(words) % 10
             split = "test" if part == 0 else "val" if part == 1 else "train"
-            writer.append(split, tokenizer.encode(" ".join(words) + " "))
+            text = " ".join(words)
+            writer.append(split, tokenizer.encode(f"{text} " if name == "pydoc" else f" {text}"))  # GPT-2: " word"
 
 
 if __name__ == "__main__":

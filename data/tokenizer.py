@@ -38,6 +38,10 @@ class CharTokenizer:
         """Sequence of ids -> str."""
         return "".join(self.alphabet[i] for i in ids)
 
+    def lengths(self):
+        """Of each token: (V,) characters and (V,) bytes of UTF-8."""
+        return np.ones(self.vocab_size, dtype=int), np.array([len(c.encode()) for c in self.alphabet])
+
 
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE by tiktoken: 50,256 tokens and end-of-text (id 50256)."""
@@ -60,6 +64,12 @@ class GPT2Tokenizer:
 
     def decode(self, ids):
         return self.bpe.decode(list(map(int, ids)))
+
+    def lengths(self):
+        """Of each token: (V,) characters, counted where they start, and (V,) bytes of UTF-8."""
+        pieces = [self.bpe.decode_single_token_bytes(i) for i in range(self.vocab_size)]
+        return (np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]),
+                np.array([len(piece) for piece in pieces]))
 
 
 def make_tokenizer(meta):

@@ -2,6 +2,7 @@
 is in test_runs.py."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import cli
 import configs
 from commands import ROOT, SMALL, Result, assert_one_line, log, train
+from data.loader import load_split
 
 
 # ---- evaluate and sample ---------------------------------------------------------------------------------------------
@@ -38,6 +40,98 @@ def test_evaluate_agrees_across_batch_sizes_and_with_more_repeats(call, data_dir
     one, other, many = score("--batch_size=3"), score("--batch_size=64"), score("--repeats=8")
     assert one["bits_per_token"] == pytest.approx(other["bits_per_token"], rel=1e-5)
     assert many["stderr"] < one["stderr"] and abs(many["bits_per_token"] - one["bits_per_token"]) < 5 * one["stderr"]
+
+
+def test_two_checkpoints(call, data_dir, trained, tmp_path):
+    """evaluate.py A B: both on the same windows and masks, and their difference; a checkpoint does not differ from
+    itself, and weights of two moments differ by more than their noise."""
+    result = call("evaluate.py", trained, trained, "--json", "--data_dir", data_dir)
+    same = json.loads(result.out)
+    assert same["difference"] == same["difference_stderr"] == 0 and result.err.count("bits per char on tiny val") == 2
+    assert train(call, "d3pm_text8", data_dir, tmp_path / "d3pm", "--max_steps=2").code == 0
+    result = call("evaluate.py", trained, tmp_path / "d3pm", "--data_dir", data_dir, "--json")
+    other = json.loads(result.out)
+    one, two = other["models"]
+    assert other["difference"] == pytest.approx(two["bits_per_token"] - one["bits_per_token"])
+    assert other["difference"] > 10 * other["difference_stderr"] > 0
+    assert one["estimator"] == two["estimator"] == "continuous-time bound, exact k"  # d3pm's own has T steps
+    assert "T = 50" in call("evaluate.py", tmp_path / "d3pm", "--data_dir", data_dir).out
+
+
+def test_estimators(call, data_dir, trained):
+    """--estimator and --T choose, --check finds two to agree, --order gives a likelihood, in the same JSON."""
+    score = lambda *a: json.loads(call("evaluate.py", trained, "--json", "--data_dir", data_dir, *a).out)
+    default, few = score(), score("--T=2")
+    assert score("--estimator=continuous")["estimator"] == "continuous-time bound, independent masks"
+    assert few["estimator"] == "T-step bound, T = 2" and few["bits_per_token"] > default["bits_per_token"]
+    assert score("--estimator=t_step")["estimator"] == "T-step bound, T = 50"
+    assert default["perplexity"] == pytest.approx(2 ** default["bits_per_token"])
+    assert default["bits_per_char"] == default["bits_per_byte"] == default["bits_per_token"]
+    checked = score("--check", "--repeats=4")["check"]
+    assert checked["agree"] and abs(checked["difference"]) < 4 * checked["stderr"]
+    for order in ("l2r", "random", "confidence"):
+        assert score(f"--order={order}")["estimator"] == f"negative log-likelihood, order {order}"
+    assert abs(score("--order=random")["bits_per_token"] - default["bits_per_token"]) < 6 * default["stderr"]
+
+
+def test_failed_check(call, data_dir, trained, monkeypatch):
+    """An estimator that leaves out the small rates is found out: exit code 1, in words and in JSON."""
+    import diffusion
+    exact_k = diffusion.Absorbing.exact_k
+    monkeypatch.setattr(diffusion.MDLM, "exact_k", lambda self, u, v, w=None: exact_k(self, 0.5 + u / 2, v))
+    result = call("evaluate.py", trained, "--check", "--data_dir", data_dir)
+    assert result.code == 1 and "they DISAGREE" in result.out
+    result = call("evaluate.py", trained, "--check", "--json", "--data_dir", data_dir)
+    assert result.code == 1 and json.loads(result.out)["check"]["agree"] is False
+
+
+def test_zero_shot(call, trained, tmp_path):
+    """--text brings a text into text8's symbols and scores whole windows of it, without any data set."""
+    (tmp_path / "cat.txt").write_text("The cat sat on the MAT, and the dog... sat on the log! " * 3)
+    result = call("evaluate.py", trained, "--text", tmp_path / "cat.txt", "--data_dir=/nonexistent", "--json")
+    scored = json.loads(result.out)
+    assert scored["n_sequences"] == 4 and scored["split"] is None and scored["dataset"].endswith("cat.txt")
+    assert "in text8's 27 symbols, no detokenisation; the last 21 tokens left out" in result.err
+    short = json.loads(call("evaluate.py", trained, "--text", tmp_path / "cat.txt", "--seq_len=8", "--json").out)
+    assert short["n_sequences"] == 18 and short["seq_len"] == 8
+
+
+def test_studies(call, data_dir, trained, tmp_path):
+    """--curve, --curse and --variance write tables, JSON and pictures."""
+    go = lambda *a: call("evaluate.py", trained, "--data_dir", data_dir, "--out_dir", tmp_path, "--n_tokens=640", *a)
+    bound = json.loads(call("evaluate.py", trained, "--repeats=8", "--data_dir", data_dir, "--json").out)
+    result = go("--curve", "--json")
+    curve = json.loads(result.out)
+    assert curve == json.loads((tmp_path / "curve.json").read_text()) and curve["mask_rate"][-1] == 1
+    assert abs(curve["area"] - bound["bits_per_token"]) < 0.3 and curve["bits_per_token"][-1] > curve["area"]
+    assert "area under it" in go("--curve").out
+    curse = json.loads(go("--curse", "--json").out)["curse"][0]
+    assert [row["tokens"] for row in curse["rows"]] == [1, 2, 4, 8, 16, 32]
+    assert all(row["tokens"] == row["characters"] for row in curse["rows"])
+    assert curse["rows"][0]["gap"] == 0 and curse["rows"][-1]["gap"] > 0.3
+    assert curse["rows"][-1]["parallel"] == pytest.approx(curve["bits_per_token"][-1], abs=0.01)
+    for name in ("curve.png", "curse.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert {path.name for path in tmp_path.iterdir()} == {"curve.json", "curve.png", "curse.json", "curse.png"}
+    rows = json.loads(go("--variance", "--trials=10", "--json").out)["variance"]
+    assert rows[0]["ratio"] == 1 and all(0 < row["variance"] for row in rows) and len(rows) >= 8
+
+
+@pytest.mark.parametrize("objective, config", [("ar", "ar_text8"), ("mdlm", "mdlm_text8")])
+def test_known_entropy(call, tmp_path, objective, config):
+    """Tossed coins, P(b) = 0.11: every kind of model finds half a bit per character, no less."""
+    import random
+    coins = "".join(random.Random(1).choices("ab", [0.89, 0.11], k=20_000))
+    (tmp_path / "coins.txt").write_text(coins)
+    assert call("data/prepare_textfile.py", tmp_path / "coins.txt", "--name=coins", "--data_dir", tmp_path).code == 0
+    assert train(call, config, tmp_path, tmp_path / "out", "--dataset=coins", "--max_steps=80", "--lr=3e-3",
+                 "--ema_decay=0.9", "--eval_interval=80").code == 0
+    scored = json.loads(call("evaluate.py", tmp_path / "out", "--json", "--repeats=4", "--split=test").out)
+    share = coins[-1000:].count("b") / 1000
+    entropy = -0.11 * math.log2(0.11) - 0.89 * math.log2(0.89)
+    on_test = -share * math.log2(0.11) - (1 - share) * math.log2(0.89)
+    assert entropy == pytest.approx(0.5, abs=0.001)
+    assert scored["bits_per_token"] == pytest.approx(on_test, abs=0.03)
 
 
 def test_sample(call, trained, tmp_path):
@@ -95,6 +189,10 @@ def test_autoregressive(call, data_dir, tmp_path):
     assert again["bits_per_token"] == pytest.approx(scored["bits_per_token"], rel=1e-6)  # there is no noise in it
     sampled = json.loads(call("sample.py", out, "--json", "--batch_size=2").out)
     assert sampled["nfe"] == sampled["steps"] == 32 and sampled["sampler"] == "left_to_right"
+    assert json.loads(call("evaluate.py", out, "--check", "--json").out)["check"]["agree"]
+    for flag, words in (("--curve", "autoregressive"), ("--curse", "autoregressive"), ("--T=5", "is exact"),
+                        ("--estimator=exact_k", "is exact"), ("--order=random", "knows one order")):
+        assert_one_line(call("evaluate.py", out, flag), words)
     assert_one_line(call("sample.py", out, "--steps=4"), "one step per token")
     assert_one_line(call("train.py", "ar_text8", "--conditioning=step"), "objective=ar has no time")
 
@@ -107,6 +205,11 @@ def test_gpt2_tokens(call, gpt2, data_dir, tmp_path):
                   f"--out_dir={tmp_path / 'out'}", "--max_steps=2", "--log_interval=1")
     assert result.code == 0 and "bits/token" in result.out
     assert "bits per token on bpe val" in call("evaluate.py", tmp_path / "out").out
+    scored = json.loads(call("evaluate.py", tmp_path / "out", "--json").out)
+    tokens = load_split("bpe", "val", 32, tmp_path)[:scored["n_tokens"]]
+    n_bytes = len(gpt2.decode(tokens).encode())
+    assert scored["bits_per_byte"] == pytest.approx(scored["bits_per_token"] * scored["n_tokens"] / n_bytes)
+    assert scored["bits_per_char"] == scored["bits_per_byte"] < scored["bits_per_token"] / 2
     sample = json.loads(call("sample.py", tmp_path / "out", "--json", "--steps=4").out)["samples"][0]
     assert sample["text"] == gpt2.decode(sample["tokens"]) and len(sample["tokens"]) == 32
     assert_one_line(call("evaluate.py", tmp_path / "out", "--baselines"), "for character data")
@@ -198,6 +301,23 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     assert_one_line(call("evaluate.py", trained, "--dataset", "none", "--data_dir", data_dir), "not prepared")
     assert_one_line(call("evaluate.py", trained, "--split", "dev"), "dev")
     assert_one_line(call("evaluate.py", trained, "--repeats", "0"), "0 is outside")
+    go = lambda *a: call("evaluate.py", trained, "--data_dir", data_dir, *a)
+    (tmp_path / "short.txt").write_text("too short")
+    assert_one_line(go("--text", tmp_path / "short.txt"), "9 tokens, fewer than one window of 32", "--seq_len=9")
+    assert_one_line(go("--text", tmp_path / "none.txt"), "none.txt")
+    assert_one_line(go("--seq_len=64"), "longer than the 32 tokens")
+    assert_one_line(go("--n_tokens=32", "--check"), "at least two windows")
+    assert_one_line(go("--check", "--order=l2r"), "not allowed with")
+    assert_one_line(go("--order=l2r", "--repeats=2"), "has no noise")
+    assert_one_line(go("--estimator=exact_k", "--T=5"), "--T belongs to the T-step bound")
+    assert_one_line(go("--curve", "--T=5"), "belong to the bound")
+    assert_one_line(go("--baselines", "--seq_len=8"), "on the whole split")
+    assert_one_line(go("--curve", "--out_dir", tmp_path / "nowhere"), "is no folder")
+    assert_one_line(go("--estimator=raw"), "invalid choice: 'raw'")
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "caps", "--dataset=caps", "--max_steps=1").code == 0
+    assert_one_line(go(tmp_path / "caps"), "different data", "alphabet")
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "short", "--seq_len=16", "--max_steps=1").code == 0
+    assert_one_line(go(tmp_path / "short"), "windows of 32 and 16 tokens", "--seq_len=16")
     assert_one_line(call("evaluate.py"), "checkpoint")
     assert_one_line(call("sample.py", trained, "--steps", "x"), "'x' is not an integer")
     assert_one_line(call("sample.py", trained, "--batch_size", "0"), "0 is outside")
@@ -227,7 +347,8 @@ def test_checkpoints_are_never_unpickled():
 def test_heavy_libraries_stay_out():
     """wandb, datasets and tiktoken are imported only where they are used."""
     code = ("import sys, train, sample, evaluate, bench, plot, data.prepare_openwebtext, data.prepare_textfile\n"
-            "print(sorted({'wandb', 'datasets', 'tiktoken', 'pandas', 'matplotlib'} & set(sys.modules)))")
+            "heavy = {'wandb', 'datasets', 'tiktoken', 'pandas', 'matplotlib', 'transformers'}\n"
+            "print(sorted(heavy & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import world
-from diffusion import SCHEDULES
-from sampling import ancestral, categorical, left_to_right
+from diffusion import MDLM, SCHEDULES
+from sampling import ancestral, categorical, first_hitting, left_to_right, topk
 from world import L, MASK, V
 
 
@@ -129,3 +129,63 @@ def test_left_to_right_follows_the_data():
     states = list(left_to_right(model, xt, MASK, generator()))
     assert (states[-1][:, 0] == 2).all() and (states[-1][:25, 2] == 1).all() and (states[-1] != MASK).all()
     assert len(states) == L and lengths == [0, 1, 2, 1, 2]
+
+
+# ---- first hitting, top k --------------------------------------------------------------------------------------------
+
+
+def law_of(x0):
+    return torch.bincount((x0 * torch.tensor([V**2, V, 1])).sum(1), minlength=V**L).double()
+
+
+def test_first_hitting_follows_the_continuous_chain():
+    """With the Bayes-optimal denoiser 30,000 samples follow the data itself, with at most L calls."""
+    states = list(first_hitting(world.oracle, masks(30_000), MASK, MDLM(MASK).time, generator()))
+    assert len(states) == L and all(((state == MASK).sum(1) == L - 1 - i).all() for i, state in enumerate(states))
+    assert chi_square_excess(law_of(states[-1]), world.P_DATA) < 4
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_first_hitting_tells_the_time(schedule):
+    """A network that sees the time: the limit of many steps of the ancestral chain, whose law is enumerated."""
+    model, objective = world.random_denoiser(1, sees_time=True), MDLM(MASK, schedule)
+    *_, x0 = first_hitting(model, masks(30_000), MASK, objective.time, generator())
+    steps = 300
+    law = world.chain_law(model, objective.schedule.alpha(torch.arange(steps + 1).double() / steps).tolist())
+    assert chi_square_excess(law_of(x0), law) < 4
+    blind = world.chain_law(lambda xt, t: model(xt, torch.ones_like(t)), [1 - s / 50 for s in range(51)])
+    assert chi_square_excess(law_of(x0), blind) > 10
+
+
+def test_first_hitting_keeps_what_is_given():
+    """Rows with different numbers of masks: each token is drawn once, given ones stay, finished rows are left alone."""
+    xt = masks(50)
+    xt[:, 1], xt[:25, 2], xt[0] = 2, 1, torch.tensor([0, 1, 2])
+    states = list(first_hitting(world.random_denoiser(2, True), xt, MASK, MDLM(MASK).time, generator()))
+    assert len(states) == 2 and (states[-1] != MASK).all()
+    assert torch.equal(states[-1][xt != MASK], xt[xt != MASK])
+
+
+def test_topk_by_hand():
+    """At a low temperature: in each of two steps half of what is left, the surest first, then the rest."""
+    logits = torch.tensor([[0.0, 3.0], [0.0, 9.0], [5.0, 0.0], [0.0, 1.0]])
+    model = lambda xt, t, where: logits.expand(len(xt), 4, 2)[where]
+    first, last = topk(model, torch.full((3, 4), 2), 2, MDLM(2).time, 2, generator(), temperature=0.01)
+    assert first.tolist() == [[2, 1, 0, 2]] * 3 and last.tolist() == [[1, 1, 0, 1]] * 3
+    given = torch.tensor([[1, 2, 2, 2]])
+    states = list(topk(model, given, 2, MDLM(2).time, 5, generator(), temperature=0.01))
+    assert len(states) == 5 and [int((state == 2).sum()) for state in states] == [2, 1, 0, 0, 0]
+    assert states[-1].tolist() == [[1, 1, 0, 1]]
+
+
+def test_topk_tells_the_share_of_masks():
+    """The network is told the time at which as many masks are expected as there are."""
+    told = []
+
+    def model(xt, t, where):
+        told.append(t.tolist())
+        return torch.zeros(int(where.sum()), V)
+
+    list(topk(model, masks(2, 4), MASK, MDLM(MASK, "cosine").time, 2, generator()))
+    expected = [SCHEDULES["cosine"].inverse(torch.tensor(1 - rate, dtype=torch.float64)).item() for rate in (1, 0.5)]
+    assert [t[0] for t in told] == pytest.approx(expected) and [t[1] for t in told] == pytest.approx(expected)

@@ -1,0 +1,131 @@
+"""Likelihoods of text: bounds with small error bars, the chain rule along an order, and what hides between the two.
+
+Everything here returns nats. Windows are scored one by one, so that a standard error over windows covers both the noise
+of the estimate and the choice of text, and two models can be compared on the same windows and masks.
+"""
+
+import math
+
+import torch
+
+from cli import autocast, progress
+from data.loader import gather
+from diffusion import AutoRegressive, Noise
+from noise import repeated_uniforms, strata
+
+ORDERS = ("l2r", "random", "confidence")
+
+
+def mean_and_error(values, order=None):
+    """Mean of n values (n,) and its standard error (nan if n = 1).
+
+    order: a permutation of the values along which they have a trend that the mean does not suffer from, because they
+    were drawn one from each stratum. Then the error comes from the differences of neighbours (Wolter, Introduction to
+    Variance Estimation, 2007, section 8.2); that of independent values counts the trend as noise.
+    """
+    if len(values) < 2:
+        return values.mean().item(), math.nan
+    variance = values.var() if order is None else (values[order].diff() ** 2).mean() / 2
+    return values.mean().item(), (variance / len(values)).sqrt().item()
+
+
+def by_rate(n, seed=0, repeats=1):
+    """The order of bound()'s values along which their windows are masked more and more, for mean_and_error.
+
+    With more repeats each window has all rates, and there is no such trend: None.
+    """
+    return torch.from_numpy(strata(seed, n)).argsort() if repeats == 1 else None
+
+
+@torch.no_grad()
+def bound(model, objective, tokens, starts, seq_len, batch_size, device, dtype, mine=None, seed=0, repeats=1,
+          estimator=None, show=False):
+    """The bound on windows `mine` (default: all) of the tokens: (len(mine),) float64, nats per token.
+
+    estimator: one of objective.estimators (default: the first). The noise of window i is a function of (seed, i) and of
+    the numbers of windows and repeats, so two models, or two steps of training, are compared on the same masks.
+    """
+    draw = getattr(objective, estimator or objective.estimators[0])
+    mine = list(range(len(starts)) if mine is None else mine)
+    size = max(1, batch_size // repeats)
+    nats = []
+    with progress(total=repeats * len(mine), desc="evaluating", unit="seq", leave=False, show=show) as bar:
+        for i in range(0, len(mine), size):
+            chunk = mine[i:i + size]
+            x0 = gather(tokens, starts[chunk], seq_len).repeat_interleave(repeats, 0)
+            u, v, w = repeated_uniforms(seed, chunk, len(starts), repeats, seq_len)
+            draws = draw(u.flatten(), v.flatten(0, 1), w.flatten())
+            for x, *noise in zip(*(tensor.split(batch_size) for tensor in (x0, *draws))):
+                with autocast(device, dtype):
+                    nelbo = objective.nelbo(model, x.to(device), Noise(*noise).to(device))
+                nats.append(nelbo.cpu().double())
+                bar.update(len(x))
+    return torch.cat(nats).view(len(mine), repeats).mean(1)
+
+
+# ---- the chain rule --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reveal(model, objective, x0, order, everywhere=()):
+    """Reveal x0 (B, L) token by token, with one network call each; an iterator that yields before each of them
+
+    position (B,), the one that is revealed next, masked (B, L), those masked until now, and ce (B, L), -log p(x0) given
+    what is visible, at the next position; at all masked ones if their number is in `everywhere`.
+
+    order: (B, L) positions, or 'confidence': next is the masked position where the network is surest of some token.
+    """
+    B, L = x0.shape
+    xt, rows = torch.full_like(x0, objective.mask_id), torch.arange(B, device=x0.device)
+    for i in range(L):
+        masked = xt == objective.mask_id
+        where = masked
+        if torch.is_tensor(order):
+            position = order[:, i]
+            if L - i not in everywhere:
+                where = torch.zeros_like(masked)
+                where[rows, position] = True
+        if isinstance(objective, AutoRegressive):  # the text so far, after the mask that starts it
+            seen, t = torch.nn.functional.pad(xt[:, :i], (1, 0), value=objective.mask_id), torch.ones(B)
+        else:
+            seen, t = xt, objective.time(torch.full((B,), (L - i) / L))
+        log_p = model(seen, t.to(x0.device), where=where[:, :seen.shape[1]]).float().log_softmax(-1)
+        if not torch.is_tensor(order):
+            surest = torch.full(x0.shape, -math.inf, device=x0.device).masked_scatter(where, log_p.amax(-1))
+            position = surest.argmax(1)
+        ce = -log_p.gather(-1, x0[where][:, None]).squeeze(-1)
+        yield position, masked, torch.zeros(x0.shape, device=x0.device).masked_scatter(where, ce)
+        xt = xt.clone()
+        xt[rows, position] = x0[rows, position]
+
+
+def chain_rule(model, objective, x0, order, v=None):
+    """-log p(x0) of the model that reveals one token per call in this order: x0 (B, L) -> nats per token (B,).
+
+        -log p(x) = sum_i -log p(x_o(i) | x_o(1), ..., x_o(i-1))
+
+    is no bound but the negative log-likelihood itself, of another model for every order (DUEL, arXiv 2603.01367).
+    Orders: 'l2r'; 'random', sorted by v (B, L); 'confidence', which depends on what is visible alone, so that the
+    probabilities of all sequences still sum to one.
+    """
+    B, L = x0.shape
+    if order != "confidence":
+        order = torch.arange(L).expand(B, L) if order == "l2r" else v.argsort(1)
+        order = order.to(x0.device)
+    rows, nats = torch.arange(B, device=x0.device), torch.zeros(B, device=x0.device)
+    for position, _, ce in reveal(model, objective, x0, order):
+        nats += ce[rows, position]
+    return nats / L
+
+
+def chain_rule_of(model, objective, tokens, starts, seq_len, batch_size, device, dtype, order, seed=0, show=False):
+    """chain_rule of all windows: (n,) float64, nats per token. A window's random order depends on (seed, window)."""
+    nats = []
+    with progress(total=len(starts), desc=f"order {order}", unit="seq", leave=False, show=show) as bar:
+        for chunk in torch.arange(len(starts)).split(batch_size):
+            _, v, _ = repeated_uniforms(seed, chunk.tolist(), len(starts), 1, seq_len)
+            with autocast(device, dtype):
+                nats.append(chain_rule(model, objective, gather(tokens, starts[chunk], seq_len).to(device), order,
+                                       v[:, 0]).cpu().double())
+            bar.update(len(chunk))
+    return torch.cat(nats)

@@ -1,0 +1,269 @@
+"""How good samples are: what a judge, another language model, thinks of them, and how much they repeat themselves.
+
+A judge alone is easily pleased: text that repeats itself has a low perplexity. So it never stands without the entropy
+and the repetition of the same samples, and the same numbers of real text.
+"""
+
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from baselines import known_word_share
+from checkpoint import load_model
+from cli import UserError, autocast, generator_on, progress, table, write_text
+from data.loader import load_split, windows
+from data.tokenizer import make_tokenizer
+from diffusion import AutoRegressive, cross_entropy
+from plot import picture
+from sampling import sampler_of
+
+
+# ---- without a judge -------------------------------------------------------------------------------------------------
+
+
+def unigram_entropy(tokens):
+    """Entropy of the distribution of tokens within one sample, in bits; low if it repeats itself."""
+    counts = Counter(tokens).values()
+    return -sum(count / len(tokens) * math.log2(count / len(tokens)) for count in counts) if tokens else 0.0
+
+
+def ngrams(words, n):
+    return list(zip(*(words[i:] for i in range(n))))
+
+
+def distinct(texts, n):
+    """Different word n-grams among all of all texts (distinct-n, arXiv 1510.03055); falls with more text."""
+    found = [gram for text in texts for gram in ngrams(text.split(), n)]
+    return len(set(found)) / max(1, len(found))
+
+
+def repetition(texts, n):
+    """Word n-grams that occurred before in the same text, among all of them (seq-rep-n, arXiv 1908.04319)."""
+    found = [ngrams(text.split(), n) for text in texts]
+    return 1 - sum(len(set(grams)) for grams in found) / max(1, sum(map(len, found)))
+
+
+def statistics_of(texts, tokenizer, train_text=None):
+    """What can be said of texts without a judge, as a dict."""
+    entropies = [unigram_entropy(tokenizer.encode(text).tolist()) for text in texts]
+    found = {"unigram_entropy_bits": sum(entropies) / len(entropies), "distinct_1": distinct(texts, 1),
+             "distinct_2": distinct(texts, 2), "repetition_2": repetition(texts, 2)}
+    if train_text is not None:
+        found["known_words"] = known_word_share(texts, train_text)
+    return found
+
+
+# ---- judges ----------------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """An autoregressive checkpoint of this project. Texts longer than its window are cut, each piece starting anew."""
+
+    def __init__(self, path, device, dtype):
+        self.model, config, meta, _ = load_model(path, device)
+        if config.objective != "ar":
+            raise UserError(f"{path} is no judge: its objective is {config.objective}, and a judge's must be ar "
+                            "(`python train.py ar_...`)")
+        self.objective, self.length = AutoRegressive(meta["vocab_size"]), config.seq_len
+        self.name, self.meta, self.tokenizer, self.device, self.dtype = path, meta, make_tokenizer(meta), device, dtype
+
+    def encode(self, text):
+        return self.tokenizer.encode(text).tolist()
+
+    def cross_entropies(self, x0):
+        """x0 (B, L), L at most self.length -> (B, L) nats."""
+        everywhere = torch.ones_like(x0, dtype=torch.bool)
+        with autocast(self.device, self.dtype):
+            logits = self.model(self.objective.corrupt(x0, everywhere), torch.ones(len(x0), device=self.device))
+        return cross_entropy(logits, x0)
+
+
+class TransformersJudge:
+    """A causal language model of Hugging Face's transformers, such as GPT-2; each text begins after its first token."""
+
+    def __init__(self, name, device, dtype):
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise UserError("--judge hf://... needs the package: pip install transformers")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"hf://{name} cannot be loaded as a causal language model: {str(error).splitlines()[0]}")
+        config = self.model.config
+        self.length = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", 1024)
+        self.length -= 1  # for the token that starts a text
+        start = self.tokenizer.bos_token_id
+        if start is None:
+            start = self.tokenizer.eos_token_id
+        if start is None:
+            raise UserError(f"hf://{name} has no token to start a text with: choose another judge")
+        self.name, self.meta, self.start, self.device, self.dtype = f"hf://{name}", None, start, device, dtype
+
+    def encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def cross_entropies(self, x0):
+        """x0 (B, L), L at most self.length -> (B, L) nats."""
+        seen = torch.nn.functional.pad(x0, (1, 0), value=self.start)
+        with autocast(self.device, self.dtype):
+            logits = self.model(input_ids=seen[:, :-1]).logits
+        return cross_entropy(logits, x0)
+
+
+def open_judge(name, device, dtype):
+    """hf://NAME or hf://FOLDER, or the path of an autoregressive checkpoint. Raises UserError if it is neither."""
+    if name.startswith("hf://"):
+        return TransformersJudge(name.removeprefix("hf://"), device, dtype)
+    return Judge(name, device, dtype)
+
+
+@torch.no_grad()
+def judged(judge, texts, batch_size=16):
+    """What the judge thinks: perplexity, bits per token of the judge and per character, standard errors over texts.
+
+    Perplexity is exp of the mean over all tokens of all texts.
+    """
+    pieces = [(i, ids[j:j + judge.length]) for i, ids in enumerate(map(judge.encode, texts))
+              for j in range(0, len(ids), judge.length)]
+    nats = torch.zeros(len(texts), dtype=torch.float64)
+    tokens = torch.zeros(len(texts), dtype=torch.float64)
+    for start in progress(range(0, len(pieces), batch_size), desc="judging", leave=False):
+        batch = pieces[start:start + batch_size]
+        longest = max(len(ids) for _, ids in batch)
+        x0 = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in batch], device=judge.device)  # causal: the
+        ce = judge.cross_entropies(x0).cpu().double()                       # padding on the right changes nothing
+        for (i, ids), row in zip(batch, ce):
+            nats[i] += row[:len(ids)].sum()
+            tokens[i] += len(ids)
+    if not tokens.sum():
+        raise UserError("the samples are empty: there is nothing to judge")
+    characters = torch.tensor([len(text) for text in texts], dtype=torch.float64)
+    per_token, per_character = nats.sum() / tokens.sum() / math.log(2), nats.sum() / characters.sum() / math.log(2)
+
+    def error(sizes, mean):  # of a ratio of means
+        residual = (nats / math.log(2) - mean * sizes) / sizes.mean()
+        return (residual.std() / math.sqrt(len(texts))).item() if len(texts) > 1 else None
+
+    return {"judge": judge.name, "judge_perplexity": 2 ** per_token.item(), "judge_bits_per_token": per_token.item(),
+            "judge_stderr": error(tokens, per_token), "judge_bits_per_char": per_character.item(),
+            "judge_stderr_per_char": error(characters, per_character)}
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def read_samples(path):
+    """Texts of a file: what `sample.py --json` printed, or plain text with one sample per line."""
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"--samples {path} is neither a number nor a file")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"--samples {path} cannot be read: {reason}")
+    if content.lstrip().startswith("{"):
+        try:
+            texts = [sample["text"] for sample in json.loads(content)["samples"]]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--samples {path} looks like JSON but is not what sample.py --json prints")
+    else:
+        texts = [line for line in content.splitlines() if line.strip()]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"--samples {path} has no samples in it, or empty ones")
+    return texts
+
+
+class Counted:
+    """A denoiser that counts its calls and the sequences in them (nfe: number of function evaluations)."""
+
+    def __init__(self, model):
+        self.model, self.nfe, self.sequences = model, 0, 0
+
+    def __call__(self, xt, t, where=None):
+        self.nfe += 1
+        self.sequences += len(xt)
+        return self.model(xt, t, where)
+
+
+def draw_samples(model, objective, tokenizer, n, seq_len, batch_size, device, dtype, sampler, steps, temperature, seed):
+    """n texts, the network evaluations that each took on average, and seconds."""
+    denoiser, texts, generator, start = Counted(model), [], generator_on(device, seed), time.perf_counter()
+    for i in progress(range(0, n, batch_size), desc=f"{sampler} {steps}", leave=False):
+        xt = torch.full((min(batch_size, n - i), seq_len), objective.mask_id, device=device)
+        with autocast(device, dtype):
+            for xt in sampler_of(objective, denoiser, xt, steps, generator, temperature, sampler)[0]:
+                pass
+        texts += [tokenizer.decode(sample) for sample in xt.tolist()]
+    return texts, denoiser.sequences / n, time.perf_counter() - start
+
+
+def measure(subject, samples, judge, samplers, steps, temperature, seed, batch_size, device, dtype):
+    """Quality of samples, for every sampler and number of steps, and of as much real text: [{sampler, steps, nfe ...}].
+
+    samples: their number, or texts. subject: an evaluate.Subject. judge: of open_judge, or None.
+    """
+    rows, objective, train_text = [], subject.objective(), None
+    if subject.tokenizer.unit == "char":
+        train_text = subject.tokenizer.decode(load_split(subject.dataset, "train", 1, subject.data_dir))
+
+    def add(name, texts, **more):
+        row = {"sampler": name, "steps": None, "nfe": None, "temperature": None, "seed": None, "seconds": None}
+        row |= more | {"n_samples": len(texts), **statistics_of(texts, subject.tokenizer, train_text)}
+        rows.append(row | (judged(judge, texts, batch_size) if judge else {}))
+
+    if isinstance(samples, list):
+        add("file", samples)
+    else:
+        if isinstance(objective, AutoRegressive):
+            samplers, steps = ["left_to_right"], [subject.seq_len]
+        for name in samplers:
+            for n_steps in [subject.seq_len] if name == "first_hitting" else steps:
+                texts, nfe, seconds = draw_samples(subject.model, objective, subject.tokenizer, samples,
+                                                   subject.seq_len, batch_size, device, dtype, name, n_steps,
+                                                   temperature, seed)
+                add(name, texts, steps=n_steps, nfe=nfe, temperature=temperature, seed=seed, seconds=seconds)
+    starts = windows(subject.tokens, subject.seq_len, len(samples) if isinstance(samples, list) else samples)
+    add("real text", [subject.tokenizer.decode(subject.tokens[i:i + subject.seq_len]) for i in starts])
+    return rows
+
+
+def samples(subject, args, device, dtype, out):
+    """Quality of samples against network evaluations."""
+    path = subject.output(args.out_dir, "quality.csv")
+    texts = int(args.samples) if args.samples.isdigit() else read_samples(args.samples)
+    if texts == 0:
+        raise UserError("--samples 0: at least one")
+    judge = open_judge(args.judge, device, dtype) if args.judge else None
+    if judge and judge.meta and judge.meta.get("alphabet") not in (None, subject.meta.get("alphabet")):
+        raise UserError(f"--judge {args.judge} has another alphabet than {subject.path}: its perplexities would mean "
+                        "nothing; choose a judge trained on the same data")
+    rows = measure(subject, texts, judge, args.sampler, args.steps or [subject.config.T], args.temperature, args.seed,
+                 args.batch_size, device, dtype)
+    columns = {"sampler": ("", ""), "steps": ("steps", "d"), "nfe": ("NFE", ".1f"),
+               "judge_perplexity": ("perplexity", ".3f"), "judge_bits_per_char": ("bits/char", ".4f"),
+               "judge_stderr_per_char": ("± s.e.", ".4f"), "unigram_entropy_bits": ("entropy", ".3f"),
+               "distinct_1": ("distinct-1", ".3f"), "distinct_2": ("distinct-2", ".3f"),
+               "repetition_2": ("repetition-2", ".3f"), "known_words": ("known words", ".3f"),
+               "seconds": ("seconds", ".1f")}
+    columns = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
+    print(f"{rows[0]['n_samples']} samples{f', judged by {judge.name}' if judge else ''}; entropy: of a sample's "
+          "tokens, bits; distinct-n and repetition-n: of words", file=out)
+    table(rows, columns, out)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    write_text(path, "\n".join(",".join(str("" if row.get(key) is None else row[key]) for key in keys)
+                          for row in [dict(zip(keys, keys)), *rows]) + "\n")
+    key, label = (("judge_perplexity", "perplexity to the judge") if judge else
+                  ("unigram_entropy_bits", "unigram entropy, bits"))
+    drawn = [row for row in rows if row["nfe"]]
+    if drawn:
+        picture(path.with_suffix(".png"),
+                {name: [(row["nfe"], row[key], 0) for row in drawn if row["sampler"] == name]
+                 for name in dict.fromkeys(row["sampler"] for row in drawn)},
+                "network evaluations per sample", label, log_x=True, level=("real text", rows[-1][key]))
+    return {"samples": rows}

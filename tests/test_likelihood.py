@@ -1,0 +1,271 @@
+"""likelihood.py and studies.py: chain rules, agreement of estimators, invalid ones, and what the studies measure, on a
+world that can be enumerated."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import world
+from diffusion import D3PM, MDLM, AutoRegressive, Noise, cross_entropy
+from evaluate import SECOND, agree
+from likelihood import ORDERS, bound, by_rate, chain_rule, chain_rule_of, mean_and_error
+from model import DiT
+from noise import repeated_uniforms
+from studies import area, measure_curse, measure_curve, measure_variance
+from world import ENTROPY, L, MASK, P_DATA, SEQUENCES, V
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+
+
+def random_network(seed, conditioning, seq_len=6, vocab_size=4, causal=False):
+    torch.manual_seed(seed)
+    model = DiT(vocab_size, seq_len, n_layer=2, n_head=2, n_embd=16, n_cond=8, conditioning=conditioning, causal=causal)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model.eval()
+
+
+def windows_of(x0):
+    """x0 (n, L) as the arguments tokens, starts, seq_len, batch_size, device, dtype."""
+    return x0.flatten().numpy(), torch.arange(0, x0.numel(), x0.shape[1]), x0.shape[1], 1000, CPU, FLOAT
+
+
+def world_text(n, seed=0):
+    """n sequences drawn from the world's distribution."""
+    return SEQUENCES[torch.multinomial(P_DATA, n, True, generator=torch.Generator().manual_seed(seed))]
+
+
+def random_text(n, seq_len=6, vocab_size=4, seed=0):
+    return torch.randint(vocab_size, (n, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def compare(model, objective, x0, one, two, repeats=1):
+    """Mean and standard error of the paired difference of two estimators, in nats."""
+    scored = [bound(model, objective, *windows_of(x0), repeats=repeats, estimator=name) for name in (one, two)]
+    return mean_and_error(scored[0] - scored[1], by_rate(len(x0), 0, repeats))
+
+
+# ---- estimators ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_continuous_estimators_have_the_entropy(repeats):
+    """With the Bayes-optimal denoiser on text from the world, both average to -log p(x) of that text."""
+    x0 = world_text(8000)
+    truth = -P_DATA.log()[(x0 * torch.tensor([V**2, V, 1])).sum(1)] / L
+    assert truth.mean().item() == pytest.approx(ENTROPY / L, rel=0.02)
+    for estimator in MDLM.estimators:
+        nats = bound(world.oracle, MDLM(MASK), *windows_of(x0), repeats=repeats, estimator=estimator)
+        mean, error = mean_and_error(nats - truth, by_rate(len(x0), 0, repeats))
+        assert abs(mean) < 4 * error and error < 0.02 * ENTROPY / L
+
+
+@pytest.mark.parametrize("conditioning", ["none", "time", "step"])
+@pytest.mark.parametrize("objective", [MDLM(4), MDLM(4, "cosine"), D3PM(4, 10), D3PM(4, 100, "cosine")],
+                         ids=["mdlm", "mdlm-cosine", "d3pm-10", "d3pm-100-cosine"])
+def test_estimators_agree(conditioning, objective):
+    """On a random network, time-conditioned or not, a bound's two estimators agree, and --check says so."""
+    model, x0 = random_network(1, conditioning), random_text(1500)
+    size = bound(model, objective, *windows_of(x0)).mean().item()
+    for one, two in zip(objective.estimators[::2], objective.estimators[1::2]):
+        mean, error = compare(model, objective, x0, one, two)
+        assert SECOND[one] == two and SECOND[two] == one
+        assert agree(mean, error) and error < 0.1 * size, (one, two, mean, error)
+
+
+def test_a_short_chain_is_told_from_continuous_time():
+    """The bounds of 4 steps and of continuous time differ, and the check notices."""
+    mean, error = compare(world.oracle, D3PM(MASK, 4), world_text(8000), "t_step", "exact_k")
+    assert not agree(mean, error) and mean > 0
+
+
+class Invalid(MDLM):
+    """What has been reported as a bound and is none."""
+
+    def __init__(self, mask_id):
+        super().__init__(mask_id)
+        self.pooled = False
+
+    def pooled_mean(self, u, v, w):
+        """Cross-entropy divided by the masked tokens of the whole batch (tiny-diffusion, RoBERTaDiffusion)."""
+        noise = self.noise(u, v)
+        return noise._replace(weight=torch.full_like(noise.weight, noise.mask.numel() / noise.mask.sum()))
+
+    def clipped_range(self, u, v, w):
+        """Rates from .3 to .8 only: fine to train blocks with (BD3-LM), no bound."""
+        return self.exact_k(0.3 + 0.5 * u, v)
+
+    def clamped_k(self, u, v, w):
+        """Independent masks at a uniform rate, at least one, with weight L/k."""
+        mask = v <= torch.maximum(u, v.amin(1))[:, None]
+        return Noise(mask, u.float(), mask.shape[1] / mask.sum(1).float())
+
+    def missing_factor(self, u, v, w):
+        """The mean over each sequence's masked tokens, without (L + 1)/L."""
+        noise = self.continuous(u, v, w)
+        return noise._replace(weight=noise.weight * mask_share(noise))
+
+
+def mask_share(noise):
+    L = noise.mask.shape[1]
+    return L / (L + 1)
+
+
+@pytest.mark.parametrize("estimator", ["pooled_mean", "clipped_range", "clamped_k", "missing_factor"])
+def test_invalid_estimators_fail_the_check(estimator):
+    """With the Bayes-optimal denoiser: each is far from the bound, and the valid second estimator is not."""
+    x0 = world_text(5_000)
+    assert agree(*compare(world.oracle, Invalid(MASK), x0, "exact_k", "continuous"))
+    mean, error = compare(world.oracle, Invalid(MASK), x0, "exact_k", estimator)
+    assert not agree(mean, error), (mean, error)
+
+
+def test_repeats_are_stratified():
+    """All u together, and those of each window, fall into equal intervals; the rest is uniform on (0, 1]."""
+    n, repeats, length = 50, 6, 40
+    u, v, w = repeated_uniforms(3, range(n), n, repeats, length)
+    assert sorted(torch.ceil(u.flatten() * n * repeats).long().tolist()) == list(range(1, n * repeats + 1))
+    assert all(sorted(row) == list(range(1, repeats + 1)) for row in torch.ceil(u * repeats).long().tolist())
+    for x in (u, v, w):
+        assert x.min() > 0 and x.max() <= 1 and torch.histc(x.flatten(), 4, 0, 1).min() > 0.18 * x.numel()
+    some = repeated_uniforms(3, [7, 3], n, repeats, length)
+    assert all(torch.equal(a, b[[7, 3]]) for a, b in zip(some, (u, v, w)))
+
+
+def test_stratified_error():
+    """The error from neighbours is that of the mean of stratified draws; that of independent values is far larger."""
+    n, trials, generator = 200, 400, torch.Generator().manual_seed(0)
+    trend, means, errors, naive = torch.linspace(-3, 3, n, dtype=torch.float64), [], [], []
+    for _ in range(trials):
+        order = torch.randperm(n, generator=generator)
+        values = torch.empty(n, dtype=torch.float64)
+        values[order] = trend + torch.randn(n, dtype=torch.float64, generator=generator)
+        mean, error = mean_and_error(values, order)
+        means.append(mean), errors.append(error), naive.append(mean_and_error(values)[1])
+    spread = torch.tensor(means).std().item()
+    assert sum(errors) / trials == pytest.approx(spread, rel=0.1) and sum(naive) / trials > 1.7 * spread
+    assert math.isnan(mean_and_error(torch.ones(1))[1]) and by_rate(5, 0, repeats=2) is None
+
+
+def test_bound_does_not_depend_on_batches_or_shares():
+    """Scoring some windows, in small batches, gives the numbers of scoring all at once."""
+    model, x0 = random_network(2, "time"), random_text(40)
+    tokens, starts, seq_len, _, device, dtype = windows_of(x0)
+    whole = bound(model, MDLM(4), tokens, starts, seq_len, 1000, device, dtype, repeats=3)
+    some = bound(model, MDLM(4), tokens, starts, seq_len, 2, device, dtype, mine=[5, 30, 7], repeats=3)
+    torch.testing.assert_close(whole[[5, 30, 7]], some, rtol=1e-5, atol=1e-5)
+
+
+# ---- the chain rule --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sees_time", [False, True])
+def test_orders_are_distributions(order, sees_time):
+    """The probabilities of all 27 sequences along an order sum to one, for a random denoiser."""
+    model = world.random_denoiser(4, sees_time)
+    v = torch.tensor([0.7, 0.2, 0.9]).expand(27, L)
+    total = (-L * chain_rule(model, MDLM(MASK), SEQUENCES, order, v).double()).exp().sum().item()
+    assert total == pytest.approx(1, abs=1e-4)
+
+
+def test_orders_differ_and_the_oracle_does_not_mind():
+    """With the Bayes-optimal denoiser every order gives -log p(x); with another one each is another distribution."""
+    v = torch.tensor([0.7, 0.2, 0.9]).expand(27, L)
+    for order in ORDERS:
+        nats = L * chain_rule(world.oracle, MDLM(MASK), SEQUENCES, order, v)
+        torch.testing.assert_close(nats.double(), -P_DATA.log(), rtol=1e-4, atol=1e-4)
+    model = world.random_denoiser(4, False)
+    scored = [chain_rule(model, MDLM(MASK), SEQUENCES, order, v) for order in ORDERS]
+    assert all((a - b).abs().max() > 0.01 for a, b in itertools.combinations(scored, 2))
+
+
+def test_confidence_order_by_hand():
+    """The first token revealed is where the largest probability stands, and so on."""
+    model, x0 = world.random_denoiser(5, False), SEQUENCES[17:18]
+    xt, nats = torch.full((1, L), MASK), 0.0
+    for _ in range(L):
+        p = model(xt, torch.ones(1)).softmax(-1)[0]
+        best = max((i for i in range(L) if xt[0, i] == MASK), key=lambda i: p[i].max())
+        nats -= p[best, x0[0, best]].log().item()
+        xt[0, best] = x0[0, best]
+    assert L * chain_rule(model, MDLM(MASK), x0, "confidence").item() == pytest.approx(nats, rel=1e-5)
+
+
+def test_random_orders_average_to_the_bound():
+    """The mean over all orders of the chain rule is the exact-k bound (ARDM): the same number by another road."""
+    model = world.random_denoiser(6, False)
+    orders = [chain_rule(model, MDLM(MASK), SEQUENCES, "random", torch.tensor(order).float().expand(27, L))
+              for order in itertools.permutations(range(L))]
+    n = 4000
+    for i in (0, 20):
+        nats = bound(model, MDLM(MASK), *windows_of(SEQUENCES[i].expand(n, L)))
+        mean, error = mean_and_error(nats, by_rate(n))
+        assert abs(mean - torch.stack(orders).mean(0)[i].item()) < 4 * error < 0.1
+
+
+def test_autoregressive_prefixes():
+    """The likelihood from prefixes alone is that of one causal pass; a network that looks to the right is found out."""
+    x0 = random_text(50)
+    for causal in (True, False):
+        model, objective = random_network(3, "none", causal=causal), AutoRegressive(4)
+        mean, error = mean_and_error(bound(model, objective, *windows_of(x0))
+                                     - chain_rule_of(model, objective, *windows_of(x0), "l2r"))
+        assert agree(mean, error if causal else 0) == causal
+
+
+# ---- studies ---------------------------------------------------------------------------------------------------------
+
+
+def test_curve():
+    """Its points are the enumerated cross-entropies, and the area under it is the bound."""
+    x0 = world_text(3000)
+    rows = measure_curve(world.oracle, MDLM(MASK), *windows_of(x0))
+    assert [row["masks"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        masks = [mask for mask in world.MASKS if mask.sum() == row["masks"]]
+        exact = sum((P_DATA * ce_at(mask)).sum().item() for mask in masks) / len(masks) / row["masks"]
+        assert abs(row["nats"] - exact) < 4 * row["stderr"] < 0.08
+    assert area(rows) == pytest.approx(ENTROPY / L, rel=0.04)
+
+
+def ce_at(mask):
+    """Summed cross-entropy of the oracle at these positions, for every sequence: (27,) nats."""
+    log_p = world.oracle(torch.where(mask, MASK, SEQUENCES))
+    return (cross_entropy(log_p, SEQUENCES) * mask).sum(1).double()
+
+
+def test_area_of_a_line():
+    """Measured at some k only: the mean over all k of a line is exact."""
+    assert area([dict(masks=k, nats=float(k)) for k in (1, 4, 9, 10)]) == pytest.approx(5.5)
+
+
+def test_curse_is_the_total_correlation():
+    """With the Bayes-optimal denoiser the gap of k tokens is their total correlation given the others, enumerated."""
+    x0, n_chars = world_text(8_000), torch.tensor([1, 2, 3])
+    rows = measure_curse(world.oracle, MDLM(MASK), *windows_of(x0), n_chars)
+    assert [row["tokens"] for row in rows] == [1, 2, 3] and abs(rows[0]["gap"]) < 1e-6
+    for row in rows:
+        gaps, sizes = [], []
+        for mask in (mask for mask in world.MASKS if mask.sum() == row["tokens"]):
+            same = ((SEQUENCES[:, None] == SEQUENCES) | mask).all(-1).double()   # agree at the visible positions
+            joint = -(P_DATA / (same @ P_DATA)).log()                            # -log p(x_S | the others)
+            gaps.append((P_DATA * (ce_at(mask) - joint)).sum())
+            sizes.append((P_DATA * (n_chars[SEQUENCES] * mask).sum(1)).sum())
+        exact = (sum(gaps) / sum(sizes)).item()
+        assert abs(row["gap"] - exact) <= 4 * row["stderr"] + 1e-6 and row["stderr"] < 0.02
+        assert row["characters"] == pytest.approx((sum(sizes) / len(sizes)).item(), rel=0.02)
+        assert row["parallel"] - row["sequential"] == pytest.approx(row["gap"])
+
+
+def test_variance_of_the_estimators():
+    """All ways estimate one number (T = 1000 steps hardly differ from continuous time), and that of evaluate.py has
+    at most an eighth of the variance of nanoDD's, already on a tiny network."""
+    model, x0 = random_network(4, "none", seq_len=16), random_text(8, seq_len=16)
+    rows = measure_variance(model, MDLM(4), *windows_of(x0), torch.full((4,), 0.25), repeats=8, trials=40)
+    (default,) = (row for row in rows if "evaluate.py" in row["way"])
+    for row in rows:
+        assert abs(row["mean"] - default["mean"]) < 4 * math.hypot(row["stderr"], default["stderr"]), row
+    assert default["variance"] < rows[0]["variance"] / 8 and rows[0]["way"] == "nanoDD's"

@@ -1,0 +1,171 @@
+"""quality.py: statistics by hand, judges against direct computation, and evaluate.py --samples."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+from cli import UserError
+from commands import assert_one_line, train
+from quality import Judge, TransformersJudge, distinct, judged, open_judge, read_samples, repetition, unigram_entropy
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+
+
+@pytest.fixture(scope="module")
+def ar(data_dir, tmp_path_factory):
+    """A short autoregressive run on `tiny`."""
+    import subprocess
+    import sys
+    from commands import arguments
+    out = tmp_path_factory.mktemp("ar") / "out"
+    subprocess.run([sys.executable, *map(str, arguments("ar_text8", data_dir, out, "--max_steps=80", "--lr=0.01"))],
+                   check=True)
+    return out
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_unigram_entropy():
+    """Bits of the distribution within one sample."""
+    assert unigram_entropy([5, 5, 5]) == 0 and unigram_entropy([]) == 0
+    assert unigram_entropy([1, 2, 3, 4] * 3) == pytest.approx(2)
+    assert unigram_entropy([1, 1, 1, 2]) == pytest.approx(0.75 * math.log2(4 / 3) + 0.5)
+
+
+def test_distinct_and_repetition():
+    """distinct counts over all texts, repetition within each."""
+    texts = ["a b a b a", "a b c d e"]
+    assert distinct(texts, 1) == pytest.approx(5 / 10)
+    assert distinct(texts, 2) == pytest.approx(5 / 8)      # ab ba bc cd de
+    assert repetition(texts, 2) == pytest.approx(2 / 8)    # ab and ba once more, in the first
+    assert repetition(["a b", "a b"], 2) == 0 and distinct(["", "x"], 2) == 0
+
+
+# ---- judges ----------------------------------------------------------------------------------------------------------
+
+
+def test_judge_is_the_models_likelihood(call, ar, data_dir):
+    """On the windows of a split, the judge finds what evaluate.py finds; batches and padding change nothing."""
+    scored = json.loads(call("evaluate.py", ar, "--json", "--n_tokens=320", "--data_dir", data_dir).out)
+    judge = Judge(ar, CPU, FLOAT)
+    from data.loader import load_split, windows
+    tokens = load_split("tiny", "val", 32, data_dir)
+    texts = [judge.tokenizer.decode(tokens[i:i + 32]) for i in windows(tokens, 32, 10)]
+    found = judged(judge, texts)
+    assert found["judge_bits_per_token"] == pytest.approx(scored["bits_per_token"], rel=1e-5)
+    assert found["judge_bits_per_char"] == found["judge_bits_per_token"]
+    assert found["judge_perplexity"] == pytest.approx(2 ** scored["bits_per_token"], rel=1e-5)
+    mixed = [*texts, "the", "a" * 31, texts[0] + texts[1]]  # short ones are padded, long ones cut
+    alone = [judged(judge, [text]) for text in mixed]
+    total = sum(one["judge_bits_per_token"] * len(text) for one, text in zip(alone, mixed))
+    assert judged(judge, mixed, 5)["judge_bits_per_token"] == pytest.approx(total / sum(map(len, mixed)), rel=1e-5)
+    assert alone[-1]["judge_bits_per_token"] == pytest.approx(
+        (alone[0]["judge_bits_per_token"] + alone[1]["judge_bits_per_token"]) / 2, rel=1e-5)
+    with pytest.raises(UserError, match="empty"):
+        judged(judge, [""])
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory):
+    """A random GPT-2 with a tokenizer of single bytes, saved as transformers saves it."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    folder = tmp_path_factory.mktemp("hf") / "tiny-gpt2"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {character: i + 1 for i, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>",
+                                         eos_token="<|endoftext|>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=len(vocabulary), n_positions=17, n_embd=16, n_layer=2, n_head=2,
+                                     bos_token_id=0, eos_token_id=0, initializer_range=0.5)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_transformers_judge(tiny_gpt2):
+    """GPT-2 by transformers: the likelihood of the text after a start token, 16 tokens at a time; per character."""
+    import transformers
+    judge = open_judge(f"hf://{tiny_gpt2}", CPU, FLOAT)
+    assert isinstance(judge, TransformersJudge) and judge.length == 16
+    model = transformers.GPT2LMHeadModel.from_pretrained(tiny_gpt2).eval()
+    texts, total, n_tokens = ["the cat sat", "né " * 7], 0.0, 0
+    for text in texts:
+        ids = judge.encode(text)
+        assert len(ids) == len(text.encode())
+        for i in range(0, len(ids), 16):
+            seen = torch.tensor([[0] + ids[i:i + 16]])
+            log_p = model(seen).logits.log_softmax(-1)[0]
+            total -= sum(log_p[j, token].item() for j, token in enumerate(ids[i:i + 16]))
+            n_tokens += len(ids[i:i + 16])
+    found = judged(judge, texts)
+    assert found["judge_perplexity"] == pytest.approx(math.exp(total / n_tokens), rel=1e-4)
+    assert found["judge_bits_per_char"] == pytest.approx(total / math.log(2) / sum(map(len, texts)), rel=1e-4)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_samples(call, trained, ar, tiny_gpt2, data_dir, tmp_path):
+    """Several samplers and step counts beside real text: table, CSV, picture, JSON."""
+    result = call("evaluate.py", trained, "--samples=6", "--steps=2,16", "--sampler=ancestral,topk,first_hitting",
+                  "--judge", ar, "--data_dir", data_dir, "--out_dir", tmp_path, "--json")
+    rows = json.loads(result.out)["samples"]
+    assert [(row["sampler"], row["steps"]) for row in rows] == [
+        ("ancestral", 2), ("ancestral", 16), ("topk", 2), ("topk", 16), ("first_hitting", 32), ("real text", None)]
+    assert [row["nfe"] for row in rows[2:5]] == [2, 16, 32] and rows[0]["nfe"] <= 2 and rows[5]["nfe"] is None
+    for row in rows:
+        assert row["n_samples"] == 6 and row["judge_perplexity"] > 1 and 0 < row["unigram_entropy_bits"] < math.log2(27)
+        assert 0 < row["distinct_1"] <= 1 and 0 <= row["repetition_2"] <= 1 and 0 <= row["known_words"] <= 1
+    assert rows[-1]["known_words"] == 1 and rows[-1]["judge_perplexity"] < rows[0]["judge_perplexity"]
+    with open(tmp_path / "quality.csv") as file:
+        written = list(csv.DictReader(file))
+    assert [row["judge_perplexity"] for row in written] == [str(row["judge_perplexity"]) for row in rows]
+    assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
+    assert "real text" not in result.out.split("{")[0] and "perplexity" in result.err
+
+    sampled = call("sample.py", trained, "--batch_size=3", "--steps=4", "--json")
+    (tmp_path / "samples.json").write_text(sampled.out)
+    rows = json.loads(call("evaluate.py", trained, "--samples", tmp_path / "samples.json", "--judge",
+                           f"hf://{tiny_gpt2}", "--data_dir", data_dir, "--out_dir", tmp_path, "--json").out)["samples"]
+    assert [row["sampler"] for row in rows] == ["file", "real text"] and rows[0]["n_samples"] == 3
+    rows = json.loads(call("evaluate.py", ar, "--samples=2", "--data_dir", data_dir, "--json").out)["samples"]
+    assert rows[0]["sampler"] == "left_to_right" and rows[0]["nfe"] == 32 and "judge_perplexity" not in rows[0]
+
+
+def test_read_samples(tmp_path):
+    """JSON of sample.py, or a line per sample."""
+    (tmp_path / "a.json").write_text(json.dumps({"samples": [{"text": "one\ntwo"}, {"text": "three"}]}))
+    (tmp_path / "b.txt").write_text("one\n\ntwo\n")
+    assert read_samples(tmp_path / "a.json") == ["one\ntwo", "three"]
+    assert read_samples(tmp_path / "b.txt") == ["one", "two"]
+
+
+def test_bad_samples(call, trained, ar, data_dir, tmp_path):
+    """Files without samples, judges that cannot judge."""
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "bad.json").write_text('{"samples": 3}')
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa")
+    go = lambda *a: call("evaluate.py", trained, "--data_dir", data_dir, "--out_dir", tmp_path, *a)
+    assert_one_line(go("--samples", tmp_path / "none.txt"), "neither a number nor a file")
+    assert_one_line(go("--samples", tmp_path / "empty.txt"), "no samples in it")
+    assert_one_line(go("--samples", tmp_path / "bad.json"), "looks like JSON")
+    assert_one_line(go("--samples", tmp_path / "latin.txt"), "not UTF-8")
+    assert_one_line(go("--samples", "0"), "at least one")
+    assert_one_line(go("--samples", "2", "--judge", trained), "is no judge: its objective is mdlm")
+    assert_one_line(go("--samples", "2", "--judge", "hf://" + str(tmp_path)), "cannot be loaded as a causal language")
+    assert_one_line(go("--samples", "2", "--sampler=best"), "'best' is none of ancestral")
+    assert_one_line(go("--samples", "2", "--steps=4,x"), "'x' is not an integer")
+    assert_one_line(go("--samples", "2", "--out_dir", tmp_path / "nowhere"), "is no folder")
+    (tmp_path / "strange.txt").write_text("Ünknown letters\n")
+    assert_one_line(go("--samples", tmp_path / "strange.txt"), "not in the alphabet")
+
+    (tmp_path / "text.txt").write_text("ABC abc " * 200)
+    assert call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", "caps", "--data_dir", data_dir).code == 0
+    assert train(call, "ar_text8", data_dir, tmp_path / "caps", "--dataset=caps", "--max_steps=1").code == 0
+    assert_one_line(go("--samples", "2", "--judge", tmp_path / "caps"), "another alphabet")
