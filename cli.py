@@ -94,7 +94,7 @@ def named(text):
     return text
 
 
-def number(kind, low, high=float("inf")):
+def number(kind, low, high=10**15):
     """An argparse type: an int or float in [low, high]."""
     def parse(text):
         try:
@@ -195,11 +195,11 @@ def table(rows, columns, out):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), file=out)
 
 
-def write_text(path, text):
-    """Write a text file at once: a failure leaves what was there before."""
+def write_file(path, content):
+    """Write text or bytes to a file at once: a failure leaves what was there before. Raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

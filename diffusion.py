@@ -166,7 +166,8 @@ class D3PM(Absorbing):
 
     def time(self, rate):
         """Of the T steps, which are all that the network knows, the one in whose interval the rate falls."""
-        return (torch.ceil(self.schedule.inverse(1 - rate) * self.T).clamp(1, self.T) / self.T).float()
+        s = torch.ceil(self.schedule.inverse(1 - rate) * self.T - 1e-6)  # a rate of s/T is s, rounded up or not
+        return (s.clamp(1, self.T) / self.T).float()
 
     def t_step_uniform(self, u, v, w=None):
         """The T-step bound as the papers write it: s uniform, tokens masked independently, weights up to T."""

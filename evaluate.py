@@ -40,16 +40,14 @@ ESTIMATORS = {
     "t_step": "T-step bound, T = {T}", "t_step_uniform": "T-step bound, T = {T}, uniform steps",
     "chain_rule": "negative log-likelihood, chain rule",
 }
-# What estimates the same number from other masks. The second of an autoregressive model sees prefixes alone.
-SECOND = {"exact_k": "continuous", "continuous": "exact_k", "t_step": "t_step_uniform", "t_step_uniform": "t_step",
-          "chain_rule": "l2r"}
-LIMIT = 4         # standard errors by which two estimates of one number may differ
+LIMIT = 4         # standard errors by which two estimates of one number may differ, if these are known from
+LEAST = 30        # windows at least
 ROUNDING = 1e-4   # bits by which they may in any case
 
 
 def integers(text):
     """An argparse type: 8,16,32 -> [8, 16, 32]."""
-    return [number(int, 1)(part) for part in text.split(",")]
+    return [number(int, 1, 10**6)(part) for part in text.split(",")]
 
 
 def samplers(text):
@@ -76,8 +74,9 @@ def parse_args():
     how = p.add_argument_group("likelihood")
     how.add_argument("--estimator", choices=[name for name in ESTIMATORS if name != "chain_rule"],
                      help="default: t_step for d3pm, exact_k for other masked models")
-    how.add_argument("--T", type=number(int, 1), help="steps of the T-step bound (default: the checkpoint's)")
-    how.add_argument("--repeats", type=number(int, 1), default=1, help="draws of the noise per window (default 1)")
+    how.add_argument("--T", type=number(int, 1, 10**9), help="steps of the T-step bound (default: the checkpoint's)")
+    how.add_argument("--repeats", type=number(int, 1, 10**4), default=1,
+                     help="draws of the noise per window (default 1)")
     how.add_argument("--baselines", action="store_true",
                      help="also n-grams and lzma on the same split (character data)")
     modes = p.add_argument_group("instead of the bound").add_mutually_exclusive_group()
@@ -91,15 +90,15 @@ def parse_args():
     modes.add_argument("--variance", action="store_true",
                        help="noise of several estimators with 64 network calls on 8 windows; slow")
     modes.add_argument("--samples", type=named, metavar="N|FILE",
-                       help="quality of N samples, or of those in FILE; writes quality.csv, quality.png")
-    p.add_argument("--trials", type=number(int, 2), default=200, help="of --variance (default 200)")
+                       help="quality of N samples, or of those in FILE; writes quality.csv (N: and quality.png)")
+    p.add_argument("--trials", type=number(int, 2, 10**6), help="of --variance (default 200)")
     q = p.add_argument_group("--samples")
     q.add_argument("--judge", type=named, metavar="CKPT|hf://NAME",
                    help="autoregressive checkpoint, or model of transformers, that reads the samples")
     q.add_argument("--steps", type=integers, help="steps of sampling, such as 8,32,128 (default: the config's T)")
-    q.add_argument("--sampler", type=samplers, default=["ancestral"],
+    q.add_argument("--sampler", type=samplers,
                    help=f"of {', '.join(SAMPLERS)}, several with commas (default ancestral)")
-    q.add_argument("--temperature", type=number(float, 0.01, 100), default=1.0, help="default 1")
+    q.add_argument("--temperature", type=number(float, 0.01, 100), help="default 1")
     p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
     p.add_argument("--batch_size", type=number(int, 1), default=32, help="windows per network call (default 32)")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (default 0)")
@@ -192,6 +191,9 @@ def check_comparable(one, two, named_data):
                         "name the one to score both on with --dataset")
     if not named_data and "sha256" in one.meta and "sha256" in two.meta:
         check_same_data(one.meta, two.meta, one.dataset, two.path)
+    if not np.array_equal(one.tokens, two.tokens):
+        raise UserError(f"{one.path} and {two.path} have different data under the name of {one.dataset}: "
+                        "say with --data_dir which to score both on")
     if one.seq_len != two.seq_len:
         raise UserError(f"{one.path} and {two.path} have windows of {one.seq_len} and {two.seq_len} tokens: "
                         f"choose --seq_len={min(one.seq_len, two.seq_len)} for both")
@@ -214,6 +216,14 @@ def pick_estimator(subject, args):
     return estimator
 
 
+def second_of(subject, estimator):
+    """What estimates the same number in another way; an autoregressive model's second sees one prefix at a time."""
+    if estimator == "chain_rule":
+        return "l2r"
+    names = subject.objective(estimator).estimators  # in pairs
+    return names[names.index(estimator) ^ 1]
+
+
 def nats_of(subject, estimator, args, device, dtype):
     """Nats per token of each window by an estimator or along an order (n,), and the name of the method."""
     settings = subject.windows(args.batch_size, device, dtype)
@@ -233,6 +243,8 @@ def likelihood(subject, estimator, args, device, dtype):
     """(nats per token of each window, the line to print, the fields of the JSON object)."""
     start = time.perf_counter()
     nats, method = nats_of(subject, estimator, args, device, dtype)
+    if not nats.isfinite().all():
+        raise UserError(f"{subject.path} gives no finite likelihood: its weights are broken, or predict zero somewhere")
     bits, error = mean_and_error(nats / math.log(2), by_rate(len(nats), args.seed, args.repeats))
     unit = subject.tokenizer.unit
     n_tokens = len(subject.starts) * subject.seq_len
@@ -248,7 +260,7 @@ def likelihood(subject, estimator, args, device, dtype):
         "seconds": time.perf_counter() - start,
     }
     also = "" if unit == "char" else f", {result['bits_per_byte']:.4f} bits per byte"
-    line = (f"{bits:.4f} ± {error:.4f} bits per {unit} on {subject.where} ({len(subject.starts):,} windows of "
+    line = (f"{bits:.4f} {plus_minus(error)} bits per {unit} on {subject.where} ({len(subject.starts):,} windows of "
             f"{subject.seq_len}; {method}; step {subject.step:,}; perplexity {2**bits:,.2f}{also})")
     return nats, line, result
 
@@ -279,22 +291,23 @@ def score(args, device, dtype, out):
         two = open_subject(args.other, args, device)
         check_comparable(one, two, args.dataset or args.text)
         return compare(one, two, args, device, dtype, out)
-    if args.check and len(one.starts) < 2:
-        raise UserError("--check needs at least two windows: more --n_tokens, a longer text or a shorter --seq_len")
+    if args.check and len(one.starts) < LEAST:
+        raise UserError(f"--check needs at least {LEAST} windows, and here are {len(one.starts)}: more --n_tokens, a "
+                        "longer text or a shorter --seq_len")
     estimator = args.order or pick_estimator(one, args)
     nats, line, result = likelihood(one, estimator, args, device, dtype)
     print(line, file=out)
     if args.check:
-        second_nats, line, second = likelihood(one, SECOND[estimator], args, device, dtype)
+        second_nats, line, second = likelihood(one, second_of(one, estimator), args, device, dtype)
         mean, error = difference(nats, second_nats, args)
         verdict = agree(mean, error)
-        print(f"{line}\ndifference {mean:.4f} ± {error:.4f}: they {'agree' if verdict else 'DISAGREE'} "
+        print(f"{line}\ndifference {mean:.4f} {plus_minus(error)}: they {'agree' if verdict else 'DISAGREE'} "
               f"(more than {max(LIMIT * error, ROUNDING):.4f} would have been noticed)", file=out)
         result["check"] = {"agree": verdict, "difference": mean, "stderr": error, "second": second}
     if args.baselines:
         train = load_split(one.dataset, "train", 1, one.data_dir)
         result["baselines"] = dict(reference_points(train, one.tokens, one.meta["vocab_size"]))
-        print(comparison(result["bits_per_token"], result["stderr"], result["baselines"], one.tokenizer.unit), file=out)
+        print(comparison(result, one.tokenizer.unit), file=out)
     return result
 
 
@@ -308,17 +321,22 @@ def compare(one, two, args, device, dtype, out):
     mean, error = difference(scored[1][0], scored[0][0], args)
     for subject, (_, line, _) in zip((one, two), scored):
         print(f"{subject.path}: {line}", file=out)
-    print(f"{two.path} less {one.path}: {mean:+.4f} ± {error:.4f} bits per {one.tokenizer.unit}, window by window",
-          file=out)
+    print(f"{two.path} less {one.path}: {mean:+.4f} {plus_minus(error)} bits per {one.tokenizer.unit}, "
+          "window by window", file=out)
     return {"models": [result for *_, result in scored], "difference": mean,
             "difference_stderr": None if math.isnan(error) else error}
 
 
-def comparison(bits, error, baselines, unit):
+def plus_minus(error):
+    return "(n = 1)" if math.isnan(error) else f"± {error:.4f}"
+
+
+def comparison(result, unit):
     """The model among the reference points, worst first, and in words which of them it beats."""
-    error = error or 0
-    rows = ([(name, value, "") for name, value in baselines.items()]
-            + [("this model (a bound)", bits, f" ± {error:.4f}")])
+    bits, error, baselines = result["bits_per_token"], result["stderr"] or math.nan, result["baselines"]
+    name = "this model (a bound)" if "bound" in result["estimator"] else "this model"
+    rows = [(name, value, "") for name, value in baselines.items()] + [(name, bits, " " + plus_minus(error))]
+    error = result["stderr"] or 0
     lines = [f"  {name:24}{value:8.4f}{extra}" for name, value, extra in sorted(rows, key=lambda row: -row[1])]
     beaten = [name for name, value in baselines.items() if bits + error < value]
     unbeaten = [name for name in baselines if name not in beaten]
@@ -336,6 +354,12 @@ def main():
     mode = next((mode for mode in (*study_of, "curse") if getattr(args, mode)), None)
     if mode and (args.estimator or args.T or args.repeats > 1 or args.baselines):
         raise UserError(f"--estimator, --T, --repeats and --baselines belong to the bound, not to --{mode}")
+    if mode == "samples" and args.text:
+        raise UserError("--samples are compared with the data set: leave out --text")
+    if mode != "samples" and (args.judge or args.steps or args.sampler or args.temperature):
+        raise UserError("--judge, --steps, --sampler and --temperature go with --samples")
+    if args.trials and mode != "variance" or args.n_tokens and mode == "variance":
+        raise UserError("--trials goes with --variance, which has 8 windows whatever --n_tokens says")
     if mode == "curse":
         subjects = [open_subject(path, args, device) for path in (args.checkpoint, args.other) if path]
         result = curse(subjects, args, device, dtype, out)
@@ -346,7 +370,7 @@ def main():
     else:
         result = score(args, device, dtype, out)
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     if not result.get("check", {"agree": True})["agree"]:
         sys.exit(1)
 

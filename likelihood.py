@@ -20,13 +20,23 @@ def mean_and_error(values, order=None):
     """Mean of n values (n,) and its standard error (nan if n = 1).
 
     order: a permutation of the values along which they have a trend that the mean does not suffer from, because they
-    were drawn one from each stratum. Then the error comes from the differences of neighbours (Wolter, Introduction to
-    Variance Estimation, 2007, section 8.2); that of independent values counts the trend as noise.
+    were drawn one from each stratum; the error of independent values would count the trend as noise. Then the sum of
+    the variances of two neighbours is estimated by their squared difference (collapsed strata: Cochran, Sampling
+    Techniques, 1977, section 5A.12). What the trend does within a pair makes the error a little too large.
     """
-    if len(values) < 2:
+    n = len(values)
+    if n < 2:
         return values.mean().item(), math.nan
-    variance = values.var() if order is None else (values[order].diff() ** 2).mean() / 2
-    return values.mean().item(), (variance / len(values)).sqrt().item()
+    if order is None:
+        return values.mean().item(), (values.var() / n).sqrt().item()
+    squares = values[order].diff() ** 2
+    total = squares[::2].sum() + (squares[-1] / 2 if n % 2 else 0)  # an odd one out is compared with its neighbour
+    return values.mean().item(), total.sqrt().item() / n
+
+
+def in_batches(starts, batch_size):
+    """The numbers of the windows, batch by batch."""
+    return [list(range(i, min(i + batch_size, len(starts)))) for i in range(0, len(starts), batch_size)]
 
 
 def by_rate(n, seed=0, repeats=1):
@@ -88,7 +98,7 @@ def reveal(model, objective, x0, order, everywhere=()):
         if isinstance(objective, AutoRegressive):  # the text so far, after the mask that starts it
             seen, t = torch.nn.functional.pad(xt[:, :i], (1, 0), value=objective.mask_id), torch.ones(B)
         else:
-            seen, t = xt, objective.time(torch.full((B,), (L - i) / L))
+            seen, t = xt, objective.time(torch.full((B,), (L - i) / L, dtype=torch.float64))
         log_p = model(seen, t.to(x0.device), where=where[:, :seen.shape[1]]).float().log_softmax(-1)
         if not torch.is_tensor(order):
             surest = torch.full(x0.shape, -math.inf, device=x0.device).masked_scatter(where, log_p.amax(-1))
@@ -122,8 +132,8 @@ def chain_rule_of(model, objective, tokens, starts, seq_len, batch_size, device,
     """chain_rule of all windows: (n,) float64, nats per token. A window's random order depends on (seed, window)."""
     nats = []
     with progress(total=len(starts), desc=f"order {order}", unit="seq", leave=False, show=show) as bar:
-        for chunk in torch.arange(len(starts)).split(batch_size):
-            _, v, _ = repeated_uniforms(seed, chunk.tolist(), len(starts), 1, seq_len)
+        for chunk in in_batches(starts, batch_size):
+            _, v, _ = repeated_uniforms(seed, chunk, len(starts), 1, seq_len)
             with autocast(device, dtype):
                 nats.append(chain_rule(model, objective, gather(tokens, starts[chunk], seq_len).to(device), order,
                                        v[:, 0]).cpu().double())

@@ -4,12 +4,12 @@
     python plot.py out/d3pm_text8 out/mdlm_text8 --out text8.png --x hours --from_step 10000
 """
 
-import math
+import io
 import sys
 from pathlib import Path
 
 import log
-from cli import ArgumentParser, UserError, number, run
+from cli import ArgumentParser, UserError, number, run, write_file
 
 AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training"}
 
@@ -84,7 +84,8 @@ def draw(runs, out, x, log_x):
 
 
 def picture(out, series, x, y, log_x=False, level=None):
-    """Draw {name: [(x, y, standard error)]} with two standard errors either way, and a horizontal line (name, y)."""
+    """Draw {name: [(x, y, standard error or None)]} with two standard errors either way, and a horizontal line (name,
+    y). A failure leaves what was there before."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -92,7 +93,7 @@ def picture(out, series, x, y, log_x=False, level=None):
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
     for name, points in series.items():
         xs, ys, errors = zip(*sorted(points))
-        axes.errorbar(xs, ys, [0 if math.isnan(error) else 2 * error for error in errors], marker="o", ms=3, lw=1,
+        axes.errorbar(xs, ys, [2 * (error or 0) for error in errors], marker="o", ms=3, lw=1,
                       capsize=2, label=name)
     if level:
         axes.axhline(level[1], color="gray", ls="--", lw=1, label=level[0])
@@ -100,12 +101,10 @@ def picture(out, series, x, y, log_x=False, level=None):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    try:
-        figure.savefig(out, format="png")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}")
-    finally:
-        plt.close(figure)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    plt.close(figure)
+    write_file(out, png.getvalue())
 
 
 def main():

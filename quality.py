@@ -4,6 +4,8 @@ A judge alone is easily pleased: text that repeats itself has a low perplexity. 
 and the repetition of the same samples, and the same numbers of real text.
 """
 
+import csv
+import io
 import json
 import math
 import time
@@ -14,7 +16,7 @@ import torch
 
 from baselines import known_word_share
 from checkpoint import load_model
-from cli import UserError, autocast, generator_on, progress, table, write_text
+from cli import UserError, autocast, generator_on, progress, table, write_file
 from data.loader import load_split, windows
 from data.tokenizer import make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
@@ -36,15 +38,16 @@ def ngrams(words, n):
 
 
 def distinct(texts, n):
-    """Different word n-grams among all of all texts (distinct-n, arXiv 1510.03055); falls with more text."""
+    """Different word n-grams among all of all texts (distinct-n, arXiv 1510.03055); falls with more text. None: no
+    text has n words."""
     found = [gram for text in texts for gram in ngrams(text.split(), n)]
-    return len(set(found)) / max(1, len(found))
+    return len(set(found)) / len(found) if found else None
 
 
 def repetition(texts, n):
-    """Word n-grams that occurred before in the same text, among all of them (seq-rep-n, arXiv 1908.04319)."""
+    """Word n-grams that occurred before in the same text, among all of them (seq-rep-n, arXiv 1908.04319); or None."""
     found = [ngrams(text.split(), n) for text in texts]
-    return 1 - sum(len(set(grams)) for grams in found) / max(1, sum(map(len, found)))
+    return 1 - sum(len(set(grams)) for grams in found) / sum(map(len, found)) if any(found) else None
 
 
 def statistics_of(texts, tokenizer, train_text=None):
@@ -53,7 +56,7 @@ def statistics_of(texts, tokenizer, train_text=None):
     found = {"unigram_entropy_bits": sum(entropies) / len(entropies), "distinct_1": distinct(texts, 1),
              "distinct_2": distinct(texts, 2), "repetition_2": repetition(texts, 2)}
     if train_text is not None:
-        found["known_words"] = known_word_share(texts, train_text)
+        found["known_words"] = known_word_share(texts, train_text) if distinct(texts, 3) else None
     return found
 
 
@@ -143,6 +146,8 @@ def judged(judge, texts, batch_size=16):
             tokens[i] += len(ids)
     if not tokens.sum():
         raise UserError("the samples are empty: there is nothing to judge")
+    if not nats.isfinite().all():
+        raise UserError(f"the judge {judge.name} gives no finite likelihood: its weights are broken")
     characters = torch.tensor([len(text) for text in texts], dtype=torch.float64)
     per_token, per_character = nats.sum() / tokens.sum() / math.log(2), nats.sum() / characters.sum() / math.log(2)
 
@@ -170,11 +175,12 @@ def read_samples(path):
     if content.lstrip().startswith("{"):
         try:
             texts = [sample["text"] for sample in json.loads(content)["samples"]]
+            "".join(texts).encode()  # JSON can hold what is no text
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--samples {path} looks like JSON but is not what sample.py --json prints")
     else:
         texts = [line for line in content.splitlines() if line.strip()]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if not texts or not all(text.strip() for text in texts):
         raise UserError(f"--samples {path} has no samples in it, or empty ones")
     return texts
 
@@ -204,7 +210,9 @@ def draw_samples(model, objective, tokenizer, n, seq_len, batch_size, device, dt
 
 
 def measure(subject, samples, judge, samplers, steps, temperature, seed, batch_size, device, dtype):
-    """Quality of samples, for every sampler and number of steps, and of as much real text: [{sampler, steps, nfe ...}].
+    """Quality of samples, for every sampler and number of steps, and of as many windows of real text, if there are:
+
+    [{sampler, steps, nfe, ...}].
 
     samples: their number, or texts. subject: an evaluate.Subject. judge: of open_judge, or None.
     """
@@ -220,8 +228,6 @@ def measure(subject, samples, judge, samplers, steps, temperature, seed, batch_s
     if isinstance(samples, list):
         add("file", samples)
     else:
-        if isinstance(objective, AutoRegressive):
-            samplers, steps = ["left_to_right"], [subject.seq_len]
         for name in samplers:
             for n_steps in [subject.seq_len] if name == "first_hitting" else steps:
                 texts, nfe, seconds = draw_samples(subject.model, objective, subject.tokenizer, samples,
@@ -236,15 +242,22 @@ def measure(subject, samples, judge, samplers, steps, temperature, seed, batch_s
 def samples(subject, args, device, dtype, out):
     """Quality of samples against network evaluations."""
     path = subject.output(args.out_dir, "quality.csv")
-    texts = int(args.samples) if args.samples.isdigit() else read_samples(args.samples)
+    texts = int(args.samples) if args.samples.isdecimal() else read_samples(args.samples)
     if texts == 0:
         raise UserError("--samples 0: at least one")
+    samplers, steps = args.sampler or ["ancestral"], args.steps or [subject.config.T]
+    if isinstance(texts, list) and (args.steps or args.sampler or args.temperature):
+        raise UserError("--steps, --sampler and --temperature are of no use for samples from a file")
+    if isinstance(subject.objective(), AutoRegressive):
+        if args.steps or args.sampler:
+            raise UserError(f"{subject.path} is autoregressive, one step per token: leave out --steps and --sampler")
+        samplers, steps = ["left_to_right"], [subject.seq_len]
     judge = open_judge(args.judge, device, dtype) if args.judge else None
     if judge and judge.meta and judge.meta.get("alphabet") not in (None, subject.meta.get("alphabet")):
         raise UserError(f"--judge {args.judge} has another alphabet than {subject.path}: its perplexities would mean "
                         "nothing; choose a judge trained on the same data")
-    rows = measure(subject, texts, judge, args.sampler, args.steps or [subject.config.T], args.temperature, args.seed,
-                 args.batch_size, device, dtype)
+    rows = measure(subject, texts, judge, samplers, steps, args.temperature or 1.0, args.seed, args.batch_size, device,
+                   dtype)
     columns = {"sampler": ("", ""), "steps": ("steps", "d"), "nfe": ("NFE", ".1f"),
                "judge_perplexity": ("perplexity", ".3f"), "judge_bits_per_char": ("bits/char", ".4f"),
                "judge_stderr_per_char": ("± s.e.", ".4f"), "unigram_entropy_bits": ("entropy", ".3f"),
@@ -255,9 +268,6 @@ def samples(subject, args, device, dtype, out):
     print(f"{rows[0]['n_samples']} samples{f', judged by {judge.name}' if judge else ''}; entropy: of a sample's "
           "tokens, bits; distinct-n and repetition-n: of words", file=out)
     table(rows, columns, out)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    write_text(path, "\n".join(",".join(str("" if row.get(key) is None else row[key]) for key in keys)
-                          for row in [dict(zip(keys, keys)), *rows]) + "\n")
     key, label = (("judge_perplexity", "perplexity to the judge") if judge else
                   ("unigram_entropy_bits", "unigram entropy, bits"))
     drawn = [row for row in rows if row["nfe"]]
@@ -266,4 +276,9 @@ def samples(subject, args, device, dtype, out):
                 {name: [(row["nfe"], row[key], 0) for row in drawn if row["sampler"] == name]
                  for name in dict.fromkeys(row["sampler"] for row in drawn)},
                 "network evaluations per sample", label, log_x=True, level=("real text", rows[-1][key]))
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, lines.getvalue())
     return {"samples": rows}

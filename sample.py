@@ -16,7 +16,7 @@ import torch
 from baselines import known_word_share
 from checkpoint import load_model
 from cli import (ArgumentParser, UserError, autocast, generator_on, number, pick_device, pick_dtype, progress, run,
-                 write_text)
+                 write_file)
 from data.loader import load_split
 from data.tokenizer import make_tokenizer
 from quality import Counted
@@ -30,8 +30,8 @@ def parse_args():
     p = ArgumentParser(description=__doc__)
     p.add_argument("checkpoint", help="a file, or a folder with ckpt.pt (nanoDD's ckpt.pt works as well)")
     p.add_argument("--batch_size", type=number(int, 1), default=1, help="number of samples (default 1)")
-    p.add_argument("--sampler", choices=SAMPLERS, default="ancestral", help="default: ancestral")
-    p.add_argument("--steps", type=number(int, 1), help="steps of the reverse chain (default: the config's T)")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: ancestral")
+    p.add_argument("--steps", type=number(int, 1, 10**6), help="steps of the reverse chain (default: the config's T)")
     p.add_argument("--temperature", type=number(float, 0.01, 100), default=1.0,
                    help="below 1: likelier tokens, less variety (default 1: the model's own law)")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same samples (default 0)")
@@ -96,8 +96,10 @@ def main():
     data_dir = args.data_dir or config.data_dir
     tokenizer = make_tokenizer(meta)
     objective = config.make_objective(meta["vocab_size"])
-    if args.steps and config.objective == "ar":
-        raise UserError("an autoregressive model takes one step per token: leave out --steps")
+    if config.objective == "ar" and (args.steps or args.sampler):
+        raise UserError("an autoregressive model takes one step per token: leave out --steps and --sampler")
+    if args.sampler == "first_hitting" and args.steps:
+        raise UserError("first_hitting has no grid of steps: leave out --steps")
     steps = args.steps or config.T
     if args.known_words:
         if meta["tokenizer"] != "char":
@@ -108,7 +110,7 @@ def main():
     denoiser = Counted(model)
     xt = torch.full((args.batch_size, config.seq_len), objective.mask_id, device=device)
     chain, steps = sampler_of(objective, denoiser, xt, steps, generator_on(device, args.seed), args.temperature,
-                              args.sampler)
+                              args.sampler or "ancestral")
     screen = Screen(objective.mask_id, tokenizer, steps) if args.show else None
     with autocast(device, pick_dtype(device, args.dtype)):
         for step, xt in enumerate(progress(chain, total=steps, desc="sampling", unit="step", leave=False,
@@ -128,7 +130,7 @@ def main():
     else:
         print("\n\n".join(texts))
     if args.out:
-        write_text(args.out, "".join(text + "\n" for text in texts))
+        write_file(args.out, "".join(text + "\n" for text in texts))
     print(f"{denoiser.nfe} network calls, {seconds:.1f} s, {xt.numel() / seconds:,.0f} tokens/s, seed {args.seed}",
           file=sys.stderr)
     if args.known_words:

@@ -11,10 +11,10 @@ import math
 import numpy as np
 import torch
 
-from cli import autocast, progress, table, write_text
+from cli import autocast, progress, table, write_file
 from data.loader import gather, windows
-from diffusion import D3PM, Noise
-from likelihood import mean_and_error, reveal
+from diffusion import Noise
+from likelihood import in_batches, mean_and_error, reveal
 from noise import repeated_uniforms, uniforms
 from plot import picture
 
@@ -36,7 +36,7 @@ def in_bits(rows, *keys):
 
 @torch.no_grad()
 def measure_curve(model, objective, tokens, starts, seq_len, batch_size, device, dtype, seed=0):
-    """Cross-entropy at a masked token, given the number k of masks in its window: [{k, rate, nats, stderr}].
+    """Cross-entropy at a masked token, given the number k of masks in its window: [{masks: k, mask_rate, ce, stderr}].
 
     Its mean over k = 1 ... L is the continuous-time bound (Absorbing.exact_k). A network that sees the time is told it
     as there.
@@ -44,22 +44,22 @@ def measure_curve(model, objective, tokens, starts, seq_len, batch_size, device,
     rows = []
     for k in progress(some_of(1, seq_len, 32), desc="mask rates", leave=False):
         nats = []
-        for chunk in torch.arange(len(starts)).split(batch_size):
-            _, v, _ = repeated_uniforms(seed, chunk.tolist(), len(starts), 1, seq_len)
+        for chunk in in_batches(starts, batch_size):
+            _, v, _ = repeated_uniforms(seed, chunk, len(starts), 1, seq_len)
             u = torch.full((len(chunk),), (k - 0.5) / seq_len, dtype=torch.float64)
             with autocast(device, dtype):
                 nats.append(objective.nelbo(model, gather(tokens, starts[chunk], seq_len).to(device),
                                             objective.exact_k(u, v[:, 0]).to(device)).cpu().double())
         mean, error = mean_and_error(torch.cat(nats))
-        rows.append(dict(masks=k, mask_rate=k / seq_len, nats=mean, stderr=error))
+        rows.append(dict(masks=k, mask_rate=k / seq_len, ce=mean, stderr=error))
     return rows
 
 
 def area(rows):
     """Mean of the curve over k = 1 ... L, interpolated linearly between the k that were measured: nats per token."""
     k = [row["masks"] for row in rows]
-    inner = sum((b["masks"] - a["masks"]) * (a["nats"] + b["nats"]) / 2 for a, b in zip(rows, rows[1:]))
-    return (inner + (rows[0]["nats"] + rows[-1]["nats"]) / 2) / k[-1]
+    inner = sum((b["masks"] - a["masks"]) * (a["ce"] + b["ce"]) / 2 for a, b in zip(rows, rows[1:]))
+    return (inner + (rows[0]["ce"] + rows[-1]["ce"]) / 2) / k[-1]
 
 
 def curve(subject, args, device, dtype, out):
@@ -67,20 +67,20 @@ def curve(subject, args, device, dtype, out):
     subject.masked_only("--curve")
     path = subject.output(args.out_dir, "curve.json")
     rows = in_bits(measure_curve(subject.model, subject.objective(), *subject.windows(args.batch_size, device, dtype),
-                                 args.seed), "nats", "stderr")
+                                 args.seed), "ce", "stderr")
     unit = subject.tokenizer.unit
     print(f"bits per masked {unit} on {subject.where}, {len(subject.starts):,} windows of {subject.seq_len}", file=out)
-    table(rows, {"masks": ("masks", "d"), "mask_rate": ("mask rate", ".3f"), "nats": (f"bits/{unit}", ".4f"),
+    table(rows, {"masks": ("masks", "d"), "mask_rate": ("mask rate", ".3f"), "ce": (f"bits/{unit}", ".4f"),
                  "stderr": ("± s.e.", ".4f")}, out)
     result = {"seq_len": subject.seq_len, "masks": [row["masks"] for row in rows],
-              "mask_rate": [row["mask_rate"] for row in rows], "bits_per_token": [row["nats"] for row in rows],
+              "mask_rate": [row["mask_rate"] for row in rows], "bits_per_token": [row["ce"] for row in rows],
               "stderr": [row["stderr"] for row in rows], "area": area(rows), "n_sequences": len(subject.starts),
               "dataset": subject.dataset, "split": None if args.text else args.split, "step": subject.step,
               "checkpoint": subject.path, "seed": args.seed}
     print(f"area under it: {result['area']:.4f} bits per {unit}, the continuous-time bound", file=out)
-    write_text(path, json.dumps(result) + "\n")
-    picture(path.with_suffix(".png"), {subject.path: [(row["mask_rate"], row["nats"], row["stderr"]) for row in rows]},
-            "mask rate", f"bits per masked {unit}")
+    series = {subject.path: [(row["mask_rate"], row["ce"], row["stderr"]) for row in rows]}
+    picture(path.with_suffix(".png"), series, "mask rate", f"bits per masked {unit}")
+    write_file(path, json.dumps(result) + "\n")
     return result
 
 
@@ -98,8 +98,8 @@ def measure_curse(model, objective, tokens, starts, seq_len, batch_size, device,
     """
     ks = sorted({2**i for i in range(seq_len.bit_length())} | {seq_len})
     prices = []  # of each batch: (3, len(ks), B)
-    for chunk in progress(torch.arange(len(starts)).split(batch_size), desc="revealing", leave=False):
-        _, v, _ = repeated_uniforms(seed, chunk.tolist(), len(starts), 1, seq_len)
+    for chunk in progress(in_batches(starts, batch_size), desc="revealing", leave=False):
+        _, v, _ = repeated_uniforms(seed, chunk, len(starts), 1, seq_len)
         x0, order = gather(tokens, starts[chunk], seq_len).to(device), v[:, 0].argsort(1).to(device)
         rows, at_once, each, size = torch.arange(len(x0), device=device), [], [], []
         with autocast(device, dtype):
@@ -137,8 +137,8 @@ def curse(subjects, args, device, dtype, out):
                        "step": subject.step, "rows": rows})
         series[f"{subject.path} ({subject.meta['tokenizer']})"] = [
             (row["characters"], row["gap"], row["stderr"]) for row in rows]
-    write_text(path, json.dumps(result) + "\n")
     picture(path.with_suffix(".png"), series, "characters predicted at once", "gap, bits per character", log_x=True)
+    write_file(path, json.dumps({"curse": result}) + "\n")
     return {"curse": result}
 
 
@@ -146,15 +146,16 @@ def curse(subjects, args, device, dtype, out):
 
 
 @torch.no_grad()
-def measure_variance(model, objective, tokens, starts, seq_len, batch_size, device, dtype, unigram, repeats, trials,
-                     seed=0):
+def measure_variance(model, objective, chain, tokens, starts, seq_len, batch_size, device, dtype, unigram, repeats,
+                     trials, seed=0):
     """The Monte-Carlo noise of ways to estimate the mean bound of the same windows with as many network calls each:
 
-    [{way, mean, stderr, variance}] over independent trials, nats per token (squared). The first way is nanoDD's: half
-    the calls for s uniform on 2 ... T with weight (T - 1)/s, half for the reconstruction term, s = 1. unigram: (V,),
-    the probability of each token, for the control variate.
+    [{way, mean, stderr, noise}] over independent trials, nats per token; noise: the standard deviation of one trial.
+    The first way is nanoDD's: half the calls for s uniform on 2 ... T with weight (T - 1)/s, half for the
+    reconstruction term, s = 1. chain: the D3PM whose T steps these are. unigram: (V,), the probability of each token,
+    for the control variate.
     """
-    n, L, T = len(starts), seq_len, getattr(objective, "T", 1000)
+    n, L = len(starts), seq_len
     x0 = gather(tokens, starts, L).repeat_interleave(repeats, 0)
     unigram_nats = -unigram.double().log()[x0]
     first_half = torch.arange(len(x0)) % 2 == 0
@@ -173,10 +174,10 @@ def measure_variance(model, objective, tokens, starts, seq_len, batch_size, devi
     def stratified_u(seed, j):
         return uniforms(seed, j, range(n), n, 1, stratified=True)[0]
 
-    def complementary(seed):  # the second mask of a pair is what the first one left
+    def complementary(seed):  # the second mask of a pair is what the first one left, and one token more
         u, v, w = stratified(seed)
-        u[:, 1::2], v[:, 1::2] = 1 - u[:, 0::2] + 1 / L, 1 - v[:, 0::2]
-        return u.clamp(max=1), v, w
+        u[:, 1::2], v[:, 1::2] = 1 - u[:, 0::2], 1 - v[:, 0::2]
+        return u.clamp(min=1e-12), v, w
 
     def dealt(seed):  # the masks of a window take turns, as cards are dealt from one shuffled deck
         u, v, w = stratified(seed)
@@ -184,7 +185,8 @@ def measure_variance(model, objective, tokens, starts, seq_len, batch_size, devi
         return u, 1 - (v[:, :1] + turn[..., None]) % 1, w
 
     def nanodd(u, v, w):
-        noise = D3PM(objective.mask_id, T).noise(torch.where(first_half, (1 + (T - 1) * u) / T, 1 / T), v)
+        T = chain.T
+        noise = chain.noise(torch.where(first_half, (1 + (T - 1) * u) / T, 1 / T), v)
         return noise._replace(weight=noise.weight * torch.where(first_half, 2 * (T - 1) / T, 2 / T))
 
     def small_k_often(u, v, w):  # P(k) about proportional to k^(-1/3), since single tokens are the noise
@@ -212,30 +214,31 @@ def measure_variance(model, objective, tokens, starts, seq_len, batch_size, devi
         "the same, less what a unigram model pays": (objective.exact_k, stratified, True),
         "the same, small k more often": (small_k_often, stratified, False),
         "continuous, stratified over repeats, too": (objective.continuous, stratified, False),
-        "t_step, stratified over repeats, too": (D3PM(objective.mask_id, T).t_step, stratified, False),
+        "t_step, stratified over repeats, too": (chain.t_step, stratified, False),
     }
     rows = []
     for name, way in progress(ways.items(), desc="ways", leave=False):
-        estimates = torch.stack([estimate(*way, trials * seed + trial) for trial in range(trials)])
+        estimates = torch.stack([estimate(*way, (trials * seed + trial) % 2**63) for trial in range(trials)])
         mean, error = mean_and_error(estimates)
-        rows.append(dict(way=name, mean=mean, stderr=error, variance=estimates.var().item()))
+        rows.append(dict(way=name, mean=mean, stderr=error, noise=estimates.std().item()))
     return rows
 
 
 def variance(subject, args, device, dtype, out):
     """The noise of several estimators with 64 network calls on 8 windows."""
     subject.masked_only("--variance")
+    n_trials = args.trials or 200
     subject = subject._replace(starts=windows(subject.tokens, subject.seq_len, 8))
     unigram = np.bincount(subject.tokens, minlength=subject.meta["vocab_size"]) + 1
-    rows = measure_variance(subject.model, subject.objective(), *subject.windows(64, device, dtype),
-                            torch.from_numpy(unigram / unigram.sum()), repeats=32 // len(subject.starts) * 2,
-                            trials=args.trials, seed=args.seed)
-    rows = in_bits(rows, "mean", "stderr")
+    rows = measure_variance(subject.model, subject.objective(), subject.objective("t_step"),
+                            *subject.windows(64, device, dtype), torch.from_numpy(unigram / unigram.sum()),
+                            repeats=32 // len(subject.starts) * 2, trials=n_trials, seed=args.seed)
+    rows = in_bits(rows, "mean", "stderr", "noise")
     for row in rows:
-        row["error"] = math.sqrt(row["variance"]) / math.log(2)
-        row["ratio"] = rows[0]["variance"] / row["variance"]
-    print(f"64 network calls on {len(subject.starts)} windows of {subject.seq_len} of {subject.where}, {args.trials} "
-          f"trials each; a ratio is known to {200 / math.sqrt(args.trials):.0f} %", file=out)
+        row["variance_ratio"] = (rows[0]["noise"] / row["noise"]) ** 2 if row["noise"] else None
+    n_calls = 32 // len(subject.starts) * 2 * len(subject.starts)
+    print(f"{n_calls} network calls on {len(subject.starts)} windows of {subject.seq_len} of {subject.where}, "
+          f"{n_trials} trials each; a ratio is known to {200 / math.sqrt(n_trials):.0f} %", file=out)
     table(rows, {"way": ("estimator", ""), "mean": ("mean, bits", ".4f"), "stderr": ("± s.e.", ".4f"),
-                 "error": ("noise, bits", ".4f"), "ratio": ("variance 1/", ".1f")}, out)
+                 "noise": ("noise, bits", ".4f"), "variance_ratio": ("variance 1/", ".1f")}, out)
     return {"variance": rows}

@@ -67,7 +67,7 @@ def test_estimators(call, data_dir, trained):
     assert score("--estimator=t_step")["estimator"] == "T-step bound, T = 50"
     assert default["perplexity"] == pytest.approx(2 ** default["bits_per_token"])
     assert default["bits_per_char"] == default["bits_per_byte"] == default["bits_per_token"]
-    checked = score("--check", "--repeats=4")["check"]
+    checked = score("--check", "--seq_len=8")["check"]
     assert checked["agree"] and abs(checked["difference"]) < 4 * checked["stderr"]
     for order in ("l2r", "random", "confidence"):
         assert score(f"--order={order}")["estimator"] == f"negative log-likelihood, order {order}"
@@ -79,9 +79,9 @@ def test_failed_check(call, data_dir, trained, monkeypatch):
     import diffusion
     exact_k = diffusion.Absorbing.exact_k
     monkeypatch.setattr(diffusion.MDLM, "exact_k", lambda self, u, v, w=None: exact_k(self, 0.5 + u / 2, v))
-    result = call("evaluate.py", trained, "--check", "--data_dir", data_dir)
+    result = call("evaluate.py", trained, "--check", "--seq_len=8", "--data_dir", data_dir)
     assert result.code == 1 and "they DISAGREE" in result.out
-    result = call("evaluate.py", trained, "--check", "--json", "--data_dir", data_dir)
+    result = call("evaluate.py", trained, "--check", "--json", "--seq_len=8", "--data_dir", data_dir)
     assert result.code == 1 and json.loads(result.out)["check"]["agree"] is False
 
 
@@ -113,8 +113,13 @@ def test_studies(call, data_dir, trained, tmp_path):
     for name in ("curve.png", "curse.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     assert {path.name for path in tmp_path.iterdir()} == {"curve.json", "curve.png", "curse.json", "curse.png"}
-    rows = json.loads(go("--variance", "--trials=10", "--json").out)["variance"]
-    assert rows[0]["ratio"] == 1 and all(0 < row["variance"] for row in rows) and len(rows) >= 8
+    rows = json.loads(call("evaluate.py", trained, "--variance", "--trials=10", "--json", "--data_dir", data_dir).out)
+    assert len(rows["variance"]) >= 8 and rows["variance"][0]["variance_ratio"] == 1
+    assert all(row["noise"] > 0 for row in rows["variance"])
+    one = go("--curve", "--json", "--n_tokens=1")  # one window has no standard error, and JSON no NaN
+    assert set(json.loads(one.out)["stderr"]) == {None}
+    assert json.loads(go("--curse", "--json", "--n_tokens=1").out)["curse"][0]["n_sequences"] == 1
+    assert json.loads(go("--json", "--n_tokens=1").out)["stderr"] is None and "(n = 1)" in go("--n_tokens=1").out
 
 
 @pytest.mark.parametrize("objective, config", [("ar", "ar_text8"), ("mdlm", "mdlm_text8")])
@@ -189,7 +194,7 @@ def test_autoregressive(call, data_dir, tmp_path):
     assert again["bits_per_token"] == pytest.approx(scored["bits_per_token"], rel=1e-6)  # there is no noise in it
     sampled = json.loads(call("sample.py", out, "--json", "--batch_size=2").out)
     assert sampled["nfe"] == sampled["steps"] == 32 and sampled["sampler"] == "left_to_right"
-    assert json.loads(call("evaluate.py", out, "--check", "--json").out)["check"]["agree"]
+    assert json.loads(call("evaluate.py", out, "--check", "--json", "--seq_len=8").out)["check"]["agree"]
     for flag, words in (("--curve", "autoregressive"), ("--curse", "autoregressive"), ("--T=5", "is exact"),
                         ("--estimator=exact_k", "is exact"), ("--order=random", "knows one order")):
         assert_one_line(call("evaluate.py", out, flag), words)
@@ -306,7 +311,9 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     assert_one_line(go("--text", tmp_path / "short.txt"), "9 tokens, fewer than one window of 32", "--seq_len=9")
     assert_one_line(go("--text", tmp_path / "none.txt"), "none.txt")
     assert_one_line(go("--seq_len=64"), "longer than the 32 tokens")
-    assert_one_line(go("--n_tokens=32", "--check"), "at least two windows")
+    assert_one_line(go("--n_tokens=64", "--check"), "at least 30 windows, and here are 2")
+    assert_one_line(go("--trials=5"), "--trials goes with --variance")
+    assert_one_line(go("--n_tokens=1" + "0" * 400), "is outside")
     assert_one_line(go("--check", "--order=l2r"), "not allowed with")
     assert_one_line(go("--order=l2r", "--repeats=2"), "has no noise")
     assert_one_line(go("--estimator=exact_k", "--T=5"), "--T belongs to the T-step bound")
@@ -371,7 +378,7 @@ def readme_commands():
     """Every line of a shell block of the README that runs a script of this repository, from the script on."""
     text = (ROOT / "README.md").read_text()
     lines = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)).replace("\\\n", " ").splitlines()
-    lines = [re.sub(r"\s+(#|\|\|).*", "", line) for line in lines if not line.startswith("#")]
+    lines = [re.sub(r"\s+(#|\|\||>).*", "", line) for line in lines if not line.startswith("#")]
     return [match[0].split() for line in lines if (match := re.search(r"(data/)?\w+\.py( .*)?$", line))]
 
 

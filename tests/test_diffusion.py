@@ -238,6 +238,14 @@ def test_exact_k_tells_the_time_of_the_kth_mask():
     assert t.var().item() == pytest.approx(k * (L - k + 1) / (L + 1) ** 2 / (L + 2), rel=0.05)
 
 
+def test_d3pm_tells_steps():
+    """A share of masks of s/T is step s for every s, however it is rounded; what lies between belongs to the next."""
+    objective = D3PM(MASK, 1000)
+    rates = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    assert (objective.time(rates) * 1000).round().tolist() == list(range(1, 1001))
+    assert (objective.time(torch.tensor([1e-9, 0.0011])) * 1000).round().tolist() == [1, 2]
+
+
 def test_low_variance_has_lower_variance():
     """Of the two estimators of the same T-step bound, the one for reports varies less, by far at many steps."""
     model, n, steps = world.random_denoiser(3, sees_time=False), 20_000, 1000

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import checkpoint
 from cli import UserError
 from commands import assert_one_line, train
 from quality import Judge, TransformersJudge, distinct, judged, open_judge, read_samples, repetition, unigram_entropy
@@ -42,7 +43,7 @@ def test_distinct_and_repetition():
     assert distinct(texts, 1) == pytest.approx(5 / 10)
     assert distinct(texts, 2) == pytest.approx(5 / 8)      # ab ba bc cd de
     assert repetition(texts, 2) == pytest.approx(2 / 8)    # ab and ba once more, in the first
-    assert repetition(["a b", "a b"], 2) == 0 and distinct(["", "x"], 2) == 0
+    assert repetition(["a b", "a b"], 2) == 0 and distinct(["", "x"], 2) is repetition(["", "x"], 2) is None
 
 
 # ---- judges ----------------------------------------------------------------------------------------------------------
@@ -156,13 +157,27 @@ def test_bad_samples(call, trained, ar, data_dir, tmp_path):
     assert_one_line(go("--samples", tmp_path / "empty.txt"), "no samples in it")
     assert_one_line(go("--samples", tmp_path / "bad.json"), "looks like JSON")
     assert_one_line(go("--samples", tmp_path / "latin.txt"), "not UTF-8")
+    (tmp_path / "surrogate.json").write_text('{"samples": [{"text": "\\ud800 a"}]}')
+    assert_one_line(go("--samples", tmp_path / "surrogate.json"), "looks like JSON")
     assert_one_line(go("--samples", "0"), "at least one")
+    assert_one_line(go("--samples", "\u00b2"), "neither a number nor a file")
+    assert_one_line(go("--samples", "2", "--text", tmp_path / "bad.json"), "leave out --text")
+    assert_one_line(go("--judge", ar, "--steps=3"), "go with --samples")
+    assert_one_line(call("evaluate.py", ar, "--samples=2", "--steps=3", "--data_dir", data_dir), "one step per token")
+    assert_one_line(call("sample.py", ar, "--sampler=topk"), "one step per token")
+    assert_one_line(call("sample.py", trained, "--sampler=first_hitting", "--steps=3"), "no grid of steps")
+    broken = torch.load(trained / "ckpt.pt", weights_only=True)
+    broken["ema"]["embed.weight"][:] = math.nan
+    broken.pop("sha256")
+    checkpoint.save(tmp_path / "broken.pt", broken)
+    assert_one_line(call("evaluate.py", tmp_path / "broken.pt", "--json", "--data_dir", data_dir), "no finite")
     assert_one_line(go("--samples", "2", "--judge", trained), "is no judge: its objective is mdlm")
     assert_one_line(go("--samples", "2", "--judge", "hf://" + str(tmp_path)), "cannot be loaded as a causal language")
     assert_one_line(go("--samples", "2", "--sampler=best"), "'best' is none of ancestral")
     assert_one_line(go("--samples", "2", "--steps=4,x"), "'x' is not an integer")
     assert_one_line(go("--samples", "2", "--out_dir", tmp_path / "nowhere"), "is no folder")
     (tmp_path / "strange.txt").write_text("Ünknown letters\n")
+    assert_one_line(go("--samples", tmp_path / "strange.txt", "--steps=3"), "of no use for samples from a file")
     assert_one_line(go("--samples", tmp_path / "strange.txt"), "not in the alphabet")
 
     (tmp_path / "text.txt").write_text("ABC abc " * 200)
