@@ -211,6 +211,21 @@ def test_confidence_order_by_hand():
     assert L * chain_rule(model, MDLM(MASK), x0, "confidence").item() == pytest.approx(nats, rel=1e-5)
 
 
+@pytest.mark.parametrize("objective", [MDLM(MASK, "cosine"), D3PM(MASK, 9)], ids=["mdlm", "d3pm"])
+def test_orders_tell_the_share_of_masks(objective):
+    """With k of L tokens masked a network is told the time at which a share k/L is expected to be."""
+    told = []
+
+    def model(xt, t, where):
+        told.append(set(t.tolist()))
+        assert ((xt == MASK).sum(1) == L + 1 - len(told)).all()
+        return torch.zeros(int(where.sum()), V)
+
+    chain_rule(model, objective, SEQUENCES, "l2r")
+    expected = objective.time(torch.tensor([3, 2, 1], dtype=torch.float64) / L).tolist()
+    assert told == [{t} for t in expected] and expected[0] == 1 and expected[2] < expected[1] < 1
+
+
 def test_random_orders_average_to_the_bound():
     """The mean over all orders of the chain rule is the exact-k bound (ARDM): the same number by another road."""
     model = world.random_denoiser(6, False)
