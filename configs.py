@@ -73,8 +73,10 @@ class Config:
     batch_size: int = setting(1024, "sequences per optimiser step, over all GPUs")
     micro_batch_size: int = setting(256, "most sequences on one GPU at a time; accumulation follows", same_run=False)
     max_steps: int = setting(500_000, "optimiser steps")
-    lr: float = setting(1e-3, "peak learning rate of AdamW")
-    min_lr: float = setting(1e-5, "learning rate at max_steps, after a cosine")
+    optimizer: str = setting("adamw", "adamw for all, or muon (muon.py) for the blocks' matrices", ("adamw", "muon"))
+    lr: float = setting(1e-3, "peak learning rate")
+    min_lr: float = setting(1e-5, "learning rate at max_steps")
+    lr_decay: str = setting("cosine", "how the learning rate falls to min_lr", ("cosine", "linear"))
     warmup_steps: int = setting(2500, "steps of linear warm-up")
     beta1: float = setting(0.9, "AdamW's first decay rate")
     beta2: float = setting(0.98, "AdamW's second decay rate")
@@ -154,6 +156,8 @@ class Config:
             raise UserError("architecture=tiny_diffusion needs conditioning=step, noise=mask and dropout=0, and knows "
                             "neither objective=ar nor the settings tied, head_bias, norm_bias, shift_tokens and "
                             "checkpoint_blocks")
+        if self.optimizer == "muon" and (self.architecture != "dit" or self.fsdp):
+            raise UserError("optimizer=muon is for architecture=dit, and needs whole matrices: not with --fsdp")
         if self.objective == "ar" and self.conditioning != "none":
             raise UserError("objective=ar has no time: use conditioning=none with it")
 
@@ -368,12 +372,15 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def from_command_line(script, description, add_arguments):
-    """(config name, Config, other arguments): CONFIG, a flag for each field of Config, and what add_arguments adds."""
+def from_command_line(script, description, add_arguments, several=False):
+    """(config name, Config, other arguments): CONFIG, a flag for each field of Config, and what add_arguments adds.
+
+    several: ([(config name, Config), ...], other arguments).
+    """
     chosen = next((CONFIGS[word]() for word in sys.argv[1:] if word in CONFIGS), Config())
     listing = "configs:\n" + "\n".join(f"  {name:24} {inspect.getdoc(CONFIGS[name])}" for name in CONFIGS)
     p = ArgumentParser(usage=f"python {script} CONFIG [--key=value ...]", description=description, epilog=listing)
-    p.add_argument("config", nargs="?", metavar="CONFIG", help="one of the configs below")
+    p.add_argument("config", nargs="*", metavar="CONFIG", help="one of the configs below")
     add_arguments(p)
     for field in dataclasses.fields(Config):
         kind, choices = field.type.__name__, field.metadata["choices"]
@@ -387,9 +394,13 @@ def from_command_line(script, description, add_arguments):
         print(f"usage: {p.usage}, --help lists the keys\n\n{listing}")
         sys.exit(0)
     args = p.parse_args()
-    if args.config is None:
+    if not args.config:
         raise UserError("name a config first, one of " + ", ".join(CONFIGS))
-    if args.config not in CONFIGS:
-        raise UserError(f"unknown config {args.config!r}: choose one of {', '.join(CONFIGS)}")
+    for name in args.config:
+        if name not in CONFIGS:
+            raise UserError(f"unknown config {name!r}: choose one of {', '.join(CONFIGS)}")
+    if len(args.config) > 1 and not several:
+        raise UserError(f"one config at a time, not {' and '.join(args.config)}")
     overrides = {key: value for key, value in vars(args).items() if key in Config.__dataclass_fields__}
-    return args.config, replace(CONFIGS[args.config](), **overrides), args
+    configs = [(name, replace(CONFIGS[name](), **overrides)) for name in args.config]
+    return (configs, args) if several else (*configs[0], args)

@@ -190,12 +190,15 @@ class DiT(nn.Module):
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
+    def matrices(self):
+        """The matrices of the blocks, without those of the time conditioning."""
+        return [m.weight for b in self.blocks for m in (b.qkv, b.attn_out, b.mlp_in, b.mlp_out)]
+
     def flops(self, seq_len, predicted=1.0):
         """Floating-point operations of a training step per token: 2 per weight forward, 4 backward, and attention's.
 
         predicted: the share of tokens that the head runs on. Recomputed activations do not count (PaLM,
         arXiv 2204.02311, appendix B), nor do normalisation and time embedding.
         """
-        matrices = [m.weight for b in self.blocks for m in (b.qkv, b.attn_out, b.mlp_in, b.mlp_out)]
-        weights = sum(w.numel() for w in matrices) + predicted * self.vocab_size * self.embed.embedding_dim
+        weights = sum(w.numel() for w in self.matrices()) + predicted * self.vocab_size * self.embed.embedding_dim
         return 6 * weights + 12 * len(self.blocks) * seq_len * self.embed.embedding_dim

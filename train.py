@@ -28,6 +28,7 @@ from data.tokenizer import make_tokenizer
 from diffusion import to_device
 from likelihood import bound, by_rate, mean_and_error
 from log import Log
+from muon import Muon
 from noise import give_prefix, prefix_lengths, rng, uniforms
 from parallel import on_main, together
 from sampling import plain
@@ -60,20 +61,23 @@ class EMA:
             self.model.train()
 
 
-def make_optimizer(model, cfg, device):
-    """AdamW; weight decay on matrices and embeddings only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
+def make_optimizers(model, cfg, device, dtype):
+    """[AdamW], or [AdamW, Muon] where Muon has the blocks' matrices. Weight decay on matrices and embeddings only."""
+    muon = model.matrices() if cfg.optimizer == "muon" else []
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
+    return [adamw, Muon(muon, cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype)] if muon else [adamw]
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up to lr, then a cosine that reaches min_lr at max_steps."""
+    """Linear warm-up to lr, then a cosine or a line that reaches min_lr at max_steps."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    left = 1 - done if cfg.lr_decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 
 
 def share_of_batch(cfg, world):
@@ -114,30 +118,34 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, p
         yield list(zip(x0.split(micro), noise.split(micro)))
 
 
-def train_step(net, objective, parts, optimizer, cfg, device, dtype):
+def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambda part: None):
     """One optimiser step on the batch in `parts`, this process's share.
 
     Returns the bound in nats per token and the gradient norm, of the whole batch, and whether one of them is not
     finite: then weights and optimiser state stay as they were. All are tensors: nothing here waits for a CUDA GPU.
+    mark: called with the name of what has just been done, for bench.py's stopwatch.
     """
     nats = torch.zeros((), device=device)
     for i, (x0, noise) in enumerate(parts):
         parallel.average_gradients(net, i == len(parts) - 1)
         with autocast(device, dtype):
             loss, nelbo = objective.loss(net, to_device(x0, device), noise.to(device))
+        mark("loss")
         (loss / len(parts)).backward()
+        mark("backward")
         nats += nelbo.mean() / len(parts)
     nats = parallel.total(nats) / parallel.world
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
     if hasattr(norm, "full_tensor"):  # FSDP
         norm = norm.full_tensor()
     bad = ~(nats.isfinite() & norm.isfinite())
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = bad.float()  # has it do nothing, decided on the device, as torch.amp.GradScaler does
-        optimizer.step()
-    elif not bad:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = bad.float()  # has it do nothing, decided on the device, as torch.amp.GradScaler does
+            optimizer.step()
+        elif not bad:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return nats, norm, bad
 
 
@@ -152,28 +160,36 @@ def flops_per_token(model, objective, cfg):
 # ---- a run's state -------------------------------------------------------------------------------------------------
 
 
-def state_of(model, ema, optimizer=None):
+def states(optimizers):
+    """{parameter: its state} of all of them; Muon and AdamW share the parameters out."""
+    return {p: optimizer.state[p] for optimizer in optimizers for group in optimizer.param_groups
+            for p in group["params"]}
+
+
+def state_of(model, ema, optimizers=()):
     """Weights, averages and optimiser state for a checkpoint, collected in the main process. Called by all."""
     parameters = dict(model.named_parameters())
     state = {"model": {name: parallel.whole(p) for name, p in parameters.items()},
              "ema": {name: parallel.whole(average) for name, average in zip(parameters, ema.average)}}
-    if optimizer:
-        state["optimizer"] = {name: {key: parallel.whole(value) for key, value in optimizer.state[p].items()}
+    if optimizers:
+        moments = states(optimizers)
+        state["optimizer"] = {name: {key: parallel.whole(value) for key, value in moments[p].items()}
                               for name, p in parameters.items()}
     return state
 
 
-def restore(state, model, ema, optimizer):
+def restore(state, model, ema, optimizers):
     """Copy what state_of collected, in the main process, back into all processes."""
     shapes = on_main(lambda: {name: {key: value.shape for key, value in entries.items()}
                               for name, entries in state["optimizer"].items()})
+    moments = states(optimizers)
     for (name, p), average in zip(model.named_parameters(), ema.average):
         parallel.copy_from_main(p, state and state["model"][name])
         parallel.copy_from_main(average, state and state["ema"][name])
         for key, shape in shapes[name].items():  # moments are shaped, and shared out, as their parameter is
             value = torch.zeros_like(p) if shape == p.shape else torch.zeros(shape, device=p.device)
             parallel.copy_from_main(value, state and state["optimizer"][name][key])
-            optimizer.state[p][key] = value
+            moments[p][key] = value
 
 
 def count(tally, nats, bad):
@@ -239,12 +255,12 @@ def main():
     if copied:
         for key, p in model.named_parameters():
             parallel.copy_from_main(p, source and source[key])
-    optimizer, ema = make_optimizer(model, cfg, device), EMA(model, cfg.ema_decay)
+    optimizers, ema = make_optimizers(model, cfg, device, dtype), EMA(model, cfg.ema_decay)
     step, best_val, tally, wandb_id = 0, math.inf, torch.zeros(5), None
     if resumed:
         step, best_val, tally, wandb_id = on_main(
             lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
-        restore(payload, model, ema, optimizer)
+        restore(payload, model, ema, optimizers)
         ema.updates = step
     payload = source = None  # gigabytes
     tally = tally.to(device)
@@ -284,7 +300,7 @@ def main():
         return tokenizer.decode(state.xt[0].tolist())
 
     def save(filename, to_resume):
-        state = state_of(model, ema, optimizer if to_resume else None)
+        state = state_of(model, ema, optimizers if to_resume else ())
 
         def write():
             if not all(weights.isfinite().all() for kind in ("model", "ema") for weights in state[kind].values()):
@@ -310,11 +326,11 @@ def main():
     logged, clock = step, time.perf_counter()           # at the last log line
     model.train()
     for parts in stream:
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(step, cfg)
         if cfg.dropout:  # dropout, too, is a function of (seed, step)
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
-        nats, norm, bad = train_step(net, objective, parts, optimizer, cfg, device, dtype)
+        nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype)
         ema.update()
         tally = count(tally, nats, bad)
         step += 1

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cli import matmul_peak
-from configs import Config
+from configs import Config, replace
 from diffusion import MDLM
 from noise import uniforms
-from train import EMA, learning_rate, make_optimizer, train_step
+from train import EMA, learning_rate, make_optimizers, train_step
 
 CFG = Config(n_layer=1, n_head=2, n_embd=16, n_cond=8, seq_len=8, max_steps=110, warmup_steps=10, lr=1.0, min_lr=0.1)
 
@@ -41,15 +41,17 @@ def test_ema_is_applied_and_taken_back():
 
 
 def test_learning_rate():
-    """Linear warm-up, the peak, half-way down the cosine, and min_lr at the end."""
-    rates = [learning_rate(step, CFG) for step in (0, 4, 9, 10, 60, 110)]
-    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55, 0.1])
+    """Linear warm-up, the peak, a quarter and half of the way down the cosine or the line, and min_lr at the end."""
+    rates = lambda **change: [learning_rate(step, replace(CFG, **change)) for step in (0, 4, 9, 10, 35, 60, 110)]
+    assert rates() == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1])
+    assert rates(lr_decay="linear") == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.775, 0.55, 0.1])
 
 
 def test_decay_on_matrices_only():
     """Every parameter is in one group; embeddings and matrices decay, gains and biases do not."""
     model = CFG.make_model(5)
-    decayed, free = make_optimizer(model, CFG, torch.device("cpu")).param_groups
+    [adamw] = make_optimizers(model, CFG, torch.device("cpu"), torch.float32)
+    decayed, free = adamw.param_groups
     assert decayed["weight_decay"] == CFG.weight_decay and free["weight_decay"] == 0
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in free["params"]} == {1}
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
@@ -68,7 +70,7 @@ def test_clipping(grad_clip):
     model.zero_grad()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
-    nats, reported, bad = train_step(model, objective, [(x0, noise)], optimizer, cfg, torch.device("cpu"),
+    nats, reported, bad = train_step(model, objective, [(x0, noise)], [optimizer], cfg, torch.device("cpu"),
                                      torch.float32)
     scale = min(1.0, grad_clip / norm) if grad_clip else 1.0
     for p, old, gradient in zip(model.parameters(), before, gradients):
@@ -87,7 +89,8 @@ def test_a_bad_step_is_skipped_by_any_optimizer(fused):
     weights = lambda: [p.detach().clone() for p in model.parameters()]
     before = weights()
     for draw, skipped in ((spoilt, True), (noise, False), (spoilt, True)):
-        *_, bad = train_step(model, objective, [(x0, draw)], optimizer, CFG, torch.device("cpu"), torch.float32)
+        *_, bad = train_step(model, objective, [(x0, draw)], [optimizer], CFG, torch.device("cpu"),
+                             torch.float32)
         after = weights()
         assert bool(bad) == skipped == all(torch.equal(a, b) for a, b in zip(before, after))
         before = after
