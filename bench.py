@@ -1,86 +1,278 @@
-"""Training throughput and sampling time of a config, or the memory that it needs, on random tokens: no data needed.
+"""Training throughput, memory and sampling time of configs, on random tokens: no data needed.
 
-    python bench.py demo
-    python bench.py d3pm_text8 --batch_size=8 --micro_batch_size=8 --repeats 5
-    python bench.py d3pm_text8_8gpu --memory
-    python bench.py demo --samplers --repeats 3       # against the naive sampler, and the work outside the network
+    python bench.py demo                                  where a step's time goes, and what of the machine is used
+    python bench.py demo mdlm_demo --repeats 5            several, in alternation
+    python bench.py d3pm_text8 --compare naive            against D3PM as one writes it first (textbook.py)
+    python bench.py demo --scaling scaling.png            cost per token by size, length and batch
+    python bench.py demo --samplers                       the samplers, against the naive one
+    python bench.py --estimate d3pm_text8_8gpu --gpu h100 memory and days of a run somewhere else
 
-Medians over the repeats after a warm-up; the last line is JSON.
+All that is compared runs in alternation in one process; medians over the repeats after a warm-up; the last line is
+JSON.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import torch
 
 import configs
-from cli import (UserError, autocast, device_name, generator_on, number, pick_device, pick_dtype, progress, run,
-                 synchronize, table)
+import parallel
+import textbook
+from cli import (UserError, autocast, device_name, generator_on, matmul_peak, number, pick_device, pick_dtype, progress,
+                 run, synchronize, table)
+from configs import replace
+from data.loader import prefetch
 from data.tokenizer import KNOWN
+from diffusion import D3PM
 from draw import Counted
+from estimate import GPUS, estimate
 from sampling import Settings, plain, schedule_grid
-from train import EMA, batches, make_optimizer, share_of_batch, train_step
+from train import EMA, batches, flops_per_token, make_optimizers, share_of_batch, train_step
 
 
 def add_arguments(parser):
     parser.add_argument("--repeats", type=number(int, 1), default=10,
                         help="timed optimiser steps, and samples (default 10)")
-    parser.add_argument("--memory", action="store_true",
-                        help="count the bytes that training needs on one GPU, instead of timing anything")
+    parser.add_argument("--compare", choices=("naive",), help="also time D3PM as one writes it first: float32, eager, "
+                        "with full posteriors; lambda_ce is 0 then")
+    parser.add_argument("--scaling", metavar="PNG", help="a table and a plot of the cost per token, instead")
     parser.add_argument("--samplers", action="store_true", help="compare the samplers, batches of 8, instead")
     parser.add_argument("--first", type=number(int, 1), help="with --samplers: only the first so many steps of each")
+    parser.add_argument("--estimate", action="store_true", help="predict memory and days, instead of timing anything")
+    parser.add_argument("--gpu", default="h100", help=f"with --estimate: {', '.join(GPUS)} (default h100)")
+    parser.add_argument("--gpus", type=number(int, 1), help="with --estimate: how many (default: as the config's name "
+                        "says, or 1)")
+    parser.add_argument("--mfu", type=number(float, 1e-3, 1), default=0.4,
+                        help="with --estimate: the utilisation to assume (default 0.4)")
     parser.add_argument("--vocab_size", type=number(int, 2), help="default: that of the config's data set, or 27")
 
 
-def seconds_of(function, repeats, device, label):
-    """Median wall time of function() over the repeats, after one call to warm up (and compile)."""
-    times = []
-    for i in progress(range(repeats + 1), desc=label, leave=False):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
-def kept_bytes(model, objective, cfg, n, device, dtype):
-    """What autograd keeps of n sequences between the forward and the backward pass, half of the tokens masked.
+class Training:
+    """A run as train.py has it between two log lines."""
 
-    Returns bytes: each storage once, the parameters not at all.
-    """
-    storages, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    def __init__(self, name, cfg, vocab_size, device, dtype):
+        self.name, self.cfg, self.device, self.dtype = name, replace(cfg, max_steps=10**9), device, dtype
+        self.vocab_size = vocab_size
+        torch.manual_seed(cfg.seed)
+        self.model, self.objective = cfg.make_model(vocab_size), cfg.make_objective(vocab_size)
+        self.flops = flops_per_token(self.model, self.objective, cfg)
+        self.compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+        self.net = parallel.spread(self.model, device, False, self.compiled)
+        self.optimizers, self.ema = make_optimizers(self.model, cfg, device, dtype), EMA(self.model, cfg.ema_decay)
+        self.stream = self.batches(self.objective)
 
-    def keep(x):
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+    def batches(self, objective):
+        local, micro = share_of_batch(self.cfg, 1)
+        tokens = np.random.default_rng(0).integers(0, self.vocab_size, 100 * self.cfg.seq_len)
+        return prefetch(batches(tokens, objective, self.cfg, 0, range(local), micro, self.device.type == "cuda"))
 
-    x0 = torch.randint(model.vocab_size, (n, cfg.seq_len), device=device)
-    half = torch.full((n,), 0.5, dtype=torch.float64)
-    noise = objective.noise(half, torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype):
-        loss, _ = objective.loss(model, x0, noise)
-    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+    def step(self, mark=lambda part: None):
+        parts = next(self.stream)
+        mark("data")
+        train_step(self.net, self.objective, parts, self.optimizers, self.cfg, self.device, self.dtype, mark)
+        self.ema.update()
+        mark("optimiser")
 
 
-def memory(name, cfg, model, objective, device, dtype):
-    """Print what training needs on one GPU with DDP, without torch.compile, which keeps less."""
-    micro = min(cfg.micro_batch_size, cfg.batch_size)
-    one, two = (kept_bytes(model, objective, cfg, n, device, dtype) for n in (1, 2))
-    weights = 4 * model.n_params()
-    result = {
-        "config": name, "parameters": model.n_params(), "dtype": str(dtype).removeprefix("torch."),
-        "weights_gradients_adam_average_bytes": 5 * weights, "activation_bytes_per_sequence": two - one,
-        "micro_batch_size": micro, "total_bytes": 5 * weights + 2 * one - two + micro * (two - one),
+class Naive(Training):
+    """The same network trained as in textbook.py."""
+
+    def __init__(self, name, cfg, vocab_size, device, dtype):
+        super().__init__(name, replace(cfg, compile=False, optimizer="adamw"), vocab_size, device, torch.float32)
+        self.stream.close()
+        self.stream = self.batches(D3PM(vocab_size, cfg.T))
+        self.optimizers = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+    def step(self, mark=None):
+        parts = [(x0.to(self.device), noise.to(self.device)) for x0, noise in next(self.stream)]
+        textbook.train_step(self.model, parts, self.cfg.T, self.vocab_size, self.optimizers, self.cfg.grad_clip)
+
+
+def timed(function, device):
+    """Seconds of a call."""
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def split(training):
+    """Shares of one step's time: {data, forward, loss, backward, optimiser}. The device is waited for after each."""
+    seconds, last = Counter(), time.perf_counter()
+
+    def mark(part):
+        nonlocal last
+        synchronize(training.device)
+        now = time.perf_counter()
+        seconds[part] += now - last
+        last = now
+
+    hooks = [training.model.register_forward_pre_hook(lambda *_: mark("loss")),
+             training.model.register_forward_hook(lambda *_: mark("forward"))]
+    training.step(mark)
+    for hook in hooks:
+        hook.remove()
+    return {part: seconds[part] / seconds.total() for part in ("data", "forward", "loss", "backward", "optimiser")}
+
+
+@contextlib.contextmanager
+def without_stderr():
+    """torch's profiler writes to it from C++, whatever its log level is."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def activation_bytes(training):
+    """The most memory that a step takes at a time, beside weights, gradients, averages and moments; None on mps."""
+    gradients = sum(p.numel() * p.element_size() for p in training.model.parameters())
+    if training.device.type == "cuda":
+        before = torch.cuda.memory_allocated(training.device)
+        torch.cuda.reset_peak_memory_stats(training.device)
+        training.step()
+        return torch.cuda.max_memory_allocated(training.device) - before - gradients
+    if training.device.type != "cpu":
+        return None
+    with without_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                                  profile_memory=True) as profile:
+        training.step()
+    events = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
+                    if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in events)) - gradients
+
+
+def sampling(training, repeats):
+    """(seconds, network calls) of a text drawn as training does for its log."""
+    denoiser = Counted(training.model.eval())
+
+    def sample():
+        xt = torch.full((1, training.cfg.seq_len), training.vocab_size, device=training.device)
+        with autocast(training.device, training.dtype), torch.compiler.set_stance("force_eager"):
+            for _ in plain(training.cfg)(training.objective, denoiser, xt, generator_on(training.device, 0)):
+                pass
+
+    seconds = [timed(sample, training.device) for _ in progress(range(repeats + 1), desc="sampling", leave=False)]
+    return statistics.median(seconds[1:]), denoiser.nfe // (repeats + 1)
+
+
+def throughput(trainings, repeats, compare):
+    """Print what training, and a sample, take; with `compare` the trainings come in pairs, ours and the naive one."""
+    device, dtype = trainings[0].device, trainings[0].dtype
+    seconds, peaks, shares = {training: [] for training in trainings}, [], {training: [] for training in trainings}
+    for repeat in progress(range(-2, repeats), desc="training", leave=False):  # two to warm up, and compile
+        peaks.append(matmul_peak(device, dtype))
+        for training in trainings:
+            taken = timed(training.step, device)
+            if repeat >= 0:
+                seconds[training].append(taken)
+                if not isinstance(training, Naive):
+                    shares[training].append(split(training))
+    rows = []
+    for training in trainings:
+        cfg, step = training.cfg, statistics.median(seconds[training])
+        rate = cfg.batch_size * cfg.seq_len / step
+        row = {"config": training.name, "parameters": training.model.n_params(), "batch_size": cfg.batch_size,
+               "seq_len": cfg.seq_len, "vocab_size": training.vocab_size,
+               "dtype": str(training.dtype).removeprefix("torch."), "compiled": training.compiled,
+               "step_seconds": step, "tokens_per_second": rate, "flops_per_token": training.flops,
+               "activation_bytes": activation_bytes(training)}
+        if isinstance(training, Naive):
+            ours = rows[-1]
+            ours["ratio"] = ours["tokens_per_second"] / rate
+            ours["activation_ratio"] = row["activation_bytes"] and ours["activation_bytes"] / row["activation_bytes"]
+        else:
+            row["mfu"] = rate * training.flops / max(peaks)
+            row |= {part: statistics.median(share[part] for share in shares[training]) for part in shares[training][0]}
+            row["sample_seconds"], row["sample_nfe"] = sampling(training, repeats) if not compare else (None, None)
+            row["sample_steps"] = cfg.T
+        rows.append(row)
+    print(f"{device_name(device)}, {torch.get_num_threads()} threads, matrix products "
+          f"{max(peaks) / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}, torch {torch.__version__}, "
+          f"medians of {repeats}")
+    shown = [row | {"activations": row["activation_bytes"] and row["activation_bytes"] / 1e6} for row in rows]
+    table(shown, {"config": ("", ""), "parameters": ("parameters", ",.0f"), "step_seconds": ("s/step", ".3f"),
+                  "tokens_per_second": ("tokens/s", ",.0f"), "mfu": ("MFU", ".0%"), "data": ("data", ".0%"),
+                  "forward": ("forward", ".0%"), "loss": ("loss", ".0%"), "backward": ("backward", ".0%"),
+                  "optimiser": ("optimiser", ".0%"), "activations": ("activations, MB", ",.0f"),
+                  **({"ratio": ("times naive", ".2f"), "activation_ratio": ("activations / naive", ".2f")} if compare
+                     else {"sample_seconds": ("s/sample", ".2f"), "sample_nfe": ("network calls", ".0f")})}, sys.stdout)
+    return {"device": device_name(device), "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+            "repeats": repeats, "peak_tflops": max(peaks) / 1e12, "results": rows}
+
+
+# ---- scaling ---------------------------------------------------------------------------------------------------------
+
+
+def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
+    """Print and plot the cost of a token in training: by the network's size, by the length of sequences with as many
+    tokens in a step, and by the batch."""
+    tokens = cfg.batch_size * cfg.seq_len
+    axes = {
+        "width": [replace(cfg, n_embd=64 * n, n_head=n) for n in (1, 2, 4, 8)],
+        "seq_len": [replace(cfg, seq_len=n, batch_size=max(1, tokens // n)) for n in (64, 256, 1024, 4096)],
+        "batch_size": [replace(cfg, batch_size=n) for n in (1, 4, 16, 64)],
     }
-    print(f"{name}: {result['total_bytes'] / 1e9:.1f} GB = {5 * weights / 1e9:.1f} GB of weights, gradients, AdamW's "
-          f"moments and average + {micro} sequences x {(two - one) / 1e6:.0f} MB of activations in {result['dtype']}, "
-          "and what the allocator wastes")
-    print(json.dumps(result))
+    rows = []
+    for axis, variants in progress(axes.items(), desc="scaling", leave=False):
+        for variant in variants:
+            training = Training(name, replace(variant, micro_batch_size=variant.batch_size), vocab_size, device, dtype)
+            peak = matmul_peak(device, dtype)
+            seconds = [timed(training.step, device) for _ in range(repeats + 2)][2:]
+            rate = variant.batch_size * variant.seq_len / statistics.median(seconds)
+            rows.append({"axis": axis, "width": variant.n_embd, "seq_len": variant.seq_len,
+                         "batch_size": variant.batch_size, "parameters": training.model.n_params(),
+                         "microseconds_per_token": 1e6 / rate, "limit": 1e6 * training.flops / peak,
+                         "mfu": rate * training.flops / peak, "activation_bytes": activation_bytes(training)})
+            training.stream.close()
+    shown = [row | {"activations": row["activation_bytes"] and row["activation_bytes"] / 1e6} for row in rows]
+    table(shown, {"axis": ("", ""), "width": ("width", ""), "seq_len": ("length", ""), "batch_size": ("batch", ""),
+                  "parameters": ("parameters", ",.0f"), "microseconds_per_token": ("us/token", ".1f"),
+                  "limit": ("at the matmul peak", ".1f"), "mfu": ("MFU", ".0%"),
+                  "activations": ("activations, MB", ",.0f")}, sys.stdout)
+    plot_scaling(rows, path)
+    print(json.dumps({"config": name, "device": device_name(device), "threads": torch.get_num_threads(),
+                      "dtype": str(dtype).removeprefix("torch."), "repeats": repeats, "scaling": rows}))
+
+
+def plot_scaling(rows, path):
+    """One panel for each axis: microseconds per token as measured, and at the peak of matrix products."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
+    for panel, axis in zip(panels, ("width", "seq_len", "batch_size")):
+        points = [row for row in rows if row["axis"] == axis]
+        x = [row[axis] for row in points]
+        panel.loglog(x, [row["microseconds_per_token"] for row in points], "o-", label="measured")
+        panel.loglog(x, [row["limit"] for row in points], "--", color="gray", label="all at the matmul peak")
+        panel.set_xticks(x, map(str, x))
+        panel.minorticks_off()
+        panel.set_xlabel(axis)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("microseconds per token")
+    panels[0].legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}")
 
 
 # ---- samplers --------------------------------------------------------------------------------------------------------
@@ -104,19 +296,6 @@ class Timed(Counted):
         return logits
 
 
-@torch.no_grad()
-def naive(objective, model, xt, generator, T=1000):
-    """The reverse chain as one would first write it: in each step the network with its head everywhere, the posterior
-    over all K states of all tokens, (B, L, K), and a draw from it."""
-    for s in range(T, 0, -1):
-        p_x0 = model(xt, torch.full((len(xt),), s / T, device=xt.device)).float().softmax(-1)
-        posterior = torch.cat((p_x0 / s, torch.full_like(p_x0[..., :1], 1 - 1 / s)), -1)
-        visible = torch.nn.functional.one_hot(xt, posterior.shape[-1]).float()
-        posterior = torch.where((xt == objective.mask_id)[..., None], posterior, visible)
-        xt = torch.multinomial(posterior.flatten(0, 1), 1, generator=generator).view(xt.shape)
-        yield xt
-
-
 def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, batch_size=8):
     """Print what each sampler takes for a batch, all in turn in each repeat, and its ratio to the naive one.
 
@@ -125,19 +304,19 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, ba
     if cfg.objective == "ar" or cfg.noise == "uniform":
         raise UserError(f"--samplers compares those of masked models, and {name} is none: choose a masked config")
     chain = {"grid": schedule_grid(cfg.schedule, cfg.T)}
-    ways = {"naive, 1000 steps": naive, f"ancestral, {cfg.T} steps": Settings("ancestral", chain),
+    ways = {"naive, 1000 steps": textbook.sample, f"ancestral, {cfg.T} steps": Settings("ancestral", chain),
             "first_hitting": Settings("first_hitting"), "topk, k = 4": Settings("topk", {"k": 4}),
             "threshold": Settings("threshold"), "entropy_bound": Settings("entropy_bound"),
             f"remdm, {cfg.T} steps": Settings("remdm", chain)}
     timings = {way: [] for way in ways}  # of each repeat: seconds, share outside the network, network calls
     for repeat in progress(range(repeats + 1), desc="repeats", leave=False):
         for way, sampler in ways.items():
-            denoiser, scale = Timed(model, device), 1000 / NAIVE if sampler is naive and not first else 1
+            denoiser, scale = Timed(model, device), 1000 / NAIVE if sampler is textbook.sample and not first else 1
             xt = torch.full((batch_size, cfg.seq_len), objective.mask_id, device=device)
             start = time.perf_counter()
             with autocast(device, dtype):
                 states = sampler(objective, denoiser, xt, generator_on(device, repeat))
-                for _ in itertools.islice(states, first or (NAIVE if sampler is naive else None)):
+                for _ in itertools.islice(states, first or (NAIVE if sampler is textbook.sample else None)):
                     pass
             synchronize(device)
             taken = time.perf_counter() - start
@@ -159,51 +338,31 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, ba
 
 
 def main():
-    name, cfg, args = configs.from_command_line("bench.py", __doc__, add_arguments)
-    device = pick_device(cfg.device)
-    dtype = pick_dtype(device, cfg.dtype)
-    vocab_size = args.vocab_size or KNOWN.get(cfg.dataset, {"vocab_size": 27})["vocab_size"]
-    model, objective = cfg.make_model(vocab_size).to(device), cfg.make_objective(vocab_size)
-    if args.memory:
-        return memory(name, cfg, model, objective, device, dtype)
-    if args.samplers:
-        return samplers(name, cfg, model.eval(), objective, device, dtype, args.repeats, args.first)
-    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-    if compiled:
-        model.trunk = torch.compile(model.trunk)
-
-    local, micro = share_of_batch(cfg, 1)
-    tokens = np.random.default_rng(0).integers(0, vocab_size, 100 * cfg.seq_len)
-    cfg = configs.replace(cfg, max_steps=args.repeats + 1)
-    stream = batches(tokens, objective, cfg, 0, range(local), micro, pin=device.type == "cuda")
-    optimizer, ema = make_optimizer(model, cfg, device), EMA(model, cfg.ema_decay)
-
-    def step():
-        train_step(model, objective, next(stream), optimizer, cfg, device, dtype)
-        ema.update()
-
-    denoiser = Counted(model)
-
-    def sample():
-        xt = torch.full((1, cfg.seq_len), vocab_size, device=device)
-        with autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            for _ in plain(cfg)(objective, denoiser, xt, generator_on(device, 0)):
-                pass
-
-    step_seconds = seconds_of(step, args.repeats, device, "training")
-    model.eval()
-    sample_seconds = seconds_of(sample, args.repeats, device, "sampling")
-    result = {
-        "config": name, "device": device_name(device),
-        "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch."), "compiled": compiled,
-        "torch": str(torch.__version__), "parameters": model.n_params(), "repeats": args.repeats,
-        "step_seconds": step_seconds, "tokens_per_second": cfg.batch_size * cfg.seq_len / step_seconds,
-        "sample_seconds": sample_seconds, "sample_steps": cfg.T, "sample_nfe": denoiser.nfe // (args.repeats + 1),
-    }
-    print(f"{name}: {result['tokens_per_second']:,.0f} tokens/s in training ({step_seconds:.3f} s per step of "
-          f"{cfg.batch_size} x {cfg.seq_len}), {sample_seconds:.2f} s per sample of {cfg.seq_len} tokens "
-          f"({cfg.T} steps, {result['sample_nfe']} network calls)")
-    print(json.dumps(result))
+    chosen, args = configs.from_command_line("bench.py", __doc__, add_arguments, several=True)
+    device = pick_device(chosen[0][1].device)
+    dtype = pick_dtype(device, chosen[0][1].dtype)
+    size = lambda cfg: args.vocab_size or KNOWN.get(cfg.dataset, {"vocab_size": 27})["vocab_size"]
+    (name, cfg), *more = chosen
+    if more and (args.scaling or args.samplers):
+        raise UserError("--scaling and --samplers take one config at a time")
+    if args.estimate:
+        for name, cfg in chosen:
+            estimate(name, cfg, size(cfg), args.gpu, args.gpus, args.mfu)
+    elif args.scaling:
+        scaling(name, cfg, size(cfg), device, dtype, args.repeats, args.scaling)
+    elif args.samplers:
+        model, objective = cfg.make_model(size(cfg)).to(device).eval(), cfg.make_objective(size(cfg))
+        samplers(name, cfg, model, objective, device, dtype, args.repeats, args.first)
+    else:
+        trainings = []
+        for name, cfg in chosen:
+            if args.compare and (cfg.noise != "mask" or cfg.objective not in ("d3pm", "mdlm")):
+                raise UserError(f"--compare is for d3pm and mdlm with masks, and {name} is neither")
+            cfg = replace(cfg, lambda_ce=0.0) if args.compare else cfg
+            trainings.append(Training(name, cfg, size(cfg), device, dtype))
+            if args.compare:
+                trainings.append(Naive(f"{name}, naive", cfg, size(cfg), device, dtype))
+        print(json.dumps(throughput(trainings, args.repeats, args.compare)))
 
 
 if __name__ == "__main__":

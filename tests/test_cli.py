@@ -381,14 +381,6 @@ def test_heavy_libraries_stay_out():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_bench(call):
-    """bench.py ends with a JSON line."""
-    result = call("bench.py", "demo", "--n_layer=1", "--n_embd=32", "--T=20", "--batch_size=4", "--seq_len=16",
-                  "--repeats=2")
-    line = json.loads(result.out.strip().split("\n")[-1])
-    assert result.code == 0 and line["tokens_per_second"] > 0 and 0 < line["sample_nfe"] <= 20
-
-
 # ---- the README ------------------------------------------------------------------------------------------------------
 
 

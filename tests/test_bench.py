@@ -1,0 +1,151 @@
+"""bench.py, estimate.py, textbook.py: the yardsticks are right; how fast anything is, no test asks."""
+
+import json
+
+import pytest
+import torch
+
+import estimate
+import textbook
+import world
+from commands import assert_one_line
+from configs import CONFIGS, Config, replace
+from diffusion import D3PM
+from noise import uniforms
+
+SMALL = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--T=20", "--batch_size=4", "--micro_batch_size=4", "--seq_len=16",
+         "--repeats=2"]
+CPU = torch.device("cpu")
+
+
+def last_line(result):
+    assert result.code == 0, result.err
+    return json.loads(result.out.strip().split("\n")[-1])
+
+
+# ---- textbook.py -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("s", [1, 2, 5])
+def test_posterior_is_bayes(s):
+    """posterior() with a one-hot x0 is q(x_{s-1} | x_s, x0) by matrix products, for all x0 and the x_s they become."""
+    T = 5
+    steps, products = world.matrices([1 - i / T for i in range(T + 1)])
+    q = world.posterior(steps, products, s)  # (x_s, x0, x_{s-1})
+    for x0 in range(world.V):
+        for xs in {x0, world.MASK} if s < T else {world.MASK}:
+            found = textbook.posterior(torch.tensor([[xs]]), torch.eye(world.V + 1)[x0][None, None],
+                                       torch.tensor([1 - s / T]), torch.tensor([1 - (s - 1) / T]), world.MASK)
+            torch.testing.assert_close(found[0, 0].double(), q[xs, x0], atol=1e-6, rtol=0)
+
+
+def test_textbook_loss_is_ours():
+    """The KL of full posteriors and D3PM's weighted cross-entropy: the same number, and the same gradients."""
+    torch.manual_seed(0)
+    cfg = Config(n_layer=2, n_head=2, n_embd=32, n_cond=8, seq_len=16, T=10)
+    model, objective = cfg.make_model(27), D3PM(27, T=10)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x0, noise = torch.randint(0, 27, (20, 16)), objective.noise(*uniforms(0, 0, range(20), 20, 16, True))
+    ours, theirs = objective.loss(model, x0, noise)[0], textbook.loss(model, x0, noise, 10, 27)
+    gradients = [torch.autograd.grad(loss, model.parameters()) for loss in (ours, theirs)]
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-4) and ours > 0.1
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_textbook_sampler_draws_from_the_model():
+    """20,000 draws of 60 steps with the Bayes-optimal denoiser have the law of that chain, summed over all paths."""
+    n = 20_000
+    xt = torch.full((n, world.L), world.MASK)
+    generator = torch.Generator().manual_seed(0)
+    for xt in textbook.sample(D3PM(world.MASK), lambda x, t: world.oracle(x), xt, generator, T=60):
+        pass
+    counts = torch.bincount((xt * torch.tensor([9, 3, 1])).sum(1), minlength=27)
+    law = world.chain_law(world.oracle, [1 - i / 60 for i in range(61)])
+    assert (counts / n - law).abs().sum() / 2 < 0.02
+
+
+# ---- bench.py --------------------------------------------------------------------------------------------------------
+
+
+def test_training(call):
+    """Two configs in turn: each has its rate, its utilisation, shares of a step that add up to 1, and memory."""
+    line = last_line(call("bench.py", "demo", "d3pm_text8", *SMALL))
+    assert [row["config"] for row in line["results"]] == ["demo", "d3pm_text8"] and line["peak_tflops"] > 0
+    for row in line["results"]:
+        assert row["tokens_per_second"] == pytest.approx(64 / row["step_seconds"])
+        flops = row["tokens_per_second"] * row["flops_per_token"]
+        assert row["mfu"] == pytest.approx(flops / (line["peak_tflops"] * 1e12))
+        parts = [row[part] for part in ("data", "forward", "loss", "backward", "optimiser")]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(1)
+        assert 16 * 4 * 32 * 4 < row["activation_bytes"] < 10**8 and 0 < row["sample_nfe"] <= 20
+
+
+def test_compare(call):
+    """Ours beside the naive path, with the ratios of what both say; with 3,000 tokens it needs far less memory."""
+    ours, naive = last_line(call("bench.py", "d3pm_text8", *SMALL, "--compare=naive", "--vocab_size=3000"))["results"]
+    assert ours["ratio"] == pytest.approx(ours["tokens_per_second"] / naive["tokens_per_second"])
+    assert ours["activation_ratio"] == pytest.approx(ours["activation_bytes"] / naive["activation_bytes"])
+    assert ours["activation_ratio"] < 0.5 and naive["activation_bytes"] > 3 * 64 * 3000 * 4
+
+
+def test_scaling(call, tmp_path):
+    """A table, a picture, and a line with every point; wider networks cost more operations per token."""
+    line = last_line(call("bench.py", "demo", "--scaling", tmp_path / "s.png", *SMALL[:-2], "--seq_len=64",
+                          "--repeats=1"))
+    widths = [row for row in line["scaling"] if row["axis"] == "width"]
+    assert len(line["scaling"]) == 12 and [row["width"] for row in widths] == [64, 128, 256, 512]
+    assert all(a["parameters"] < b["parameters"] for a, b in zip(widths, widths[1:]))
+    assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bad_flags(call, tmp_path):
+    assert_one_line(call("bench.py", "ar_demo", "--compare=naive"), "neither")
+    assert_one_line(call("bench.py", "demo", "names", "--samplers"), "one config at a time")
+    assert_one_line(call("bench.py", "demo", "--estimate", "--gpu=abacus"), "none of a100")
+    assert_one_line(call("train.py", "demo", "names"), "one config at a time")
+
+
+# ---- estimate.py -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["d3pm_text8", "mdlm_text8", "demo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_extrapolated_exactly(config, dtype):
+    """What five sequences through four blocks keep, counted, is what one and two of each say."""
+    cfg = replace(CONFIGS[config](), n_embd=32, n_head=2, seq_len=16, n_layer=4, dropout=0.0, time_sampling="exact_k",
+                  objective="mdlm", lambda_ce=0.0)
+    counted = estimate.kept_bytes(cfg, 27, 5, CPU, dtype)
+    assert estimate.activation_bytes(cfg, 27, CPU, dtype)(5) == pytest.approx(counted, rel=0.01)
+
+
+def test_estimate(call):
+    """Days are tokens x operations over GPUs x peak x utilisation; the config's name says how many GPUs."""
+    options = ["--estimate", "d3pm_text8_8gpu", "--n_layer=1", "--n_embd=32", "--n_head=2", "--seq_len=16",
+               "--micro_batch_size=8"]
+    line = last_line(call("bench.py", *options, "--gpu=a100", "--mfu=0.25"))
+    seconds = line["tokens"] * line["flops_per_token"] / (8 * 312e12 * 0.25)
+    assert line["gpus"] == 8 and line["days"] == pytest.approx(seconds / 86400)
+    assert line["tokens"] == 500_000 * 1024 * 16
+    assert last_line(call("bench.py", *options, "--gpus=16"))["days"] == pytest.approx(line["days"] / 2 / 3.17 * 0.625,
+                                                                                       rel=0.01)
+    again = last_line(call("bench.py", *options, "--gpu=a100", "--mfu=0.25", "--checkpoint_blocks"))
+    assert again["days"] == pytest.approx(line["days"] * 4 / 3)
+
+
+def test_optimiser_state():
+    """Weights, gradients, averages and two moments; Muon has one moment for the blocks' matrices."""
+    cfg = Config(n_layer=1, n_head=2, n_embd=16, n_cond=8, seq_len=8)
+    model = cfg.make_model(5)
+    matrices = 12 * 16 * 16
+    assert estimate.state_bytes(model, cfg) == 20 * model.n_params()
+    assert estimate.state_bytes(model, replace(cfg, optimizer="muon")) == 20 * model.n_params() - 4 * matrices
+
+
+def test_does_not_fit(call, monkeypatch):
+    """More than the GPU has: the line says which micro-batch would fit."""
+    monkeypatch.setitem(estimate.GPUS, "a100", (312, 0.05))
+    result = call("bench.py", "--estimate", "d3pm_text8", "--n_layer=2", "--n_embd=64", "--n_head=2", "--gpu=a100")
+    line = last_line(result)
+    assert line["largest_micro_batch_size"] < 256 and "does not fit: try --micro_batch_size=" in result.out

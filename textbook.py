@@ -1,0 +1,57 @@
+"""D3PM as one writes it first, from the paper: correct and slow. bench.py measures what is won by not doing so.
+
+Every step builds the true and the learned posterior over all K = V + 1 states of all tokens, (B, L, K), in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def posterior(xt, p_x0, a, a_next, mask_id):
+    """q(x_{s-1} | x_s, x_0), with x_0 given by its probabilities p_x0 (B, L, K): (B, L, K), normalised.
+
+    D3PM, arXiv 2107.03006, eq. 3: the product of q(x_s | x_{s-1}) and q(x_{s-1} | x_0), over its sum. a, a_next (B,):
+    the probability that a token is visible at steps s and s - 1.
+    """
+    K = mask_id + 1
+    is_mask = F.one_hot(torch.tensor(mask_id, device=xt.device), K).float()
+    stay, survive = (a / a_next)[:, None, None], a_next[:, None, None]
+    seen = F.one_hot(xt, K).float()
+    forward = torch.where(seen[..., mask_id:] > 0, 1 - stay + stay * is_mask, stay * seen)
+    before = survive * p_x0 + (1 - survive) * is_mask
+    product = forward * before
+    return product / product.sum(-1, keepdim=True)
+
+
+def loss(model, x0, noise, T, mask_id):
+    """KL(q || p) of one random step, nats per token: what D3PM.loss of diffusion.py is with the linear schedule and
+    without an auxiliary term (arXiv 2107.03006, eq. 1). x0 (B, L), noise: of D3PM.noise."""
+    s = (noise.t * T).round()
+    a, a_next = 1 - s / T, 1 - (s - 1) / T
+    xt = torch.where(noise.mask, mask_id, x0)
+    p_x0 = F.pad(model(xt, noise.t).softmax(-1), (0, 1))
+    true = posterior(xt, F.one_hot(x0, mask_id + 1).float(), a, a_next, mask_id)
+    learned = posterior(xt, p_x0, a, a_next, mask_id)
+    tiny = torch.finfo(torch.float32).tiny  # 0 log 0 = 0
+    return (true * (true.clamp(min=tiny).log() - learned.clamp(min=tiny).log())).sum(-1).mean()
+
+
+def train_step(model, parts, T, mask_id, optimizer, grad_clip):
+    """One step as tutorials write it, on parts: (x0, noise) of each micro-batch."""
+    optimizer.zero_grad()
+    for x0, noise in parts:
+        (loss(model, x0, noise, T, mask_id) / len(parts)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+
+
+@torch.no_grad()
+def sample(objective, model, xt, generator, T=1000):
+    """The reverse chain: in each of T steps the network with its head everywhere, the posterior of all tokens, and a
+    draw from it. A sampler as those of sampling.py, but it yields xt (B, L) alone."""
+    for s in range(T, 0, -1):
+        t = torch.full((len(xt),), s / T, device=xt.device)
+        p_x0 = F.pad(model(xt, t).float().softmax(-1), (0, 1))
+        p = posterior(xt, p_x0, 1 - t, 1 - t + 1 / T, objective.mask_id)
+        xt = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(xt.shape)
+        yield xt
