@@ -1,6 +1,7 @@
 """Prepare `shakespeare`: Tiny Shakespeare (Andrej Karpathy), 1.1 million characters, 65 symbols.
 
-The first 90 % are the training split, the next 5 % val, the last 5 % test.
+The first 90 % are the training split, the next 5 % val, the last 5 % test. With --alphabet text8 it is brought into
+text8's 27 symbols, as `shakespeare27`.
 """
 
 import sys
@@ -10,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import run
 from data.prepare import cut, fetch, is_prepared, parser, write_splits
-from data.tokenizer import CharTokenizer
+from data.tokenizer import KNOWN, CharTokenizer, text8_words
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -19,14 +20,19 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def main():
     p = parser(__doc__)
     p.add_argument("--file", help="a local copy instead of a download")
+    p.add_argument("--alphabet", choices=("own", "text8"), default="own", help="its own 65 symbols (default), or "
+                   "text8's 27")
     args = p.parse_args()
-    folder = args.data_dir / "shakespeare"
+    name = "shakespeare27" if args.alphabet == "text8" else "shakespeare"
+    folder = args.data_dir / name
     if is_prepared(folder):
         return
     text = fetch(URL, SHA256, args.file).decode("ascii")
     alphabet = "".join(sorted(set(text)))
+    if args.alphabet == "text8":
+        text, alphabet = " ".join(text8_words(text)), KNOWN["text8"]["alphabet"]
     meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet),
-            "name": "shakespeare", "source": URL}
+            "name": name, "source": URL}
     write_splits(folder, meta, cut(CharTokenizer(alphabet).encode(text), train=0.9, val=0.05))
 
 
