@@ -142,15 +142,19 @@ def without_stderr():
 
 
 def activation_bytes(training):
-    """The most memory that a step takes at a time, beside weights, gradients, averages and moments; None on mps."""
+    """The most memory that a step takes at a time, beside weights, gradients, averages and moments: median of three
+    steps, which mask differently. None on mps."""
+    return training.device.type != "mps" and statistics.median(peak_of_step(training) for _ in range(3)) or None
+
+
+def peak_of_step(training):
+    """Bytes at the highest, less those before the step and of its gradients."""
     gradients = sum(p.numel() * p.element_size() for p in training.model.parameters())
     if training.device.type == "cuda":
         before = torch.cuda.memory_allocated(training.device)
         torch.cuda.reset_peak_memory_stats(training.device)
         training.step()
         return torch.cuda.max_memory_allocated(training.device) - before - gradients
-    if training.device.type != "cpu":
-        return None
     with without_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                                   profile_memory=True) as profile:
         training.step()

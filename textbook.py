@@ -38,11 +38,11 @@ def loss(model, x0, noise, T, mask_id):
 
 def train_step(model, parts, T, mask_id, optimizer, grad_clip):
     """One step as tutorials write it, on parts: (x0, noise) of each micro-batch."""
-    optimizer.zero_grad()
     for x0, noise in parts:
         (loss(model, x0, noise, T, mask_id) / len(parts)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
+    optimizer.zero_grad()
 
 
 @torch.no_grad()

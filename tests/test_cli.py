@@ -246,7 +246,7 @@ def test_help_lists_every_setting(call):
     """--help shows every field with type and default, of the config where one is named; bare train.py lists configs."""
     text = call("train.py", "d3pm_openwebtext_8gpu", "--help").out
     assert all(f"--{field} " in text for field in configs.Config.__dataclass_fields__)
-    assert re.search(r"--lr FLOAT\s+peak learning rate of AdamW \[float: 0.0006\]", text)
+    assert re.search(r"--lr FLOAT\s+peak learning rate \[float: 0.0006\]", text)
     bare = call("train.py")
     assert bare.code == 0 and all(name in bare.out for name in configs.CONFIGS)
 
