@@ -75,6 +75,13 @@ def token_shift(x, causal=False):
     return torch.cat((left, right, here), dim=-1)
 
 
+def at_positions(at, L, *features):
+    """Each of the features (B, L, D) or (B, 1, D) at positions `at` (N,) of all B L: (N, D). at None: as they are."""
+    if at is None:
+        return features
+    return [x.expand(-1, L, -1).flatten(0, 1).index_select(0, at) for x in features]
+
+
 class Block(nn.Module):
     """Attention and MLP, pre-norm. With n_cond, both are shifted, scaled and gated by c (adaLN-Zero)."""
 
@@ -93,22 +100,28 @@ class Block(nn.Module):
     def attention(self, x, cos, sin):
         B, L, D = x.shape
         # q, k, v: (B, heads, L, D/heads)
-        q, k, v = self.qkv(self.neighbours(x)).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v,
                                            is_causal=self.causal)
         return self.attn_out(x.transpose(1, 2).reshape(B, L, D))
 
     def mlp(self, x):
-        return self.mlp_out(F.gelu(self.mlp_in(self.neighbours(x)), approximate="tanh"))
+        return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
-    def forward(self, x, c, cos, sin):
-        drop = lambda x: F.dropout(x, self.dropout, self.training)
+    def forward(self, x, c, cos, sin, at=None):
+        """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D); (N, D) at the positions `at` of all B L.
+
+        The MLP, two thirds of a block, runs at these alone: the last block's other tokens are seen by nobody.
+        """
+        L, drop = x.shape[1], lambda x: F.dropout(x, self.dropout, self.training)
         if self.modulation is None:
-            x = x + drop(self.attention(self.norm1(x), cos, sin))
-            return x + drop(self.mlp(self.norm2(x)))
+            x = x + drop(self.attention(self.neighbours(self.norm1(x)), cos, sin))
+            x, h = at_positions(at, L, x, self.neighbours(self.norm2(x)))
+            return x + drop(self.mlp(h))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
-        x = x + gate1 * drop(self.attention(modulate(self.norm1(x), shift1, scale1), cos, sin))
-        return x + gate2 * drop(self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        x = x + gate1 * drop(self.attention(self.neighbours(modulate(self.norm1(x), shift1, scale1)), cos, sin))
+        x, h, gate2 = at_positions(at, L, x, self.neighbours(modulate(self.norm2(x), shift2, scale2)), gate2)
+        return x + gate2 * drop(self.mlp(h))
 
 
 class DiT(nn.Module):
@@ -157,20 +170,21 @@ class DiT(nn.Module):
         if self.modulation is not None:
             self.modulation.weight.zero_()
 
-    def trunk(self, xt, t):
-        """Tokens -> features (B, L, D) in float32, ready for the head."""
+    def trunk(self, xt, t, at=None):
+        """Tokens -> features (B, L, D) in float32, ready for the head; (N, D) at the positions `at` (N,) of all B L."""
         L = xt.shape[1]
         assert L <= self.seq_len, f"{L} tokens, but the model was built for {self.seq_len}"
         x, cos, sin = self.embed(xt).float(), self.cos[:L], self.sin[:L]
         c = None if self.time_embed is None else self.time_embed(t)
         for block in self.blocks:
+            inputs = x, c, cos, sin, at if block is self.blocks[-1] else None
             if self.checkpoint_blocks and self.training:
-                x = checkpoint(block, x, c, cos, sin, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, c, cos, sin)
+                x = block(*inputs)
         x = self.norm(x)
         if self.modulation is not None:
-            x = modulate(x, *self.modulation(c).chunk(2, dim=-1))
+            x = modulate(x, *at_positions(at, L, *self.modulation(c).chunk(2, dim=-1)))
         return x
 
     def head(self, x):
@@ -184,8 +198,7 @@ class DiT(nn.Module):
         With where (B, L) bool, logits (N, V) at its N True positions only, in row-major order: the head is a third of
         the work for 50,000 tokens, and nobody reads what it says about visible ones.
         """
-        x = self.trunk(xt, t)
-        return self.head(x if where is None else x[where])
+        return self.head(self.trunk(xt, t, None if where is None else where.flatten().nonzero().squeeze(1)))
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -197,8 +210,10 @@ class DiT(nn.Module):
     def flops(self, seq_len, predicted=1.0):
         """Floating-point operations of a training step per token: 2 per weight forward, 4 backward, and attention's.
 
-        predicted: the share of tokens that the head runs on. Recomputed activations do not count (PaLM,
+        predicted: the share of tokens that the head and the last MLP run on. Recomputed activations do not count (PaLM,
         arXiv 2204.02311, appendix B), nor do normalisation and time embedding.
         """
-        weights = sum(w.numel() for w in self.matrices()) + predicted * self.vocab_size * self.embed.embedding_dim
+        last_mlp = self.blocks[-1].mlp_in.weight.numel() + self.blocks[-1].mlp_out.weight.numel()
+        weights = sum(w.numel() for w in self.matrices()) - (1 - predicted) * last_mlp
+        weights += predicted * self.vocab_size * self.embed.embedding_dim
         return 6 * weights + 12 * len(self.blocks) * seq_len * self.embed.embedding_dim

@@ -26,15 +26,30 @@ def batch(B=3, L=16):
     return torch.randint(0, 6, (B, L), generator=g), torch.rand(B, generator=g)
 
 
-@pytest.mark.parametrize("conditioning", ["none", "time", "step"])
-def test_where_selects(conditioning):
-    """Logits at `where` are those rows of all logits, in row-major order; there is none for the mask."""
-    model, (xt, t) = tiny(conditioning), batch()
+@pytest.mark.parametrize("conditioning, shift", [("none", True), ("none", False), ("time", True), ("step", False)])
+def test_where_selects(conditioning, shift):
+    """Logits at `where` are those rows of all logits, in row-major order, and so are all gradients; none of the mask.
+
+    Times may differ by token.
+    """
+    model, (xt, t) = tiny(conditioning, shift_tokens=shift), batch()
     where = torch.rand(xt.shape) < 0.4
-    logits = model(xt, t)
-    assert logits.shape == (3, 16, 5)
-    torch.testing.assert_close(model(xt, t, where=where), logits[where])
-    assert model(xt, t, where=torch.zeros_like(where)).shape == (0, 5)
+    for t in (t, torch.rand(xt.shape)):
+        all_logits, logits = model(xt, t), model(xt, t, where=where)
+        assert all_logits.shape == (3, 16, 5)
+        torch.testing.assert_close(logits, all_logits[where])
+        gradients = [torch.autograd.grad((y**2).sum(), model.parameters()) for y in (all_logits[where], logits)]
+        torch.testing.assert_close(*gradients)
+        assert model(xt, t, where=torch.zeros_like(where)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("conditioning", ["none", "step"])
+def test_compiles_in_one_graph(conditioning):
+    """torch.compile finds no reason to leave the graph, with and without `where`; with any number of masks."""
+    model, (xt, t) = tiny(conditioning), batch()
+    expected = [model(xt, t), *(model(xt, t, where=xt < n) for n in (2, 3, 4))]
+    model.trunk = torch.compile(model.trunk, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close([model(xt, t), *(model(xt, t, where=xt < n) for n in (2, 3, 4))], expected)
 
 
 def test_it_looks_both_ways():
@@ -94,10 +109,12 @@ def test_token_shift():
     assert (shifted[:, 0].tolist() == [0, 1, 9] and shifted[:, 2].tolist() == [11, 19, 0]
             and shifted[:, 7].tolist() == [8, 16, 24])
     plain, shifting, x = Block(16, 2, 0, 0.0), Block(16, 2, 0, 0.0, shift_tokens=True), torch.randn(2, 5, 16)
-    shifting.load_state_dict(plain.state_dict())
     tables = rotary_tables(5, 8)
-    torch.testing.assert_close(shifting.attention(x, *tables), plain.attention(token_shift(x), *tables))
-    torch.testing.assert_close(shifting.mlp(x), plain.mlp(token_shift(x)))
+    with torch.no_grad():
+        for p, q in zip(plain.parameters(), shifting.parameters()):
+            q.copy_(p.normal_(std=0.3))
+    y = x + plain.attention(token_shift(plain.norm1(x)), *tables)
+    torch.testing.assert_close(shifting(x, None, *tables), y + plain.mlp(token_shift(plain.norm2(y))))
 
 
 def test_time():
