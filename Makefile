@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(PY) sample.py out/demo --show --batch_size 8 --temperature 0.7 --known_words
 
 test: .venv/ready
-	$(PY) -m pytest -q -rs
+	$(PY) -m pytest -q -rs -n 2 --dist worksteal
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -274,9 +274,9 @@ def plot_scaling(rows, path):
     panels[0].set_ylabel("microseconds per token")
     panels[0].legend()
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}")
+        figure.savefig(path, format="png", dpi=150)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}")
 
 
 # ---- samplers --------------------------------------------------------------------------------------------------------
@@ -353,6 +353,9 @@ def main():
         for name, cfg in chosen:
             estimate(name, cfg, size(cfg), args.gpu, args.gpus, args.mfu)
     elif args.scaling:
+        folder = os.path.dirname(os.path.abspath(args.scaling))
+        if not os.path.isdir(folder) or os.path.isdir(args.scaling):
+            raise UserError(f"--scaling {args.scaling} is {'a' if os.path.isdir(folder) else 'in no existing'} folder")
         scaling(name, cfg, size(cfg), device, dtype, args.repeats, args.scaling)
     elif args.samplers:
         model, objective = cfg.make_model(size(cfg)).to(device).eval(), cfg.make_objective(size(cfg))

@@ -55,6 +55,11 @@ def state_bytes(model, cfg):
     return 4 * (5 * model.n_params() - muon)
 
 
+def spell(days):
+    return next(f"{days * n:.3g} {unit}" for n, unit in ((1, "days"), (24, "hours"), (1440, "minutes"))
+                if days * n >= 2 or unit == "minutes")
+
+
 def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     """Print memory and days of a run on `gpus` GPUs of a kind, DDP, without torch.compile, which keeps less."""
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
@@ -84,6 +89,6 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
           "the allocator wastes"
           + ("" if micro <= most else "\n        does not fit: try "
              + (f"--micro_batch_size={1 << most.bit_length() - 1}" if most else "--checkpoint_blocks"))
-          + f"\ntime    {days:.2g} days: {tokens:.3g} tokens x {flops:.3g} FLOP at an assumed {mfu:.0%} of "
+          + f"\ntime    {spell(days)}: {tokens:.3g} tokens x {flops:.3g} FLOP at an assumed {mfu:.0%} of "
           f"{peak / 1e12:.0f} TFLOP/s, {result['tokens_per_second']:,.0f} tokens/s")
     print(json.dumps(result))

@@ -103,6 +103,8 @@ def test_scaling(call, tmp_path):
 def test_bad_flags(call, tmp_path):
     assert_one_line(call("bench.py", "ar_demo", "--compare=naive"), "neither")
     assert_one_line(call("bench.py", "demo", "names", "--samplers"), "one config at a time")
+    assert_one_line(call("bench.py", "demo", "--scaling", tmp_path), "is a folder")
+    assert_one_line(call("bench.py", "demo", "--scaling", tmp_path / "no" / "s.png"), "in no existing folder")
     assert_one_line(call("bench.py", "demo", "--estimate", "--gpu=abacus"), "none of a100")
     assert_one_line(call("train.py", "demo", "names"), "one config at a time")
 
