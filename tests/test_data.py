@@ -148,6 +148,11 @@ def test_shakespeare(monkeypatch, tmp_path):
     folder = tmp_path / "shakespeare"
     assert read(folder, "train") + read(folder, "val") + read(folder, "test") == text
     assert load_meta("shakespeare", tmp_path)["vocab_size"] == len(set(text))
+    prepare(monkeypatch, prepare_shakespeare, "--file", tmp_path / "input.txt", "--data_dir", tmp_path,
+            "--alphabet", "text8")
+    folder = tmp_path / "shakespeare27"
+    assert (read(folder, "train") + read(folder, "val") + read(folder, "test")
+            == " ".join(["to be or not to be"] * 100)) and load_meta("shakespeare27", tmp_path)["vocab_size"] == 27
 
 
 def test_no_network_is_one_line(monkeypatch, tmp_path):

@@ -66,6 +66,7 @@ def test_who_steps_what():
     mine = [names[p] for group in muon.param_groups for p in group["params"]]
     kinds = ("qkv", "attn_out", "mlp_in", "mlp_out")
     assert sorted(mine) == sorted(f"blocks.{i}.{kind}.weight" for i in range(2) for kind in kinds)
+    assert [group["weight_decay"] for group in muon.param_groups] == [CFG.weight_decay] != [0]
     rest = [names[p] for group in adamw.param_groups for p in group["params"]]
     assert sorted(mine + rest) == sorted(names.values()) and states([adamw, muon]).keys() == names.keys()
 
