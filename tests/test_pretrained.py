@@ -12,9 +12,9 @@ from data.tokenizer import make_tokenizer
 from likelihood import bound
 
 # Not from any book: nothing of it was trained on.
-TEXT = ("when the rain had stopped the two sisters walked down to the harbour and asked every fisherman they met whether "
-        "a letter had come with the morning boat but nobody had seen one and so they bought some bread and turned back "
-        "towards the hill where their father was waiting for them at the gate with his old grey dog beside him")
+TEXT = ("when the rain had stopped the two sisters walked down to the harbour and asked every fisherman they met "
+        "whether a letter had come with the morning boat but nobody had seen one and so they bought some bread and "
+        "turned back towards the hill where their father was waiting for them at the gate with his old grey dog")
 
 
 def loaded():
