@@ -234,18 +234,21 @@ def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
         "seq_len": [replace(cfg, seq_len=n, batch_size=max(1, tokens // n)) for n in (64, 256, 1024, 4096)],
         "batch_size": [replace(cfg, batch_size=n) for n in (1, 4, 16, 64)],
     }
-    rows = []
+    rows, peaks = [], []
     for axis, variants in progress(axes.items(), desc="scaling", leave=False):
         for variant in variants:
             training = Training(name, replace(variant, micro_batch_size=variant.batch_size), vocab_size, device, dtype)
-            peak = matmul_peak(device, dtype)
+            peaks.append(matmul_peak(device, dtype))
             seconds = [timed(training.step, device) for _ in range(repeats + 2)][2:]
             rate = variant.batch_size * variant.seq_len / statistics.median(seconds)
             rows.append({"axis": axis, "width": variant.n_embd, "seq_len": variant.seq_len,
                          "batch_size": variant.batch_size, "parameters": training.model.n_params(),
-                         "microseconds_per_token": 1e6 / rate, "limit": 1e6 * training.flops / peak,
-                         "mfu": rate * training.flops / peak, "activation_bytes": activation_bytes(training)})
+                         "microseconds_per_token": 1e6 / rate, "flops_per_token": training.flops,
+                         "activation_bytes": activation_bytes(training)})
             training.stream.close()
+    for row in rows:
+        row["limit"] = 1e6 * row["flops_per_token"] / max(peaks)
+        row["mfu"] = row["limit"] / row["microseconds_per_token"]
     shown = [row | {"activations": row["activation_bytes"] and row["activation_bytes"] / 1e6} for row in rows]
     table(shown, {"axis": ("", ""), "width": ("width", ""), "seq_len": ("length", ""), "batch_size": ("batch", ""),
                   "parameters": ("parameters", ",.0f"), "microseconds_per_token": ("us/token", ".1f"),
