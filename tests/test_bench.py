@@ -122,6 +122,12 @@ def test_activations_are_extrapolated_exactly(config, dtype):
     assert estimate.activation_bytes(cfg, 27, CPU, dtype)(5) == pytest.approx(counted, rel=0.01)
 
 
+def test_weights_are_no_activations():
+    """Of one short text a wide network keeps less than its weights, which it needs for the backward pass, too."""
+    cfg = Config(n_layer=1, n_head=2, n_embd=128, n_cond=8, seq_len=2, lambda_ce=0.0)
+    assert 0 < estimate.kept_bytes(cfg, 27, 1, CPU, torch.float32) < 4 * cfg.make_model(27).n_params() / 4
+
+
 def test_estimate(call):
     """Days are tokens x operations over GPUs x peak x utilisation; the config's name says how many GPUs."""
     options = ["--estimate", "d3pm_text8_8gpu", "--n_layer=1", "--n_embd=32", "--n_head=2", "--seq_len=16",
