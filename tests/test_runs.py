@@ -167,7 +167,7 @@ def stop_after(monkeypatch, steps, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("config, extra", [("d3pm_text8", []),
                                            ("mdlm_text8", ["--conditioning=time", "--dropout=0.1",
-                                                           "--optimizer=muon"])])
+                                                           "--optimizer=muon", "--lr=0.1", "--min_lr=0.1"])])
 def test_resume_is_exact_at_every_step(call, data_dir, tmp_path, monkeypatch, config, extra):
     """A run stopped and resumed after each of its 12 steps ends with the weights, averages, optimiser state and log
     of one that was not stopped: bit for bit. Its log lines cover 5 steps, so the sums in between survive, too."""
