@@ -108,13 +108,21 @@ def test_token_shift():
     shifted = token_shift(x)[0]
     assert (shifted[:, 0].tolist() == [0, 1, 9] and shifted[:, 2].tolist() == [11, 19, 0]
             and shifted[:, 7].tolist() == [8, 16, 24])
-    plain, shifting, x = Block(16, 2, 0, 0.0), Block(16, 2, 0, 0.0, shift_tokens=True), torch.randn(2, 5, 16)
-    tables = rotary_tables(5, 8)
-    with torch.no_grad():
-        for p, q in zip(plain.parameters(), shifting.parameters()):
-            q.copy_(p.normal_(std=0.3))
-    y = x + plain.attention(token_shift(plain.norm1(x)), *tables)
-    torch.testing.assert_close(shifting(x, None, *tables), y + plain.mlp(token_shift(plain.norm2(y))))
+
+
+def test_a_block_shifts_before_attention_and_mlp():
+    """What goes into both is shifted, with and without a modulation."""
+    x, tables = torch.randn(2, 5, 16), rotary_tables(5, 8)
+    for c in (None, torch.randn(2, 1, 8)):
+        plain, shifting = (Block(16, 2, 0 if c is None else 8, 0.0, shift_tokens=flag) for flag in (False, True))
+        with torch.no_grad():
+            for p, q in zip(plain.parameters(), shifting.parameters()):
+                q.copy_(p.normal_(std=0.3))
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            [0, 0, 1, 0, 0, 1] if c is None else plain.modulation(c).chunk(6, dim=-1))
+        y = x + gate1 * plain.attention(token_shift(plain.norm1(x) * (1 + scale1) + shift1), *tables)
+        expected = y + gate2 * plain.mlp(token_shift(plain.norm2(y) * (1 + scale2) + shift2))
+        torch.testing.assert_close(shifting(x, c, *tables), expected)
 
 
 def test_time():

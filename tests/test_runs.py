@@ -25,6 +25,7 @@ import diffusion
 from cli import UserError
 from commands import (ROOT, STEADY, arguments, assert_identical, assert_one_line, assert_same_training, finish,
                       finish_well, log, losses, read_until, start, train)
+from configs import Config
 from conftest import TRAINED
 
 
@@ -65,6 +66,21 @@ def test_fine_tuning(call, data_dir, trained, tmp_path):
     result = train(call, "mdlm_text8", data_dir, tmp_path / "tuned", "--max_steps=2", f"--init_from={trained}",
                    "--shift_tokens", "--time_sampling=exact_k", "--lr=1e-4")
     assert result.code == 0 and losses(tmp_path / "tuned")[0] < losses(trained)[0] - 0.5
+
+
+def test_every_optimizer_warms_up(call, data_dir, tmp_path):
+    """The first step of nine of warm-up is a ninth of one without, of AdamW's parameters and of Muon's."""
+    steps = {}
+    for warmup in (0, 9):
+        options = ["--max_steps=1", f"--warmup_steps={warmup}", "--optimizer=muon", "--weight_decay=0", "--lr=0.01"]
+        assert train(call, "mdlm_text8", data_dir, tmp_path / str(warmup), *options).code == 0
+        payload = checkpoint.read(tmp_path / str(warmup))
+        config = Config(**payload["config"])
+        torch.manual_seed(config.seed)
+        before = config.make_model(27).state_dict()
+        steps[warmup] = [(payload["model"][name] - before[name]).norm().item()
+                         for name in ("embed.weight", "blocks.0.attn_out.weight")]
+    assert steps[9] == pytest.approx([step / 9 for step in steps[0]], rel=1e-3) and min(steps[0]) > 0
 
 
 # ---- the same run, whatever it runs on -------------------------------------------------------------------------------
