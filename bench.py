@@ -163,6 +163,11 @@ def peak_of_step(training):
     return max(itertools.accumulate(change for _, change in events)) - gradients
 
 
+def with_mb(rows):
+    """For a table: each row with its activations in MB, too."""
+    return [row | {"activations": row["activation_bytes"] and row["activation_bytes"] / 1e6} for row in rows]
+
+
 def sampling(training, repeats):
     """(seconds, network calls) of a text drawn as training does for its log."""
     denoiser = Counted(training.model.eval())
@@ -211,13 +216,14 @@ def throughput(trainings, repeats, compare):
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, matrix products "
           f"{max(peaks) / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}, torch {torch.__version__}, "
           f"medians of {repeats}")
-    shown = [row | {"activations": row["activation_bytes"] and row["activation_bytes"] / 1e6} for row in rows]
-    table(shown, {"config": ("", ""), "parameters": ("parameters", ",.0f"), "step_seconds": ("s/step", ".3f"),
-                  "tokens_per_second": ("tokens/s", ",.0f"), "mfu": ("MFU", ".0%"), "data": ("data", ".0%"),
-                  "forward": ("forward", ".0%"), "loss": ("loss", ".0%"), "backward": ("backward", ".0%"),
-                  "optimiser": ("optimiser", ".0%"), "activations": ("activations, MB", ",.0f"),
-                  **({"ratio": ("times naive", ".2f"), "activation_ratio": ("activations / naive", ".2f")} if compare
-                     else {"sample_seconds": ("s/sample", ".2f"), "sample_nfe": ("network calls", ".0f")})}, sys.stdout)
+    table(with_mb(rows), {
+        "config": ("", ""), "parameters": ("parameters", ",.0f"), "step_seconds": ("s/step", ".3f"),
+        "tokens_per_second": ("tokens/s", ",.0f"), "mfu": ("MFU", ".0%"), "data": ("data", ".0%"),
+        "forward": ("forward", ".0%"), "loss": ("loss", ".0%"), "backward": ("backward", ".0%"),
+        "optimiser": ("optimiser", ".0%"), "activations": ("activations, MB", ",.0f"),
+        **({"ratio": ("times naive", ".2f"), "activation_ratio": ("activations / naive", ".2f")} if compare
+           else {"sample_seconds": ("s/sample", ".2f"), "sample_nfe": ("network calls", ".0f")}),
+    }, sys.stdout)
     return {"device": device_name(device), "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "repeats": repeats, "peak_tflops": max(peaks) / 1e12, "results": rows}
 
@@ -249,11 +255,11 @@ def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
     for row in rows:
         row["limit"] = 1e6 * row["flops_per_token"] / max(peaks)
         row["mfu"] = row["limit"] / row["microseconds_per_token"]
-    shown = [row | {"activations": row["activation_bytes"] and row["activation_bytes"] / 1e6} for row in rows]
-    table(shown, {"axis": ("", ""), "width": ("width", ""), "seq_len": ("length", ""), "batch_size": ("batch", ""),
-                  "parameters": ("parameters", ",.0f"), "microseconds_per_token": ("us/token", ".1f"),
-                  "limit": ("at the matmul peak", ".1f"), "mfu": ("MFU", ".0%"),
-                  "activations": ("activations, MB", ",.0f")}, sys.stdout)
+    table(with_mb(rows), {
+        "axis": ("", ""), "width": ("width", ""), "seq_len": ("length", ""), "batch_size": ("batch", ""),
+        "parameters": ("parameters", ",.0f"), "microseconds_per_token": ("us/token", ".1f"),
+        "limit": ("at the matmul peak", ".1f"), "mfu": ("MFU", ".0%"), "activations": ("activations, MB", ",.0f"),
+    }, sys.stdout)
     plot_scaling(rows, path)
     print(json.dumps({"config": name, "device": device_name(device), "threads": torch.get_num_threads(),
                       "dtype": str(dtype).removeprefix("torch."), "repeats": repeats, "scaling": rows}))
