@@ -1,14 +1,14 @@
 """Training throughput, memory and sampling time of configs, on random tokens: no data needed.
 
     python bench.py demo                                  where a step's time goes, and what of the machine is used
-    python bench.py demo mdlm_demo --repeats 5            several, in alternation
+    python bench.py demo mdlm_mini_fast --repeats 5       several, in alternation
     python bench.py d3pm_text8 --compare naive            against D3PM as one writes it first (textbook.py)
     python bench.py demo --scaling scaling.png            cost per token by size, length and batch
     python bench.py demo --samplers                       the samplers, against the naive one
     python bench.py --estimate d3pm_text8_8gpu --gpu h100 memory and days of a run somewhere else
 
-All that is compared runs in alternation in one process; medians over the repeats after a warm-up; the last line is
-JSON.
+All that is compared runs in alternation in one process (but --scaling, one after the other); medians over the repeats
+after a warm-up; the last line is JSON.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ import torch
 import configs
 import parallel
 import textbook
-from cli import (UserError, autocast, device_name, generator_on, matmul_peak, number, pick_device, pick_dtype, progress,
-                 run, synchronize, table)
+from cli import (UserError, autocast, device_name, generator_on, matmul_peak, named, number, pick_device, pick_dtype,
+                 progress, run, synchronize, table)
 from configs import replace
-from data.loader import prefetch
+from data.loader import load_meta, prefetch
 from data.tokenizer import KNOWN
 from diffusion import D3PM
 from draw import Counted
@@ -41,18 +41,20 @@ from train import EMA, batches, flops_per_token, make_optimizers, share_of_batch
 def add_arguments(parser):
     parser.add_argument("--repeats", type=number(int, 1), default=10,
                         help="timed optimiser steps, and samples (default 10)")
-    parser.add_argument("--compare", choices=("naive",), help="also time D3PM as one writes it first: float32, eager, "
-                        "with full posteriors; lambda_ce is 0 then")
-    parser.add_argument("--scaling", metavar="PNG", help="a table and a plot of the cost per token, instead")
-    parser.add_argument("--samplers", action="store_true", help="compare the samplers, batches of 8, instead")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--compare", choices=("naive",), help="also time D3PM as one writes it first: float32, eager, "
+                      "with full posteriors; lambda_ce is 0 then")
+    mode.add_argument("--scaling", type=named, metavar="PNG", help="a table and a plot of the cost per token, instead")
+    mode.add_argument("--samplers", action="store_true", help="compare the samplers, batches of 8, instead")
+    mode.add_argument("--estimate", action="store_true", help="predict memory and days, instead of timing anything")
     parser.add_argument("--first", type=number(int, 1), help="with --samplers: only the first so many steps of each")
-    parser.add_argument("--estimate", action="store_true", help="predict memory and days, instead of timing anything")
     parser.add_argument("--gpu", default="h100", help=f"with --estimate: {', '.join(GPUS)} (default h100)")
     parser.add_argument("--gpus", type=number(int, 1), help="with --estimate: how many (default: as the config's name "
                         "says, or 1)")
     parser.add_argument("--mfu", type=number(float, 1e-3, 1), default=0.4,
                         help="with --estimate: the utilisation to assume (default 0.4)")
-    parser.add_argument("--vocab_size", type=number(int, 2), help="default: that of the config's data set, or 27")
+    parser.add_argument("--vocab_size", type=number(int, 2, 10**6), help="default: that of the config's data set, or "
+                        "27 if that is not prepared")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -142,25 +144,25 @@ def without_stderr():
 
 
 def activation_bytes(training):
-    """The most memory that a step takes at a time, beside weights, gradients, averages and moments: median of three
-    steps, which mask differently. None on mps."""
+    """The most memory that a step takes at a time, beside weights, averages and moments: median of three steps, which
+    mask differently. Gradients count as far as they have come by then, which is hardly: the peak is between the forward
+    and the backward pass. None on mps."""
     return training.device.type != "mps" and statistics.median(peak_of_step(training) for _ in range(3)) or None
 
 
 def peak_of_step(training):
-    """Bytes at the highest, less those before the step and of its gradients."""
-    gradients = sum(p.numel() * p.element_size() for p in training.model.parameters())
+    """Bytes at the highest, less those before the step."""
     if training.device.type == "cuda":
         before = torch.cuda.memory_allocated(training.device)
         torch.cuda.reset_peak_memory_stats(training.device)
         training.step()
-        return torch.cuda.max_memory_allocated(training.device) - before - gradients
+        return torch.cuda.max_memory_allocated(training.device) - before
     with without_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                                   profile_memory=True) as profile:
         training.step()
     events = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
                     if event.name() == "[memory]")
-    return max(itertools.accumulate(change for _, change in events)) - gradients
+    return max(itertools.accumulate(change for _, change in events))
 
 
 def with_mb(rows):
@@ -234,10 +236,11 @@ def throughput(trainings, repeats, compare):
 def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
     """Print and plot the cost of a token in training: by the network's size, by the length of sequences with as many
     tokens in a step, and by the batch."""
-    tokens = cfg.batch_size * cfg.seq_len
+    lengths = (64, 256, 1024, 4096)
+    tokens = max(cfg.batch_size * cfg.seq_len, lengths[-1])
     axes = {
         "width": [replace(cfg, n_embd=64 * n, n_head=n) for n in (1, 2, 4, 8)],
-        "seq_len": [replace(cfg, seq_len=n, batch_size=max(1, tokens // n)) for n in (64, 256, 1024, 4096)],
+        "seq_len": [replace(cfg, seq_len=n, batch_size=tokens // n) for n in lengths],
         "batch_size": [replace(cfg, batch_size=n) for n in (1, 4, 16, 64)],
     }
     rows, peaks = [], []
@@ -262,7 +265,8 @@ def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
     }, sys.stdout)
     plot_scaling(rows, path)
     print(json.dumps({"config": name, "device": device_name(device), "threads": torch.get_num_threads(),
-                      "dtype": str(dtype).removeprefix("torch."), "repeats": repeats, "scaling": rows}))
+                      "dtype": str(dtype).removeprefix("torch."), "repeats": repeats, "peak_tflops": max(peaks) / 1e12,
+                      "scaling": rows}))
 
 
 def plot_scaling(rows, path):
@@ -350,12 +354,22 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, ba
                       "seq_len": cfg.seq_len, "vocab_size": objective.mask_id, "first": first, "samplers": rows}))
 
 
+def data_set(cfg):
+    """What is known of the config's data set: its meta.json if it is prepared."""
+    try:
+        return load_meta(cfg.dataset, cfg.data_dir)
+    except UserError:
+        return KNOWN.get(cfg.dataset, {"vocab_size": 27})
+
+
 def main():
     chosen, args = configs.from_command_line("bench.py", __doc__, add_arguments, several=True)
     device = pick_device(chosen[0][1].device)
     dtype = pick_dtype(device, chosen[0][1].dtype)
-    size = lambda cfg: args.vocab_size or KNOWN.get(cfg.dataset, {"vocab_size": 27})["vocab_size"]
+    size = lambda cfg: args.vocab_size or data_set(cfg)["vocab_size"]
     (name, cfg), *more = chosen
+    if args.first and not args.samplers:
+        raise UserError("--first goes with --samplers")
     if more and (args.scaling or args.samplers):
         raise UserError("--scaling and --samplers take one config at a time")
     if args.estimate:
@@ -374,6 +388,8 @@ def main():
         for name, cfg in chosen:
             if args.compare and (cfg.noise != "mask" or cfg.objective not in ("d3pm", "mdlm")):
                 raise UserError(f"--compare is for d3pm and mdlm with masks, and {name} is neither")
+            if args.compare and (cfg.schedule != "linear" or cfg.prefix != "none"):
+                raise UserError("--compare needs --schedule=linear and --prefix=none, as textbook.py has them")
             cfg = replace(cfg, lambda_ce=0.0) if args.compare else cfg
             trainings.append(Training(name, cfg, size(cfg), device, dtype))
             if args.compare:

@@ -18,10 +18,10 @@ GPUS = {"a100": (312, 80), "a100-40": (312, 40), "h100": (989, 80), "h200": (989
 SPARE = 0.9  # of a GPU's memory can be used: the rest goes to CUDA, temporary buffers and fragmentation
 
 
-def kept_bytes(cfg, vocab_size, n, device, dtype):
-    """What autograd keeps of n sequences between the forward and the backward pass, half of the tokens masked.
+def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
+    """What autograd keeps of n sequences between the forward and the backward pass.
 
-    Returns bytes: each storage once, the parameters not at all.
+    masked: the share of masks among their tokens. Returns bytes: each storage once, the parameters not at all.
     """
     model, objective = cfg.make_model(vocab_size).to(device), cfg.make_objective(vocab_size)
     storages, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -31,22 +31,53 @@ def kept_bytes(cfg, vocab_size, n, device, dtype):
         return x
 
     x0 = torch.randint(vocab_size, (n, cfg.seq_len), device=device)
-    half = torch.full((n,), 0.5, dtype=torch.float64)
-    noise = objective.noise(half, torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
+    noise = objective.noise(torch.full((n,), masked, dtype=torch.float64),
+                            torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
+    if cfg.noise == "mask" and cfg.objective != "ar":  # as many as were asked for, wherever
+        noise = noise._replace(mask=(torch.randperm(x0.numel(), device=device) < masked * x0.numel()).view_as(x0))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype):
         loss, _ = objective.loss(model, x0, noise)  # kept, or the storages would be used again
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
-def activation_bytes(cfg, vocab_size, device, dtype):
-    """A function n -> kept_bytes of n sequences, found from one and two of them through one and two blocks.
+def activation_bytes(cfg, vocab_size, device, dtype, masked=0.5):
+    """(a, b), so that kept_bytes of n sequences is a + b n, found from one and two of them through one and two blocks.
 
-    It is a + b n + c n_layer + d n n_layer; c are the blocks' weights in bfloat16.
+    It is linear in the number of blocks, too; a are the blocks' weights in bfloat16. With checkpoint_blocks it has
+    besides what is kept of one block, while that is computed again.
     """
-    f = {(n, layers): kept_bytes(replace(cfg, n_layer=layers), vocab_size, n, device, dtype)
-         for n in (1, 2) for layers in (1, 2)}
-    one, two = f[1, 1] + (cfg.n_layer - 1) * (f[1, 2] - f[1, 1]), f[2, 1] + (cfg.n_layer - 1) * (f[2, 2] - f[2, 1])
-    return lambda n: one + (n - 1) * (two - one)
+    def through(n, layers, again=cfg.checkpoint_blocks):
+        variant = replace(cfg, n_layer=layers, checkpoint_blocks=again)
+        return kept_bytes(variant, vocab_size, n, device, dtype, masked)
+
+    def kept(n):
+        one, two = through(n, 1), through(n, 2)
+        computed_again = through(n, 2, False) - through(n, 1, False) if cfg.checkpoint_blocks else 0
+        return one + (cfg.n_layer - 1) * (two - one) + computed_again
+
+    one, two = kept(1), kept(2)
+    return 2 * one - two, two - one
+
+
+def fullest(micro):
+    """The largest share of masks in a micro-batch of a long run: five standard deviations above one half, where the
+    mask rates of its sequences are uniform. The memory for logits must do for that one."""
+    return min(1.0, 0.5 + 5 / (12 * micro) ** 0.5)
+
+
+def muon_flops(model):
+    """Operations of Muon in each step, on each GPU, for the five iterations of muon.py on m x n matrices, m <= n."""
+    shapes = [sorted(w.shape) for w in model.matrices()]
+    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
+
+
+def recomputed(model, flops, cfg, vocab_size):
+    """What --checkpoint_blocks adds to the operations per token: the blocks' forward pass, a third, once more."""
+    if not cfg.checkpoint_blocks:
+        return 0
+    without, everywhere = model.flops(cfg.seq_len, 0), model.flops(cfg.seq_len)
+    head = 6 * vocab_size * cfg.n_embd * (flops - without) / (everywhere - without)
+    return (flops - head) / 3
 
 
 def state_bytes(model, cfg):
@@ -63,8 +94,10 @@ def spell(days):
 def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     """Print memory and days of a run on `gpus` GPUs of a kind, DDP, without torch.compile, which keeps less.
 
-    The optimiser's own operations are not counted: for Muon some per cent of the rest, at 100,000 tokens per step.
+    Every GPU does all of Muon's operations. Raises UserError for an unknown GPU, and for FSDP, which shares.
     """
+    if cfg.fsdp:
+        raise UserError("--estimate is for DDP, where each GPU has the whole model: leave out --fsdp")
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu!r} is none of {', '.join(GPUS)}")
@@ -73,25 +106,29 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     _, micro = share_of_batch(cfg, gpus)
     model = cfg.make_model(vocab_size)
     state = state_bytes(model, cfg)
-    kept = activation_bytes(cfg, vocab_size, torch.device("cpu"), dtype)
-    one, both = kept(2) - kept(1), kept(micro)
+    masked = fullest(micro)
+    fixed, one = activation_bytes(cfg, vocab_size, torch.device("cpu"), dtype, masked)
+    activations = fixed + one * micro
     tokens = cfg.max_steps * cfg.batch_size * cfg.seq_len
     flops = flops_per_token(model, cfg.make_objective(vocab_size), cfg)
-    again = 4 / 3 if cfg.checkpoint_blocks else 1  # the forward pass, which is a third, once more
-    days = tokens * flops * again / (gpus * peak * mfu) / 86400
-    most = max(0, int((memory * SPARE - state) / one))
+    work = flops + recomputed(model, flops, cfg, vocab_size)
+    if cfg.optimizer == "muon":
+        work += muon_flops(model) * gpus / (cfg.batch_size * cfg.seq_len)
+    days = tokens * work / (gpus * peak * mfu) / 86400
+    most = max(0, int((memory * SPARE - state - fixed) / one))
     result = {
         "config": name, "gpu": gpu, "gpus": gpus, "utilisation": mfu, "parameters": model.n_params(),
         "dtype": str(dtype).removeprefix("torch."), "state_bytes": state, "activation_bytes_per_sequence": one,
-        "micro_batch_size": micro, "total_bytes": state + both, "largest_micro_batch_size": most, "tokens": tokens,
-        "flops_per_token": flops, "tokens_per_second": gpus * peak * mfu / (flops * again), "days": days,
+        "micro_batch_size": micro, "masked": masked, "total_bytes": state + activations,
+        "largest_micro_batch_size": most, "tokens": tokens, "flops_per_token": work,
+        "tokens_per_second": gpus * peak * mfu / work, "days": days,
     }
     print(f"{name} on {gpus} x {gpu}\n"
-          f"memory  {(state + both) / 1e9:.1f} of {memory / 1e9:.0f} GB each: {state / 1e9:.1f} of weights, gradients, "
-          f"moments and averages, {both / 1e9:.1f} of activations of {micro} sequences in {result['dtype']}, and what "
-          "the allocator wastes"
+          f"memory  {(state + activations) / 1e9:.1f} of {memory / 1e9:.0f} GB each: {state / 1e9:.1f} of weights, "
+          f"gradients, moments and averages, {activations / 1e9:.1f} of activations of {micro} sequences in "
+          f"{result['dtype']}, when {masked:.0%} of their tokens are masks, and what the allocator wastes"
           + ("" if micro <= most else "\n        does not fit: try "
              + (f"--micro_batch_size={1 << most.bit_length() - 1}" if most else "--checkpoint_blocks"))
-          + f"\ntime    {spell(days)}: {tokens:.3g} tokens x {flops:.3g} FLOP at an assumed {mfu:.0%} of "
+          + f"\ntime    {spell(days)}: {tokens:.3g} tokens x {work:.3g} FLOP at an assumed {mfu:.0%} of "
           f"{peak / 1e12:.0f} TFLOP/s, {result['tokens_per_second']:,.0f} tokens/s")
     print(json.dumps(result))

@@ -75,11 +75,11 @@ def token_shift(x, causal=False):
     return torch.cat((left, right, here), dim=-1)
 
 
-def at_positions(at, L, *features):
-    """Each of the features (B, L, D) or (B, 1, D) at positions `at` (N,) of all B L: (N, D). at None: as they are."""
+def at_positions(at, B, L, *features):
+    """Each of the features (B or 1, L or 1, D) at positions `at` (N,) of all B L: (N, D). at None: as they are."""
     if at is None:
         return features
-    return [x.expand(-1, L, -1).flatten(0, 1).index_select(0, at) for x in features]
+    return [x.expand(B, L, -1).flatten(0, 1).index_select(0, at) for x in features]
 
 
 class Block(nn.Module):
@@ -113,14 +113,14 @@ class Block(nn.Module):
 
         The MLP, two thirds of a block, runs at these alone: the last block's other tokens are seen by nobody.
         """
-        L, drop = x.shape[1], lambda x: F.dropout(x, self.dropout, self.training)
+        (B, L, _), drop = x.shape, lambda x: F.dropout(x, self.dropout, self.training)
         if self.modulation is None:
             x = x + drop(self.attention(self.neighbours(self.norm1(x)), cos, sin))
-            x, h = at_positions(at, L, x, self.neighbours(self.norm2(x)))
+            x, h = at_positions(at, B, L, x, self.neighbours(self.norm2(x)))
             return x + drop(self.mlp(h))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
         x = x + gate1 * drop(self.attention(self.neighbours(modulate(self.norm1(x), shift1, scale1)), cos, sin))
-        x, h, gate2 = at_positions(at, L, x, self.neighbours(modulate(self.norm2(x), shift2, scale2)), gate2)
+        x, h, gate2 = at_positions(at, B, L, x, self.neighbours(modulate(self.norm2(x), shift2, scale2)), gate2)
         return x + gate2 * drop(self.mlp(h))
 
 
@@ -172,7 +172,7 @@ class DiT(nn.Module):
 
     def trunk(self, xt, t, at=None):
         """Tokens -> features (B, L, D) in float32, ready for the head; (N, D) at the positions `at` (N,) of all B L."""
-        L = xt.shape[1]
+        B, L = xt.shape
         assert L <= self.seq_len, f"{L} tokens, but the model was built for {self.seq_len}"
         x, cos, sin = self.embed(xt).float(), self.cos[:L], self.sin[:L]
         c = None if self.time_embed is None else self.time_embed(t)
@@ -184,7 +184,7 @@ class DiT(nn.Module):
                 x = block(*inputs)
         x = self.norm(x)
         if self.modulation is not None:
-            x = modulate(x, *at_positions(at, L, *self.modulation(c).chunk(2, dim=-1)))
+            x = modulate(x, *at_positions(at, B, L, *self.modulation(c).chunk(2, dim=-1)))
         return x
 
     def head(self, x):

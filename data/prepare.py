@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def read_text(path):
         elif str(path).endswith(".xz"):
             content = lzma.decompress(content)
         text = content.decode("utf-8")
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path} is not a whole compressed file: {error}")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it first")

@@ -12,6 +12,7 @@ names it. These are books, not an encyclopedia: numbers on them do not compare w
 import csv
 import hashlib
 import html
+import http.client
 import re
 import sys
 import urllib.request
@@ -78,7 +79,7 @@ def download(url):
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
                 return response.read().decode("utf-8-sig", errors="replace")
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # the latter: cut off in the middle
             if getattr(error, "code", None) == 404:
                 return ""  # to be named as a book that differs
             if last:

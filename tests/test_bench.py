@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+import bench
 import estimate
 import textbook
 import world
@@ -12,6 +14,7 @@ from commands import assert_one_line
 from configs import CONFIGS, Config, replace
 from diffusion import D3PM
 from noise import uniforms
+from train import make_optimizers
 
 SMALL = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--T=20", "--batch_size=4", "--micro_batch_size=4", "--seq_len=16",
          "--repeats=2"]
@@ -88,6 +91,41 @@ def test_compare(call):
     assert ours["ratio"] == pytest.approx(ours["tokens_per_second"] / naive["tokens_per_second"])
     assert ours["activation_ratio"] == pytest.approx(ours["activation_bytes"] / naive["activation_bytes"])
     assert ours["activation_ratio"] < 0.5 and naive["activation_bytes"] > 3 * 64 * 3000 * 4
+    head = 6 * 3000 * 32
+    assert naive["flops_per_token"] == ours["flops_per_token"] < (0.6 + 0.3) * head  # at masks: lambda_ce is 0
+
+
+def test_the_naive_step():
+    """Three steps, of two micro-batches each, are those of a loop written here; in float32, eager and with AdamW,
+    whatever the config says."""
+    cfg = replace(CONFIGS["mdlm_mini_fast"](), n_layer=1, n_embd=32, n_head=2, seq_len=16, batch_size=4,
+                  micro_batch_size=2, T=20, grad_clip=0.1, lr=0.01, compile=True)
+    naive, again = (bench.Naive("x", cfg, 27, CPU, torch.bfloat16) for _ in range(2))
+    assert naive.dtype == torch.float32 and not naive.compiled
+    adamw = torch.optim.AdamW(again.model.parameters(), lr=0.01, weight_decay=cfg.weight_decay)
+    for _ in range(3):
+        naive.step()
+        parts = next(again.stream)
+        loss = torch.stack([textbook.loss(again.model, x0, noise, 20, 27) for x0, noise in parts]).mean()
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(again.model.parameters(), 0.1)
+        adamw.step()
+    assert len(parts) == 2
+    for p, q in zip(naive.model.parameters(), again.model.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+    for training in (naive, again):
+        training.stream.close()
+
+
+def test_memory_of_a_step():
+    """As much as autograd keeps for the backward pass, and not much more; no gradient is subtracted."""
+    cfg = replace(CONFIGS["mdlm_mini_fast"](), n_embd=64, seq_len=32, batch_size=8, micro_batch_size=8)
+    training = bench.Training("x", cfg, 27, CPU, torch.float32)
+    kept = estimate.kept_bytes(cfg, 27, 8, CPU, torch.float32)
+    assert 0.9 * kept < bench.activation_bytes(training) < 1.3 * kept
+    assert training.ema.updates == 3
+    training.stream.close()
 
 
 def test_scaling(call, tmp_path):
@@ -95,6 +133,11 @@ def test_scaling(call, tmp_path):
     line = last_line(call("bench.py", "demo", "--scaling", tmp_path / "s.png", *SMALL[:-2], "--seq_len=64",
                           "--repeats=1"))
     widths = [row for row in line["scaling"] if row["axis"] == "width"]
+    for row in line["scaling"]:
+        limit = row["flops_per_token"] / (line["peak_tflops"] * 1e12)
+        assert row["limit"] == pytest.approx(1e6 * limit)
+        assert row["mfu"] == pytest.approx(row["limit"] / row["microseconds_per_token"])
+    assert {row["batch_size"] * row["seq_len"] for row in line["scaling"] if row["axis"] == "seq_len"} == {4096}
     assert len(line["scaling"]) == 12 and [row["width"] for row in widths] == [64, 128, 256, 512]
     assert all(a["parameters"] < b["parameters"] for a, b in zip(widths, widths[1:]))
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG"
@@ -102,6 +145,10 @@ def test_scaling(call, tmp_path):
 
 def test_bad_flags(call, tmp_path):
     assert_one_line(call("bench.py", "ar_demo", "--compare=naive"), "neither")
+    assert_one_line(call("bench.py", "d3pm_text8", "--compare=naive", "--schedule=cosine"), "--schedule=linear")
+    assert_one_line(call("bench.py", "demo", "--first=3"), "--samplers")
+    assert_one_line(call("bench.py", "demo", "--estimate", "--fsdp"), "leave out --fsdp")
+    assert_one_line(call("bench.py", "demo", "--samplers", "--estimate"), "not allowed with argument")
     assert_one_line(call("bench.py", "demo", "names", "--samplers"), "one config at a time")
     assert_one_line(call("bench.py", "demo", "--scaling", tmp_path), "is a folder")
     assert_one_line(call("bench.py", "demo", "--scaling", tmp_path / "no" / "s.png"), "in no existing folder")
@@ -116,10 +163,49 @@ def test_bad_flags(call, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_extrapolated_exactly(config, dtype):
     """What five sequences through four blocks keep, counted, is what one and two of each say."""
-    cfg = replace(CONFIGS[config](), n_embd=32, n_head=2, seq_len=16, n_layer=4, dropout=0.0, time_sampling="exact_k",
-                  objective="mdlm", lambda_ce=0.0)
+    cfg = replace(CONFIGS[config](), n_embd=32, n_head=2, seq_len=16, n_layer=4, dropout=0.0, lambda_ce=0.0)
     counted = estimate.kept_bytes(cfg, 27, 5, CPU, dtype)
-    assert estimate.activation_bytes(cfg, 27, CPU, dtype)(5) == pytest.approx(counted, rel=0.01)
+    fixed, one = estimate.activation_bytes(cfg, 27, CPU, dtype)
+    assert fixed + 5 * one == pytest.approx(counted, rel=0.01)
+
+
+def test_logits_of_as_many_masks_as_asked_for():
+    """Twice the masks have twice the logits, in float32 for the softmax; nothing is left to chance."""
+    cfg = replace(CONFIGS["sedd_text8"](), n_layer=1, n_embd=32, n_head=2, seq_len=64)
+    kept = [estimate.kept_bytes(cfg, 5000, 4, CPU, torch.float32, masked) for masked in (0.5, 0.5, 1.0)]
+    assert kept[0] == kept[1] and kept[2] - kept[0] >= 128 * 5000 * 4
+
+
+def test_the_fullest_micro_batch():
+    """Of 200,000 micro-batches of 8 none has more masks, and many have nearly as many."""
+    rates = np.random.default_rng(0).random((200_000, 8)).mean(1)
+    assert rates.max() < estimate.fullest(8) < rates.max() + 0.1 and estimate.fullest(1) == 1
+
+
+def test_what_checkpoint_blocks_saves_and_costs():
+    """A step's memory is less than estimated, and not much; the operations of the blocks' forward pass come twice."""
+    cfg = replace(CONFIGS["mdlm_text8"](), n_layer=4, n_embd=64, n_head=2, seq_len=64, batch_size=8, micro_batch_size=8,
+                  dropout=0.0, checkpoint_blocks=True)
+    training = bench.Training("x", cfg, 27, CPU, torch.float32)
+    fixed, one = estimate.activation_bytes(cfg, 27, CPU, torch.float32)
+    assert 0.8 < (fixed + 8 * one) / bench.activation_bytes(training) < 1.3
+    training.stream.close()
+    flops = training.model.flops(64, 0.5)
+    head = 6 * 27 * 64 * 0.5
+    assert estimate.recomputed(training.model, flops, cfg, 27) == pytest.approx((flops - head) / 3)
+
+
+def test_operations_of_muon():
+    """As PyTorch's own counter finds them in a step."""
+    from torch.utils.flop_counter import FlopCounterMode
+    cfg = replace(CONFIGS["mdlm_mini_fast"](), n_layer=2, n_embd=32, n_head=2, seq_len=8)
+    model = cfg.make_model(5)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with FlopCounterMode(display=False) as counter:
+        for optimizer in make_optimizers(model, cfg, CPU, torch.float32):
+            optimizer.step()
+    assert counter.get_total_flops() == estimate.muon_flops(model)
 
 
 def test_weights_are_no_activations():
@@ -139,7 +225,16 @@ def test_estimate(call):
     assert last_line(call("bench.py", *options, "--gpus=16"))["days"] == pytest.approx(line["days"] / 2 / 3.17 * 0.625,
                                                                                        rel=0.01)
     again = last_line(call("bench.py", *options, "--gpu=a100", "--mfu=0.25", "--checkpoint_blocks"))
-    assert again["days"] == pytest.approx(line["days"] * 4 / 3)
+    assert line["days"] < again["days"] < line["days"] * 4 / 3
+    assert line["days"] * 86400 * line["tokens_per_second"] == pytest.approx(line["tokens"])
+    cfg = replace(CONFIGS["d3pm_text8_8gpu"](), n_layer=1, n_embd=32, n_head=2, seq_len=16)
+    fixed, one = estimate.activation_bytes(cfg, 27, CPU, torch.bfloat16, line["masked"])
+    assert line["state_bytes"] == 20 * line["parameters"] and line["micro_batch_size"] == 8
+    assert line["total_bytes"] == pytest.approx(line["state_bytes"] + fixed + 8 * one)
+    adamw = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4", "--optimizer=adamw"))
+    muon = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4"))
+    extra = estimate.muon_flops(CONFIGS["mdlm_mini_fast"]().make_model(27)) / (4 * 128)  # each GPU has 4 sequences
+    assert muon["flops_per_token"] == pytest.approx(adamw["flops_per_token"] + extra)
 
 
 def test_optimiser_state():
@@ -156,4 +251,8 @@ def test_does_not_fit(call, monkeypatch):
     monkeypatch.setitem(estimate.GPUS, "a100", (312, 0.05))
     result = call("bench.py", "--estimate", "d3pm_text8", "--n_layer=2", "--n_embd=64", "--n_head=2", "--gpu=a100")
     line = last_line(result)
-    assert line["largest_micro_batch_size"] < 256 and "does not fit: try --micro_batch_size=" in result.out
+    most, state, one = (line[key] for key in ("largest_micro_batch_size", "state_bytes",
+                                              "activation_bytes_per_sequence"))
+    fixed = line["total_bytes"] - state - 256 * one
+    assert state + fixed + most * one <= 0.9 * 0.05e9 < state + fixed + (most + 1) * one
+    assert most < 256 and "does not fit: try --micro_batch_size=" in result.out

@@ -15,7 +15,7 @@ import pytest
 from cli import UserError
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
 from data.loader import gather, load_meta, load_split, prefetch, random_crops, recode, windows
-from data.prepare import DatasetWriter, is_prepared
+from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, TEXT8_ALPHABET, make_tokenizer, text8_words
 
 META = {"tokenizer": "char", "alphabet": TEXT8_ALPHABET, "vocab_size": 27}
@@ -185,6 +185,15 @@ def test_textfile_with_its_own_splits(monkeypatch, tmp_path):
     prepare(monkeypatch, prepare_textfile, tmp_path / "train.txt", "--val", tmp_path / "val.txt", "--test",
             tmp_path / "test.txt", "--name", "mine", "--alphabet", "text8", "--data_dir", tmp_path)
     assert [read(tmp_path / "mine", s) for s in ("train", "val", "test")] == ["yes it is", "no it isnt", "maybe"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 12])
+def test_a_damaged_archive(tmp_path, damage):
+    """Cut off, or garbled inside, where gzip says it in another way: one line."""
+    packed = gzip.compress(b"some words, some other words")
+    (tmp_path / "a.gz").write_bytes(packed[:12] + damage + packed[24:] if damage else packed[:-9])
+    with pytest.raises(UserError, match="a.gz is not a whole compressed file"):
+        read_text(tmp_path / "a.gz")
 
 
 def test_textfile_gpt2(monkeypatch, tmp_path, gpt2):

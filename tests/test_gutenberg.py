@@ -1,6 +1,7 @@
 """data/prepare_gutenberg.py: what it keeps of each kind of source, on invented texts; downloads and --file."""
 
 import hashlib
+import http.client
 import io
 import json
 import lzma
@@ -154,16 +155,17 @@ def test_download(monkeypatch, tmp_path, books, capsys):
     assert len(fetched) == 4 and "is prepared already" in capsys.readouterr().err
 
 
-def test_no_network_is_one_line(monkeypatch, tmp_path, books):
-    """A download that fails three times names the URL and --file, and leaves nothing behind."""
+@pytest.mark.parametrize("error", [OSError("no route"), http.client.IncompleteRead(b"The fi", 9)])
+def test_no_network_is_one_line(monkeypatch, tmp_path, books, error):
+    """A download that fails three times, or ends too soon, names the URL and --file, and leaves nothing behind."""
     tries = []
 
     def urlopen(url, timeout):
         tries.append(url)
-        raise OSError("no route")
+        raise error
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    with pytest.raises(UserError, match=r"could not download https://raw.*one.txt \(no route\); .* --file TRAIN VAL"):
+    with pytest.raises(UserError, match=r"download https://raw.*one.txt \((no route|Inco.*)\); .* --file TRAIN VAL"):
         prepare(monkeypatch, "--data_dir", tmp_path / "data")
     assert len(tries) == 3 and list((tmp_path / "data").iterdir()) == []
 

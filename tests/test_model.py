@@ -30,11 +30,11 @@ def batch(B=3, L=16):
 def test_where_selects(conditioning, shift):
     """Logits at `where` are those rows of all logits, in row-major order, and so are all gradients; none of the mask.
 
-    Times may differ by token.
+    Times may differ by token, or be one for all.
     """
     model, (xt, t) = tiny(conditioning, shift_tokens=shift), batch()
     where = torch.rand(xt.shape) < 0.4
-    for t in (t, torch.rand(xt.shape)):
+    for t in (t, t[:1], torch.rand(xt.shape)):
         all_logits, logits = model(xt, t), model(xt, t, where=where)
         assert all_logits.shape == (3, 16, 5)
         torch.testing.assert_close(logits, all_logits[where])

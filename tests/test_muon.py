@@ -45,6 +45,18 @@ def test_is_torchs():
         assert (p - q).norm() < 0.02 * (p - old).norm()
 
 
+def test_precision():
+    """In bfloat16 a step is the same but for its rounding."""
+    steps = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.zeros(16, 64))
+        p.grad = torch.randn(p.shape)
+        Muon([p], lr=0.1, dtype=dtype).step()
+        steps.append(p.detach())
+    assert steps[1].dtype == torch.float32 and 1e-4 < (steps[0] - steps[1]).norm() / steps[0].norm() < 0.05
+
+
 def test_a_bad_step_does_nothing():
     """With found_inf = 1 and a gradient of nans, neither weights nor momentum move; a good step moves both."""
     p = torch.nn.Parameter(torch.randn(4, 8))

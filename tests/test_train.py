@@ -1,15 +1,16 @@
 """The parts of train.py that comparing a run with itself cannot check: averages, learning rate, decay, clipping."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from cli import matmul_peak
-from configs import Config, replace
+from configs import CONFIGS, Config, replace
 from diffusion import MDLM
 from noise import uniforms
-from train import EMA, learning_rate, make_optimizers, train_step
+from train import EMA, flops_per_token, learning_rate, make_optimizers, train_step
 
 CFG = Config(n_layer=1, n_head=2, n_embd=16, n_cond=8, seq_len=8, max_steps=110, warmup_steps=10, lr=1.0, min_lr=0.1)
 
@@ -55,6 +56,28 @@ def test_decay_on_matrices_only():
     assert decayed["weight_decay"] == CFG.weight_decay and free["weight_decay"] == 0
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in free["params"]} == {1}
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+
+
+def test_settings_of_adamw():
+    [adamw] = make_optimizers(CFG.make_model(5), replace(CFG, beta1=0.7, beta2=0.8), torch.device("cpu"), torch.float32)
+    assert adamw.defaults["betas"] == (0.7, 0.8) and adamw.defaults["lr"] == CFG.lr
+
+
+def test_what_the_fast_recipe_changes():
+    """Of the settings of an mdlm_* config: what README says, and nothing else."""
+    mdlm, fast = (dataclasses.asdict(CONFIGS[f"mdlm_text8{kind}_8gpu"]()) for kind in ("", "_fast"))
+    assert {key: (mdlm[key], fast[key]) for key in mdlm if mdlm[key] != fast[key]} == {
+        "weighting": ("nelbo", "simple"), "shift_tokens": (False, True), "dropout": (0.025, 0.0),
+        "optimizer": ("adamw", "muon"), "lr_decay": ("cosine", "linear")}
+
+
+def test_flops_of_what_the_loss_asks_for():
+    """The head runs on masks, half of all tokens, and everywhere where the auxiliary loss asks for it."""
+    model = CFG.make_model(50)
+    flops = [flops_per_token(model, replace(CFG, **change).make_objective(50), replace(CFG, **change))
+             for change in ({"lambda_ce": 0.1}, {"lambda_ce": 0.0}, {"lambda_ce": 0.0, "noise": "uniform"})]
+    assert flops[0] == flops[2] == model.flops(8)
+    assert flops[1] == pytest.approx(model.flops(8, 0.5), rel=0.02) and flops[1] < 0.9 * flops[0]
 
 
 @pytest.mark.parametrize("grad_clip", [0.01, 0.0])
