@@ -324,7 +324,7 @@ def mdlm_mini_fast():
 
 
 def prose():
-    """English prose, 27 symbols, 1.8M parameters; hours on 2 CPU cores"""
+    """the model in pretrained/: English prose, 27 symbols, 1.8M parameters; hours on 2 CPU cores"""
     return replace(
         mdlm_mini_fast(), seq_len=256, n_head=6, n_embd=192, lr=5e-3, max_steps=9_000, ema_decay=0.999,
         sample_interval=500, log_interval=100,

@@ -1,6 +1,7 @@
 """Generate text with a checkpoint: from nothing, from a prompt, into blanks, as long as you like; and watch it.
 
-    python sample.py out/demo --show                                   # watch it emerge from noise
+    python sample.py                                                   # watch text emerge: the model in pretrained/
+    python sample.py out/demo --show                                   # yours
     python sample.py out/demo --batch_size 4 --steps 64 --seed 7 --out samples.txt
     python sample.py out/demo --sampler entropy_bound --gamma 0.5 --temperature 0.8 --html denoising.html
     python sample.py out/demo --prefix "the function returns " --suffix " of the list"
@@ -35,9 +36,14 @@ OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".jso
 AT_ONCE = 32  # sequences in a network call at most, unless --batch_size asks for more
 
 
+PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "prose"
+
+
 def parse_args():
     p = ArgumentParser(description=__doc__)
-    p.add_argument("checkpoint", help="a file, a folder or hf://owner/name; of other projects, too")
+    p.add_argument("checkpoint", nargs="?", type=named, default=str(PRETRAINED),
+                   help="a file, a folder or hf://owner/name; of other projects, too (default: the model that comes "
+                   "with the repository)")
     p.add_argument("--batch_size", type=number(int, 1, 10**5), default=1,
                    help="number of samples of each prompt (default 1)")
     p.add_argument("--sampler", choices=SAMPLERS, help="default: ancestral")
@@ -76,7 +82,7 @@ def parse_args():
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one there is)")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                    help="default: bfloat16 where fast")
-    return p.parse_args()
+    return p.parse_args(sys.argv[1:] or ["--show", "--temperature=0.8"])
 
 
 def n_given(xt, mask_id):

@@ -1,0 +1,65 @@
+"""The model that comes with the repository: small, inert, and it knows English."""
+
+import json
+import random
+
+import torch
+
+import sample
+from checkpoint import load_model
+from commands import ROOT, assert_one_line
+from data.tokenizer import make_tokenizer
+from likelihood import bound
+
+# Not from any book: nothing of it was trained on.
+TEXT = ("when the rain had stopped the two sisters walked down to the harbour and asked every fisherman they met "
+        "whether a letter had come with the morning boat but nobody had seen one and so they bought some bread and "
+        "turned back towards the hill where their father was waiting for them at the gate with his old grey dog")
+
+
+def loaded():
+    model, config, meta, _ = load_model(str(sample.PRETRAINED), torch.device("cpu"))
+    return model, config, make_tokenizer(meta), config.make_objective(meta["vocab_size"])
+
+
+def test_files():
+    """Weights, settings and a card, 8 MB at most, and nothing that could run."""
+    files = {path.name: path.stat().st_size for path in sample.PRETRAINED.iterdir()}
+    assert files.keys() == {"model.safetensors", "config.json", "README.md"} and sum(files.values()) <= 8e6
+    card = json.loads((sample.PRETRAINED / "config.json").read_text())
+    assert card["measured"] and card["measured"][0]["split"] == "test"
+
+
+def test_without_arguments(call, monkeypatch, tmp_path):
+    """`python sample.py`, from any folder: a text of the model's length appears, and most of its words are words."""
+    monkeypatch.chdir(tmp_path)
+    result = call(ROOT / "sample.py")
+    text = result.out.rstrip("\n").split("\n")[-1]
+    assert result.code == 0 and len(text) == loaded()[1].seq_len and set(text) <= set(" abcdefghijklmnopqrstuvwxyz")
+    assert " the " in text and "256 steps" not in result.err.split("\n")[0]
+
+
+def test_it_knows_english():
+    """English costs far less than the same words with their letters in any order, and those less than any letters."""
+    model, config, tokenizer, objective = loaded()
+    letters = random.Random(0)
+    mixed = " ".join("".join(letters.sample(word, len(word))) for word in TEXT.split())
+    any_letters = "".join(letters.choice(" abcdefghijklmnopqrstuvwxyz") for _ in TEXT)
+    bits = []
+    for text in (TEXT, mixed, any_letters):
+        tokens = tokenizer.encode(text)[:config.seq_len]
+        nats = bound(model, objective, tokens, torch.zeros(1, dtype=torch.long).numpy(), config.seq_len, 16,
+                     torch.device("cpu"), torch.float32, repeats=32)
+        bits.append(nats.item() / 0.6931)
+    assert bits[0] < 2.2 and bits[0] + 2 < bits[1] and bits[1] + 1 < bits[2]
+
+
+def test_it_fills_in(call):
+    """What is missing of two common words in their sentence is found."""
+    result = call("sample.py", "--template", "he said that he did not k{3} what to say to t{2} men of the house",
+                  "--sampler=topk", "--k=1", "--temperature=0.1")
+    assert result.out == "he said that he did not know what to say to the men of the house\n"
+
+
+def test_a_missing_checkpoint_is_one_line(call, monkeypatch, tmp_path):
+    assert_one_line(call("sample.py", tmp_path / "nothing"), "nothing")
