@@ -34,8 +34,6 @@ from tiny_diffusion import StepsUp
 
 OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".yaml")
 AT_ONCE = 32  # sequences in a network call at most, unless --batch_size asks for more
-
-
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "prose"
 
 
