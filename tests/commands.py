@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 import checkpoint
 
@@ -89,6 +91,19 @@ def read_until(process, beginning):
         if line.startswith(beginning):
             return
     raise AssertionError("".join(lines))
+
+
+def stop_after(monkeypatch, steps, number=signal.SIGTERM):
+    """Have this process get a signal in the middle of its n-th step from now."""
+    clip, left = torch.nn.utils.clip_grad_norm_, [steps]
+
+    def clip_and_signal(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+        return clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_signal)
 
 
 def log(out):

@@ -14,6 +14,12 @@ torch.set_num_threads(1)  # make test has two workers
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
+@pytest.fixture(autouse=True)
+def auto_is_float32(monkeypatch):
+    """--dtype=auto means float32 in every test, whatever the CPU can do; test_bfloat16.py asks for bfloat16 by name."""
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False, raising=False)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Folder of foreign checkpoints with the outputs of their original code, where there is one."""
