@@ -33,9 +33,10 @@ from data.loader import load_meta, prefetch
 from data.tokenizer import KNOWN
 from diffusion import D3PM
 from draw import Counted
-from estimate import GPUS, estimate
+from estimate import GPUS, check_fits, estimate, flops_per_token, training_bytes, weight_bytes
 from sampling import Settings, plain, schedule_grid
-from train import EMA, batches, flops_per_token, make_optimizers, share_of_batch, train_step
+from parallel import share_of_batch
+from train import EMA, batches, make_optimizers, train_step
 
 
 def add_arguments(parser):
@@ -66,6 +67,8 @@ class Training:
     def __init__(self, name, cfg, vocab_size, device, dtype):
         self.name, self.cfg, self.device, self.dtype = name, replace(cfg, max_steps=10**9), device, dtype
         self.vocab_size = vocab_size
+        check_fits(training_bytes(cfg, vocab_size, *share_of_batch(cfg, 1)), device, f"a step of {name}",
+                   "use a smaller model or --micro_batch_size")
         torch.manual_seed(cfg.seed)
         self.model, self.objective = cfg.make_model(vocab_size), cfg.make_objective(vocab_size)
         self.flops = flops_per_token(self.model, self.objective, cfg)
@@ -381,6 +384,7 @@ def main():
             raise UserError(f"--scaling {args.scaling} is {'a' if os.path.isdir(folder) else 'in no existing'} folder")
         scaling(name, cfg, size(cfg), device, dtype, args.repeats, args.scaling)
     elif args.samplers:
+        check_fits(weight_bytes(cfg, size(cfg)), device, name, "use a smaller model")
         model, objective = cfg.make_model(size(cfg)).to(device).eval(), cfg.make_objective(size(cfg))
         samplers(name, cfg, model, objective, device, dtype, args.repeats, args.first)
     else:

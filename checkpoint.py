@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +25,11 @@ import torch
 
 import interop
 import sources
-from cli import ArgumentParser, UserError, named, run
+from cli import ArgumentParser, UserError, named, note, run
 from configs import Config, same_run
 from data.loader import check_same_data, check_same_tokens
-from data.tokenizer import make_tokenizer
+from data.tokenizer import describes_tokens, make_tokenizer
+from estimate import check_fits, weight_bytes
 
 FORMAT = "discrete-diffusion-2"
 ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # what foreign checkpoints may be trained on
@@ -124,7 +124,7 @@ def claim(out_dir):
     except (BlockingIOError, PermissionError):  # which of the two depends on the file system
         raise UserError(f"another process is training in {out_dir}: wait for it, or choose another --out_dir")
     except (ImportError, OSError):
-        print(f"{out_dir} cannot be locked: do not start a second run there", file=sys.stderr)
+        note(f"{out_dir} cannot be locked: do not start a second run there")
     return lock
 
 
@@ -170,13 +170,19 @@ def read(path, hints=Hints()):
     if found.settings.get("format") == FORMAT:
         payload = imported(found)
     if hints.format or not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        return interop.translate(found, hints)
+        payload = interop.translate(found, hints)
+        check_fields(payload, path)
+        return payload
     if hints.overrides:
         raise UserError(f"{path} is a checkpoint of this project and knows its {', '.join(hints.overrides)}: leave out "
                         "--override")
-    if payload.pop("sha256", None) != digest(payload):
+    try:
+        intact = payload.pop("sha256", None) == digest(payload)
+    except (NotImplementedError, RuntimeError, TypeError):  # tensors without plain contents, or a dict in itself
+        intact = False
+    if not intact:
         raise UserError(f"{path} is damaged: its contents do not match their SHA-256")
-    check_keys(payload, ("config", "meta", "model", "ema", "step"), path)
+    check_fields(payload, path)
     return payload
 
 
@@ -189,12 +195,35 @@ def imported(found):
     return payload | {"sha256": digest(payload)}
 
 
-def check_meta(meta, path):
-    """Raise UserError unless meta describes tokens."""
-    size, alphabet = (meta.get(key) for key in ("vocab_size", "alphabet")) if isinstance(meta, dict) else (None, None)
-    if not isinstance(size, int) or size < 1 or meta.get("tokenizer") == "char" and not (
-            isinstance(alphabet, str) and len(alphabet) == size):
-        raise UserError(f"{path} does not say what its tokens are: its meta is damaged")
+def is_weights(x):
+    """Whether x is {name: tensor of real numbers}, and not empty."""
+    return isinstance(x, dict) and len(x) > 0 and all(
+        isinstance(key, str) and torch.is_tensor(value) and value.is_floating_point() for key, value in x.items())
+
+
+# field -> (whether a value can be its own, what it should be); the first five are in every checkpoint.
+FIELDS = {
+    "config": (lambda x: isinstance(x, dict) and all(isinstance(key, str) for key in x), "a set of settings"),
+    "meta": (describes_tokens, "a description of its tokens"),
+    "model": (is_weights, "tensors of real numbers by name"),
+    "ema": (is_weights, "tensors of real numbers by name"),
+    "step": (lambda x: type(x) is int and 0 <= x < 2**63, "a whole number from 0 on"),
+    "name": (lambda x: isinstance(x, str), "text"),
+    "best_val": (lambda x: type(x) in (int, float) and x == x, "a number"),
+    "tally": (lambda x: torch.is_tensor(x) and x.is_floating_point() and x.shape == (5,) and x.isfinite().all(),
+              "a tensor of five numbers"),
+    "wandb_id": (lambda x: x is None or isinstance(x, str), "text, or nothing"),
+    "optimizer": (lambda x: isinstance(x, dict) and all(entries == {} or is_weights(entries) for entries in x.values()),
+                  "tensors of real numbers by parameter"),
+}
+
+
+def check_fields(payload, path):
+    """Raise a UserError that names the first field that is missing, or of another type than train.py writes."""
+    check_keys(payload, list(FIELDS)[:5], path)
+    for field, (fits, expected) in FIELDS.items():
+        if field in payload and not fits(payload[field]):
+            raise UserError(f"{path} cannot be used: its field {field!r} is not {expected}")
 
 
 def check_keys(payload, keys, path):
@@ -217,7 +246,7 @@ def read_latest(out_dir):
                 problems.append(str(error))
                 continue
             for problem in problems:
-                print(f"{problem}; going on from {path}", file=sys.stderr)
+                note(f"{problem}; going on from {path}")
             return path, payload
     if problems:
         raise UserError("; ".join(problems))
@@ -248,13 +277,16 @@ def open_run(out_dir, resume, init_from, cfg, meta, model):
             raise UserError(f"{out_dir} holds another run than {path}: choose another --out_dir")
     if payload:
         check_same_run(payload, path, cfg, meta)
-        check_fit(model, payload["model"], path)
+        for kind in ("model", "ema"):
+            check_fit(model, payload[kind], path)
+        check_moments(model, payload["optimizer"], path)
         if resume == "auto" and path != last and last.exists():
             last.rename(out_dir / "ckpt_damaged.pt")  # else the next checkpoint would put it in place of the whole one
     if init_from and not payload:
         source = read(init_from)
         check_same_tokens(source["meta"], meta, cfg.dataset)
         check_fit(model, source["ema"], init_from)
+        check_finite(source["ema"], init_from)
         check_same_function(source, cfg, init_from)
     return payload, source and source["ema"], lock
 
@@ -268,7 +300,7 @@ def check_same_function(source, cfg, path):
         raise UserError(f"the weights in {path} are of another network: {', '.join(other)}")
     other = differ(("objective", "noise", "conditioning", *(["schedule"] if cfg.conditioning == "sigma" else [])))
     if other:
-        print(f"the weights in {path} were trained with {'; '.join(other)}", file=sys.stderr)
+        note(f"the weights in {path} were trained with {'; '.join(other)}")
 
 
 def check_same_run(payload, path, cfg, meta):
@@ -276,6 +308,7 @@ def check_same_run(payload, path, cfg, meta):
     if "optimizer" not in payload:
         raise UserError(f"{path} has no optimiser state to resume from; start a new run with --init_from={path}")
     check_keys(payload, ("best_val", "tally", "wandb_id"), path)
+    check_keys(payload["meta"], ("sha256",), path)
     before, now = dataclasses.asdict(config_of(payload)), dataclasses.asdict(cfg)
     changed = [f"{key} (was {before[key]!r}, now {now[key]!r})" for key in now
                if same_run(key) and before[key] != now[key]]
@@ -291,8 +324,6 @@ def check_same_run(payload, path, cfg, meta):
 def config_of(payload):
     """The Config of a payload; settings this version does not know are an error, missing ones take their default."""
     known = {field.name for field in dataclasses.fields(Config)}
-    if not isinstance(payload["config"], dict):
-        raise UserError("the checkpoint's config is damaged: it is no set of settings")
     unknown = set(payload["config"]) - known
     if unknown:
         raise UserError(f"the checkpoint has settings unknown to this version: {', '.join(sorted(unknown))}; update")
@@ -312,19 +343,39 @@ def load_model(path, device, hints=Hints(), raw=False):
     Of a foreign one whose weights make no sense of English, although it should, a line on stderr says so.
     """
     payload = read(path, hints)
-    check_meta(payload["meta"], path)
-    config = config_of(payload)
-    model = config.make_model(payload["meta"]["vocab_size"])
+    config, vocab_size = config_of(payload), payload["meta"]["vocab_size"]
+    for where in map(torch.device, ("cpu", device)):
+        check_fits(weight_bytes(config, vocab_size), where, f"the model of {path}", "use a machine with more")
+    model = config.make_model(vocab_size)
     weights = payload["model"] if raw else payload["ema"]
     check_fit(model, weights, path)
-    if not all(value.is_floating_point() and value.float().isfinite().all() for value in weights.values()):
-        raise UserError(f"the weights in {path} are not finite numbers: take an earlier checkpoint of that run")
+    check_finite(weights, path)
     model.load_state_dict({key: value.float() for key, value in weights.items()})
     model = model.to(device).eval()
     if payload.get("foreign") and payload["meta"]["name"] in ENGLISH:
         interop.warn_if_implausible(model, config.make_objective(payload["meta"]["vocab_size"]),
                                     make_tokenizer(payload["meta"]), config, device, path)
     return Loaded(model, config, payload["meta"], payload["step"])
+
+
+def check_finite(weights, path):
+    """Raise UserError unless all weights are finite."""
+    if not all(value.float().isfinite().all() for value in weights.values()):
+        raise UserError(f"the weights in {path} are not finite numbers: take an earlier checkpoint of that run")
+
+
+MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"}, set())  # of AdamW, of Muon, of one that never stepped
+
+
+def check_moments(model, moments, path):
+    """Raise a UserError that names the first parameter whose optimiser state is missing or of another shape."""
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    fits = lambda name: name in shapes and name in moments and moments[name].keys() in MOMENTS and all(
+        value.shape == (() if key == "step" else shapes[name]) for key, value in moments[name].items())
+    wrong = [name for name in sorted(shapes.keys() | moments.keys()) if not fits(name)]
+    if wrong:
+        raise UserError(f"the field 'optimizer' in {path} does not fit the model, first at {wrong[0]}; start a new run "
+                        f"with --init_from={path}")
 
 
 def check_fit(model, weights, path):
@@ -351,8 +402,8 @@ def main():
     args = p.parse_args()
     from export import export
     export(args.checkpoint, args.folder, args.results, hints_of(args))
-    print(f"{args.folder} is ready: `python sample.py {args.folder}` reads it, `hf upload OWNER/NAME {args.folder}` "
-          "shares it", file=sys.stderr)
+    note(f"{args.folder} is ready: `python sample.py {args.folder}` reads it, `hf upload OWNER/NAME {args.folder}` "
+         "shares it")
 
 
 if __name__ == "__main__":

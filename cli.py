@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import sys
 import time
 import traceback
@@ -40,6 +41,16 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
 
+def one_line(text):
+    """The text with line breaks and other control characters escaped: names of files may have them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def note(text):
+    """Print one line on stderr."""
+    print(one_line(text), file=sys.stderr)
+
+
 def run(main):
     """Call main(); turn a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130."""
     name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK")
@@ -50,16 +61,15 @@ def run(main):
         main()
     except UserError as error:
         if rank in (None, "0"):  # under torchrun all processes raise the same one (parallel.py)
-            print(f"{name}: {error}", file=sys.stderr)
+            note(f"{name}: {error}")
         code = 2
     except BrokenPipeError:
         pass  # `python sample.py CKPT | head -1` is no error
     except OSError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        note(f"{name}: {error}")
         code = 2
     except torch.OutOfMemoryError:
-        print(f"{name}: out of GPU memory: use a smaller --micro_batch_size (train.py) or --batch_size",
-              file=sys.stderr)
+        note(f"{name}: out of GPU memory: use a smaller --micro_batch_size (train.py) or --batch_size")
         code = 1
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
@@ -67,14 +77,13 @@ def run(main):
     except Exception as error:
         if rank is None and isinstance(error, (MemoryError, RuntimeError)) and (
                 isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
-            print(f"{name}: out of memory: use a smaller --batch_size", file=sys.stderr)
+            note(f"{name}: out of memory: use a smaller --batch_size")
             sys.exit(1)
         if rank is None:
             raise
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             reason = str(error).split("] ", 1)[-1].splitlines()[0][:100]
-            print(f"{name}: process {rank} has lost another one, which ended, or did not answer in time ({reason})",
-                  file=sys.stderr)
+            note(f"{name}: process {rank} has lost another one, which ended, or did not answer in time ({reason})")
         else:
             traceback.print_exc()
         code = 1
@@ -116,8 +125,8 @@ def pick_device(name="auto"):
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         name = next(kind for kind in count if count[kind])
-    kind, _, index = name.partition(":")
-    if not (index or "0").isdigit() or int(index or 0) >= count.get(kind, 0):
+    match = re.fullmatch(r"(cuda|mps|cpu)(?::(0|[1-9]\d{0,4}))?", name, re.ASCII)  # what torch.device takes, too
+    if not match or int(match[2] or 0) >= count[match[1]]:
         raise UserError(f"device {name!r} is not available here; use --device=cpu or leave it out")
     return torch.device(name)
 
@@ -164,6 +173,22 @@ def matmul_peak(device, dtype, repeats=5):
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 * products / min(seconds[1:])
+
+
+def memory_of(device):
+    """Bytes that the device has in all, for a CPU the machine or the container; None if that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    limits = []
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # there is no sysconf on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+            with open(path) as file:
+                limits.append(int(file.read()))
+    return min(limits, default=None)
 
 
 def memory_used(device):

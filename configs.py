@@ -27,6 +27,8 @@ def setting(default, help, choices=None, same_run=True):
 COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size", "micro_batch_size", "max_steps",
           "eval_interval", "eval_sequences", "checkpoint_interval", "log_interval",
           "max_skipped"}  # at least 1; other numbers: 0
+MOST = {"seq_len": 10**7, "n_layer": 10**4, "n_head": 10**4, "n_embd": 10**6, "n_cond": 10**6,
+        "T": 10**7}  # beyond, float32 could not tell the steps apart
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,8 @@ class Config:
             if field.type in (int, float) and not least <= value < float("inf"):
                 raise UserError(f"{field.name}={value} must be "
                                 f"{'a finite number, ' if least == 0 else ''}at least {least}")
-        if self.seq_len > 10**7:
-            raise UserError(f"seq_len={self.seq_len} is too long")
+            if field.name in MOST and value > MOST[field.name]:
+                raise UserError(f"{field.name}={value:,} is above the limit of {MOST[field.name]:,}")
         if not 0 < self.timeout_minutes <= 1e6:
             raise UserError("timeout_minutes must be above 0, and a million at most")
         try:

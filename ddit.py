@@ -1,12 +1,10 @@
 """The network of SEDD (its "DDiT") and of all who took over its code, MDLM, BD3-LM, Duo, UDLM and RADD: their
 checkpoints in our names and conventions, for model.DiT."""
 
-import sys
-
 import torch
 import torch.nn.functional as F
 
-from cli import UserError
+from cli import UserError, note
 from data.loader import load_meta
 from data.tokenizer import KNOWN
 from sources import BUFFERS, rename, tensors
@@ -49,8 +47,11 @@ def shapes_of(rows, D, C, n_layer, time=True, bias=False):
 
 def averages(payload, state, path):
     """The moving average as a state dict: Lightning and SEDD save it as a list, in the order of the parameters."""
-    shadow = (payload.get("ema") or {}).get("shadow_params") if isinstance(payload.get("ema"), dict) else None
+    average = payload.get("ema")
+    shadow = average.get("shadow_params") if isinstance(average, dict) else None
     if shadow is None:
+        if "ema" in payload:
+            note(f"{path} has no moving average where one should be, under 'ema': its raw weights stand for it")
         return state
     if len(shadow) != len(state) or any(a.shape != b.shape for a, b in zip(shadow, state.values())):
         wrong = next((key for (key, b), a in zip(state.items(), shadow) if a.shape != b.shape), "their number")
@@ -119,13 +120,12 @@ DATA_OF = {"text8_framed": "text8", "text8_framed_uniform": "text8", "gpt2_padde
 OXEN = {99: ("oxen", 98), 98: ("oxen_words", 97), 3: ("ox", 2)}
 
 
-def vocabulary(rows, name, uniform, dataset, data_dir, path):
-    """(meta of the tokens, the mask's row) of a number of rows.
+def vocabulary(rows, table, uniform, dataset, data_dir, path):
+    """(meta of the tokens, the mask's row) of a number of rows, of which `table` knows some.
 
     dataset: one that the user names and that has as many tokens, but others than those known for this number, is what
     the network was trained on. Raises UserError if nothing is known and nothing fits.
     """
-    table = WITHOUT_MASK if uniform else OXEN | WITH_MASK if name == "oxen" else WITH_MASK
     known, mask = table.get(rows, (None, None if uniform else rows - 1))
     V, theirs = rows - (not uniform), None
     if dataset and (dataset not in KNOWN or not known):
@@ -139,8 +139,8 @@ def vocabulary(rows, name, uniform, dataset, data_dir, path):
         return (theirs, None if uniform else rows - 1) if theirs and theirs["vocab_size"] == V and not same else (
             meta, mask)
     if not theirs:
-        raise UserError(f"{path} has {V:,} tokens, and does not say which: name the data set that it was trained on "
-                        "with --dataset")
+        raise UserError(f"{path} has {V:,} tokens, and does not say which: name the data set that it was trained on, "
+                        "as prepared here, with --dataset")
     if theirs["vocab_size"] != V:
         raise UserError(f"{path} has {V:,} tokens and data set {dataset!r} has {theirs['vocab_size']:,}: name the one "
                         "that it was trained on with --dataset")
@@ -214,7 +214,9 @@ def translate(found, name, dataset, overrides, data_dir):
     if not seq_len:
         raise UserError(f"{path} does not say how long its texts are: --override seq_len=N, such as 1024")
     process = process_of(name, settings, path)
-    meta, mask = vocabulary(rows, name, process.get("noise") == "uniform", dataset, data_dir, path)
+    uniform = process.get("noise") == "uniform"
+    table = WITHOUT_MASK if uniform else OXEN | WITH_MASK if name == "oxen" else WITH_MASK
+    meta, mask = vocabulary(rows, table, uniform, dataset, data_dir, path)
     config = dict(dataset=meta["name"], seq_len=int(seq_len), n_layer=n_layer, n_head=int(n_head), n_embd=D, n_cond=C,
                   tied=False, head_bias=True, norm_bias=process["conditioning"] == "none",
                   T=int((settings.get("sampling") or {}).get("steps") or 1000)) | process
@@ -222,8 +224,8 @@ def translate(found, name, dataset, overrides, data_dir):
     if process["conditioning"] == "none" and time:
         weights = [fold(kind, n_layer) for kind in weights]
     if name == "bd3lm" and settings.get("block_size", seq_len) not in (seq_len, f"{seq_len}"):
-        print(f"{path} was trained to write blocks of {settings['block_size']} tokens one after the other; here it "
-              "sees and fills whole sequences, which it was not trained for", file=sys.stderr)
+        note(f"{path} was trained to write blocks of {settings['block_size']} tokens one after the other; here it "
+             "sees and fills whole sequences, which it was not trained for")
     step = payload.get("global_step", payload.get("step", 0))
     return dict(name=name, config=config, meta=meta, model=weights[0], ema=weights[1],
                 step=step if isinstance(step, int) else 0)

@@ -1,21 +1,85 @@
 """What a run will need: bytes on each GPU, and days, from the operations of its config and a stated utilisation.
 
     python bench.py --estimate d3pm_openwebtext_8gpu --gpu h100
+
+And what no machine here has: what asks for more memory than there is gets one line (check_fits) before it takes any.
 """
 
 import json
+import math
 import re
 
 import torch
 
-from cli import UserError, autocast
+from cli import UserError, autocast, memory_of
 from configs import replace
-from train import flops_per_token, share_of_batch
+from noise import uniforms
+from parallel import share_of_batch
 
 # Dense bfloat16 TFLOP/s and GB of memory, from the manufacturer's data sheets.
 GPUS = {"a100": (312, 80), "a100-40": (312, 40), "h100": (989, 80), "h200": (989, 141), "b200": (2250, 180),
         "l40s": (362, 48), "rtx4090": (165, 24), "rtx3090": (71, 24)}
 SPARE = 0.9  # of a GPU's memory can be used: the rest goes to CUDA, temporary buffers and fragmentation
+
+
+# ---- at least: what cannot fit is refused ----------------------------------------------------------------------------
+
+
+def sizes(cfg, vocab_size):
+    """(parameters, parameters of the blocks' matrices, bytes of its tables) of a config's model, without building it.
+
+    All three are linear in the number of blocks, so models of one and two blocks tell them, on the meta device, which
+    has shapes and no memory. Infinite where PyTorch cannot even count the elements.
+    """
+    def of(n_layer):
+        with torch.device("meta"):
+            model = replace(cfg, n_layer=n_layer).make_model(vocab_size)
+        matrices = model.matrices() if hasattr(model, "matrices") else []
+        return torch.tensor([model.n_params(), sum(w.numel() for w in matrices),
+                             sum(table.nbytes for table in model.buffers())], dtype=torch.float64)
+
+    try:
+        one, two = of(1), of(2)
+    except RuntimeError:
+        return (math.inf,) * 3
+    return tuple((one + (cfg.n_layer - 1) * (two - one)).tolist())
+
+
+def weight_bytes(cfg, vocab_size):
+    """What a model takes: its weights, and its tables of angles, in float32."""
+    n_params, _, tables = sizes(cfg, vocab_size)
+    return 4 * n_params + tables
+
+
+def training_bytes(cfg, vocab_size, local, micro, shares=1):
+    """What one process of a run takes at least, of its device: weights, gradients, averages and moments, of which it
+    has one of so many shares, and every block's input in a micro-batch. And the tokens and noise of a step.
+
+    local, micro: sequences per process and step, and per micro-step.
+    """
+    n_params, matrices, tables = sizes(cfg, vocab_size)
+    state = 4 * (5 * n_params - (matrices if cfg.optimizer == "muon" else 0)) / shares
+    inputs = 4 * cfg.n_layer * micro * cfg.seq_len * cfg.n_embd
+    return state + tables + inputs + 16 * local * cfg.seq_len + 8 * cfg.batch_size
+
+
+def check_fits(needed, device, what, remedy):
+    """Raise UserError if so many bytes are more than the device has in all."""
+    there = memory_of(device)
+    if there and needed > there:
+        raise UserError(f"{what} needs at least {needed / 1e9:,.1f} GB of memory, and {device.type} has "
+                        f"{there / 1e9:,.1f} GB: {remedy}")
+
+
+# ---- memory and operations of a step ---------------------------------------------------------------------------------
+
+
+def flops_per_token(model, objective, cfg):
+    """Floating-point operations of a training step per token; the head counts where the objective asks for logits."""
+    if cfg.lambda_ce or cfg.noise == "uniform":
+        return model.flops(cfg.seq_len)
+    noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True))
+    return model.flops(cfg.seq_len, noise.mask.float().mean().item())
 
 
 def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
@@ -104,7 +168,10 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     peak, memory = GPUS[gpu][0] * 1e12, GPUS[gpu][1] * 1e9
     gpus = gpus or int((re.search(r"_(\d+)gpu", name) or [0, 1])[1])
     _, micro = share_of_batch(cfg, gpus)
-    model = cfg.make_model(vocab_size)
+    check_fits(weight_bytes(replace(cfg, n_layer=2), vocab_size), torch.device("cpu"), f"--estimate {name}",
+               "it tries two blocks of the model here")
+    with torch.device("meta"):
+        model = cfg.make_model(vocab_size)
     state = state_bytes(model, cfg)
     masked = fullest(micro)
     fixed, one = activation_bytes(cfg, vocab_size, torch.device("cpu"), dtype, masked)

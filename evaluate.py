@@ -92,7 +92,7 @@ def parse_args():
                      help="default: t_step for d3pm, exact_k for other masked models, rates for uniform noise")
     how.add_argument("--normalised", action="store_true",
                      help="sedd: score the normalised prediction, a tighter bound than the score entropy trained with")
-    how.add_argument("--T", type=number(int, 1, 10**9), help="steps of the T-step bound (default: the checkpoint's)")
+    how.add_argument("--T", type=number(int, 1, 10**7), help="steps of the T-step bound (default: the checkpoint's)")
     how.add_argument("--repeats", type=number(int, 1, 10**4), default=1,
                      help="draws of the noise per window (default 1)")
     how.add_argument("--baselines", action="store_true",
@@ -304,17 +304,19 @@ def likelihood(subject, estimator, args, device, dtype):
                  for i, c in zip(subject.starts, given))
     n_tokens = int(counts.sum())
     n_chars, n_bytes = (int(counts @ lengths) for lengths in subject.tokenizer.lengths())
+    perplexity = 2**bits if bits < 1024 else None  # beyond, a float has no number for it
     result = {
         "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": len(subject.starts),
         "n_tokens": n_tokens, "bits_per_char": bits * n_tokens / n_chars, "bits_per_byte": bits * n_tokens / n_bytes,
-        "perplexity": 2**bits, "estimator": method, "dataset": subject.dataset,
+        "perplexity": perplexity, "estimator": method, "dataset": subject.dataset,
         "split": None if args.text else args.split, "seq_len": subject.seq_len, "repeats": args.repeats,
         "seed": args.seed, "step": subject.step, "weights": "raw" if args.raw else "ema", "checkpoint": subject.path,
         "seconds": time.perf_counter() - start,
     }
     also = "" if unit == "char" else f", {result['bits_per_byte']:.4f} bits per byte"
     line = (f"{bits:.4f} {plus_minus(error)} bits per {unit} on {subject.where} ({len(subject.starts):,} windows of "
-            f"{subject.seq_len}; {method}; step {subject.step:,}; perplexity {2**bits:,.2f}{also})")
+            f"{subject.seq_len}; {method}; step {subject.step:,}; "
+            f"perplexity {'above 1e308' if perplexity is None else format(perplexity, ',.2f')}{also})")
     return nats, line, result
 
 

@@ -21,13 +21,12 @@ Sizes are read from the tensors, never from defaults. The mask comes last here, 
 import argparse
 import math
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
 
 import ddit
-from cli import UserError, number
+from cli import UserError, note, number
 from configs import Config
 from data.tokenizer import KNOWN
 from sources import BUFFERS, plain_key, rename, tensors
@@ -62,7 +61,6 @@ TINY_NAMES = (
     (r"\.mlp\.c_proj\.", ".mlp_out."),
 )
 TINY_KEYS = {"token_emb.weight", "time_emb.weight", "blocks.0.attn.c_q.weight", "output_head.weight"}
-ASCII = "".join(map(chr, range(1, 128)))
 
 
 def detect(found):
@@ -140,7 +138,7 @@ def translate(found, hints):
                         f"only {', '.join(UNSAID[name])}")
     try:
         if name == "nanodd":
-            payload = nanodd(found, hints.dataset, overrides)
+            payload = nanodd(found, hints.dataset, overrides, hints.data_dir)
         elif name == "tiny-diffusion":
             payload = tiny(found, overrides)
         else:
@@ -167,19 +165,23 @@ def overrides(text):
 # ---- nanoDD ----------------------------------------------------------------------------------------------------------
 
 
-def nanodd(found, dataset, overrides):
+def nanodd(found, dataset, overrides, data_dir):
     """nanoDD's ckpt.pt: the same network under other names, fed the step number 1 ... T; the output is tied to the
     input embedding; EMA weights by ema_pytorch. Its buffers (betas, alpha_bars, inv_freq) follow from T and the sizes.
 
-    dataset: text8 or openwebtext; by default the one that has its vocabulary size.
+    It has the number of its tokens and not their names: 27 are text8's, 50,257 are GPT-2's, unless dataset, a prepared
+    data set, has as many others; of any other number it must be named.
     """
     payload = found.payload
     args, training = payload["model_args"], payload.get("training_args", {})
     V = args["vocab_size"]
-    if dataset not in ("text8", "openwebtext"):  # the user's own data: the checkpoint's is recognised by its vocabulary
-        dataset = next((name for name in ("text8", "openwebtext") if KNOWN[name]["vocab_size"] == V), "text8")
+    table = {KNOWN[name]["vocab_size"] + 1: (name, None) for name in ("text8", "openwebtext")}
+    if dataset in ("text8", "openwebtext") and table.get(V + 1, ("",))[0] != dataset:
+        raise UserError(f"{found.path} has {V:,} tokens, and {dataset} has {KNOWN[dataset]['vocab_size']:,}: name the "
+                        "data set that it was trained on, as prepared here, with --dataset")
+    meta, _ = ddit.vocabulary(V + 1, table, False, dataset, data_dir, found.path)
     config = dict(
-        dataset=dataset, seq_len=training.get("seq_len", {"text8": 256, "openwebtext": 1024}[dataset]),
+        dataset=meta["name"], seq_len=training.get("seq_len", 1024 if meta["tokenizer"] == "gpt2" else 256),
         n_layer=args["n_blocks"], n_head=args["n_heads"], n_embd=args["n_embed"], n_cond=args["n_cond"],
         dropout=args["dropout"], conditioning="step",
         objective="d3pm", T=args["T"], lambda_ce=args["lambda_ce"],
@@ -187,10 +189,6 @@ def nanodd(found, dataset, overrides):
     ema = {key.removeprefix("ema_model."): value for key, value in payload["ema"].items()
            if key.startswith("ema_model.")}
     weights = [rename(state, NANODD_NAMES) for state in (payload["model"], ema)]
-    meta = dict(KNOWN[dataset], name=dataset)
-    if meta["vocab_size"] != V:
-        raise UserError(f"{found.path} has a vocabulary of {V:,}, which is not {dataset}'s: name its data set with "
-                        "--dataset (text8 or openwebtext)")
     return dict(name="nanoDD", config=config, meta=meta, model=weights[0], ema=weights[1], step=payload["iter_num"])
 
 
@@ -198,7 +196,8 @@ def nanodd(found, dataset, overrides):
 
 
 def tiny(found, overrides):
-    """tiny-diffusion's diffusion_model.pt: the bare state dict of another network (tiny_diffusion.py), of ASCII codes.
+    """tiny-diffusion's diffusion_model.pt: the bare state dict of another network (tiny_diffusion.py), whose tokens are
+    the codes of characters, as many as the file has rows: 128 are ASCII. Code 0 is the mask.
 
     It says neither n_head nor seq_len nor the length of the prefix that it was trained to continue: these are
     n_embd / 64, 256 and 16, as in that project's code, unless the user knows better (overrides). There is no moving
@@ -217,11 +216,12 @@ def tiny(found, overrides):
     config.setdefault("prefix", 16 if config["seq_len"] > 16 else 0)
     config["prefix"] = f"fixed:{config['prefix']}" if config["prefix"] else "none"
     if "n_head" not in overrides and n_embd != 384:
-        print(f"{path} does not say its n_head: taking {config['n_head']}; --override n_head=N if that is wrong",
-              file=sys.stderr)
+        note(f"{path} does not say its n_head: taking {config['n_head']}; --override n_head=N if that is wrong")
     Config(**config)  # n_head must be found to divide n_embd before weights are moved accordingly
     weights = our_weights(state, config["n_head"])
-    meta = {"name": "ascii", "tokenizer": "char", "alphabet": ASCII, "vocab_size": len(ASCII)}
+    V = len(payload["token_emb.weight"]) - 1
+    meta = {"name": "ascii" if V == 127 else "codes", "tokenizer": "char", "alphabet": "".join(map(chr, range(1, V + 1))),
+            "vocab_size": V}
     return dict(name="tiny-diffusion", config=config, meta=meta, model=weights, ema=weights, step=0)
 
 
@@ -265,6 +265,6 @@ def warn_if_implausible(model, objective, tokenizer, config, device, path):
     if not math.isfinite(ce):
         raise UserError(f"the network of {path} gives numbers that are not finite: its weights are broken")
     if ce > level:
-        print(f"the weights of {path} look wrong, or untrained: of a piece of plain English, missing {tokenizer.unit}s "
-              f"cost it {ce / math.log(2):.1f} bits each, where their mere frequencies would cost "
-              f"{level / math.log(2):.1f}", file=sys.stderr)
+        note(f"the weights of {path} look wrong, or untrained: of a piece of plain English, missing {tokenizer.unit}s "
+             f"cost it {ce / math.log(2):.1f} bits each, where their mere frequencies would cost "
+             f"{level / math.log(2):.1f}")

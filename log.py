@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 
-from cli import UserError
+from cli import UserError, note
 
 
 def parse(path):
@@ -55,8 +55,8 @@ class Log:
             entries, damaged = parse(self.path) if self.path.exists() else ([], [])
             if damaged:
                 shutil.copy(self.path, out_dir / "log_damaged.jsonl")
-                print(f"{self.path} has damaged lines, which are left out (first: {damaged[0]}); log_damaged.jsonl is "
-                      "a copy", file=sys.stderr)
+                note(f"{self.path} has damaged lines, which are left out (first: {damaged[0]}); log_damaged.jsonl is "
+                     "a copy")
             temporary = self.path.with_name(".log.jsonl.tmp")
             with open(temporary, "w") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step)
@@ -117,8 +117,8 @@ def start_wandb(name, config, run_id):
             raise wandb.Error("no account is set up here (`wandb login`)")
         run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
     except wandb.Error as error:
-        print(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, `wandb sync wandb/offline-run-*` "
-              "uploads it", file=sys.stderr)
+        note(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, `wandb sync wandb/offline-run-*` "
+             "uploads it")
         run = wandb.init(**options, mode="offline")
     # A resumed run repeats some steps; wandb's own counter refuses to go back.
     run.define_metric("*", step_metric="step")

@@ -34,6 +34,17 @@ def join(timeout_minutes):
                             world_size=world, timeout=timeout)
 
 
+def share_of_batch(cfg, world):
+    """(sequences per process and step, sequences per micro-step). Raises UserError if batch_size does not divide so."""
+    if cfg.batch_size < world:
+        raise UserError(f"batch_size={cfg.batch_size} is fewer than one sequence for each of {world} processes")
+    micro = min(cfg.micro_batch_size, cfg.batch_size // world)
+    if cfg.batch_size % (world * micro):
+        raise UserError(f"batch_size={cfg.batch_size} must be a multiple of processes x micro_batch_size = "
+                        f"{world} x {micro}")
+    return cfg.batch_size // world, micro
+
+
 def leave():
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -5,11 +5,10 @@
 """
 
 import io
-import sys
 from pathlib import Path
 
 import log
-from cli import ArgumentParser, UserError, number, run, write_file
+from cli import ArgumentParser, UserError, note, number, run, write_file
 
 AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training"}
 
@@ -134,7 +133,7 @@ def main():
         raise UserError(f"--out {args.out} is in no existing folder")
     runs = [curves(path, args.from_step) for path in args.runs]
     draw(runs, args.out, args.x, args.log_x)
-    print(f"{args.out}: {', '.join(name for name, *_ in runs)}", file=sys.stderr)
+    note(f"{args.out}: {', '.join(name for name, *_ in runs)}")
 
 
 if __name__ == "__main__":

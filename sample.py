@@ -21,8 +21,8 @@ import torch
 
 from baselines import known_word_share
 from checkpoint import add_hints, hints_of, load_model
-from cli import (ArgumentParser, UserError, autocast, generator_on, named, number, pick_device, pick_dtype, progress,
-                 run, write_file)
+from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
+                 progress, run, write_file)
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
 from draw import Counted, State
@@ -183,8 +183,7 @@ def main():
     settings = settings_of(args, config, args.checkpoint, model, args.sampler, given_flags(args, args.steps))
     prompts = canvases(args, config.seq_len, tokenizer, objective.mask_id)
     if config.prefix.startswith("fixed") and not args.prefix and not args.template and not args.infill:
-        print(f"{args.checkpoint} was trained to continue text ({config.prefix}): without --prefix it begins at a loss",
-              file=sys.stderr)
+        note(f"{args.checkpoint} was trained to continue text ({config.prefix}): without --prefix it begins at a loss")
     if args.known_words:
         if meta["tokenizer"] != "char":
             raise UserError("--known_words is for character data")
@@ -231,10 +230,10 @@ def main():
         for path, make in files:
             if path:
                 write_file(path, make())
-    print(f"{settings.sampler}, {steps}{denoiser.nfe} network calls, {seconds:.1f} s, "
-          f"{n_masks / seconds:,.0f} tokens/s, seed {args.seed}", file=sys.stderr)
+    note(f"{settings.sampler}, {steps}{denoiser.nfe} network calls, {seconds:.1f} s, "
+         f"{n_masks / seconds:,.0f} tokens/s, seed {args.seed}")
     if args.known_words:
-        print(f"{known_word_share(texts, train_text):.1%} of the words occur in the training data", file=sys.stderr)
+        note(f"{known_word_share(texts, train_text):.1%} of the words occur in the training data")
 
 
 if __name__ == "__main__":

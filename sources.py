@@ -4,10 +4,18 @@ torch.load(weights_only=True) builds tensors and plain containers, and refuses a
 hold the run's settings and its tokenizer, as objects of omegaconf, transformers and the like. Here each such class is
 replaced by an inert stand-in, which takes whatever it is given and does nothing; the real modules are never imported.
 That is for the modules in ALLOWED alone. A pickle that asks for anything else is refused before it is read.
+
+Damage: a file of torch.save is a zip archive, with a CRC-32 of each tensor, which torch.load does not compare;
+check_crc does. Files of safetensors, of torch.save before version 1.6, and of a torch that was told to leave the sums
+out (torch.serialization.set_crc32_options) have no checksum: a flipped bit in them is read as another number.
 """
 
 import json
+import pickletools
 import re
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,6 +86,7 @@ def read_files(path):
     ours = payload.get("format") if isinstance(payload, dict) else None
     if isinstance(ours, str) and ours.startswith("discrete-diffusion"):  # it says all itself
         return Found(payload, {}, weights)
+    check_crc(weights)
     lightning = payload.get("hyper_parameters") if isinstance(payload, dict) else None
     if isinstance(lightning, dict):
         return Found(payload, settings(lightning.get("config")), weights)
@@ -147,21 +156,87 @@ def stand_in(name, path):
 def load(path):
     """The contents of a file of torch.save, tensors on the CPU. Raises UserError for what is damaged, or refused."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return quietly(path)
     except Exception as error:  # pickle, zip and zlib errors of many kinds; none of them means anything to a user
         reason = f": {error.strerror}" if isinstance(error, OSError) else ""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # no zip file of torch.save, or a pickle that torch.save does not write
+        refuse_plain_pickle(path)
         names = []
     allowed = [stand_in(name, path) for name in names]
     if allowed:
         try:
             with torch.serialization.safe_globals(allowed):
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return quietly(path)
         except Exception as error:
             reason = f": {str(error).splitlines()[0][:100]}"
     raise UserError(f"{path} cannot be read as a checkpoint: truncated, damaged, or another kind of file{reason}")
+
+
+def quietly(path):
+    """torch.load without its warnings, which are for programmers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_crc(path):
+    """Raise UserError if a zip archive's contents do not match their CRC-32, or its lists of them do not agree."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            has_sums = any(item.CRC for item in archive.infolist())
+            wrong = archive.testzip() if has_sums else None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, zlib.error) as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError(f"{path} is damaged ({wrong} does not match its checksum): get it again")
+
+
+LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # begins what torch.save wrote before version 1.6
+
+
+def globals_of(path):
+    """The names that the pickles at the beginning of a file ask for, found without running them; None if there is no
+    whole pickle."""
+    names, strings, memo, whole = [], [], {}, False
+    with open(path, "rb") as file:
+        try:
+            while file.peek(1):
+                for opcode, argument, _ in pickletools.genops(file):
+                    if opcode.name in ("GLOBAL", "INST"):
+                        names.append(argument.replace(" ", "."))
+                    elif opcode.name == "STACK_GLOBAL":  # module and name are the last two strings
+                        names.append(".".join(strings[-2:]))
+                    elif opcode.name == "MEMOIZE":
+                        memo[len(memo)] = strings[-1] if strings else ""
+                    elif "PUT" in opcode.name:
+                        memo[argument] = strings[-1] if strings else ""
+                    elif "GET" in opcode.name:
+                        strings.append(memo.get(argument, ""))
+                    elif isinstance(argument, str):
+                        strings.append(argument)
+                whole = True
+        except Exception:  # the end of the pickles, in one of the many ways in which other bytes are none
+            pass
+    return names if whole else None
+
+
+def refuse_plain_pickle(path):
+    """Raise a UserError that says what is in a pickle which torch.save did not write; return if the file is none."""
+    names = None if zipfile.is_zipfile(path) or not path.is_file() else globals_of(path)
+    if names is None:
+        return
+    for name in names:
+        if not name.startswith("torch."):
+            stand_in(name, path)
+    with open(path, "rb") as file:
+        if LEGACY in file.read(32):
+            return
+    raise UserError(f"{path} is a plain pickle, not a file of torch.save, and is not read: torch.save its tensors where "
+                    "you trust it")
 
 
 MOST = 100_000  # objects of settings; theirs are some hundreds

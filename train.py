@@ -26,11 +26,12 @@ from cli import (UserError, autocast, device_name, generator_on, matmul_peak, me
 from data.loader import check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
+from estimate import check_fits, flops_per_token, training_bytes, weight_bytes
 from likelihood import bound, by_rate, mean_and_error
 from log import Log
 from muon import Muon
 from noise import give_prefix, prefix_lengths, rng, uniforms
-from parallel import on_main, together
+from parallel import on_main, share_of_batch, together
 from sampling import plain
 
 
@@ -78,17 +79,6 @@ def learning_rate(step, cfg):
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
     left = 1 - done if cfg.lr_decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
-
-
-def share_of_batch(cfg, world):
-    """(sequences per process and step, sequences per micro-step). Raises UserError if batch_size does not divide so."""
-    if cfg.batch_size < world:
-        raise UserError(f"batch_size={cfg.batch_size} is fewer than one sequence for each of {world} processes")
-    micro = min(cfg.micro_batch_size, cfg.batch_size // world)
-    if cfg.batch_size % (world * micro):
-        raise UserError(f"batch_size={cfg.batch_size} must be a multiple of processes x micro_batch_size = "
-                        f"{world} x {micro}")
-    return cfg.batch_size // world, micro
 
 
 def records(cfg, meta):
@@ -147,14 +137,6 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return nats, norm, bad
-
-
-def flops_per_token(model, objective, cfg):
-    """Floating-point operations of a training step per token; the head counts where the objective asks for logits."""
-    if cfg.lambda_ce or cfg.noise == "uniform":
-        return model.flops(cfg.seq_len)
-    noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True))
-    return model.flops(cfg.seq_len, noise.mask.float().mean().item())
 
 
 # ---- a run's state -------------------------------------------------------------------------------------------------
@@ -241,6 +223,9 @@ def main():
                                                  for split in ("train", "val")])
     tokenizer = together(lambda: make_tokenizer(meta))
     objective = cfg.make_objective(meta["vocab_size"])
+    for needed, where in ((weight_bytes(cfg, meta["vocab_size"]), torch.device("cpu")),
+                          (training_bytes(cfg, meta["vocab_size"], local, micro, world if cfg.fsdp else 1), device)):
+        together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
     torch.manual_seed(cfg.seed)
     model = cfg.make_model(meta["vocab_size"])  # on the CPU: the same weights on every device and in every process
     n_params, flops = model.n_params(), flops_per_token(model, objective, cfg)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from cli import UserError
+from data.tokenizer import describes_tokens
 from noise import rng
 
 DATA_DIR = Path(__file__).resolve().parent
@@ -27,7 +28,8 @@ def load_meta(name, data_dir=""):
         raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {command}")
     except ValueError:
         meta = None
-    if not isinstance(meta, dict) or not {"tokenizer", "vocab_size", "dtype", "sizes", "sha256"} <= meta.keys():
+    if not describes_tokens(meta) or meta.get("dtype") not in ("uint8", "uint16") or not all(
+            isinstance(meta.get(key), dict) and meta[key].keys() == set(SPLITS) for key in ("sizes", "sha256")):
         raise UserError(f"{folder / 'meta.json'} is damaged: delete {folder} and prepare the data set again")
     return meta
 

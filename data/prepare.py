@@ -11,7 +11,6 @@ import json
 import lzma
 import os
 import shutil
-import sys
 import tempfile
 import urllib.request
 import zlib
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import ArgumentParser, UserError, progress
+from cli import ArgumentParser, UserError, note, progress
 from data.loader import DATA_DIR, SPLITS, load_meta
 
 
@@ -48,7 +47,7 @@ def is_prepared(folder):
         return False
     meta = load_meta(folder.name, folder.parent)
     sizes = ", ".join(f"{split} {meta['sizes'][split]:,}" for split in SPLITS)
-    print(f"{folder} is prepared already ({sizes} tokens); delete it to prepare it again", file=sys.stderr)
+    note(f"{folder} is prepared already ({sizes} tokens); delete it to prepare it again")
     return True
 
 
@@ -147,4 +146,4 @@ class DatasetWriter:
         self.temporary.chmod(0o755)
         os.rename(self.temporary, self.folder)
         sizes = ", ".join(f"{split} {self.sizes[split]:,}" for split in SPLITS)
-        print(f"{self.folder}: {sizes} tokens, vocabulary of {meta['vocab_size']:,}", file=sys.stderr)
+        note(f"{self.folder}: {sizes} tokens, vocabulary of {meta['vocab_size']:,}")

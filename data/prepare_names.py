@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, run
+from cli import UserError, note, run
 from data.prepare import cut, fetch, is_prepared, parser, read_text, write_splits
 from data.tokenizer import CharTokenizer
 
@@ -59,7 +59,7 @@ def main():
     encode = CharTokenizer(alphabet).encode
     write_splits(folder, meta, {split: encode("".join(name.ljust(RECORD, PAD) for name in part))
                                 for split, part in cut(names, train=0.9, val=0.05).items()})
-    print(f"{len(names):,} names{f'; left out: {counts}' if counts else ''}", file=sys.stderr)
+    note(f"{len(names):,} names{f'; left out: {counts}' if counts else ''}")
 
 
 if __name__ == "__main__":

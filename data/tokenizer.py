@@ -130,6 +130,21 @@ class BertTokenizer:
         return np.array([len(piece) for piece in pieces]), np.array([len(piece.encode()) for piece in pieces])
 
 
+def describes_tokens(meta):
+    """Whether meta, a data set's or a checkpoint's, has all that make_tokenizer needs, each of the right type."""
+    if not isinstance(meta, dict):
+        return False
+    size, kind, alphabet, pad, record = (meta.get(key) for key in ("vocab_size", "tokenizer", "alphabet", "pad",
+                                                                   "record"))
+    if type(size) is not int or not isinstance(kind, str) or record is not None and (
+            type(record) is not int or record < 1):
+        return False
+    if kind == "char":
+        return (isinstance(alphabet, str) and len(alphabet) == len(set(alphabet)) == size >= 1
+                and (pad is None or isinstance(pad, str) and len(pad) == 1 and pad in alphabet))
+    return size >= {"gpt2": 50257, "bert": 30521}.get(kind, 1)
+
+
 def make_tokenizer(meta):
     """The tokenizer that a data set's or checkpoint's meta describes."""
     if meta["tokenizer"] == "char":

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import checkpoint
 import ddit
 import sources
+from data.loader import SPLITS
 from diffusion import MDLM, make_schedule
 from model import DiT
 from sampling import euler_chance, uniform_jumps
@@ -80,7 +81,8 @@ def test_sedd_masks(load, name, tmp_path):
         symbols = "abcdefghijklmnopqrstuvwxyz '-"
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "meta.json").write_text(json.dumps({
-            "tokenizer": "char", "alphabet": symbols, "vocab_size": 29, "dtype": "uint8", "sizes": {}, "sha256": {}}))
+            "tokenizer": "char", "alphabet": symbols, "vocab_size": 29, "dtype": "uint8",
+            "sizes": dict.fromkeys(SPLITS, 1), "sha256": dict.fromkeys(SPLITS, "")}))
         model, objective, arrays = load("sedd_oxen", dataset="mine", data_dir=tmp_path)
     else:
         model, objective, arrays = load(f"sedd/{name}")

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import sources
 from cli import UserError
 from commands import ROOT, assert_one_line
 from configs import CONFIGS, Config, replace
+from data.loader import SPLITS
 from data.tokenizer import KNOWN, CharTokenizer, make_tokenizer
 from diffusion import MDLM
 from model import DiT
@@ -236,6 +238,72 @@ def test_malicious_pickles(call, tmp_path, function, arguments, name):
     assert not flag.exists()
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_pickles(call, tmp_path, protocol):
+    """A pickle that torch.save did not write is refused for what it asks for, or for being one: one line, and nothing
+    before it; what is no pickle at all is damaged, or another kind of file."""
+    path, flag = tmp_path / "x.pt", tmp_path / "flag"
+    for content, words in (
+            ({"model": Evil(os.system, f"touch {flag}")}, ["asks for posix.system", "nothing in it was executed"]),
+            ({"model": collections.Counter(a=1), "x": Evil(shutil.rmtree, f"{flag}")}, ["asks for shutil.rmtree"]),
+            ({"model": [1.0, 2.0]}, ["is a plain pickle, not a file of torch.save"])):
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+        for script in ("sample.py", "evaluate.py"):
+            assert_one_line(call(script, path), "x.pt", *words)
+        path.write_bytes(path.read_bytes()[:-2])
+        assert_one_line(call("sample.py", path), "cannot be read as a checkpoint: truncated, damaged")
+    assert not flag.exists()
+
+
+def test_files_of_torch_before_1_6(call, tmp_path):
+    """Their format, without a zip archive, is read; what they ask for is named, and half a file is damaged."""
+    old = dict(_use_new_zipfile_serialization=False)
+    torch.save({"x": torch.arange(3)}, tmp_path / "x.pt", **old)
+    assert sources.load(tmp_path / "x.pt")["x"].tolist() == [0, 1, 2]
+    torch.save({"x": Evil(os.system, "true")}, tmp_path / "evil.pt", **old)
+    assert_one_line(call("sample.py", tmp_path / "evil.pt"), "asks for posix.system")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:-30])
+    assert_one_line(call("sample.py", tmp_path / "half.pt"), "truncated, damaged")
+
+
+def test_flipped_bits_of_other_peoples_files(tmp_path):
+    """Every single-bit flip in the tensors of a .pth is reported by name; plain torch.load reads them all as other
+    numbers, without a word. Files without sums of their contents, which torch can be told to write, are still read."""
+    path, state = tmp_path / "checkpoint.pth", {"model": ddit_state(), "step": 1}
+    torch.save(state, path)
+    whole, chance = path.read_bytes(), random.Random(0)
+    weights = state["model"]["vocab_embed.embedding"].numpy().tobytes()
+    start, seen = whole.index(weights), 0
+    for _ in range(50):
+        damaged = bytearray(whole)
+        damaged[start + chance.randrange(len(weights))] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        seen += not torch.equal(torch.load(path, weights_only=True)["model"]["vocab_embed.embedding"],
+                                state["model"]["vocab_embed.embedding"])
+        with pytest.raises(UserError, match=r"checkpoint.pth is damaged \(checkpoint/data/\d+ does not match"):
+            sources.read_files(path)
+    assert seen > 45  # a flip can turn 0 into -0
+    path.write_bytes(whole)
+    assert sources.read_files(path).payload["step"] == 1
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save(state, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert sources.read_files(path).payload["step"] == 1
+
+
+def test_a_missing_average_is_said(call, tmp_path, capfd):
+    """SEDD's file with an `ema` that holds none: the raw weights are used, and a line says so; with one, nothing."""
+    folder = folder_of(tmp_path / "x", {}, SEDD)
+    for ema, said in (([], True), ({}, True), ({"shadow_params": list(ddit_state().values())[:-1]}, False)):
+        state = ddit_state()
+        torch.save({"model": state, "ema": ema, "step": 1}, folder / "checkpoint.pth")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        checkpoint.read(folder)
+        assert ("its raw weights stand for it" in capfd.readouterr().err) == said
+
+
 def test_an_evil_name_in_an_allowed_module(tmp_path):
     """Only names count.
 
@@ -319,7 +387,7 @@ def test_strange_weights(call, tmp_path):
     half = folder_of(tmp_path / "half", {key: value.bfloat16() for key, value in ddit_state().items()}, SEDD)
     assert checkpoint.load_model(half, CPU).model.embed.weight.dtype == torch.float32
     whole = {key: value.long() for key, value in ddit_state().items()}
-    assert_one_line(call("sample.py", folder_of(tmp_path / "whole", whole, SEDD)), "not finite numbers")
+    assert_one_line(call("sample.py", folder_of(tmp_path / "whole", whole, SEDD)), "not tensors of real numbers")
     none = ddit_state() | {"rotary_emb.inv_freq": torch.zeros(0)}
     assert_one_line(call("sample.py", folder_of(tmp_path / "none", none, SEDD)), "is damaged")
     other = SEDD | {"model": SEDD["model"] | {"n_heads": 4}}
@@ -335,7 +403,7 @@ def test_a_data_set_of_ones_own(call, tmp_path):
     folder = folder_of(tmp_path / "x", ddit_state(), SEDD)
     (tmp_path / "mine").mkdir()
     meta = {"tokenizer": "char", "alphabet": "ABCDEFGHIJKLMNOPQRSTUVWXYZ.", "vocab_size": 27, "dtype": "uint8",
-            "sizes": {}, "sha256": {}}
+            "sizes": dict.fromkeys(SPLITS, 1), "sha256": dict.fromkeys(SPLITS, "")}
     (tmp_path / "mine" / "meta.json").write_text(json.dumps(meta))
     flags = ["--dataset", "mine", "--data_dir", tmp_path]
     result = call("sample.py", folder, "--steps=2", *flags)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import checkpoint
 import configs
 from cli import UserError
+from commands import assert_one_line
 from configs import Config
 from diffusion import D3PM, Noise
 
@@ -28,7 +29,7 @@ def foreign(model):
 
 
 def nanodd_payload(model, prefix=""):
-    args = dict(vocab_size=27, n_embed=16, n_heads=2, n_blocks=2, n_cond=8, dropout=0.0, T=T, lambda_ce=0.05)
+    args = dict(vocab_size=model.vocab_size, n_embed=16, n_heads=2, n_blocks=2, n_cond=8, dropout=0.0, T=T, lambda_ce=0.05)
     state = {prefix + key: value for key, value in foreign(model).items()}
     ema = {"initted": torch.tensor(True), "step": torch.tensor(3),
            **{f"ema_model.{k}": v + 1 for k, v in state.items()}}
@@ -36,9 +37,9 @@ def nanodd_payload(model, prefix=""):
                 training_args=dict(seq_len=12), total_batch_size=1, iter_num=7, best_val_loss=1.0)
 
 
-def small_model():
+def small_model(vocab_size=27):
     torch.manual_seed(0)
-    return Config(seq_len=12, n_layer=2, n_head=2, n_embd=16, n_cond=8).make_model(27)
+    return Config(seq_len=12, n_layer=2, n_head=2, n_embd=16, n_cond=8).make_model(vocab_size)
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
@@ -67,17 +68,38 @@ def test_nanodd_strictness(tmp_path):
         load(lambda p: p["ema"].pop("ema_model.net.blocks.1.mlp.0.bias"))
     with pytest.raises(UserError, match=r"norm.weight: \(3,\), expected \(16,\)"):
         load(lambda p: p["ema"].update({"ema_model.net.norm_final.weight": torch.zeros(3)}))
-    with pytest.raises(UserError, match="not openwebtext's"):
+    with pytest.raises(UserError, match="has 27 tokens, and openwebtext has 50,257"):
         load(lambda p: None, dataset="openwebtext")
     with pytest.raises(UserError, match="is damaged"):
         load(lambda p: p.update(model_args=[]))
-    load(lambda p: None, dataset="my_own_data")  # what to score on, not what it was trained on
     with pytest.raises(UserError, match="lacks 'model_args'"):
         load(lambda p: p.pop("model_args"))
     with pytest.raises(UserError, match="of this project, nor of any other that is known here .nanodd, "
                                         ".*it holds weights"):
         torch.save({"weights": 1}, tmp_path / "ckpt.pt")
         checkpoint.load_model(tmp_path, torch.device("cpu"))
+
+
+def test_nanodd_of_any_data_set(call, tmp_path):
+    """A checkpoint of 6 symbols is read with any prepared data set of 6, and with no other; one of 27 symbols is text8's
+    unless the data set named has 27 others."""
+    letters = {"six": "abcdef", "seven": "abcdefg", "others": "ABCDEFGHIJKLMNOPQRSTUVWXYZ.", "same": "etaoin shrdlu"}
+    for name, alphabet in letters.items():
+        (tmp_path / "text.txt").write_text(alphabet * 100)
+        assert call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", name, "--data_dir", tmp_path).code == 0
+    torch.save(nanodd_payload(small_model(6)), tmp_path / "six.pt")
+    torch.save(nanodd_payload(small_model()), tmp_path / "text8.pt")
+    flags = ["--data_dir", tmp_path, "--steps=3"]
+    result = call("sample.py", tmp_path / "six.pt", "--dataset=six", *flags)
+    assert result.code == 0 and len(result.out) == 13 and set(result.out) <= set("abcdef\n")
+    assert call("evaluate.py", tmp_path / "six.pt", "--dataset=six", "--data_dir", tmp_path).code == 0
+    assert_one_line(call("sample.py", tmp_path / "six.pt", *flags), "has 6 tokens", "as prepared here, with --dataset")
+    assert_one_line(call("sample.py", tmp_path / "six.pt", "--dataset=seven", *flags), "has 6 tokens", "'seven' has 7")
+    assert_one_line(call("sample.py", tmp_path / "six.pt", "--dataset=text8", *flags), "has 6 tokens, and text8 has 27")
+    result = call("sample.py", tmp_path / "text8.pt", "--dataset=others", *flags)
+    assert result.code == 0 and set(result.out) <= set(letters["others"] + "\n")
+    result = call("evaluate.py", tmp_path / "text8.pt", "--dataset=same", "--data_dir", tmp_path)
+    assert result.code == 0 and "bits per char on same val" in result.out  # text8's symbols, scored on another text
 
 
 # ---- recorded outputs ------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import torch
 from cli import matmul_peak
 from configs import CONFIGS, Config, replace
 from diffusion import MDLM
+from estimate import flops_per_token
 from noise import uniforms
-from train import EMA, flops_per_token, learning_rate, make_optimizers, train_step
+from train import EMA, learning_rate, make_optimizers, train_step
 
 CFG = Config(n_layer=1, n_head=2, n_embd=16, n_cond=8, seq_len=8, max_steps=110, warmup_steps=10, lr=1.0, min_lr=0.1)
 
