@@ -13,10 +13,12 @@ A run's folder has ckpt.pt, the last one, ckpt_prev.pt, the one before, and ckpt
 optimizer. At every instant ckpt.pt or ckpt_prev.pt is whole on the disk.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import platform
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,7 @@ from configs import Config, same_run
 from data.loader import check_same_data, check_same_tokens
 from data.tokenizer import describes_tokens, make_tokenizer
 from estimate import check_fits, weight_bytes
+from log import parse
 
 FORMAT = "discrete-diffusion-2"
 ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # what foreign checkpoints may be trained on
@@ -107,25 +110,37 @@ def sync_folder(folder):
             os.close(handle)
 
 
-def claim(out_dir):
+PATIENCE = 120  # seconds that a resumed run waits for a folder, such as for workers that have lost torchrun to save
+
+
+def claim(out_dir, patience=0, stop=None):
     """Make the folder, and lock it for this process. Returns the open file that holds the lock until the process ends.
 
     The kernel holds it, so a dead process holds nothing. Where there are no such locks (Windows, some network file
-    systems) a line on stderr says so, and training goes on. Raises UserError if another process has the folder.
+    systems) a line on stderr says so, and training goes on. Raises UserError if another process has the folder, and
+    keeps it for `patience` seconds, or until stop (parallel.StopSignals) has received a signal.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "a")
     except OSError as error:
         raise UserError(f"cannot use the folder {out_dir}: {error.strerror}")
-    try:
-        import fcntl
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # which of the two depends on the file system
-        raise UserError(f"another process is training in {out_dir}: wait for it, or choose another --out_dir")
-    except (ImportError, OSError):
-        note(f"{out_dir} cannot be locked: do not start a second run there")
-    return lock
+    deadline = None
+    while True:
+        try:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # which of the two depends on the file system
+            if deadline is None and patience:
+                note(f"another process is training in {out_dir}: waiting {patience:.0f} s for it to end")
+            deadline = deadline or time.monotonic() + patience
+            if time.monotonic() >= deadline or stop and stop.received:
+                raise UserError(f"another process is training in {out_dir}: wait for it, or choose another --out_dir")
+            time.sleep(0.2)
+            continue
+        except (ImportError, OSError):
+            note(f"{out_dir} cannot be locked: do not start a second run there")
+        return lock
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -256,13 +271,15 @@ def read_latest(out_dir):
 # ---- going on from one ---------------------------------------------------------------------------------------------
 
 
-def open_run(out_dir, resume, init_from, cfg, meta, model):
+def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
     """(checkpoint to go on from, weights to start from, lock of out_dir), None each where there is none.
 
     For the main process. Raises UserError if out_dir is in use or holds another run, and if the checkpoint asked for is
     not there, damaged, of another config or of other data.
     """
-    lock = claim(out_dir) if out_dir.is_dir() else None
+    # Less than the other processes wait for this one.
+    patience = min(PATIENCE, 30 * cfg.timeout_minutes) if resume else 0
+    lock = claim(out_dir, patience, stop) if out_dir.is_dir() else None
     last = out_dir / "ckpt.pt"
     holds_run = any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.jsonl"))
     if not resume and holds_run:
@@ -270,6 +287,8 @@ def open_run(out_dir, resume, init_from, cfg, meta, model):
     path, payload, source = None, None, None
     if resume == "auto":
         path, payload = read_latest(out_dir)
+        if not payload and holds_run:
+            check_nothing_is_lost(out_dir, cfg)
     elif resume:
         path, payload = Path(resume), read(resume)
         folder = path if path.is_dir() else path.parent
@@ -289,6 +308,20 @@ def open_run(out_dir, resume, init_from, cfg, meta, model):
         check_finite(source["ema"], init_from)
         check_same_function(source, cfg, init_from)
     return payload, source and source["ema"], lock
+
+
+def check_nothing_is_lost(out_dir, cfg):
+    """Raise UserError if a run without a checkpoint has come so far that it must have had one; else say that it begins
+    anew, as after a crash before its first checkpoint."""
+    log, best = out_dir / "log.jsonl", out_dir / "ckpt_best.pt"
+    came_to = max((entry["step"] for entry in parse(log)[0]), default=0) if log.is_file() else 0
+    with contextlib.suppress(UserError):  # of a damaged one nothing is known
+        came_to = max(came_to, read(best)["step"])
+    if came_to > cfg.checkpoint_interval:
+        start = f"--init_from={best} starts a new one from the best validation" if best.exists() else "begin a new one"
+        raise UserError(f"the run in {out_dir} was at step {came_to:,}, and both ckpt.pt and ckpt_prev.pt are gone: "
+                        f"put one of them back, or, with another --out_dir, {start}")
+    note(f"the run in {out_dir} has no checkpoint yet: it begins again at step 0")
 
 
 def check_same_function(source, cfg, path):

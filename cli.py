@@ -52,13 +52,14 @@ def note(text):
 
 
 def run(main):
-    """Call main(); turn a UserError into one line on stderr and exit code 2, Ctrl-C into exit code 130."""
+    """Call main(), which returns an exit code or None; turn a UserError into one line on stderr and exit code 2, Ctrl-C
+    into exit code 130."""
     name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks
     code = 0
     try:
-        main()
+        code = main() or 0
     except UserError as error:
         if rank in (None, "0"):  # under torchrun all processes raise the same one (parallel.py)
             note(f"{name}: {error}")

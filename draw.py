@@ -12,6 +12,7 @@ class State(NamedTuple):
 
     xt: torch.Tensor  # (B, L) long, tokens and masks
     p: torch.Tensor   # (B, L) float32, what the network gave a token that it drew; nan at masks and given tokens
+    steps: int = 1    # of the sampler since its State before: more than one where nothing happened in the others
 
 
 class Counted:

@@ -8,6 +8,7 @@ log.jsonl has one JSON object per line. Each has "step"; the other keys say what
     sample                                         a text from the averaged weights
 """
 
+import contextlib
 import html
 import json
 import os
@@ -15,6 +16,9 @@ import shutil
 import sys
 
 from cli import UserError, note
+
+
+HINT = "make room, then run the same command with --resume auto"
 
 
 def parse(path):
@@ -65,7 +69,9 @@ class Log:
             os.replace(temporary, self.path)
             self.file = open(self.path, "a", buffering=1)
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}")
+            with contextlib.suppress(OSError):
+                self.path.with_name(".log.jsonl.tmp").unlink()
+            raise UserError(f"cannot write {self.path}: {error.strerror}; {HINT}")
         if config["wandb"]:
             self.wandb = start_wandb(name, config, wandb_id)
             self.wandb_id = self.wandb.id
@@ -79,8 +85,7 @@ class Log:
         except BrokenPipeError:
             self.terminal = False
         except OSError as error:
-            raise UserError(f"cannot write the output: {error.strerror}; make room, then run the same command with "
-                            "--resume auto")
+            raise UserError(f"cannot write the output: {error.strerror}; {HINT}")
 
     def write(self, line, **values):
         """Show a line and record the values, step among them."""
@@ -88,8 +93,7 @@ class Log:
         try:
             self.file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; make room, then run the same command with "
-                            "--resume auto")
+            raise UserError(f"cannot write {self.path}: {error.strerror}; {HINT}")
         if self.wandb and "config" not in values:
             if "sample" in values:
                 import wandb

@@ -98,11 +98,18 @@ def total(x):
     return x
 
 
+LOST_PARENT = 1000  # beside the numbers of signals, and above them
+
+
 class StopSignals:
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM) are remembered, to be obeyed when all have finished their step."""
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM) are remembered, to be obeyed when all have finished their step.
+
+    So is the end of torchrun, if it is killed and can say nothing (as by the kernel when memory is short): its workers
+    go on in sessions of their own, and would hold the folder for ever. They find that they have another parent.
+    """
 
     def __init__(self):
-        self.received = 0
+        self.received, self.parent = 0, os.getppid()
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self.remember)
@@ -114,11 +121,14 @@ class StopSignals:
         self.received = number
 
     def agreed(self):
-        """Name of a signal that any process has received, or None. All get the same answer."""
+        """(number, name) of what any process is to stop for, or (0, None). All get the same answer."""
+        if "RANK" in os.environ and os.getppid() != self.parent:
+            self.received = LOST_PARENT
         number = torch.tensor(self.received)
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)
-        return signal.Signals(number.item()).name if number else None
+        number = number.item()
+        return number, "the end of torchrun" if number == LOST_PARENT else number and signal.Signals(number).name
 
 
 # ---- models on several devices -------------------------------------------------------------------------------------

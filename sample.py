@@ -26,6 +26,7 @@ from cli import (ArgumentParser, UserError, autocast, generator_on, named, note,
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
 from draw import Counted, State
+from estimate import check_fits
 from prompts import blocks, canvases
 from sampler_flags import add_arguments, given_flags, settings_of, steps_flag
 from sampling import SAMPLERS
@@ -33,6 +34,7 @@ from show import History, Screen, gif, html, joined, png
 from tiny_diffusion import StepsUp
 
 OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".yaml")
+RECORD = 100  # bytes at least that the record of a token takes (show.History)
 AT_ONCE = 32  # sequences in a network call at most, unless --batch_size asks for more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "prose"
 
@@ -102,9 +104,9 @@ def denoise(settings, objective, model, canvas, config, context, generator, cloc
             continue
         size = None if config.prefix == "none" else (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
         for part in settings(objective, model, xt, generator, size, clock and clock()):
-            joined = [torch.cat((whole[:, :a], piece, whole[:, b:]), 1)
-                      for whole, piece in zip(state, (part.xt, torch.where(part.p.isnan(), p, part.p)))]
-            state = State(*joined)
+            joined = [torch.cat((whole[:, :a], piece, whole[:, b:]), 1) for whole, piece in (
+                (state.xt, part.xt), (state.p, torch.where(part.p.isnan(), p, part.p)))]
+            state = State(*joined, part.steps)
             yield state
 
 
@@ -130,8 +132,8 @@ def fill_all(prompts, n, mask_id, fill, bar, screen=None, by_step=False):
         histories.append(history)
         watch(0, history.start[0])
         for state in fill(canvas):
-            xt, p = (x.cpu() for x in state)
-            history.add(xt, p)
+            xt = state.xt.cpu()
+            history.add(xt, state.p.cpu(), state.steps)
             left_now = int((xt == mask_id).sum())
             bar.update(1 if by_step else left - left_now)
             left = left_now
@@ -182,6 +184,8 @@ def main():
     objective = config.make_objective(meta["vocab_size"])
     settings = settings_of(args, config, args.checkpoint, model, args.sampler, given_flags(args, args.steps))
     prompts = canvases(args, config.seq_len, tokenizer, objective.mask_id)
+    check_fits(RECORD * args.batch_size * sum(map(len, prompts)), torch.device("cpu"),
+               f"--batch_size={args.batch_size} of {sum(map(len, prompts)):,} tokens", "ask for less at a time")
     if config.prefix.startswith("fixed") and not args.prefix and not args.template and not args.infill:
         note(f"{args.checkpoint} was trained to continue text ({config.prefix}): without --prefix it begins at a loss")
     if args.known_words:
@@ -215,12 +219,13 @@ def main():
              (args.html, lambda: html(history, tokenizer, objective.mask_id, title)),
              (args.gif, lambda: gif(history, tokenizer, objective.mask_id)),
              (args.png, lambda: png(history, tokenizer, objective.mask_id)))
+    options = {key: value for key, value in settings.options.items() if key != "grid" or settings.grid}
     try:
         if args.json:
             print(json.dumps({
                 "samples": [{"text": text, "tokens": tokens, "steps": history.revealed(b), "p": history.confidence(b)}
                             for b, (text, tokens) in enumerate(zip(texts, samples))],
-                "sampler": settings.sampler, "steps": history.steps, **settings.options,
+                "sampler": settings.sampler, "steps": history.steps, **options,
                 "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
                 "context": args.context, "time_order": args.time_order, "nfe": denoiser.nfe, "seconds": seconds,
                 "tokens_per_second": n_masks / seconds, "seed": args.seed, "checkpoint": args.checkpoint}), flush=True)

@@ -1,7 +1,8 @@
 """The reverse process: samplers, as functions of a denoiser callable `model(xt, t, where) -> logits`.
 
 A sampler is an iterator over the states on the way from xt (B, L), which has masks and maybe given tokens, to text. The
-given tokens never change.
+given tokens never change. Steps in which nothing can happen are counted (State.steps) and not walked through: what a
+sample costs follows from the number of its tokens, however many steps there are.
 
     sampler          reveals                                                           law
     ancestral        each mask by chance, on a grid of mask rates                      of the chain on this grid
@@ -67,7 +68,19 @@ def accept(state, proposed, sure, n):
     """Take the n (B,) surest proposals of each sequence, the one on the left among equals."""
     rank = sure.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     taken = (rank < n[:, None]) & sure.isfinite()
-    return State(*(torch.where(taken, new, old) for new, old in zip(proposed, state)))
+    return State(torch.where(taken, proposed.xt, state.xt), torch.where(taken, proposed.p, state.p))
+
+
+def numbered(happening):
+    """Pairs (i, steps) of the steps `happening`, ascending numbers from 0: how many steps i is after the one before."""
+    return zip(happening, np.diff([-1, *happening]).tolist())
+
+
+def rest(state, happening, n):
+    """The last State again, for the steps after the last one that happened, if there are any: an iterator."""
+    left = n - 1 - (happening[-1] if happening else -1)
+    if left:
+        yield state._replace(steps=left)
 
 
 # ---- samplers --------------------------------------------------------------------------------------------------------
@@ -75,18 +88,28 @@ def accept(state, proposed, sure, n):
 
 @torch.no_grad()
 def ancestral(model, xt, mask_id, time, draw, start, grid):
-    """The reverse chain on a grid of mask rates 1 = r_0 > ... > r_n = 0 (D3PM, eq. 4; MDLM, eq. 6); n States.
+    """The reverse chain on a grid of mask rates r_0 > ... > r_n = 0 (D3PM, eq. 4; MDLM, eq. 6).
 
     From r to s each mask falls with probability 1 - s/r, whatever the network says; only then is a token drawn, from
     the network's prediction at r. So the network runs for the sequences where a mask falls, its head at these
-    positions, and on many steps not at all: the law is that of a draw from the posterior over all V + 1 states, which
-    is never built. At 0 all masks have fallen.
+    positions: the law is that of a draw from the posterior over all V + 1 states, which is never built.
+
+    A mask is left at rate r_i with probability
+
+        r_1/r_0 * r_2/r_1 * ... * r_i/r_(i-1) = r_i/r_0,
+
+    so the rate u at which it falls is uniform on [0, r_0), and the step is the one from r to s with s <= u < r. All u
+    are drawn at once, and only the steps in which some mask falls are walked through.
     """
-    state = begin(xt)
-    for r, s in zip(grid, grid[1:]):
-        falls = (state.xt == mask_id) & draw.happens(1 - s / r, xt)
-        state = fill(model, state, falls, time, start * r, draw)
-        yield state
+    state, masked, n = begin(xt), xt == mask_id, len(grid) - 1
+    rising = torch.tensor(grid[::-1], dtype=torch.float64, device=draw.generator.device)
+    u = grid[0] * draw.uniform(xt.shape)
+    step_of = (n - torch.searchsorted(rising, u, right=True)).to(xt.device)
+    happening = step_of[masked].unique().tolist()
+    for i, steps in numbered(happening):
+        state = fill(model, state, masked & (step_of == i), time, start * grid[i], draw)
+        yield state._replace(steps=steps)
+    yield from rest(state, happening, n)
 
 
 @torch.no_grad()
@@ -119,13 +142,20 @@ def topk(model, xt, mask_id, time, draw, start, grid=None, k=1):
     Not the law of the model: texts look better, and become more alike.
     """
     state, n = begin(xt), (xt == mask_id).sum(1)
-    for i in range(len(grid) - 1 if grid else -(-int(n.max()) // k)):
+    if grid:
+        kept = {m: np.floor(m * np.array(grid) + 1e-9).astype(int) for m in n.unique().tolist()}  # after each step
+        happening = np.flatnonzero(sum(np.diff(left) != 0 for left in kept.values())).tolist()
+        n_steps = len(grid) - 1
+    else:
+        n_steps = -(-int(n.max()) // k)
+        happening = list(range(n_steps))
+    for i, steps in numbered(happening):
         masked = state.xt == mask_id
         left = masked.sum(1)
-        quota = left - (n.double() * grid[i + 1] + 1e-9).long() if grid else left.clamp(max=k)
-        if quota.any():
-            state = accept(state, *propose(model, state, masked, time(share(start, left, n)), draw), quota)
-        yield state
+        quota = left - left.new_tensor([kept[m][i + 1] for m in n.tolist()]) if grid else left.clamp(max=k)
+        state = accept(state, *propose(model, state, masked, time(share(start, left, n)), draw), quota)
+        yield state._replace(steps=steps)
+    yield from rest(state, happening, n_steps)
 
 
 @torch.no_grad()

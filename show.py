@@ -1,10 +1,10 @@
 """Denoising made visible: recorded, on the terminal, as a web page that plays it, and as pictures.
 
     history, screen = History(xt, mask_id), Screen(mask_id, tokenizer)
-    for step, (xt, p) in enumerate(chain, 1):
-        history.add(xt, p)
-        screen.show(step, xt[0].tolist())
-    screen.show(step, xt[0].tolist(), last=True)
+    for xt, p, steps in chain:
+        history.add(xt, p, steps)
+        screen.show(history.steps, xt[0].tolist())
+    screen.show(history.steps, xt[0].tolist(), last=True)
     write_file(Path("denoising.html"), html(history, tokenizer, mask_id, "out/demo, 64 steps"))
 """
 
@@ -30,7 +30,7 @@ FRAME_SECONDS = 1 / 25
 class History:
     """What happened to a batch of samples, kept as changes.
 
-    steps: number of states added. start: B lists of the N ids that it began with, masks and given tokens. events: for
+    steps: number of steps. start: B lists of the N ids that it began with, masks and given tokens. events: for
     each sample a list of (step, position, token, p) in the order of the steps, which count from 1. The token may be the
     mask, since some samplers mask tokens again. p is the probability that the network gave the token when it was drawn,
     None if unknown and for masks. A token that is drawn again and stays the same makes no event.
@@ -41,9 +41,10 @@ class History:
         self.events = [[] for _ in self.start]
         self.xt = xt.clone()  # samplers may write into theirs
 
-    def add(self, xt, p):
-        """Record the state after one more step: tokens xt (B, N) long and their probabilities p (B, N), nan if none."""
-        self.steps += 1
+    def add(self, xt, p, steps=1):
+        """Record the state after so many more steps: tokens xt (B, N) long and their probabilities p (B, N), nan if
+        none."""
+        self.steps += steps
         changed = xt != self.xt
         rows, positions = changed.nonzero(as_tuple=True)
         for b, i, token, q in zip(rows.tolist(), positions.tolist(), xt[changed].tolist(), p[changed].tolist()):
@@ -143,11 +144,18 @@ class Screen:
     def __init__(self, mask_id, tokenizer, every=None):
         self.mask_id, self.tokenizer, self.every = mask_id, tokenizer, every
         self.live = every is None and sys.stderr.isatty()
+        self.taken = None  # the last state, (step, ids)
         self.step, self.ids = None, None  # those shown last
         self.height, self.drawn = 0, -math.inf  # the lines on the terminal, and when they were drawn
 
     def show(self, step, ids, last=False):
-        """Take the state after `step` steps, a list of ids. Step 0 comes first; the last comes again, with last."""
+        """Take the state after `step` steps, a list of ids. Step 0 comes first; the last comes again, with last. Steps
+        that are left out changed nothing."""
+        if self.every and self.taken:
+            before, same = self.taken
+            for unchanged in range((before // self.every + 1) * self.every, step, self.every):
+                self.print(unchanged, same)
+        self.taken = step, ids
         left = ids.count(self.mask_id)
         if self.ids is None:
             self.stride, self.due = left / (250 if self.live else 10), left
@@ -157,12 +165,16 @@ class Screen:
             if last or due or late and ids != self.ids:
                 self.redraw(step, ids, last)
         elif (last or due) and step != self.step:
-            width = min(80, terminal_size()[0]) - 1
-            lines = draw(ids, ids, self.mask_id, self.tokenizer, max(width, 2), color=False)
-            print(status(step, ids, self.mask_id), *lines, sep="\n", file=sys.stderr, flush=True)
-            self.step, self.ids = step, ids
+            self.print(step, ids)
         if due:
             self.due = left - self.stride
+
+    def print(self, step, ids):
+        """Print a state as plain lines."""
+        width = min(80, terminal_size()[0]) - 1
+        lines = draw(ids, ids, self.mask_id, self.tokenizer, max(width, 2), color=False)
+        print(status(step, ids, self.mask_id), *lines, sep="\n", file=sys.stderr, flush=True)
+        self.step, self.ids = step, ids
 
     def redraw(self, step, ids, last):
         """Draw over the last frame, after 1/25 s: the lines that fit, around what is new, and status."""

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train.py CONFIG      one node of 8 GPUs; README.md has several nodes, SLURM
 
 Writes out/CONFIG/ckpt.pt (the last state), ckpt_prev.pt (the one before), ckpt_best.pt (the best validation) and
-log.jsonl (every number shown). SIGTERM, SIGUSR1 and Ctrl-C finish the step and write a checkpoint; --resume auto goes
-on from there, and the result is the same as if nothing had happened.
+log.jsonl (every number shown). SIGTERM, SIGUSR1, Ctrl-C and the end of torchrun finish the step and write a checkpoint;
+--resume auto goes on from there, and the result is the same as if nothing had happened.
 """
 
 import contextlib
@@ -230,7 +230,7 @@ def main():
     model = cfg.make_model(meta["vocab_size"])  # on the CPU: the same weights on every device and in every process
     n_params, flops = model.n_params(), flops_per_token(model, objective, cfg)
     payload, source, lock = together(lambda: checkpoint.open_run(
-        out_dir, args.resume, args.init_from, cfg, meta, model) if is_main else (None, None, None))
+        out_dir, args.resume, args.init_from, cfg, meta, model, stop) if is_main else (None, None, None))
     resumed, copied = on_main(lambda: (payload is not None, source is not None))
     lock = together(lambda: (lock or checkpoint.claim(out_dir)) if is_main else None)
 
@@ -307,7 +307,7 @@ def main():
            versions=checkpoint.versions())
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
-    first_step, seconds = step, 0.0                     # of this process; seconds of training alone
+    first_step, seconds, stopped = step, 0.0, 0         # of this process; seconds of training alone
     logged, clock = step, time.perf_counter()           # at the last log line
     model.train()
     for parts in stream:
@@ -354,11 +354,11 @@ def main():
         if cfg.sample_interval and step % cfg.sample_interval == 0:
             text = sample()
             report(f"step {step:,}  sample  {text}", sample=text)
-        stopped_by = stop.agreed()
-        if step % cfg.checkpoint_interval == 0 or step == cfg.max_steps or stopped_by:
+        stopped, stopped_by = stop.agreed()
+        if step % cfg.checkpoint_interval == 0 or step == cfg.max_steps or stopped:
             save("ckpt.pt", to_resume=True)
         clock += time.perf_counter() - paused
-        if stopped_by and step < cfg.max_steps:
+        if stopped and step < cfg.max_steps:
             on_main(lambda: log.show(
                 f"stopped by {stopped_by} after step {step:,} of {cfg.max_steps:,}, which is saved in {out_dir}: "
                 "to continue, run the same command with --resume auto"))
@@ -366,6 +366,7 @@ def main():
     stream.close()
     on_main(lambda: log.close())
     parallel.leave()
+    return int(stopped == parallel.LOST_PARENT and step < cfg.max_steps)  # a failure to torchruns on other nodes
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -275,6 +277,54 @@ def test_torchrun(data_dir, tmp_path):
     assert_identical(tmp_path / "whole", tmp_path / "out")
 
 
+def test_torchrun_is_killed(data_dir, tmp_path):
+    """torchrun gets SIGKILL, and its two workers do not: they finish their step, save and leave the folder. The same
+    command, started at once, waits for that, goes on from there, and ends as a run that nobody killed."""
+    options = ["--max_steps=200", "--log_interval=10", "--checkpoint_interval=1000", "--lr=1e-5", "--resume=auto"]
+    finish_well(start("mdlm_text8", data_dir, tmp_path / "whole", *options, n=2))
+    [torchrun] = start("mdlm_text8", data_dir, tmp_path / "out", *options, n=2, torchrun=["--standalone"])
+    read_until(torchrun, "step 20 ")
+    torchrun.kill()
+    [again] = start("mdlm_text8", data_dir, tmp_path / "out", *options, n=2, torchrun=["--standalone"])
+    left = torchrun.stdout.read()  # until both workers have closed it
+    assert re.search(r"stopped by the end of torchrun after step (\d+) of 200", left), left
+    step = int(re.search(r"after step (\d+) of", left)[1])
+    [(code, output)] = finish([again])
+    assert code == 0 and f"continuing at step {step}" in output and 20 <= step < 200, output
+    assert_identical(tmp_path / "whole", tmp_path / "out")
+
+
+LONELY = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+parent, calls = os.getppid(), 0
+
+def getppid():  # from the fourth step on, another one
+    global calls
+    calls += 1
+    return parent if calls <= 4 else 1
+
+os.getppid = getppid
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def test_only_workers_mind_their_parent(data_dir, tmp_path):
+    """A worker whose parent is gone saves, and exits with 1, so that torchruns elsewhere do not believe that it is done.
+    A run that torchrun did not start goes on, as it must when its terminal is closed."""
+    (tmp_path / "train.py").write_text(LONELY.format(root=str(ROOT)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    worker = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for environment, code, step in ((worker, 1, 4), ({}, 0, 9)):
+        out = tmp_path / f"out{code}"
+        [(found, output)] = finish(start("mdlm_text8", data_dir, out, "--max_steps=9", script=tmp_path / "train.py",
+                                         **environment))
+        assert found == code and ("stopped by the end of torchrun after step 4 of 9" in output) == bool(code), output
+        assert checkpoint.read(out)["step"] == step
+
+
 def test_killed_at_random(data_dir, tmp_path):
     """Real runs that write a checkpoint after every step are killed (SIGKILL) at 22 random moments, and resumed: a
     whole checkpoint is there each time, never of an earlier step, and they end as runs that nobody killed."""
@@ -499,14 +549,56 @@ def test_what_is_left_of_a_run_is_not_written_over(call, data_dir, tmp_path):
     assert [path.name for path in out.glob("[a-z]*")] == ["log.jsonl"]
 
 
-def test_one_run_per_folder(call, data_dir, tmp_path):
-    """A second run in the folder of a living one is refused; a dead one, even if killed, holds nothing."""
+def test_lost_checkpoints(call, data_dir, tmp_path):
+    """Where a run must have had a checkpoint, and there is none, --resume auto says so and touches nothing; where it was
+    stopped before the first one, it says that it begins again, and does."""
+    out, options = tmp_path / "out", ["--max_steps=8", "--eval_interval=1", "--checkpoint_interval=4"]
+    assert train(call, "mdlm_text8", data_dir, out, *options).code == 0
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        (out / name).unlink()
+    left = {path.name: path.read_bytes() for path in out.iterdir()}
+    for gone in (".lock", "log.jsonl", "ckpt_best.pt"):  # the log and the best checkpoint both know how far it was
+        (out / gone).unlink()
+        names = {path.name for path in out.iterdir()}
+        if gone != "ckpt_best.pt":
+            assert_one_line(train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto"),
+                            "was at step", "both ckpt.pt and ckpt_prev.pt are gone", f"--init_from={out}")
+        assert {path.name for path in out.iterdir()} - {".lock"} == names - {".lock"}
+        (out / ".lock").unlink(missing_ok=True)
+        if gone == "log.jsonl":
+            (out / gone).write_bytes(left[gone])
+    (out / "log.jsonl").write_text("".join(
+        json.dumps(line) + "\n" for line in map(json.loads, left["log.jsonl"].splitlines()) if line["step"] <= 3))
+    result = train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto")
+    assert result.code == 0 and "has no checkpoint yet: it begins again at step 0" in result.err
+    assert checkpoint.read(out)["step"] == 8 and losses(out)[:3] == losses(out)[:3]
+
+
+def test_a_full_disk_while_the_log_is_rewritten(call, data_dir, tmp_path):
+    """The line names the file and says what to do, the log is as it was, and no temporary file is left."""
+    out = tmp_path / "out"
+    assert train(call, "mdlm_text8", data_dir, out, "--max_steps=4").code == 0
+    before, limits = (out / "log.jsonl").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        result = train(call, "mdlm_text8", data_dir, out, "--max_steps=4", "--resume=auto")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(result, "cannot write", "log.jsonl", "File too large", "--resume auto")
+    assert (out / "log.jsonl").read_bytes() == before and not list(out.glob(".*.tmp"))
+
+
+def test_one_run_per_folder(call, data_dir, tmp_path, monkeypatch):
+    """A second run in the folder of a living one is refused, at once, or after waiting if it is a resumption; a dead
+    one, even if killed, holds nothing."""
+    monkeypatch.setattr(checkpoint, "PATIENCE", 1)
     options = ["--max_steps=100000", "--checkpoint_interval=5"]
     [first] = start("mdlm_text8", data_dir, tmp_path / "out", *options)
     read_until(first, "step 6 ")
-    for resume in ([], ["--resume=auto"]):
-        assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "out", *options, *resume),
-                        "another process is training in")
+    assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "out", *options), "another process is training in")
+    result = train(call, "mdlm_text8", data_dir, tmp_path / "out", *options, "--resume=auto")
+    assert result.code == 2 and [("waiting 1 s" in line, "wait for it, or" in line)
+                                 for line in result.err.splitlines()] == [(True, False), (False, True)]
     first.kill()
     first.wait()
     done = checkpoint.read_latest(tmp_path / "out")[1]["step"]

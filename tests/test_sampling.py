@@ -95,6 +95,26 @@ def test_many_steps_approach_the_data():
     assert distance[0] > 1.7 * distance[1] > 1.7**2 * distance[2] > 0
 
 
+def test_ancestral_from_less_than_pure_noise():
+    """A grid that begins below rate 1, as log-linear noise ends: the first step reveals 1 - r_1/r_0 of the masks."""
+    grid = [0.8, 0.4, 0.0]
+    first = next(ancestral(lambda xt, t, where: torch.zeros(int(where.sum()), V), masks(10_000), MASK, TIME, draw(),
+                           start(masks(10_000)), grid))
+    assert (first.xt == MASK).double().mean().item() == pytest.approx(0.5, abs=0.015)  # 5 standard deviations
+
+
+@pytest.mark.parametrize("sampler", [ancestral, topk])
+def test_a_million_steps_cost_what_the_tokens_do(sampler):
+    """Of a million steps no more are walked through than there are masks, all of them are counted, and where nothing
+    is to be done, too."""
+    grid = schedule_grid("linear", 10**6)
+    model = lambda xt, t, where: torch.zeros(int(where.sum()), V)
+    for xt, most in ((masks(2, 10), 20), (torch.zeros(2, 10, dtype=torch.long), 0)):
+        states = list(sampler(model, xt, MASK, TIME, draw(), start(xt), grid))
+        assert len(states) <= most + 1 and sum(state.steps for state in states) == 10**6
+        assert (states[-1].xt != MASK).all() and all(state.steps > 0 for state in states)
+
+
 def test_the_network_is_asked_only_for_what_is_revealed():
     """At most one call per step, none if nothing is revealed, only rows and positions that are, at the step's time."""
     asked = []
@@ -224,8 +244,8 @@ def test_topk_by_hand():
     assert go(masks(1, 4, M), k=3) == [[[1, 1, 0, M]], [[1, 1, 0, 1]]]
     given = torch.tensor([[1, M, M, M], [0, M, 1, 1], [0, 0, 0, 0]])
     assert go(given, k=2) == [[[1, 1, 0, M], [0, 1, 1, 1], [0] * 4], [[1, 1, 0, 1], [0, 1, 1, 1], [0] * 4]]
-    assert [sum(row.count(M) for row in state) for state in go(given[:1], grid=schedule_grid("linear", 5))] == [
-        2, 1, 1, 0, 0]
+    states = topk(by_hand, given[:1], M, TIME, draw(), start(given[:1], M), schedule_grid("linear", 5))
+    assert [(int((state.xt == M).sum()), state.steps) for state in states] == [(2, 1), (1, 1), (0, 2), (0, 1)]
     flat = lambda xt, t, where: torch.zeros(int(where.sum()), 2)
     left = [int((state == M).sum()) for state in states_of(topk, flat, masks(1, 100, M), schedule_grid("linear", 100),
                                                            mask=M)]
