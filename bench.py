@@ -40,7 +40,7 @@ from train import EMA, batches, make_optimizers, train_step
 
 
 def add_arguments(parser):
-    parser.add_argument("--repeats", type=number(int, 1), default=10,
+    parser.add_argument("--repeats", type=number(int, 1),
                         help="timed optimiser steps, and samples (default 10)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--compare", choices=("naive",), help="also time D3PM as one writes it first: float32, eager, "
@@ -49,10 +49,10 @@ def add_arguments(parser):
     mode.add_argument("--samplers", action="store_true", help="compare the samplers, batches of 8, instead")
     mode.add_argument("--estimate", action="store_true", help="predict memory and days, instead of timing anything")
     parser.add_argument("--first", type=number(int, 1), help="with --samplers: only the first so many steps of each")
-    parser.add_argument("--gpu", default="h100", help=f"with --estimate: {', '.join(GPUS)} (default h100)")
+    parser.add_argument("--gpu", type=named, help=f"with --estimate: {', '.join(GPUS)} (default h100)")
     parser.add_argument("--gpus", type=number(int, 1), help="with --estimate: how many (default: as the config's name "
                         "says, or 1)")
-    parser.add_argument("--mfu", type=number(float, 1e-3, 1), default=0.4,
+    parser.add_argument("--mfu", type=number(float, 1e-3, 1),
                         help="with --estimate: the utilisation to assume (default 0.4)")
     parser.add_argument("--vocab_size", type=number(int, 2, 10**6), help="default: that of the config's data set, or "
                         "27 if that is not prepared")
@@ -373,20 +373,25 @@ def main():
     (name, cfg), *more = chosen
     if args.first and not args.samplers:
         raise UserError("--first goes with --samplers")
+    if not args.estimate and (args.gpu or args.gpus or args.mfu):
+        raise UserError("--gpu, --gpus and --mfu go with --estimate")
+    if args.estimate and args.repeats:
+        raise UserError("--estimate times nothing: leave out --repeats")
+    repeats = args.repeats or 10
     if more and (args.scaling or args.samplers):
         raise UserError("--scaling and --samplers take one config at a time")
     if args.estimate:
         for name, cfg in chosen:
-            estimate(name, cfg, size(cfg), args.gpu, args.gpus, args.mfu)
+            estimate(name, cfg, size(cfg), args.gpu or "h100", args.gpus, args.mfu or 0.4)
     elif args.scaling:
         folder = os.path.dirname(os.path.abspath(args.scaling))
         if not os.path.isdir(folder) or os.path.isdir(args.scaling):
             raise UserError(f"--scaling {args.scaling} is {'a' if os.path.isdir(folder) else 'in no existing'} folder")
-        scaling(name, cfg, size(cfg), device, dtype, args.repeats, args.scaling)
+        scaling(name, cfg, size(cfg), device, dtype, repeats, args.scaling)
     elif args.samplers:
         check_fits(weight_bytes(cfg, size(cfg)), device, name, "use a smaller model")
         model, objective = cfg.make_model(size(cfg)).to(device).eval(), cfg.make_objective(size(cfg))
-        samplers(name, cfg, model, objective, device, dtype, args.repeats, args.first)
+        samplers(name, cfg, model, objective, device, dtype, repeats, args.first)
     else:
         trainings = []
         for name, cfg in chosen:
@@ -398,7 +403,7 @@ def main():
             trainings.append(Training(name, cfg, size(cfg), device, dtype))
             if args.compare:
                 trainings.append(Naive(f"{name}, naive", cfg, size(cfg), device, dtype))
-        print(json.dumps(throughput(trainings, args.repeats, args.compare)))
+        print(json.dumps(throughput(trainings, repeats, args.compare)))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ ASCII = "".join(map(chr, range(32, 127)))
 
 def open_text(args):
     """TEXT as ids (L,) long, its tokenizer, and the checkpoint of -m (checkpoint.Loaded), or None."""
+    if args.dataset and not args.model:
+        raise UserError("--dataset says what a checkpoint was trained on: name one by -m CKPT, or leave it out")
     loaded = load_model(args.model, torch.device("cpu"), Hints(args.dataset)) if args.model else None
     others = "".join(sorted(set(args.text) - set(ASCII)))
     tokenizer = make_tokenizer(loaded.meta) if loaded else CharTokenizer(ASCII + others)

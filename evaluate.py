@@ -32,7 +32,7 @@ from data.loader import SPLITS, check_same_data, load_meta, load_split, recode, 
 from data.prepare import read_text
 from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
 from diffusion import WHOLE
-from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error
+from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
 from noise import prefix_lengths
 from quality import samples
 from sampler_flags import add_arguments, cuts, given_flags, steps_flag
@@ -79,7 +79,7 @@ def parse_args():
     p.add_argument("checkpoint", help="a file, a folder or hf://owner/name; of other projects, too")
     p.add_argument("other", nargs="?", type=named, help="another checkpoint to compare with")
     data = p.add_argument_group("on what")
-    data.add_argument("--split", choices=SPLITS, default="val", help="default: val")
+    data.add_argument("--split", choices=SPLITS, help="default: val")
     data.add_argument("--dataset", help="data set to score on (default: the one that the checkpoint was trained on)")
     data.add_argument("--data_dir", default="", help="folder of data sets (default: the one trained on)")
     data.add_argument("--text", type=named, metavar="FILE", help="score this text (plain, .gz or .xz) instead")
@@ -129,7 +129,11 @@ def parse_args():
                    help="default: bfloat16 where fast")
     p.add_argument("--out_dir", type=Path, help="folder of what is written (default: the checkpoint's)")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.text and args.split:
+        raise UserError("--text is scored instead of a split: leave out --split")
+    args.split = args.split or "val"
+    return args
 
 
 # ---- what is scored --------------------------------------------------------------------------------------------------
@@ -200,6 +204,8 @@ def open_subject(path, args, device):
         config = replace(config, objective="mdlm")
     tokenizer = make_tokenizer(meta)
     dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
+    if args.text and args.dataset and "sha256" in meta:
+        raise UserError("--text is scored instead of a data set: leave out --dataset")
     if args.text:
         text, how = read_text(args.text), "as it stands"
         if meta.get("alphabet") == TEXT8_ALPHABET:
@@ -384,10 +390,6 @@ def compare(one, two, args, device, dtype, out):
             "difference_stderr": None if math.isnan(error) else error}
 
 
-def plus_minus(error):
-    return "(n = 1)" if math.isnan(error) else f"± {error:.4f}"
-
-
 def comparison(result, unit):
     """The model among the reference points, worst first, and in words which of them it beats."""
     bits, error, baselines = result["bits_per_token"], result["stderr"] or math.nan, result["baselines"]
@@ -416,6 +418,8 @@ def main():
         raise UserError("--samples are compared with the data set: leave out --text")
     if mode != "samples" and (args.judge or args.sampler or given_flags(args, args.steps) or cuts(args)):
         raise UserError("--judge and the flags of samplers go with --samples")
+    if args.out_dir and mode not in ("curve", "curse", "context", "samples"):
+        raise UserError("--out_dir goes with --curve, --curse, --context and --samples, which write files")
     if args.trials and mode != "variance" or args.n_tokens and mode == "variance":
         raise UserError("--trials goes with --variance, which has 8 windows whatever --n_tokens says")
     if mode == "curse":

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from checkpoint import FORMAT, Hints, config_of, digest, read, versions
 from cli import UserError
 from configs import same_run
+from likelihood import plus_minus
 
 
 def export(checkpoint, folder, results=(), hints=None):
@@ -71,7 +71,7 @@ def last_validation(path):
 def model_card(name, card, n_params, validation):
     """README.md of an exported folder: what it is, how to use it, what was measured."""
     config, unit = card["config"], "char" if card["meta"]["tokenizer"] == "char" else "token"
-    rows = [f"| {bits:.4f} ± {error or math.nan:.4f} | {what} |" for bits, error, what in (
+    rows = [f"| {bits:.4f} {plus_minus(error)} | {what} |" for bits, error, what in (
         [(validation[0], validation[1], f"validation during training, step {validation[2]:,}")] if validation else [])
         + [(r["bits_per_token"], r["stderr"], f"{r['dataset']} {r['split'] or ''}, {r['n_sequences']:,} windows of "
             f"{r['seq_len']}; {r['estimator']}") for r in card["measured"]]]

@@ -34,6 +34,11 @@ def mean_and_error(values, order=None):
     return values.mean().item(), total.sqrt().item() / n
 
 
+def plus_minus(error, digits=4):
+    """A standard error for people; of one value there is none (None, or nan)."""
+    return "(n = 1)" if error is None or math.isnan(error) else f"± {error:.{digits}f}"
+
+
 def in_batches(starts, batch_size):
     """The numbers of the windows, batch by batch."""
     return [list(range(i, min(i + batch_size, len(starts)))) for i in range(0, len(starts), batch_size)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import log
 from cli import ArgumentParser, UserError, note, number, run, write_file
+from likelihood import plus_minus
 
 AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training"}
 
@@ -73,7 +74,7 @@ def draw(runs, out, x, log_x):
         if validation:
             axes.errorbar([row[column] for row in validation], [row[3] for row in validation],
                           [2 * row[4] for row in validation], color=color, marker="o", ms=3, lw=1, capsize=2,
-                          label=f"{name}: {validation[-1][3]:.3f} ± {validation[-1][4]:.3f}")
+                          label=f"{name}: {validation[-1][3]:.3f} {plus_minus(validation[-1][4] or None, 3)}")
     axes.set(xlabel=AXES[x], ylabel="bits per token (a bound)", xscale="log" if log_x else "linear")
     axes.set_title("line: training; points: validation of the averaged weights, ± 2 standard errors", fontsize=8)
     axes.grid(alpha=0.3)

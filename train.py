@@ -27,7 +27,7 @@ from data.loader import check_same_data, load_meta, load_split, move_padding, pr
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
 from estimate import check_fits, flops_per_token, training_bytes, weight_bytes
-from likelihood import bound, by_rate, mean_and_error
+from likelihood import bound, by_rate, mean_and_error, plus_minus
 from log import Log
 from muon import Muon
 from noise import give_prefix, prefix_lengths, rng, uniforms
@@ -345,7 +345,7 @@ def main():
         paused = time.perf_counter()
         if step % cfg.eval_interval == 0 or step == cfg.max_steps:
             bits, error = validate()
-            report(f"step {step:,}  validation {unit} {bits:.4f} ± {error:.4f}"
+            report(f"step {step:,}  validation {unit} {bits:.4f} {plus_minus(error)}"
                    f"{'  (best so far)' if bits < best_val else ''}",
                    val_bits_per_token=finite(bits), val_stderr=finite(error))
             if bits < best_val:

@@ -128,13 +128,20 @@ class DatasetWriter:
         self.sizes[split] += len(ids)
 
     def __exit__(self, kind, error, traceback):
-        for file in self.files.values():
-            file.close()
         try:
+            for file in self.files.values():
+                file.close()
             if kind is None:
                 self._finish()
+        except OSError as full:  # some bytes are written only when a file is closed
+            error = error or full
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error.filename, str):  # of a write, which names no file
+            raise UserError(f"cannot write {self.folder}: {error.strerror}; nothing of it is left, make room and run this "
+                            "again")
+        if isinstance(error, OSError) and kind is None:
+            raise error
 
     def _finish(self):
         empty = [split for split in SPLITS if not self.sizes[split]]

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, progress, run
+from cli import UserError, named, progress, run
 from data.prepare import cut, is_prepared, parser, read_text, write_splits
 from data.tokenizer import KNOWN, make_tokenizer, text8_words
 
@@ -27,8 +27,8 @@ def main():
     p = parser(__doc__)
     p.add_argument("files", nargs="+", metavar="FILE", help="text to train on")
     p.add_argument("--name", required=True, help="name of the data set")
-    p.add_argument("--val", metavar="FILE", help="text to validate on; needs --test")
-    p.add_argument("--test", metavar="FILE", help="text to test on; needs --val")
+    p.add_argument("--val", type=named, metavar="FILE", help="text to validate on; needs --test")
+    p.add_argument("--test", type=named, metavar="FILE", help="text to test on; needs --val")
     p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="default: char")
     p.add_argument("--alphabet", choices=("own", "text8"), default="own",
                    help="of char: the text's own symbols (default), or text8's 27, into which the text is brought")

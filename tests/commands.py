@@ -66,7 +66,7 @@ def start(*args, n=1, torchrun=None, script=None, **environment):
             for worker in workers]
 
 
-def finish(processes, timeout=100):
+def finish(processes, timeout=300):
     """[(exit code, output)] of processes of start(), in their order; those not done by then are killed."""
     watchdog = threading.Timer(timeout, lambda: [process.kill() for process in processes])
     watchdog.start()
@@ -84,13 +84,25 @@ def finish_well(processes):
 
 
 def read_until(process, beginning):
-    """Read a process's output up to the line that begins so."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(beginning):
-            return
+    """Read a process's output up to the line that begins so; one that does not come in five minutes will not."""
+    watchdog, lines = threading.Timer(300, process.kill), []
+    watchdog.start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith(beginning):
+                return
+    finally:
+        watchdog.cancel()
     raise AssertionError("".join(lines))
+
+
+def children(process):
+    """The ids of a process's children."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    found = listed.read_text() if listed.exists() else subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
 
 
 def stop_after(monkeypatch, steps, number=signal.SIGTERM):

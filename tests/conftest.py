@@ -14,10 +14,12 @@ torch.set_num_threads(1)  # make test has two workers
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
-@pytest.fixture(autouse=True)
-def auto_is_float32(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def auto_is_float32():
     """--dtype=auto means float32 in every test, whatever the CPU can do; test_bfloat16.py asks for bfloat16 by name."""
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False, raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -189,7 +189,7 @@ def test_what_checkpoint_blocks_saves_and_costs():
                   dropout=0.0, checkpoint_blocks=True)
     training = bench.Training("x", cfg, 27, CPU, torch.float32)
     fixed, one = estimate.activation_bytes(cfg, 27, CPU, torch.float32)
-    assert 0.8 < (fixed + 8 * one) / bench.activation_bytes(training) < 1.3
+    assert 0.75 < (fixed + 8 * one) / bench.activation_bytes(training) < 1.3
     training.stream.close()
     flops = training.model.flops(64, 0.5)
     head = 6 * 27 * 64 * 0.5

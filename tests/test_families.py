@@ -6,6 +6,7 @@ import pytest
 
 import checkpoint
 from commands import assert_one_line, losses, train
+from diffusion import SEDD
 from uniform import Uniform, UniformD3PM
 
 FAMILIES = {
@@ -93,15 +94,15 @@ def test_what_uniform_noise_has_not(call, run):
         assert_one_line(call("bench.py", "udlm_text8", "--samplers"), "is none: choose a masked config")
 
 
+@pytest.mark.parametrize("run", ["sedd"], indirect=True)
 def test_fine_tuning(call, run, data_dir, tmp_path):
     """--init_from says what the weights were trained for, and refuses those of another network of the same shapes."""
-    name, out = run
-    if name == "sedd":
-        result = train(call, "sedd_text8", data_dir, tmp_path / "tuned", "--objective=mdlm", "--max_steps=2",
-                       f"--init_from={out}")
-        assert result.code == 0 and "were trained with objective=sedd, now mdlm" in result.err
-        assert_one_line(train(call, "sedd_text8", data_dir, tmp_path / "x", "--n_head=4", f"--init_from={out}"),
-                        "of another network: n_head=2, now 4")
+    _, out = run
+    result = train(call, "sedd_text8", data_dir, tmp_path / "tuned", "--objective=mdlm", "--max_steps=2",
+                   f"--init_from={out}")
+    assert result.code == 0 and "were trained with objective=sedd, now mdlm" in result.err
+    assert_one_line(train(call, "sedd_text8", data_dir, tmp_path / "x", "--n_head=4", f"--init_from={out}"),
+                    "of another network: n_head=2, now 4")
 
 
 def test_two_of_a_kind_are_compared(call, run, trained):
@@ -114,9 +115,10 @@ def test_two_of_a_kind_are_compared(call, run, trained):
 def test_objectives(run):
     name, out = run
     config = checkpoint.config_of(checkpoint.read(out))
-    kind = {"udlm": Uniform, "sedd_uniform": Uniform, "d3pm_uniform": UniformD3PM}.get(name)
-    assert kind is None or type(config.make_objective(27)) is kind
-    assert config.make_model(27).embed.num_embeddings == (28 if kind is None else 27)
+    kind = {"sedd": SEDD, "sedd_unscaled": SEDD, "udlm": Uniform, "sedd_uniform": Uniform,
+            "d3pm_uniform": UniformD3PM}[name]
+    assert type(config.make_objective(27)) is kind
+    assert config.make_model(27).embed.num_embeddings == (28 if kind is SEDD else 27)  # with the mask, or without
 
 
 @pytest.mark.parametrize("flags, words", [

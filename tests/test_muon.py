@@ -54,7 +54,7 @@ def test_precision():
         p.grad = torch.randn(p.shape)
         Muon([p], lr=0.1, dtype=dtype).step()
         steps.append(p.detach())
-    assert steps[1].dtype == torch.float32 and 1e-4 < (steps[0] - steps[1]).norm() / steps[0].norm() < 0.05
+    assert steps[1].dtype == torch.float32 and 1e-4 < (steps[0] - steps[1]).norm() / steps[0].norm() < 0.08
 
 
 def test_a_bad_step_does_nothing():

@@ -25,8 +25,8 @@ import checkpoint
 import data.loader
 import diffusion
 from cli import UserError
-from commands import (ROOT, STEADY, arguments, assert_identical, assert_one_line, assert_same_training, finish,
-                      finish_well, log, losses, read_until, start, stop_after, train)
+from commands import (ROOT, STEADY, arguments, assert_identical, assert_one_line, assert_same_training, children,
+                      finish, finish_well, log, losses, read_until, start, stop_after, train)
 from configs import Config
 from conftest import TRAINED
 
@@ -54,6 +54,8 @@ def test_validation_and_samples_do_not_touch_training(call, data_dir, tmp_path):
     assert all(torch.equal(often["model"][key], seldom["model"][key]) for key in often["model"])
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
+                    reason="torch.compile needs a C++ compiler on a CPU, and here is none")
 def test_compiled_training(data_dir, tmp_path):
     """torch.compile changes losses by rounding only, and checkpoints keep plain names."""
     for flag in ("--compile", "--no-compile"):
@@ -269,9 +271,9 @@ def test_torchrun(data_dir, tmp_path):
 
     [torchrun] = start("mdlm_text8", data_dir, tmp_path / "out", *options, n=2, torchrun=flags)
     read_until(torchrun, "continuing at step")
+    worker = children(torchrun)[-1]
     read_until(torchrun, "step 120 ")
-    children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
     [(code, output)] = finish([torchrun])
     assert code == 0 and "continuing at step 1" in output
     assert_identical(tmp_path / "whole", tmp_path / "out")
@@ -328,7 +330,7 @@ def test_only_workers_mind_their_parent(data_dir, tmp_path):
 def test_killed_at_random(data_dir, tmp_path):
     """Real runs that write a checkpoint after every step are killed (SIGKILL) at 22 random moments, and resumed: a
     whole checkpoint is there each time, never of an earlier step, and they end as runs that nobody killed."""
-    counts = {"kills": 0, "in a write": 0}
+    counts = {"kills": 0, "in a write": 0, "on the way": 0}
 
     def torment(config, seed):
         options = ["--max_steps=300", "--checkpoint_interval=1", "--log_interval=20", "--eval_interval=100"]
@@ -343,12 +345,13 @@ def test_killed_at_random(data_dir, tmp_path):
             else:
                 time.sleep(delay.uniform(0, 2))
             process.kill()
-            assert process.wait() == -signal.SIGKILL
-            counts["kills"] += 1
+            killed = process.wait() == -signal.SIGKILL  # else it was done already, on a fast machine
+            counts["kills"] += killed
             counts["in a write"] += (out / ".ckpt.pt.tmp").exists()
             if saved or (out / "ckpt.pt").exists():
                 step = checkpoint.read_latest(out)[1]["step"]
-                assert step >= saved
+                assert step >= saved and (killed or step == 300)
+                counts["on the way"] += killed and saved < step < 300
                 saved = step
         finish_well(start(config, data_dir, out, *options, "--resume=auto"))
         assert_identical(whole, out)
@@ -369,8 +372,9 @@ def test_killed_at_random(data_dir, tmp_path):
         thread.join()
     if errors:
         raise errors[0]
-    print(f"{counts['kills']} kills survived, {counts['in a write']} of them in the middle of writing a checkpoint")
-    assert counts["kills"] == 22
+    print(f"{counts['kills']} kills survived, {counts['in a write']} of them in the middle of writing a checkpoint, "
+          f"{counts['on the way']} after some steps of their own")
+    assert counts["on the way"] >= 3
 
 
 # ---- checkpoints that cannot be written or read ----------------------------------------------------------------------
@@ -816,7 +820,7 @@ def test_a_dead_process_ends_the_others(data_dir, tmp_path):
 
 def test_a_hanging_process_is_given_up(data_dir, tmp_path):
     """One of two processes stands still: after timeout_minutes the other ends with one line."""
-    processes = start("mdlm_text8", data_dir, tmp_path / "out", "--max_steps=100000", "--timeout_minutes=0.2", n=2)
+    processes = start("mdlm_text8", data_dir, tmp_path / "out", "--max_steps=100000", "--timeout_minutes=0.4", n=2)
     read_until(processes[0], "step 5 ")
     processes[1].send_signal(signal.SIGSTOP)
     code, output = finish(processes[:1])[0]
