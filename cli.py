@@ -218,7 +218,8 @@ def generator_on(device, seed):
 def table(rows, columns, out):
     """Print rows (dicts) under their columns {key: (title, format)}; what a row lacks, or is nan, is left empty."""
     cells = [[title for title, _ in columns.values()]]
-    cells += [["" if row.get(key) is None or row[key] != row[key] else format(row[key], how) for key, (_, how) in columns.items()]
+    empty = lambda value: value is None or value != value
+    cells += [["" if empty(row.get(key)) else format(row[key], how) for key, (_, how) in columns.items()]
               for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:

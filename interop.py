@@ -220,8 +220,8 @@ def tiny(found, overrides):
     Config(**config)  # n_head must be found to divide n_embd before weights are moved accordingly
     weights = our_weights(state, config["n_head"])
     V = len(payload["token_emb.weight"]) - 1
-    meta = {"name": "ascii" if V == 127 else "codes", "tokenizer": "char", "alphabet": "".join(map(chr, range(1, V + 1))),
-            "vocab_size": V}
+    meta = {"name": "ascii" if V == 127 else "codes", "tokenizer": "char", "vocab_size": V,
+            "alphabet": "".join(map(chr, range(1, V + 1)))}
     return dict(name="tiny-diffusion", config=config, meta=meta, model=weights, ema=weights, step=0)
 
 

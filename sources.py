@@ -183,9 +183,9 @@ def quietly(path):
 
 def check_crc(path):
     """Raise UserError if a zip archive's contents do not match their CRC-32, or its lists of them do not agree."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             has_sums = any(item.CRC for item in archive.infolist())
             wrong = archive.testzip() if has_sums else None
@@ -226,8 +226,10 @@ def globals_of(path):
 
 def refuse_plain_pickle(path):
     """Raise a UserError that says what is in a pickle which torch.save did not write; return if the file is none."""
-    names = None if zipfile.is_zipfile(path) or not path.is_file() else globals_of(path)
-    if names is None:
+    try:
+        if zipfile.is_zipfile(path) or not path.is_file() or (names := globals_of(path)) is None:
+            return
+    except zipfile.BadZipFile:  # a damaged one
         return
     for name in names:
         if not name.startswith("torch."):
@@ -235,8 +237,8 @@ def refuse_plain_pickle(path):
     with open(path, "rb") as file:
         if LEGACY in file.read(32):
             return
-    raise UserError(f"{path} is a plain pickle, not a file of torch.save, and is not read: torch.save its tensors where "
-                    "you trust it")
+    raise UserError(f"{path} is a plain pickle, not a file of torch.save, and is not read: where you trust it, load it "
+                    "and torch.save its tensors")
 
 
 MOST = 100_000  # objects of settings; theirs are some hundreds

@@ -138,8 +138,8 @@ class DatasetWriter:
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error.filename, str):  # of a write, which names no file
-            raise UserError(f"cannot write {self.folder}: {error.strerror}; nothing of it is left, make room and run this "
-                            "again")
+            raise UserError(f"cannot write {self.folder}: {error.strerror}; nothing of it is left: make room and run "
+                            "this again")
         if isinstance(error, OSError) and kind is None:
             raise error
 

@@ -16,7 +16,9 @@ import torch
 import checkpoint
 import cli
 import configs
+import likelihood
 from commands import ROOT, SMALL, Result, assert_one_line, log, train
+from conftest import TRAINED
 from data.loader import load_split
 
 
@@ -135,7 +137,8 @@ def test_studies(call, data_dir, trained, tmp_path):
     one = go("--curve", "--json", "--n_tokens=1")  # one window has no standard error, and JSON no NaN
     assert set(json.loads(one.out)["stderr"]) == {None}
     assert json.loads(go("--curse", "--json", "--n_tokens=1").out)["curse"][0]["n_sequences"] == 1
-    assert json.loads(go("--json", "--n_tokens=1").out)["stderr"] is None and "(n = 1)" in go("--n_tokens=1").out
+    score = lambda *a: call("evaluate.py", trained, "--data_dir", data_dir, "--n_tokens=1", *a).out
+    assert json.loads(score("--json"))["stderr"] is None and "(n = 1)" in score()
 
 
 @pytest.mark.parametrize("objective, config", [("ar", "ar_text8"), ("mdlm", "mdlm_text8")])
@@ -269,7 +272,8 @@ def test_help_lists_every_setting(call):
     (["demo", "--objective=gan"], ["objective='gan' is none of d3pm, mdlm"]),
     (["demo", "--n_head=5"], ["n_embd", "n_head=5"]),
     (["demo", "--device=tpu"], ["'tpu' is not available"]),
-    (["demo", "--device=cpu:x"], ["'cpu:x' is not available"]),
+    *((["demo", f"--device={device}"], [f"{device!r} is not available"])
+      for device in ("cpu:x", "cpu:00", "cpu:1", "cpu:-1", "cpu:", "cpu:²", ":0", "CPU", "cuda:01", "meta", "cpu:0:0")),
     (["demo", f"--seed={2**64}"], ["seed must be below"]),
     (["demo", "--batch_size=10", "--micro_batch_size=4"], ["batch_size=10 must be a multiple"]),
     (["demo", "--dataset=nothing"], ["not prepared", "prepare_textfile.py"]),
@@ -282,6 +286,59 @@ def test_bad_train_arguments(call, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert_one_line(call("train.py", *arguments), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "sample.py", "bench.py"])
+def test_bad_devices(call, trained, data_dir, script):
+    """Every command says of a malformed device what it says of one that is not there."""
+    arguments = ["demo"] if script in ("train.py", "bench.py") else [trained]
+    assert_one_line(call(script, *arguments, "--device=cpu:00"), "device 'cpu:00' is not available here")
+    if script == "sample.py":
+        assert call(script, *arguments, "--device=cpu:0", "--steps=2").code == 0
+
+
+def test_names_with_line_breaks(call, trained, data_dir, tmp_path):
+    """The name of a file may hold a line break, or a code that moves a terminal's cursor: what is said stays a line."""
+    for name in ("two\nlines", "colour\x1b[31m", "tab\tand\rback"):
+        shown = name.encode("unicode_escape").decode()
+        assert_one_line(call("sample.py", tmp_path / name), f"no checkpoint at {tmp_path}/{shown}")
+        assert_one_line(call("data/prepare_textfile.py", tmp_path / name, "--name=x"),
+                        f"cannot read {tmp_path}/{shown}")
+        (tmp_path / name).mkdir()
+        shutil.copy(trained / "ckpt.pt", tmp_path / name / "ckpt.pt")
+        assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / name, "--max_steps=2"),
+                        f"{shown} holds a run already")
+    (tmp_path / "two\nlines" / "ckpt_prev.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    (tmp_path / "two\nlines" / "ckpt.pt").write_bytes(b"rubbish")
+    result = train(call, "mdlm_text8", data_dir, tmp_path / "two\nlines", *TRAINED, "--resume=auto")
+    assert result.code == 0 and result.err.count("\n") == 1 and "two\\nlines" in result.err
+
+
+def test_a_validation_on_one_window(call, data_dir, tmp_path):
+    """It has no standard error, and says that it is one, on the terminal, in the log and in a plot's legend."""
+    result = train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=2", "--eval_sequences=1")
+    assert re.search(r"validation bits/char \d\.\d{4} \(n = 1\)  \(best so far\)", result.out)
+    assert "nan" not in result.out
+    assert [line["val_stderr"] for line in log(tmp_path / "out") if "val_stderr" in line] == [None]
+    assert call("checkpoint.py", "export", tmp_path / "out", tmp_path / "card").code == 0
+    assert "(n = 1) | validation during training" in (tmp_path / "card" / "README.md").read_text()
+    assert likelihood.plus_minus(0.12345) == "± 0.1235" and likelihood.plus_minus(math.nan) == "(n = 1)"
+
+
+def test_flags_that_would_do_nothing(call, trained, data_dir, tmp_path):
+    """A flag that has no effect beside the others is refused, not passed over."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat " * 20)
+    for command, words in (
+            (["bench.py", "demo", "--gpu=a100"], "go with --estimate"), (["bench.py", "demo", "--gpus=2"], "go with"),
+            (["bench.py", "demo", "--mfu=0.5"], "--mfu go with --estimate"),
+            (["bench.py", "demo", "--estimate", "--repeats=3"], "times nothing: leave out --repeats"),
+            (["demos.py", "caesar", "a text", "--dataset=text8"], "name one by -m CKPT"),
+            (["demos.py", "perturb", "a text", "--dataset=text8"], "name one by -m CKPT"),
+            (["evaluate.py", trained, "--text", tmp_path / "text.txt", "--split=test"], "leave out --split"),
+            (["evaluate.py", trained, "--text", tmp_path / "text.txt", "--dataset=tiny"], "leave out --dataset"),
+            (["evaluate.py", trained, "--out_dir", tmp_path, "--data_dir", data_dir], "--out_dir goes with"),
+            (["data/prepare_textfile.py", tmp_path / "text.txt", "--name=x", "--val=", "--test="], "--val: is empty")):
+        assert_one_line(call(*command), words)
 
 
 def test_bad_training_starts(call, data_dir, trained, tmp_path):

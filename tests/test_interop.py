@@ -29,7 +29,8 @@ def foreign(model):
 
 
 def nanodd_payload(model, prefix=""):
-    args = dict(vocab_size=model.vocab_size, n_embed=16, n_heads=2, n_blocks=2, n_cond=8, dropout=0.0, T=T, lambda_ce=0.05)
+    args = dict(vocab_size=model.vocab_size, n_embed=16, n_heads=2, n_blocks=2, n_cond=8, dropout=0.0, T=T,
+                lambda_ce=0.05)
     state = {prefix + key: value for key, value in foreign(model).items()}
     ema = {"initted": torch.tensor(True), "step": torch.tensor(3),
            **{f"ema_model.{k}": v + 1 for k, v in state.items()}}
@@ -81,7 +82,7 @@ def test_nanodd_strictness(tmp_path):
 
 
 def test_nanodd_of_any_data_set(call, tmp_path):
-    """A checkpoint of 6 symbols is read with any prepared data set of 6, and with no other; one of 27 symbols is text8's
+    """A checkpoint of 6 symbols is read with any prepared data set of 6, and no other; one of 27 symbols is text8's
     unless the data set named has 27 others."""
     letters = {"six": "abcdef", "seven": "abcdefg", "others": "ABCDEFGHIJKLMNOPQRSTUVWXYZ.", "same": "etaoin shrdlu"}
     for name, alphabet in letters.items():

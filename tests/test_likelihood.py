@@ -156,6 +156,25 @@ def test_stratified_error():
     assert math.isnan(mean_and_error(torch.ones(1))[1]) and by_rate(5, 0, repeats=2) is None
 
 
+def test_errors_by_hand():
+    """Pairs of neighbours give the sum of two variances each; of an odd number the last is compared with the one before
+    it, which gives half of the squared difference for its own variance."""
+    values, order = torch.tensor([8.0, 1.0, 20.0, 4.0, 2.0]), torch.tensor([1, 4, 3, 0, 2])  # 1, 2, 4, 8, 20
+    assert mean_and_error(values, order) == pytest.approx((7.0, math.sqrt(1 + 16 + 12**2 / 2) / 5))
+    assert mean_and_error(values[order][:4], torch.arange(4)) == pytest.approx((3.75, math.sqrt(1 + 16) / 4))
+    noise = torch.randn(20_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares = [mean_and_error(row, torch.arange(5))[1] ** 2 for row in noise]
+    assert sum(squares) / len(squares) == pytest.approx(1 / 5, rel=0.02)  # 4 standard deviations
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_the_order_of_rates(seed):
+    """by_rate orders windows by the rate at which bound() masks them with this seed; another seed is another order."""
+    u, _, _ = repeated_uniforms(seed, range(40), 40, 1, 3)
+    assert (u[by_rate(40, seed), 0].diff() > 0).all()
+    assert not torch.equal(by_rate(40, seed), by_rate(40, seed + 1))
+
+
 def test_bound_does_not_depend_on_batches_or_shares():
     """Scoring some windows, in small batches, gives the numbers of scoring all at once."""
     model, x0 = random_network(2, "time"), random_text(40)

@@ -102,6 +102,72 @@ def test_attention_is_softmax_attention():
     torch.testing.assert_close(block.attention(x, cos, sin), block.attn_out(torch.cat(out, -1)), atol=1e-4, rtol=1e-4)
 
 
+def by_the_formulas(model, xt, t, clock, n_head):
+    """Logits of a DiT in float64 from its weights and the papers' formulas, with nothing of model.py: xt (B, L), t (B,).
+
+    Layer norm (arXiv 1607.06450) with epsilon 1e-5; GELU by tanh (arXiv 1606.08415, section 2); rotary angles
+    (arXiv 2104.09864, section 3.4.2) as complex numbers, i theta to the position's power, for pairs half a head apart.
+    """
+    w = {name: p.detach().double() for name, p in model.named_parameters()}
+    linear = lambda x, name: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+    silu = lambda x: x / (1 + torch.exp(-x))
+    gelu = lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-5) * w[f"{name}.weight"]
+
+    angle = clock(t.double())[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    c = linear(silu(linear(torch.cat((angle.cos(), angle.sin()), 1), "time_embed.fc_in")), "time_embed.fc_out")
+    x, (B, L), c = w["embed.weight"][xt], xt.shape, silu(c)[:, None]
+    half = x.shape[-1] // n_head // 2
+    theta = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    turn = torch.exp(1j * torch.arange(L)[:, None] * theta)
+
+    def turned(x):
+        z = torch.complex(x[..., :half], x[..., half:]) * turn
+        return torch.cat((z.real, z.imag), -1)
+
+    for i in range(len(model.blocks)):
+        name = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(c, f"{name}.modulation").chunk(6, -1)
+        h = norm(x, f"{name}.norm1") * (1 + scale1) + shift1
+        q, k, v = (y.view(B, L, n_head, -1).transpose(1, 2) for y in linear(h, f"{name}.qkv").chunk(3, -1))
+        scores = turned(q) @ turned(k).transpose(-1, -2) / math.sqrt(2 * half)
+        weights = torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
+        x = x + gate1 * linear((weights @ v).transpose(1, 2).reshape(B, L, -1), f"{name}.attn_out")
+        h = norm(x, f"{name}.norm2") * (1 + scale2) + shift2
+        x = x + gate2 * linear(gelu(linear(h, f"{name}.mlp_in")), f"{name}.mlp_out")
+    shift, scale = linear(c, "modulation").chunk(2, -1)
+    return (norm(x, "norm") * (1 + scale) + shift) @ w["embed.weight"][:-1].T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("small", [1.0, 0.01])
+def test_the_network_by_the_formulas(small):
+    """The whole network agrees with its formulas, written out in float64. Small embeddings make features whose variance
+    is near the epsilon of the norms."""
+    model, (xt, t) = tiny("time"), batch()
+    model.embed.weight *= small
+    expected = by_the_formulas(model, xt, t, lambda t: 1000 * t, n_head=2)
+    error = (model(xt, t) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-5, error
+
+
+@torch.no_grad()
+def test_which_way_positions_turn():
+    """The score of a query and a key is Re sum q conj(k) e^(i (m - n) theta): turned the other way it is another one,
+    which no test of the distance alone could tell."""
+    cos, sin = rotary_tables(16, 8)
+    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).double()
+    theta = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    for m, n in ((2, 5), (5, 2), (9, 9)):
+        score = (rotate(q, cos[m], sin[m]) * rotate(k, cos[n], sin[n])).sum().item()
+        right, wrong = ((torch.complex(q[:4], q[4:]) * torch.complex(k[:4], -k[4:])
+                         * torch.exp(1j * way * (m - n) * theta)).sum().real.item() for way in (1, -1))
+        assert score == pytest.approx(right, abs=1e-5) and (m == n or abs(score - wrong) > 0.1)
+
+
 def test_token_shift():
     """A quarter of the channels moves one right, a quarter one left, zeros come in at the ends; the rest stays."""
     x = torch.arange(1, 25.0).view(1, 3, 8)

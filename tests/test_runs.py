@@ -312,8 +312,7 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 
 
 def test_only_workers_mind_their_parent(data_dir, tmp_path):
-    """A worker whose parent is gone saves, and exits with 1, so that torchruns elsewhere do not believe that it is done.
-    A run that torchrun did not start goes on, as it must when its terminal is closed."""
+    """A worker whose parent is gone saves, and exits with 1, so that torchruns elsewhere do not take it to be done. A run that torchrun did not start goes on, as it must when its terminal is closed."""
     (tmp_path / "train.py").write_text(LONELY.format(root=str(ROOT)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -380,9 +379,10 @@ def test_killed_at_random(data_dir, tmp_path):
 # ---- checkpoints that cannot be written or read ----------------------------------------------------------------------
 
 
-PAYLOAD = {"name": "x", "step": 0, "meta": {"a": "b"},
+PAYLOAD = {"name": "x", "step": 0, "meta": {"tokenizer": "char", "alphabet": "ab", "vocab_size": 2},
            "config": {"lr": 0.1, "betas": (0.9, 0.98), "wandb": False, "compile": None},
-           "model": {"w": torch.arange(64.0).view(8, 8), "b": torch.ones(3, dtype=torch.bfloat16)}, "ema": {},
+           "model": {"w": torch.arange(64.0).view(8, 8), "b": torch.ones(3, dtype=torch.bfloat16)},
+           "ema": {"w": torch.zeros(8, 8)},
            "optimizer": {"w": {"step": torch.tensor(3.0), "exp_avg": torch.zeros(0)}}}
 
 
@@ -450,8 +450,8 @@ def test_every_kind_of_change_changes_the_hash():
     """Keys, order, types, shapes and values all count."""
     base = checkpoint.digest(PAYLOAD)
     w = PAYLOAD["model"]["w"]
-    for change in ({"name": "y"}, {"config": PAYLOAD["config"] | {"lr": 0.2}}, {"meta": {"a": None}},
-                   {"config": PAYLOAD["config"] | {"betas": [0.9, 0.98]}}, {"extra": 1}, {"model": {"v": w}},
+    for change in ({"name": "y"}, {"config": PAYLOAD["config"] | {"lr": 0.2}},
+                   {"meta": PAYLOAD["meta"] | {"pad": None}},{"config": PAYLOAD["config"] | {"betas": [0.9, 0.98]}}, {"extra": 1}, {"model": {"v": w}},
                    {"model": PAYLOAD["model"] | {"w": w.view(4, 16)}}, {"model": PAYLOAD["model"] | {"w": w.int()}},
                    {"model": PAYLOAD["model"] | {"w": w + 1e-5}}, {"optimizer": {}}):
         assert checkpoint.digest(PAYLOAD | change) != base, change
@@ -554,7 +554,7 @@ def test_what_is_left_of_a_run_is_not_written_over(call, data_dir, tmp_path):
 
 
 def test_lost_checkpoints(call, data_dir, tmp_path):
-    """Where a run must have had a checkpoint, and there is none, --resume auto says so and touches nothing; where it was
+    """Where a run must have had a checkpoint and there is none, --resume auto says so and touches nothing; where it was
     stopped before the first one, it says that it begins again, and does."""
     out, options = tmp_path / "out", ["--max_steps=8", "--eval_interval=1", "--checkpoint_interval=4"]
     assert train(call, "mdlm_text8", data_dir, out, *options).code == 0

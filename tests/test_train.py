@@ -6,10 +6,14 @@ import math
 import pytest
 import torch
 
+import checkpoint
 from cli import matmul_peak
+from commands import losses, train
 from configs import CONFIGS, Config, replace
+from data.loader import load_split, windows
 from diffusion import MDLM
 from estimate import flops_per_token
+from likelihood import bound
 from noise import uniforms
 from train import EMA, learning_rate, make_optimizers, train_step
 
@@ -40,6 +44,25 @@ def test_ema_is_applied_and_taken_back():
         assert torch.equal(model.weight, average) and not model.training
         raise ZeroDivisionError
     assert torch.equal(model.weight, raw) and model.training and torch.equal(ema.average[0], average)
+
+
+def test_validation_is_of_the_average_without_dropout(call, data_dir, tmp_path):
+    """What a run reports as validation is the bound of the averaged weights in eval mode: neither that of the raw ones
+    nor that of a network that drops out, which are hundreds of times the tolerance away."""
+    out = tmp_path / "out"
+    assert train(call, "mdlm_text8", data_dir, out, "--max_steps=20", "--lr=0.05", "--dropout=0.9", "--ema_decay=0.9",
+                 "--eval_interval=20", "--eval_sequences=100").code == 0
+    [reported] = losses(out, "val_bits_per_token")
+    tokens = load_split("tiny", "val", 32, data_dir)
+    found = {}
+    for name, raw, dropping in (("average", False, False), ("raw", True, False), ("dropping", False, True)):
+        model, config, *_ = checkpoint.load_model(out, torch.device("cpu"), raw=raw)
+        torch.manual_seed(0)
+        nats = bound(model.train(dropping), config.make_objective(27), tokens, windows(tokens, 32, 100), 32, 8,
+                     torch.device("cpu"), torch.float32)
+        found[name] = nats.mean().item() / math.log(2)
+    assert reported == pytest.approx(found["average"], rel=1e-5)
+    assert min(abs(found[other] - reported) for other in ("raw", "dropping")) > 0.01, found
 
 
 def test_learning_rate():

@@ -1,0 +1,175 @@
+"""What a checkpoint of ours may hold: whole files, with the right hash and a field that train.py would not write."""
+
+import math
+
+import pytest
+import torch
+
+import checkpoint
+import estimate
+from cli import UserError, memory_of
+from commands import assert_one_line, train
+from configs import CONFIGS, Config, replace
+from conftest import TRAINED
+
+NEVER = "/nonexistent"
+CPU = torch.device("cpu")
+
+
+def changed(trained, out, **fields):
+    """A copy of a run's checkpoint in a new folder, with other fields, or without those that are None here."""
+    payload = checkpoint.read(trained)
+    payload |= {name: change(payload[name]) if callable(change) else change for name, change in fields.items()}
+    out.mkdir()
+    checkpoint.save(out / "ckpt.pt", {name: value for name, value in payload.items() if value is not NEVER})
+    return out
+
+
+def first(change):
+    """Change the first tensor of {name: tensor}."""
+    def apply(weights):
+        name = next(iter(weights))
+        return weights | {name: change(weights[name])}
+    return apply
+
+
+def moments(change):
+    """Change what is kept of the first parameter."""
+    return first(lambda entries: change(dict(entries)))
+
+
+SHARED = [  # field, change, words: seen by train, evaluate and sample
+    ("config", [], "'config' is not a set of settings"), ("config", {1: 2}, "'config' is not a set of settings"),
+    ("config", {"n_layer": "2"}, "n_layer='2' should be of type int"),
+    ("config", {"depth": 2}, "unknown to this version"),
+    ("config", {"n_layer": 10**9}, "n_layer=1,000,000,000 is above the limit of 10,000"),
+    ("meta", [], "'meta' is not a description"), ("meta", {}, "'meta' is not a description"),
+    ("meta", {"tokenizer": "char", "alphabet": "ab", "vocab_size": True}, "'meta' is not a description"),
+    ("meta", {"tokenizer": "char", "alphabet": "aa", "vocab_size": 2}, "'meta' is not a description"),
+    ("meta", {"tokenizer": "gpt2", "vocab_size": 27}, "'meta' is not a description"),
+    ("meta", lambda meta: meta | {"pad": "!"}, "'meta' is not a description"),
+    ("model", None, "'model' is not tensors"), ("model", {}, "'model' is not tensors"),
+    ("ema", [], "'ema' is not tensors"),
+    ("ema", first(lambda w: w.long()), "'ema' is not tensors of real numbers"),
+    ("ema", first(lambda w: w > 0), "'ema' is not tensors of real numbers"),
+    ("ema", first(lambda w: w + 0j), "'ema' is not tensors of real numbers"),
+    ("ema", first(lambda w: w.tolist()), "'ema' is not tensors of real numbers"),
+    ("step", -3, "'step' is not a whole number"), ("step", True, "'step' is not a whole number"),
+    ("step", 3.0, "'step' is not a whole number"), ("step", 2**70, "'step' is not a whole number"),
+    ("step", NEVER, "lacks step"), ("name", 5, "'name' is not text"), ("best_val", "low", "'best_val' is not a number"),
+    ("best_val", math.nan, "'best_val' is not a number"), ("tally", [0] * 5, "'tally' is not a tensor of five numbers"),
+    ("tally", torch.zeros(4), "'tally'"), ("tally", torch.full((5,), math.nan), "'tally'"),
+    ("wandb_id", 7, "'wandb_id'"),
+    ("optimizer", [1], "'optimizer' is not tensors"), ("optimizer", {"embed.weight": 3}, "'optimizer' is not tensors"),
+    ("optimizer", moments(lambda m: m | {"exp_avg": m["exp_avg"].int()}), "'optimizer' is not tensors"),
+]
+
+
+@pytest.mark.parametrize("field, change, words", SHARED, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_wrong_field_is_named(call, trained, data_dir, tmp_path, field, change, words):
+    """One line that names the field, exit code 2, from every command that reads the file, and nothing is written."""
+    if field == "config" and isinstance(change, dict):
+        settings = change
+        change = lambda config: config | settings
+    out = changed(trained, tmp_path / "out", **{field: change})
+    assert_one_line(call("sample.py", out), words)
+    assert_one_line(call("evaluate.py", out, "--data_dir", data_dir), words)
+    assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "new", "--max_steps=2", f"--init_from={out}"),
+                    words)
+    assert_one_line(train(call, "mdlm_text8", data_dir, out, *TRAINED, "--resume=auto"), words)
+    assert not (tmp_path / "new").exists() and {path.name for path in out.iterdir()} <= {"ckpt.pt", ".lock"}
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda state: {}, "first at blocks.0.attn_out.weight"),
+    (lambda state: state | {"more": {}}, "first at more"),
+    (moments(lambda m: {"exp_avg": m["exp_avg"]}), "first at embed.weight"),
+    (moments(lambda m: m | {"momentum": m["exp_avg"]}), "first at embed.weight"),
+    (moments(lambda m: m | {"exp_avg": m["exp_avg"][:1]}), "first at embed.weight"),
+    (moments(lambda m: m | {"step": m["exp_avg"]}), "first at embed.weight")])
+def test_optimiser_state_that_does_not_fit(call, trained, data_dir, tmp_path, change, words):
+    """Moments of other parameters, of other shapes or of another optimiser, before training begins."""
+    out = changed(trained, tmp_path / "out", optimizer=change)
+    assert_one_line(train(call, "mdlm_text8", data_dir, out, *TRAINED, "--resume=auto"), "'optimizer'", words)
+    assert call("sample.py", out).code == 0  # which does not need it
+
+
+def test_weights_that_are_no_numbers(call, trained, data_dir, tmp_path):
+    """Weights to start from must be finite, as those to sample from; averages must fit the model as weights do."""
+    out = changed(trained, tmp_path / "out", ema=first(lambda w: w * math.inf))
+    assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "new", "--shift_tokens", f"--init_from={out}"),
+                    "not finite numbers")
+    out = changed(trained, tmp_path / "other", ema=first(lambda w: w[1:]))
+    assert_one_line(train(call, "mdlm_text8", data_dir, out, *TRAINED, "--resume=auto"), "do not fit the model",
+                    "embed.weight")
+
+
+def test_contents_that_cannot_be_hashed(call, trained, tmp_path):
+    """Sparse tensors, tensors without data and a dict inside itself are no contents of ours: damaged, in one line."""
+    cycle = {}
+    cycle["again"] = cycle
+    for i, value in enumerate((torch.eye(3).to_sparse(), torch.zeros(3, device="meta"), cycle)):
+        payload = checkpoint.read(trained) | {"format": checkpoint.FORMAT, "sha256": "0" * 64, "extra": value}
+        torch.save(payload, tmp_path / f"{i}.pt")
+        assert_one_line(call("sample.py", tmp_path / f"{i}.pt"), f"{i}.pt is damaged")
+
+
+# ---- memory is predicted before it is taken --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["d3pm_shakespeare", "mdlm_mini_fast", "sedd_text8", "tiny_diffusion"])
+def test_sizes_without_building(name):
+    """Parameters, the blocks' matrices and tables of a model as estimated are those of the model as built."""
+    tiny = Config(architecture="tiny_diffusion", T=20) if name == "tiny_diffusion" else CONFIGS[name]()
+    for n_layer in (1, 2, 5):
+        cfg = replace(tiny, n_layer=n_layer, n_embd=32, n_head=2, seq_len=16)
+        model = cfg.make_model(27)
+        matrices = model.matrices() if hasattr(model, "matrices") else []
+        assert estimate.sizes(cfg, 27) == (model.n_params(), sum(w.numel() for w in matrices),
+                                           sum(table.nbytes for table in model.buffers()))
+        assert estimate.weight_bytes(cfg, 27) == 4 * model.n_params() + sum(table.nbytes for table in model.buffers())
+
+
+def test_what_training_takes_at_least():
+    """Five numbers of a parameter with AdamW, four of a matrix with Muon, a share of them with FSDP; then the inputs of
+    all blocks, and the batch. Less than a step really takes, in every part."""
+    cfg = Config(n_layer=3, n_embd=32, n_head=2, seq_len=16, batch_size=8, micro_batch_size=4)
+    n_params, matrices, tables = estimate.sizes(cfg, 27)
+    rest = tables + 4 * 3 * 4 * 16 * 32 + 16 * 8 * 16 + 8 * 8
+    assert estimate.training_bytes(cfg, 27, 8, 4) == 20 * n_params + rest
+    assert estimate.training_bytes(cfg, 27, 8, 4, shares=4) == 5 * n_params + rest
+    muon = replace(cfg, optimizer="muon")
+    assert estimate.training_bytes(muon, 27, 8, 4) == 20 * n_params - 4 * matrices + rest
+    assert estimate.kept_bytes(cfg, 27, 4, CPU, torch.float32) > 4 * 3 * 4 * 16 * 32
+
+
+def test_more_than_the_machine_has(call, trained, data_dir, tmp_path):
+    """What does not fit is refused with the numbers, by whatever would build it, before it is built: 40 TB here."""
+    assert 1e8 < memory_of(CPU) < 1e13
+    big = ["--n_embd=9600", "--n_head=4", "--n_layer=9000"]
+    estimate.check_fits(memory_of(CPU), CPU, "just enough", "")
+    with pytest.raises(UserError, match=r"it needs at least [\d.,]+ GB of memory, and cpu has [\d.,]+ GB: do less"):
+        estimate.check_fits(memory_of(CPU) + 1, CPU, "it", "do less")
+    folders = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'x'}"]
+    for command in (["train.py", "mdlm_text8", "--dataset=tiny", *folders], ["bench.py", "mdlm_text8", "--repeats=1"],
+                    ["bench.py", "mdlm_text8", "--samplers", "--repeats=1"],
+                    ["bench.py", "mdlm_text8", "--scaling", str(tmp_path / "x.png"), "--seq_len=10000000"]):
+        assert_one_line(call(*command, *big), "needs at least", "GB of memory, and cpu has")
+    assert not list(tmp_path.iterdir())
+    out = changed(trained, tmp_path / "out", config=lambda config: config | {"n_embd": 9600, "n_layer": 9000})
+    for script in ("sample.py", "evaluate.py"):
+        assert_one_line(call(script, out), f"the model of {out} needs at least", "GB of memory, and cpu has")
+
+
+@pytest.mark.parametrize("setting, value", [("n_layer", 10**9), ("n_embd", 10**12), ("T", 10**12), ("seq_len", 10**9),
+                                            ("n_cond", 10**9)])
+def test_settings_have_limits(call, tmp_path, setting, value):
+    """No model is built, and no list of steps, of what nobody can have meant."""
+    assert_one_line(call("train.py", "demo", f"--{setting}={value}", f"--out_dir={tmp_path / 'x'}"),
+                    f"{setting}={value:,} is above the limit of")
+
+
+def test_more_samples_than_memory(call, trained):
+    """The record of what was revealed when takes memory for every token."""
+    assert_one_line(call("sample.py", trained, "--batch_size=100000", "--length=1000000", "--context=4"),
+                    "--batch_size=100000 of 1,000,000 tokens needs at least", "GB")
