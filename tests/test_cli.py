@@ -446,8 +446,9 @@ class Parsed(Exception):
 
 
 def readme_commands():
-    """Every line of a shell block of the README that runs a script of this repository, from the script on."""
-    text = (ROOT / "README.md").read_text()
+    """Every line of a shell block of the README and of docs/ that runs a script of this repository, from the script
+    on."""
+    text = "".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
     lines = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)).replace("\\\n", " ").splitlines()
     lines = [re.sub(r"\s+(#|\|\||>).*", "", line) for line in lines if not line.startswith("#")]
     return [shlex.split(match[0]) for line in lines if (match := re.search(r"(data/)?\w+\.py( .*)?$", line))]

@@ -103,7 +103,7 @@ def test_attention_is_softmax_attention():
 
 
 def by_the_formulas(model, xt, t, clock, n_head):
-    """Logits of a DiT in float64 from its weights and the papers' formulas, with nothing of model.py: xt (B, L), t (B,).
+    """Logits of a DiT in float64, from its weights and the papers' formulas, without model.py: xt (B, L), t (B,).
 
     Layer norm (arXiv 1607.06450) with epsilon 1e-5; GELU by tanh (arXiv 1606.08415, section 2); rotary angles
     (arXiv 2104.09864, section 3.4.2) as complex numbers, i theta to the position's power, for pairs half a head apart.

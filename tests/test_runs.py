@@ -296,6 +296,21 @@ def test_torchrun_is_killed(data_dir, tmp_path):
     assert_identical(tmp_path / "whole", tmp_path / "out")
 
 
+def test_everyone_gets_the_signal(data_dir, tmp_path):
+    """SIGTERM to torchrun and to each of its workers at once, as systemd sends it, and again from torchrun to its
+    workers: they obey once, and the run goes on from there."""
+    options = ["--max_steps=200", "--log_interval=10", "--checkpoint_interval=1000", "--lr=1e-5", "--resume=auto"]
+    [torchrun] = start("mdlm_text8", data_dir, tmp_path / "out", *options, n=2, torchrun=["--standalone"])
+    read_until(torchrun, "step 20 ")
+    for pid in (*children(torchrun), torchrun.pid):
+        os.kill(pid, signal.SIGTERM)
+    [(code, output)] = finish([torchrun])
+    assert code == 1 and output.count("stopped by SIGTERM after step") == 1, output
+    step = checkpoint.read(tmp_path / "out")["step"]
+    [(code, output)] = finish(start("mdlm_text8", data_dir, tmp_path / "out", *options, n=2, torchrun=["--standalone"]))
+    assert code == 0 and 20 <= step < 200 and f"continuing at step {step}" in output
+
+
 LONELY = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
@@ -312,7 +327,8 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 
 
 def test_only_workers_mind_their_parent(data_dir, tmp_path):
-    """A worker whose parent is gone saves, and exits with 1, so that torchruns elsewhere do not take it to be done. A run that torchrun did not start goes on, as it must when its terminal is closed."""
+    """A worker whose parent is gone saves, and exits with 1: to a torchrun on another node it must not be done. A run
+    that torchrun did not start goes on, as it must when its terminal is closed."""
     (tmp_path / "train.py").write_text(LONELY.format(root=str(ROOT)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -451,7 +467,8 @@ def test_every_kind_of_change_changes_the_hash():
     base = checkpoint.digest(PAYLOAD)
     w = PAYLOAD["model"]["w"]
     for change in ({"name": "y"}, {"config": PAYLOAD["config"] | {"lr": 0.2}},
-                   {"meta": PAYLOAD["meta"] | {"pad": None}},{"config": PAYLOAD["config"] | {"betas": [0.9, 0.98]}}, {"extra": 1}, {"model": {"v": w}},
+                   {"meta": PAYLOAD["meta"] | {"pad": None}}, {"extra": 1}, {"model": {"v": w}},
+                   {"config": PAYLOAD["config"] | {"betas": [0.9, 0.98]}},
                    {"model": PAYLOAD["model"] | {"w": w.view(4, 16)}}, {"model": PAYLOAD["model"] | {"w": w.int()}},
                    {"model": PAYLOAD["model"] | {"w": w + 1e-5}}, {"optimizer": {}}):
         assert checkpoint.digest(PAYLOAD | change) != base, change
