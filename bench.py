@@ -31,7 +31,7 @@ from cli import (UserError, autocast, device_name, generator_on, matmul_peak, na
 from configs import replace
 from data.loader import load_meta, prefetch
 from data.tokenizer import KNOWN
-from diffusion import D3PM
+from diffusion import D3PM, MDLM
 from draw import Counted
 from estimate import GPUS, check_fits, estimate, flops_per_token, training_bytes, weight_bytes
 from sampling import Settings, plain, schedule_grid
@@ -321,7 +321,7 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, ba
 
     first: only so many steps of each, which says what a step costs outside the network, and nothing of the whole.
     """
-    if cfg.objective == "ar" or cfg.noise == "uniform":
+    if not objective.any_order:
         raise UserError(f"--samplers compares those of masked models, and {name} is none: choose a masked config")
     chain = {"grid": schedule_grid(cfg.schedule, cfg.T)}
     ways = {"naive, 1000 steps": textbook.sample, f"ancestral, {cfg.T} steps": Settings("ancestral", chain),
@@ -395,7 +395,7 @@ def main():
     else:
         trainings = []
         for name, cfg in chosen:
-            if args.compare and (cfg.noise != "mask" or cfg.objective not in ("d3pm", "mdlm")):
+            if args.compare and cfg.objective_class not in (D3PM, MDLM):
                 raise UserError(f"--compare is for d3pm and mdlm with masks, and {name} is neither")
             if args.compare and (cfg.schedule != "linear" or cfg.prefix != "none"):
                 raise UserError("--compare needs --schedule=linear and --prefix=none, as textbook.py has them")

@@ -16,7 +16,13 @@ import torch
 from cli import ArgumentParser, UserError
 from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
 from model import DiT
-from uniform import Uniform, UniformD3PM
+from tiny_diffusion import TinyDiffusion
+from uniform import Uniform, UniformD3PM, UniformSEDD
+
+# A new objective or network is named here, and defined in a file of its own (diffusion.Absorbing says what it has).
+OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): SEDD, ("ar", "mask"): AutoRegressive,
+              ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD}
+NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion}
 
 
 def setting(default, help, choices=None, same_run=True):
@@ -42,7 +48,7 @@ class Config:
                            "or, all together, to a random place of the text", ("end", "random"))
     # model
     architecture: str = setting("dit", "the network: dit (model.py) or tiny-diffusion's, which has no n_cond",
-                                ("dit", "tiny_diffusion"))
+                                tuple(NETWORKS))
     n_layer: int = setting(12, "transformer blocks")
     n_head: int = setting(12, "attention heads")
     n_embd: int = setting(768, "width")
@@ -59,9 +65,9 @@ class Config:
                                       same_run=False)
     # objective
     objective: str = setting("d3pm", "d3pm (T steps), mdlm (continuous time), sedd (score entropy) or ar (left to "
-                             "right, no diffusion)", ("d3pm", "mdlm", "sedd", "ar"))
+                             "right, no diffusion)", tuple(dict.fromkeys(name for name, _ in OBJECTIVES)))
     noise: str = setting("mask", "what noise makes of a token: the mask, or a random token (then mdlm is UDLM)",
-                         ("mask", "uniform"))
+                         tuple(dict.fromkeys(noise for _, noise in OBJECTIVES)))
     T: int = setting(1000, "steps of d3pm, and steps of sampling where no other number is asked for")
     lambda_ce: float = setting(0.0, "d3pm: weight of the auxiliary cross-entropy at all positions")
     schedule: str = setting("linear", f"noise schedule alpha(t): {', '.join(SCHEDULES)}, these two also with their "
@@ -128,40 +134,35 @@ class Config:
         except ValueError:
             raise UserError(f"schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}, nor like loglinear:0.001 "
                             "or geometric:0.0001:20")
-        if self.objective == "d3pm" and self.schedule not in WHOLE:
-            raise UserError(f"objective=d3pm goes all the way from text to noise, and schedule={self.schedule} does "
-                            f"not: use {' or '.join(WHOLE)}")
-        if self.schedule in WHOLE and (self.conditioning == "sigma" or self.objective == "sedd" and (
-                self.noise == "uniform" or not self.scale_by_sigma)):
+        if self.schedule in WHOLE and self.conditioning == "sigma":
             raise UserError(f"sigma is infinite at the end of schedule={self.schedule}: use loglinear or geometric")
-        if self.noise == "uniform" and (self.objective == "ar" or self.prefix != "none" or self.lambda_ce
-                                        or self.time_sampling == "exact_k" or self.weighting == "simple"):
-            raise UserError("noise=uniform goes with objective=d3pm, mdlm or sedd, and with neither prefix nor "
-                            "lambda_ce nor time_sampling=exact_k nor weighting=simple, which are for masks")
         if self.seed >= 2**63:
             raise UserError("seed must be below 2**63")
         if self.prefix_range[1] >= self.seq_len:
             raise UserError(f"prefix={self.prefix} leaves nothing of seq_len={self.seq_len}")
-        if self.prefix != "none" and self.lambda_ce:
-            raise UserError("lambda_ce counts visible tokens, and a prefix is out of the loss: use lambda_ce=0 with it")
-        if self.n_embd % (2 * self.n_head):
-            raise UserError(f"n_embd={self.n_embd} must be an even multiple of n_head={self.n_head}")
         if not (self.dropout < 1 and self.ema_decay < 1 and self.beta1 < 1 and self.beta2 < 1):
             raise UserError("dropout, ema_decay, beta1 and beta2 must be below 1")
-        if self.objective == "d3pm" and self.time_sampling == "exact_k":
-            raise UserError("time_sampling=exact_k estimates the continuous-time bound: use objective=mdlm with it")
-        if self.objective != "d3pm" and self.lambda_ce or self.objective != "mdlm" and self.weighting == "simple":
-            raise UserError("lambda_ce belongs to objective=d3pm, weighting=simple to objective=mdlm")
-        if self.architecture == "tiny_diffusion" and (
-                self.conditioning != "step" or self.noise == "uniform" or self.objective == "ar" or self.dropout
-                or not self.tied or self.head_bias or self.norm_bias or self.shift_tokens or self.checkpoint_blocks):
-            raise UserError("architecture=tiny_diffusion needs conditioning=step, noise=mask and dropout=0, and knows "
-                            "neither objective=ar nor the settings tied, head_bias, norm_bias, shift_tokens and "
-                            "checkpoint_blocks")
-        if self.optimizer == "muon" and (self.architecture != "dit" or self.fsdp):
-            raise UserError("optimizer=muon is for architecture=dit, and needs whole matrices: not with --fsdp")
-        if self.objective == "ar" and self.conditioning != "none":
-            raise UserError("objective=ar has no time: use conditioning=none with it")
+        if (self.objective, self.noise) not in OBJECTIVES:
+            others = " or ".join(name for name, noise in OBJECTIVES if noise == self.noise)
+            raise UserError(f"noise={self.noise} goes with objective={others}, and not with {self.objective}")
+        if self.optimizer == "muon" and self.fsdp:
+            raise UserError("optimizer=muon needs whole matrices: not with --fsdp")
+        for part in (self.network, self.objective_class):
+            if misfit := part.misfit(self):
+                raise UserError(misfit)
+
+    @property
+    def objective_class(self):
+        """What is trained: a class of diffusion.py or uniform.py, which knows what it can do."""
+        return OBJECTIVES[self.objective, self.noise]
+
+    @property
+    def network(self):
+        return NETWORKS[self.architecture]
+
+    @property
+    def clock(self):
+        return clock(self.conditioning, self.T, self.schedule)
 
     @property
     def prefix_range(self):
@@ -175,25 +176,10 @@ class Config:
         raise UserError(f"prefix={self.prefix!r} is neither none nor like fixed:64 or uniform:0:128")
 
     def make_model(self, vocab_size):
-        if self.architecture == "tiny_diffusion":
-            from tiny_diffusion import TinyDiffusion
-            return TinyDiffusion(vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.T)
-        return DiT(vocab_size, self.seq_len, self.n_layer, self.n_head, self.n_embd, self.n_cond, self.dropout,
-                   clock(self.conditioning, self.T, self.schedule), self.noise == "mask", self.tied, self.head_bias,
-                   self.norm_bias, self.shift_tokens, self.checkpoint_blocks, causal=self.objective == "ar")
+        return self.network.from_config(self, vocab_size)
 
     def make_objective(self, vocab_size):
-        if self.objective == "ar":
-            return AutoRegressive(vocab_size)
-        if self.noise == "uniform":
-            if self.objective == "d3pm":
-                return UniformD3PM(vocab_size, self.T, self.schedule)
-            return Uniform(vocab_size, self.schedule, score=self.objective == "sedd")
-        if self.objective == "d3pm":
-            return D3PM(vocab_size, self.T, self.schedule, self.lambda_ce)
-        if self.objective == "sedd":
-            return SEDD(vocab_size, self.schedule, self.time_sampling, self.scale_by_sigma)
-        return MDLM(vocab_size, self.schedule, self.time_sampling, self.weighting)
+        return self.objective_class.from_config(self, vocab_size)
 
 
 def clock(conditioning, T=1000, schedule="linear"):

@@ -98,7 +98,7 @@ def prepared(x0, loaded):
     if not loaded:
         raise UserError("loss asks a network what it thinks: name one by -m CKPT")
     config, meta, given = loaded.config, loaded.meta, loaded.config.prefix_range[0]
-    if config.objective == "ar":
+    if config.objective_class.causal:
         raise UserError("the checkpoint is autoregressive: it knows no noise, so no t; its loss is evaluate.py's")
     if len(x0) > config.seq_len:
         raise UserError(f"TEXT has {len(x0)} tokens, more than the {config.seq_len} of the model: shorten it")
@@ -142,7 +142,7 @@ def loss(args):
     """What a network pays for a text that is noised to time t, token by token: one sample of the bound."""
     x0, tokenizer, loaded = open_text(args)
     x0, given = prepared(x0, loaded)
-    model, config, L, uniform = loaded.model, loaded.config, len(x0), loaded.config.noise == "uniform"
+    model, config, L, uniform = loaded.model, loaded.config, len(x0), not loaded.config.objective_class.has_mask
     objective = replace(config, time_sampling="uniform").make_objective(loaded.meta["vocab_size"])
     _, v = uniforms(args.seed, 0, [0], 1, L, stratified=False)
     noise = objective.noise(torch.tensor([args.t], dtype=torch.float64), give_prefix(v, [given]))
@@ -175,7 +175,7 @@ def loss(args):
     (u, v), (w, _) = (uniforms(args.seed, step, range(args.draws), args.draws, L, False) for step in (1, 2))
     print(f"\n{args.draws} other draws of time and noise, in bits per token:")
     ways = {"t uniform on (0, 1]": lambda u, v, w: objective.noise(u, v),
-            "as evaluate.py draws": getattr(objective, objective.estimators[0])}
+            "as evaluate.py draws": getattr(objective, objective.reported)}
     for name, draw in ways.items():
         drawn = draw(u, give_prefix(v, [given] * args.draws), w)
         bits = objective.nelbo(model, x0.expand(args.draws, -1), drawn).double() / BIT

@@ -102,11 +102,15 @@ def to_device(x, device):
 
 
 class Noise(NamedTuple):
-    """What was masked, at which time, and what the cross-entropy there counts in the bound."""
+    """What was masked, at which time, and what the cross-entropy there counts in the bound.
+
+    t and weight are one number for a sequence (B,), or one for each of its tokens (B, L), as where blocks of a text
+    have times of their own.
+    """
 
     mask: torch.Tensor    # (B, L) bool, True where xt is the mask
-    t: torch.Tensor       # (B,) float32, the time that the model is told
-    weight: torch.Tensor  # (B,) float32, nats of bound per sequence for each nat of CE at a masked position
+    t: torch.Tensor       # (B,) or (B, L) float32, the time that the model is told
+    weight: torch.Tensor  # (B,) or (B, L) float32, nats of bound per sequence for each nat of CE at a masked position
 
     def to(self, device):
         return type(self)(*(to_device(x, device) for x in self))
@@ -114,6 +118,11 @@ class Noise(NamedTuple):
     def split(self, size):
         """Those of `size` sequences at a time."""
         return [type(self)(*part) for part in zip(*(x.split(size) for x in self))]
+
+
+def per_token(x, mask):
+    """x (B,) or (B, L), at the True positions of mask (B, L): (N,)."""
+    return (x[:, None].expand_as(mask) if x.dim() == 1 else x)[mask]
 
 
 def n_free(v):
@@ -127,13 +136,40 @@ def cross_entropy(logits, x0):
 
 
 class Absorbing:
-    """What all objectives share. A subclass has
+    """What the objectives of masked text share, and the facts that each objective states about itself.
 
+    The commands ask for these facts and for nothing else, so a new objective is one class, and one line in
+    configs.OBJECTIVES. (uniform.Uniform has the same attributes and methods.)
+
+    description: what a checkpoint of this objective does; completes "it ..." in messages
+    has_mask: the noise makes masks, so the network has one token more than the vocabulary
+    causal: the network sees only tokens on the left
+    any_order: the network predicts any masked tokens from any visible ones, as samplers and studies of masks need it
+    samplers: {what --sampler calls it: its name in sampling.SAMPLERS}; the first one is the default
+    estimators: {method (u, v, w) -> Noise that estimates the bound with a finite variance: another one that estimates
+        the same number}; w (B,) decides the time where the mask leaves it open
+    reported: the estimator whose bound is reported
+    normalised: the objective whose bound the normalised prediction has, if this one's prediction is not normalised
+    everywhere: the loss asks for logits at all positions, visible ones included
+
+    from_config(config, vocab_size): the objective of a Config
+    misfit(config): what of a Config does not go with this objective, in words, or None
     noise(u, v): the Noise to train on
     loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
-    estimators: names of its methods (u, v, w) -> Noise that estimate the bound with a finite variance (w (B,) decides
-        the time where the mask leaves it open); the first one is the bound to report, the second one estimates the same
     """
+
+    description = "predicts masked tokens"
+    has_mask, causal, any_order, everywhere, normalised = True, False, True, False, None
+    samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
+                                        "analytic", "euler")}
+    estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
+
+    @classmethod
+    def misfit(cls, config):
+        if config.lambda_ce:
+            return "lambda_ce belongs to objective=d3pm"
+        if config.weighting == "simple":
+            return "weighting=simple belongs to objective=mdlm"
 
     def __init__(self, mask_id, schedule="linear"):
         self.mask_id = mask_id
@@ -148,10 +184,10 @@ class Absorbing:
         return torch.where(mask, self.mask_id, x0)
 
     def masked_ce(self, model, x0, noise):
-        """Sum of the cross-entropy over masked positions, by sequence, over L: x0 (B, L) -> nats (B,)."""
+        """The cross-entropy at masked positions, 0 at visible ones: x0 (B, L) -> nats (B, L)."""
         logits = model(self.corrupt(x0, noise.mask), noise.t, where=noise.mask)
-        ce = self.cost(logits, x0[noise.mask], noise.t[:, None].expand_as(noise.mask)[noise.mask])
-        return torch.zeros(x0.shape, device=ce.device).masked_scatter(noise.mask, ce).sum(1) / x0.shape[1]
+        ce = self.cost(logits, x0[noise.mask], per_token(noise.t, noise.mask))
+        return torch.zeros(x0.shape, device=ce.device).masked_scatter(noise.mask, ce)
 
     def log_prediction(self, logits, t):
         """What the network thinks of each token, logits (N, V) at times t (N,): log p(x0), (N, V) float32."""
@@ -161,9 +197,15 @@ class Absorbing:
         """What the bound counts at masked positions: logits (N, V), x0 (N,), t (N,) -> nats (N,)."""
         return cross_entropy(logits, x0)
 
+    def weighted(self, ce, weight):
+        """Weighted sum over each sequence, over L: ce (B, L), weight (B,) or (B, L) -> nats per token (B,)."""
+        if weight.dim() == 2:
+            return (weight * ce).sum(1) / ce.shape[1]
+        return weight * (ce.sum(1) / ce.shape[1])
+
     def nelbo(self, model, x0, noise):
         """One-sample estimate of the bound for each sequence: x0 (B, L) -> nats per token (B,)."""
-        return noise.weight * self.masked_ce(model, x0, noise)
+        return self.weighted(self.masked_ce(model, x0, noise), noise.weight)
 
     def exact_k(self, u, v, w=None):
         """The continuous-time bound by exactly k = ceil(u n) masks, with weight L/k: u (B,), v (B, L) -> Noise.
@@ -211,11 +253,28 @@ class D3PM(Absorbing):
     of the sum over s (not the whole sum), as in the published code. It is trained with and never reported.
     """
 
-    estimators = ("t_step", "t_step_uniform", "exact_k", "continuous")
+    estimators = {"t_step": "t_step_uniform", "t_step_uniform": "t_step"} | Absorbing.estimators
+    reported = "t_step"
 
     def __init__(self, mask_id, T=1000, schedule="linear", lambda_ce=0.0):
         super().__init__(mask_id, schedule)
-        self.T, self.lambda_ce = T, lambda_ce
+        self.T, self.lambda_ce, self.everywhere = T, lambda_ce, bool(lambda_ce)
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls(vocab_size, config.T, config.schedule, config.lambda_ce)
+
+    @classmethod
+    def misfit(cls, config):
+        if config.schedule not in WHOLE:
+            return (f"objective=d3pm goes all the way from text to noise, and schedule={config.schedule} does not: use "
+                    + " or ".join(WHOLE))
+        if config.time_sampling == "exact_k":
+            return "time_sampling=exact_k estimates the continuous-time bound: use objective=mdlm with it"
+        if config.prefix != "none" and config.lambda_ce:
+            return "lambda_ce counts visible tokens, and a prefix is out of the loss: use lambda_ce=0 with it"
+        if config.weighting == "simple":
+            return "weighting=simple belongs to objective=mdlm"
 
     def noise(self, u, v):
         """s uniform on 1 ... T (if u is uniform on (0, 1]); tokens masked independently. u (B,), v (B, L) -> Noise."""
@@ -256,7 +315,7 @@ class D3PM(Absorbing):
             nelbo = self.nelbo(model, x0, noise)
             return nelbo.mean() / self.T, nelbo.detach()
         ce = cross_entropy(model(self.corrupt(x0, noise.mask), noise.t), x0)
-        nelbo = noise.weight * (ce * noise.mask).mean(1)
+        nelbo = self.weighted(ce * noise.mask, noise.weight)
         return nelbo.mean() / self.T + self.lambda_ce * ce.mean(), nelbo.detach()
 
 
@@ -276,11 +335,18 @@ class MDLM(Absorbing):
     keeps its weights.
     """
 
-    estimators = ("exact_k", "continuous")
-
     def __init__(self, mask_id, schedule="linear", time_sampling="stratified", weighting="nelbo"):
         super().__init__(mask_id, schedule)
         self.time_sampling, self.weighting = time_sampling, weighting
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls(vocab_size, config.schedule, config.time_sampling, config.weighting)
+
+    @classmethod
+    def misfit(cls, config):
+        if config.lambda_ce:
+            return "lambda_ce belongs to objective=d3pm"
 
     def noise(self, u, v):
         """As time_sampling says. u (B,), v (B, L) -> Noise."""
@@ -292,8 +358,9 @@ class MDLM(Absorbing):
 
     def loss(self, model, x0, noise):
         ce = self.masked_ce(model, x0, noise)
-        nelbo = noise.weight * ce
-        return (nelbo if self.weighting == "nelbo" else 2 * ce).mean(), nelbo.detach()
+        nelbo = self.weighted(ce, noise.weight)
+        loss = nelbo if self.weighting == "nelbo" else 2 * (ce.sum(1) / ce.shape[1])
+        return loss.mean(), nelbo.detach()
 
 
 class SEDD(MDLM):
@@ -316,9 +383,21 @@ class SEDD(MDLM):
     is normalised. For other noise than masks see uniform.py.
     """
 
+    normalised = "mdlm"
+
     def __init__(self, mask_id, schedule="loglinear", time_sampling="stratified", scaled=True):
         super().__init__(mask_id, schedule, time_sampling)
         self.scaled = scaled
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls(vocab_size, config.schedule, config.time_sampling, config.scale_by_sigma)
+
+    @classmethod
+    def misfit(cls, config):
+        if config.schedule in WHOLE and not config.scale_by_sigma:
+            return f"sigma is infinite at the end of schedule={config.schedule}: use loglinear or geometric"
+        return Absorbing.misfit(config)
 
     def log_ratio(self, t):
         """log r of times t."""
@@ -347,7 +426,20 @@ class AutoRegressive(Absorbing):
     mask, which serves as the start of the text.
     """
 
-    estimators = ("chain_rule",)
+    description = "is autoregressive"
+    causal, any_order, everywhere = True, False, True
+    samplers = {"left_to_right": "left_to_right"}
+    estimators, reported = {"chain_rule": "l2r"}, "chain_rule"  # l2r: one prefix at a time (likelihood.chain_rule)
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls(vocab_size)
+
+    @classmethod
+    def misfit(cls, config):
+        if config.conditioning != "none":
+            return "objective=ar has no time: use conditioning=none with it"
+        return super().misfit(config)
 
     def noise(self, u, v):
         """u (B,), v (B, L) -> Noise, which asks for all tokens that are not given, whatever u and v are."""

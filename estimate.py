@@ -34,8 +34,7 @@ def sizes(cfg, vocab_size):
     def of(n_layer):
         with torch.device("meta"):
             model = replace(cfg, n_layer=n_layer).make_model(vocab_size)
-        matrices = model.matrices() if hasattr(model, "matrices") else []
-        return torch.tensor([model.n_params(), sum(w.numel() for w in matrices),
+        return torch.tensor([model.n_params(), sum(w.numel() for w in model.matrices()),
                              sum(table.nbytes for table in model.buffers())], dtype=torch.float64)
 
     try:
@@ -76,7 +75,7 @@ def check_fits(needed, device, what, remedy):
 
 def flops_per_token(model, objective, cfg):
     """Floating-point operations of a training step per token; the head counts where the objective asks for logits."""
-    if cfg.lambda_ce or cfg.noise == "uniform":
+    if objective.everywhere:
         return model.flops(cfg.seq_len)
     noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True))
     return model.flops(cfg.seq_len, noise.mask.float().mean().item())
@@ -97,7 +96,7 @@ def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
     x0 = torch.randint(vocab_size, (n, cfg.seq_len), device=device)
     noise = objective.noise(torch.full((n,), masked, dtype=torch.float64),
                             torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
-    if cfg.noise == "mask" and cfg.objective != "ar":  # as many as were asked for, wherever
+    if objective.any_order:  # as many as were asked for, wherever
         noise = noise._replace(mask=(torch.randperm(x0.numel(), device=device) < masked * x0.numel()).view_as(x0))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype):
         loss, _ = objective.loss(model, x0, noise)  # kept, or the storages would be used again

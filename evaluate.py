@@ -31,12 +31,11 @@ from cli import ArgumentParser, UserError, named, number, pick_device, pick_dtyp
 from data.loader import SPLITS, check_same_data, load_meta, load_split, recode, windows
 from data.prepare import read_text
 from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
-from diffusion import WHOLE
+from diffusion import WHOLE, Absorbing
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
 from noise import prefix_lengths
 from quality import samples
 from sampler_flags import add_arguments, cuts, given_flags, steps_flag
-from sampling import SAMPLERS
 from studies import context, curse, curve, variance
 
 ESTIMATORS = {
@@ -68,9 +67,9 @@ def samples_flag(text):
 
 def samplers(text):
     """An argparse type: names of samplers, separated by commas."""
-    unknown = [name for name in text.split(",") if name not in SAMPLERS]
+    unknown = [name for name in text.split(",") if name not in Absorbing.samplers]
     if unknown:
-        raise UserError(f"--sampler {unknown[0]!r} is none of {', '.join(SAMPLERS)}")
+        raise UserError(f"--sampler {unknown[0]!r} is none of {', '.join(Absorbing.samplers)}")
     return text.split(",")
 
 
@@ -118,7 +117,7 @@ def parse_args():
     q.add_argument("--steps", type=several_steps,
                    help="steps of sampling, such as 8,32,auto (default: the config's T)")
     q.add_argument("--sampler", type=samplers,
-                   help=f"of {', '.join(SAMPLERS)}, several with commas (default ancestral)")
+                   help=f"of {', '.join(Absorbing.samplers)}, several with commas (default ancestral)")
     add_arguments(p)
     add_hints(p)
     p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
@@ -175,9 +174,9 @@ class Subject(NamedTuple):
         return folder / name
 
     def masked_only(self, flag):
-        if self.config.objective == "ar" or self.config.noise == "uniform":
-            kind = "autoregressive" if self.config.objective == "ar" else "trained on random tokens"
-            raise UserError(f"{self.path} is {kind}: {flag} is for masked models")
+        objective = self.config.objective_class
+        if not objective.any_order:
+            raise UserError(f"{self.path} {objective.description}: {flag} is for masked models")
 
     def whole_windows(self, flag):
         if self.config.prefix_range[0]:
@@ -199,9 +198,9 @@ def open_subject(path, args, device):
     if seq_len <= config.prefix_range[1]:
         raise UserError(f"--seq_len={seq_len} leaves nothing after the prefix that {path} needs ({config.prefix})")
     if args.normalised:
-        if config.objective != "sedd" or config.noise == "uniform":
+        if not config.objective_class.normalised:
             raise UserError(f"--normalised is for score entropy with masks, and {path} has another objective")
-        config = replace(config, objective="mdlm")
+        config = replace(config, objective=config.objective_class.normalised)
     tokenizer = make_tokenizer(meta)
     dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
     if args.text and args.dataset and "sha256" in meta:
@@ -254,11 +253,12 @@ def check_comparable(one, two, named_data):
 def pick_estimator(subject, args):
     """The estimator asked for, or the one that belongs to the checkpoint's objective."""
     objective = subject.objective()
-    estimator = args.estimator or ("t_step" if args.T else objective.estimators[0])
+    estimator = args.estimator or ("t_step" if args.T else objective.reported)
     if args.T and not estimator.startswith("t_step"):
         raise UserError(f"--T belongs to the T-step bound, not to --estimator {estimator}")
-    if subject.config.objective == "ar" and estimator != "chain_rule":
-        raise UserError(f"{subject.path} is autoregressive: its likelihood is exact; leave out --estimator and --T")
+    if objective.causal and estimator != objective.reported:
+        raise UserError(f"{subject.path} {objective.description}: its likelihood is exact; leave out --estimator and "
+                        "--T")
     if estimator.startswith("t_step"):
         if subject.config.schedule not in WHOLE:
             raise UserError(f"{subject.path} has schedule={subject.config.schedule}, which does not go all the way "
@@ -270,11 +270,8 @@ def pick_estimator(subject, args):
 
 
 def second_of(subject, estimator):
-    """What estimates the same number in another way; an autoregressive model's second sees one prefix at a time."""
-    if estimator == "chain_rule":
-        return "l2r"
-    names = subject.objective(estimator).estimators  # in pairs
-    return names[names.index(estimator) ^ 1]
+    """What estimates the same number in another way: an estimator, or an order."""
+    return subject.objective(estimator).estimators[estimator]
 
 
 def nats_of(subject, estimator, args, device, dtype):
@@ -283,10 +280,10 @@ def nats_of(subject, estimator, args, device, dtype):
     if estimator in ORDERS:
         objective = subject.objective()
         subject.whole_windows("the likelihood along an order")
-        if subject.config.noise == "uniform":
+        if not objective.causal:
             subject.masked_only("--order")
-        if objective.estimators[0] == "chain_rule" and estimator != "l2r":
-            raise UserError(f"{subject.path} is autoregressive and knows one order: --order l2r")
+        elif estimator != "l2r":
+            raise UserError(f"{subject.path} {objective.description} and knows one order: --order l2r")
         return (chain_rule_of(subject.model, objective, *settings, estimator, args.seed, show=True),
                 f"negative log-likelihood, order {estimator}")
     objective, prefix = subject.objective(estimator, args.T), subject.config.prefix
@@ -352,7 +349,7 @@ def score(args, device, dtype, out):
         two = open_subject(args.other, args, device)
         check_comparable(one, two, args.dataset or args.text)
         return compare(one, two, args, device, dtype, out)
-    if args.check and one.config.objective == "ar" and one.config.prefix != "none":
+    if args.check and one.config.objective_class.causal and one.config.prefix != "none":
         raise UserError(f"--check of an autoregressive model scores whole windows, not after {one.config.prefix}")
     if args.check and len(one.starts) < LEAST:
         raise UserError(f"--check needs at least {LEAST} windows, and here are {len(one.starts)}: more --n_tokens, a "
@@ -377,7 +374,7 @@ def score(args, device, dtype, out):
 def compare(one, two, args, device, dtype, out):
     """Two checkpoints on the same windows, and the same masks where both have masks."""
     estimators = [args.order or pick_estimator(subject, args) for subject in (one, two)]
-    if set(estimators) == {"t_step", "exact_k"} and {one.config.noise, two.config.noise} == {"mask"}:
+    if set(estimators) == {"t_step", "exact_k"} and all(s.config.objective_class.any_order for s in (one, two)):
         estimators = ["exact_k", "exact_k"]  # d3pm against mdlm: what can be compared
     scored = [likelihood(subject, estimator, args, device, dtype)
               for subject, estimator in zip((one, two), estimators)]

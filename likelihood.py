@@ -10,7 +10,6 @@ import torch
 
 from cli import autocast, progress
 from data.loader import gather
-from diffusion import AutoRegressive
 from noise import give_prefix, prefix_lengths, repeated_uniforms, strata
 
 ORDERS = ("l2r", "random", "confidence")
@@ -58,10 +57,10 @@ def bound(model, objective, tokens, starts, seq_len, batch_size, device, dtype, 
     """The bound on windows `mine` (default: all) of the tokens: (len(mine),) float64, nats per token.
 
     prefix: (fewest, most) tokens at the beginning of each window that are given, and not scored.
-    estimator: one of objective.estimators (default: the first). The noise of window i is a function of (seed, i) and of
+    estimator: one of objective.estimators (default: the one that is reported). The noise of window i is a function of (seed, i) and of
     the numbers of windows and repeats, so two models, or two steps of training, are compared on the same masks.
     """
-    draw = getattr(objective, estimator or objective.estimators[0])
+    draw = getattr(objective, estimator or objective.reported)
     mine = list(range(len(starts)) if mine is None else mine)
     size = max(1, batch_size // repeats)
     nats = []
@@ -102,7 +101,7 @@ def reveal(model, objective, x0, order, everywhere=()):
             if L - i not in everywhere:
                 where = torch.zeros_like(masked)
                 where[rows, position] = True
-        if isinstance(objective, AutoRegressive):  # the text so far, after the mask that starts it
+        if objective.causal:  # the text so far, after the mask that starts it
             seen, t = torch.nn.functional.pad(xt[:, :i], (1, 0), value=objective.mask_id), torch.ones(B)
         else:
             seen, t = xt, objective.time(torch.full((B,), (L - i) / L, dtype=torch.float64))

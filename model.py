@@ -133,6 +133,19 @@ class DiT(nn.Module):
     autoregressive baseline).
     """
 
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        objective = config.objective_class
+        return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.n_cond,
+                   config.dropout, config.clock, objective.has_mask, config.tied, config.head_bias, config.norm_bias,
+                   config.shift_tokens, config.checkpoint_blocks, objective.causal)
+
+    @classmethod
+    def misfit(cls, config):
+        """What of a Config does not go with this network, in words, or None."""
+        if config.n_embd % (2 * config.n_head):
+            return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
+
     def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, n_cond=128, dropout=0.0, clock=None,
                  mask=True, tied=True, head_bias=False, norm_bias=False, shift_tokens=False, checkpoint_blocks=False,
                  causal=False):

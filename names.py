@@ -45,7 +45,7 @@ def fill(loaded, canvas, seed, device, size=256):
     """Fill the masks of canvas (N, record) long by the model's own law: the chain in continuous time, where masks are
     what it was trained on."""
     config, generator, filled = loaded.config, generator_on(device, seed), []
-    way = plain(config) if config.noise == "uniform" or config.objective == "ar" else Settings("first_hitting")
+    way = Settings("first_hitting") if config.objective_class.any_order else plain(config)
     objective = config.make_objective(loaded.meta["vocab_size"])
     for xt in progress(canvas.split(size), desc="sampling", leave=False):
         *_, state = way(objective, loaded.model, xt.to(device), generator)
@@ -106,7 +106,7 @@ def names(args, out=None):
     print(f"novel ones: {' '.join(dict.fromkeys(novel[:20])) or 'none'}\n", file=out)
     if good:
         lengths_table("letters", {"train split": list(map(len, train)), "drawn": list(map(len, good))}, out)
-    if config.objective == "ar":
+    if config.objective_class.causal:
         return print("A model from left to right fills no gaps.", file=out)
 
     held_out = [name for name in test if 3 <= len(name) <= gap + 3][:args.samples]

@@ -242,7 +242,8 @@ def ways(subject, args):
     """Settings for each --sampler and each of its --steps. Every sampler gets the flags that it knows; what none of
     them knows is an error of settings_of."""
     names, found = args.sampler or [None], []
-    knows = {name: SAMPLERS[name or "ancestral"][1] for name in names}
+    samplers = subject.config.objective_class.samplers
+    knows = {name: SAMPLERS[samplers.get(name or next(iter(samplers)), name)].flags for name in names}
     for name, steps in itertools.product(names, args.steps or [None]):
         flags = {flag: value for flag, value in given_flags(args, steps).items()
                  if flag in knows[name] or not any(flag in known for known in knows.values())}

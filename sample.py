@@ -25,11 +25,11 @@ from cli import (ArgumentParser, UserError, autocast, generator_on, named, note,
                  progress, run, write_file)
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
+from diffusion import Absorbing
 from draw import Counted, State
 from estimate import check_fits
 from prompts import blocks, canvases
 from sampler_flags import add_arguments, given_flags, settings_of, steps_flag
-from sampling import SAMPLERS
 from show import History, Screen, gif, html, joined, png
 from tiny_diffusion import StepsUp
 
@@ -46,7 +46,7 @@ def parse_args():
                    "with the repository)")
     p.add_argument("--batch_size", type=number(int, 1, 10**5), default=1,
                    help="number of samples of each prompt (default 1)")
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: ancestral")
+    p.add_argument("--sampler", choices=Absorbing.samplers, help="default: ancestral")
     p.add_argument("--steps", type=steps_flag, help="of ancestral, topk, remdm: a number, or auto, as many as the "
                    "model's curve asks for (evaluate.py --curve); default: the config's T")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same samples (default 0)")
@@ -164,7 +164,7 @@ def check(args, config):
         taken[path.resolve()] = f"--{flag}"
     if (args.gif or args.png) and importlib.util.find_spec("PIL") is None:
         raise UserError("--gif and --png need the package: pip install pillow")
-    if config.objective == "ar" and (args.suffix or args.template or args.infill):
+    if config.objective_class.causal and (args.suffix or args.template or args.infill):
         raise UserError(f"{args.checkpoint} is autoregressive and sees only what is on the left: it can continue a "
                         "--prefix, but --suffix, --template and --infill need a masked model")
     if args.time_order == "original" and config.architecture != "tiny_diffusion":
@@ -196,7 +196,7 @@ def main():
             load_split(config.dataset, "train", 1, data_dir))
 
     watching = args.show or args.show_intermediate
-    uniform = config.noise == "uniform"  # whose masks are all gone after the first step
+    uniform = not objective.has_mask  # then all masks of a canvas are gone after the first step
     every = args.show_intermediate
     if uniform and not every and not sys.stderr.isatty():
         every = -(-settings.steps // 10)  # of masks Screen knows itself when to show them

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from checkpoint import digest
 from cli import UserError, number
-from diffusion import SCHEDULES, make_schedule
-from sampling import (FOR_UNIFORM_NOISE, SAMPLERS, SIGMAS, Settings, cheapest_grid, enough_steps, loop_grid,
-                      schedule_grid)
+from diffusion import SCHEDULES, Absorbing, make_schedule
+from sampling import SAMPLERS, SIGMAS, Settings, cheapest_grid, enough_steps, loop_grid, schedule_grid
 
 FLAGS = ("grid", "k", "threshold", "gamma", "sigma", "eta")
 DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "sigma": "cap"}
@@ -82,23 +81,21 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     sampler: a name, or None for the usual one. Raises UserError for flags that the sampler does not know, or that
     contradict each other, and where a curve is asked for that is not there.
     """
-    given, cut = dict(flags), cuts(args)
-    if config.objective == "ar":
-        if sampler or given:
-            raise UserError(f"{checkpoint} is autoregressive, one step per token: leave out "
-                            + ", ".join(f"--{name}" for name in (["sampler"] if sampler else []) + list(given)))
-        return Settings("left_to_right", {}, **cut)
-    sampler = sampler or "ancestral"
-    known = SAMPLERS[sampler][1]
-    if config.noise == "uniform" and sampler not in FOR_UNIFORM_NOISE:
-        raise UserError(f"--sampler {sampler} is for masks, and {checkpoint} was trained on random tokens: choose "
-                        f"{' or '.join(FOR_UNIFORM_NOISE)}")
-    if config.noise == "uniform" and "auto" in (flags.get("steps"), flags.get("grid")):
-        raise UserError(f"auto chooses mask rates, and {checkpoint} was trained on random tokens: say --steps N")
+    given, cut, objective = dict(flags), cuts(args), config.objective_class
+    if objective.causal and (sampler or given):
+        raise UserError(f"{checkpoint} {objective.description}, one step per token: leave out "
+                        + ", ".join(f"--{name}" for name in (["sampler"] if sampler else []) + list(given)))
+    sampler = sampler or next(iter(objective.samplers))
+    if sampler not in objective.samplers:
+        raise UserError(f"--sampler {sampler} is for masks, and {checkpoint} {objective.description}: choose "
+                        f"{' or '.join(objective.samplers)}")
+    known = SAMPLERS[objective.samplers[sampler]].flags
+    if not objective.any_order and "auto" in (flags.get("steps"), flags.get("grid")):
+        raise UserError(f"auto chooses mask rates, and {checkpoint} {objective.description}: say --steps N")
     for name in given.keys() - set(known):
-        users = [other for other, (_, names) in SAMPLERS.items() if name in names]
+        users = [other for other in Absorbing.samplers if name in SAMPLERS[other].flags]
         raise UserError(f"--{name} is of no use to --sampler {sampler}: it is for {', '.join(users)}")
-    if config.noise == "uniform" and sampler == "euler" and cut:
+    if cut and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
         raise UserError(f"--{next(iter(cut))} cuts what tokens are drawn from, and Euler steps of uniform noise draw "
                         "jumps: use --sampler ancestral")
     given = {flag: value for flag, value in DEFAULTS.items() if flag in known} | given

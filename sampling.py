@@ -25,15 +25,15 @@ begin with random tokens where the masks are, draw every one of these anew in ea
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diffusion import AutoRegressive, make_schedule
+from diffusion import make_schedule
 from draw import Draw, State, in_pieces
-from uniform import Uniform, posterior
+from uniform import posterior
 
 
 # ---- what the samplers share -----------------------------------------------------------------------------------------
@@ -423,17 +423,31 @@ def enough_steps(rates, ce, loss=0.01, most=256):
 
 # ---- a sampler and its settings --------------------------------------------------------------------------------------
 
-SAMPLERS = {  # name -> (function, the flags that it knows)
-    "ancestral": (ancestral, ("steps", "grid")),
-    "first_hitting": (first_hitting, ()),
-    "topk": (topk, ("steps", "grid", "k")),
-    "threshold": (threshold, ("threshold",)),
-    "entropy_bound": (entropy_bound, ("gamma",)),
-    "remdm": (remdm, ("steps", "grid", "sigma", "eta")),
-    "analytic": (analytic, ("steps", "grid")),
-    "euler": (euler, ("steps", "grid")),
+
+
+class Sampler(NamedTuple):
+    """A function of this file, and what sampler_flags.py and Settings must know of it."""
+
+    function: Callable
+    flags: tuple = ()            # of the command line that it knows
+    asks_objective: bool = False  # it reads scores, or a prediction, and is given the objective to do so
+    draws_tokens: bool = True    # temperature, top_p and top_k say from what
+
+
+# A new sampler is named here, and by the objectives whose networks it is for (diffusion.Absorbing.samplers).
+SAMPLERS = {
+    "ancestral": Sampler(ancestral, ("steps", "grid")),
+    "first_hitting": Sampler(first_hitting),
+    "topk": Sampler(topk, ("steps", "grid", "k")),
+    "threshold": Sampler(threshold, ("threshold",)),
+    "entropy_bound": Sampler(entropy_bound, ("gamma",)),
+    "remdm": Sampler(remdm, ("steps", "grid", "sigma", "eta")),
+    "analytic": Sampler(analytic, ("steps", "grid"), asks_objective=True),
+    "euler": Sampler(euler, ("steps", "grid"), asks_objective=True),
+    "uniform_ancestral": Sampler(uniform_ancestral, ("steps", "grid"), asks_objective=True),
+    "uniform_euler": Sampler(uniform_euler, ("steps", "grid"), asks_objective=True, draws_tokens=False),
+    "left_to_right": Sampler(left_to_right),
 }
-FOR_UNIFORM_NOISE = {"ancestral": uniform_ancestral, "analytic": uniform_ancestral, "euler": uniform_euler}
 
 
 class Settings(NamedTuple):
@@ -457,16 +471,15 @@ class Settings(NamedTuple):
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
         size = xt.shape[1] if size is None else size.cpu()
         start, options = (xt == objective.mask_id).sum(1).cpu().double() / size, self.options
-        sampler = left_to_right if isinstance(objective, AutoRegressive) else SAMPLERS[self.sampler][0]
-        if isinstance(objective, Uniform):
-            sampler = FOR_UNIFORM_NOISE[self.sampler]
-        if isinstance(objective, Uniform) or self.sampler in ("analytic", "euler"):
+        sampler = SAMPLERS[objective.samplers[self.sampler]]
+        if sampler.asks_objective:
             options = options | {"objective": objective}
-        return sampler(model, xt, objective.mask_id, time or objective.time, draw, start, **options)
+        return sampler.function(model, xt, objective.mask_id, time or objective.time, draw, start, **options)
 
 
 def plain(config):
-    """What a config's model is sampled with where nothing is asked for: the reverse chain in T steps."""
-    if config.objective == "ar":
-        return Settings("left_to_right")
-    return Settings("ancestral", {"grid": schedule_grid(config.schedule, config.T)})
+    """What a config's model is sampled with where nothing is asked for: the first sampler of its objective, in T steps
+    if it has steps."""
+    name, function = next(iter(config.objective_class.samplers.items()))
+    has_steps = "steps" in SAMPLERS[function].flags
+    return Settings(name, {"grid": schedule_grid(config.schedule, config.T)} if has_steps else {})

@@ -158,7 +158,7 @@ def measure_context(model, objective, tokens, starts, seq_len, batch_size, devic
     A network that was trained without a prefix is told the share of masks among all tokens, not among those scored.
     """
     most, n, nats = max(contexts), len(starts), []
-    draw = getattr(objective, objective.estimators[0])
+    draw = getattr(objective, objective.reported)
     for c in progress(sorted(contexts), desc="contexts", leave=False):
         found = []
         for chunk in in_batches(starts, batch_size):
@@ -182,7 +182,7 @@ def measure_context(model, objective, tokens, starts, seq_len, batch_size, devic
 
 def context(subject, args, device, dtype, out):
     """What the tokens before a text say about it."""
-    if subject.config.noise == "uniform":
+    if not subject.config.objective_class.has_mask:
         subject.masked_only("--context")
     if max(args.context) >= subject.seq_len:
         raise UserError(f"--context {max(args.context)} leaves nothing of windows of {subject.seq_len} tokens")

@@ -41,6 +41,22 @@ class Block(nn.Module):
 class TinyDiffusion(nn.Module):
     """Denoiser over V = vocab_size tokens and the mask (id V), which is told the step round(t T) of T."""
 
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.T)
+
+    @classmethod
+    def misfit(cls, config):
+        """What of a Config does not go with this network, in words, or None."""
+        objective = config.objective_class
+        if config.n_embd % (2 * config.n_head):
+            return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
+        if (config.conditioning != "step" or not objective.has_mask or objective.causal or config.dropout
+                or not config.tied or config.head_bias or config.norm_bias or config.shift_tokens
+                or config.checkpoint_blocks):
+            return ("architecture=tiny_diffusion needs conditioning=step, noise=mask and dropout=0, and knows neither "
+                    "objective=ar nor the settings tied, head_bias, norm_bias, shift_tokens and checkpoint_blocks")
+
     def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, T):
         super().__init__()
         self.vocab_size, self.seq_len = vocab_size, seq_len
@@ -83,6 +99,10 @@ class TinyDiffusion(nn.Module):
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
+
+    def matrices(self):
+        """The matrices of the blocks."""
+        return list(self.blocks.parameters())
 
     def flops(self, seq_len, predicted=1.0):
         """Floating-point operations of a training step per token, counted as DiT.flops does."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from diffusion import Noise, make_schedule
+from diffusion import WHOLE, Noise, make_schedule
 
 
 class UniformNoise(NamedTuple):
@@ -81,7 +81,21 @@ class Uniform:
     nothing is left for a prior term. Below the first sigma it is told t = 0, and there is no reconstruction term.
     """
 
-    estimators = ("rates", "flatter_rates")
+    description = "was trained on random tokens"
+    has_mask, causal, any_order, everywhere, normalised = False, False, False, True, None
+    samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
+    estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls(vocab_size, config.schedule)
+
+    @classmethod
+    def misfit(cls, config):
+        if config.prefix != "none" or config.lambda_ce or config.time_sampling == "exact_k" or (
+                config.weighting == "simple"):
+            return ("noise=uniform goes with neither prefix nor lambda_ce nor time_sampling=exact_k nor "
+                    "weighting=simple, which are for masks")
 
     def __init__(self, vocab_size, schedule="loglinear", score=False):
         self.mask_id, self.score = vocab_size, score
@@ -165,17 +179,41 @@ class Uniform:
         return nelbo.mean(), nelbo.detach()
 
 
+class UniformSEDD(Uniform):
+    """Uniform with `score`: what SEDD's networks of uniform noise are trained with."""
+
+    def __init__(self, vocab_size, schedule="loglinear"):
+        super().__init__(vocab_size, schedule, score=True)
+
+    @classmethod
+    def misfit(cls, config):
+        if config.schedule in WHOLE:
+            return f"sigma is infinite at the end of schedule={config.schedule}: use loglinear or geometric"
+        return super().misfit(config)
+
+
 class UniformD3PM(Uniform):
     """Uniform D3PM with T steps (arXiv 2107.03006, eq. 1): nelbo = sum over s of E[KL(q(x_{s-1}|x_s, x0) || p)] / L.
 
     p is the posterior given what the network predicts. s = 1, which ends at x0, is the reconstruction term.
     """
 
-    estimators = ("t_step", "t_step_uniform")
+    estimators, reported = {"t_step": "t_step_uniform", "t_step_uniform": "t_step"}, "t_step"
 
     def __init__(self, vocab_size, T=1000, schedule="linear"):
         super().__init__(vocab_size, schedule)
         self.T = T
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls(vocab_size, config.T, config.schedule)
+
+    @classmethod
+    def misfit(cls, config):
+        if config.schedule not in WHOLE:
+            return (f"objective=d3pm goes all the way from text to noise, and schedule={config.schedule} does not: use "
+                    + " or ".join(WHOLE))
+        return super().misfit(config)
 
     def at_step(self, s, v, weight):
         rate = 1 - self.schedule.alpha(s / self.T)

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import world
+from configs import OBJECTIVES, Config
 from diffusion import D3PM, MDLM, SEDD, WHOLE, AutoRegressive, Noise, make_schedule
+from likelihood import ORDERS
 from model import DiT
 from noise import give_prefix, prefix_lengths, repeated_uniforms, uniforms
+from sampling import SAMPLERS
 from world import L, MASK, MASKS, SEQUENCES, V
 
 T = 4
@@ -511,3 +514,53 @@ def test_score_entropy_of_the_optimum_is_the_entropy():
         noise = Noise(mask.expand(27, L), torch.full((27,), 0.5), torch.full((27,), L / k))
         total += objective.nelbo(model, SEQUENCES, noise).double() * L / math.comb(L, k) / L
     torch.testing.assert_close(total, -world.P_DATA.log(), rtol=1e-5, atol=1e-5)
+
+
+# ---- what objectives say of themselves, and times for each token -----------------------------------------------------
+
+
+@pytest.mark.parametrize("key", OBJECTIVES, ids=" ".join)
+def test_facts_of_an_objective(key):
+    """Each has all facts, and they hold: estimators come in pairs and are methods or orders, the reported one is one of
+    them, the samplers exist, and the network has as many tokens as it says."""
+    name, noise = key
+    config = Config(n_layer=1, n_head=1, n_embd=4, n_cond=4, seq_len=4, conditioning="none", objective=name, noise=noise,
+                    schedule="loglinear" if name == "sedd" else "cosine")
+    objective, model = config.make_objective(5), config.make_model(5)
+    assert type(objective) is OBJECTIVES[key] and isinstance(objective.description, str)
+    assert model.embed.num_embeddings == 5 + objective.has_mask and model.blocks[0].causal == objective.causal
+    assert objective.reported in objective.estimators and set(objective.samplers.values()) <= set(SAMPLERS)
+    for estimator, other in objective.estimators.items():
+        assert callable(getattr(objective, estimator)) and other != estimator
+        assert objective.estimators.get(other) == estimator or other in ORDERS
+    u, v = torch.rand(3, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    noise = objective.noise(u, v)
+    asked = []
+
+    def network(xt, t, where=None):
+        asked.append(where is None or bool(where.all()))
+        return model(xt, t, where)
+
+    loss, nelbo = objective.loss(network, torch.randint(5, (3, 4)), noise)
+    assert loss.dim() == 0 and nelbo.shape == (3,) and asked == [objective.everywhere]
+    if objective.normalised:
+        assert (objective.normalised, "mask") in OBJECTIVES
+
+
+@pytest.mark.parametrize("objective", [MDLM(MASK), SEDD(MASK), SEDD(MASK, scaled=False), D3PM(MASK, 10)],
+                         ids=["mdlm", "sedd", "sedd-unscaled", "d3pm"])
+def test_a_time_and_a_weight_for_each_token(objective):
+    """Noise whose t and weight are (B, L): equal values give what (B,) gives, and different ones the sum of the bounds
+    of the parts, each with its own. The network's output depends on a token's place and time alone."""
+    generator = torch.Generator().manual_seed(0)
+    x0, mask = torch.randint(V, (6, 8), generator=generator), torch.rand(6, 8, generator=generator) < 0.6
+    table = torch.randn(8, V, generator=generator)
+    per_token = lambda x: x if x.dim() == 2 else x[:, None].expand(6, 8)
+    model = lambda xt, t, where: (table * (1 + per_token(t)[..., None]))[where]
+    (t, t2), (weight, weight2) = (0.1 + 0.8 * torch.rand(2, 6, generator=generator) for _ in range(2))
+    bound = lambda *noise: objective.nelbo(model, x0, Noise(*noise))
+    torch.testing.assert_close(bound(mask, per_token(t), per_token(weight)), bound(mask, t, weight))
+    left = torch.arange(8) < 3
+    mixed = bound(mask, *(torch.where(left, per_token(a), per_token(b)) for a, b in ((t, t2), (weight, weight2))))
+    torch.testing.assert_close(mixed, bound(mask & left, t, weight) + bound(mask & ~left, t2, weight2))
+    assert (mixed - bound(mask, t, weight)).abs().min() > 1e-3

@@ -7,7 +7,7 @@ import pytest
 import checkpoint
 from commands import assert_one_line, losses, train
 from diffusion import SEDD
-from uniform import Uniform, UniformD3PM
+from uniform import Uniform, UniformD3PM, UniformSEDD
 
 FAMILIES = {
     "sedd": ["sedd_text8"],
@@ -115,7 +115,7 @@ def test_two_of_a_kind_are_compared(call, run, trained):
 def test_objectives(run):
     name, out = run
     config = checkpoint.config_of(checkpoint.read(out))
-    kind = {"sedd": SEDD, "sedd_unscaled": SEDD, "udlm": Uniform, "sedd_uniform": Uniform,
+    kind = {"sedd": SEDD, "sedd_unscaled": SEDD, "udlm": Uniform, "sedd_uniform": UniformSEDD,
             "d3pm_uniform": UniformD3PM}[name]
     assert type(config.make_objective(27)) is kind
     assert config.make_model(27).embed.num_embeddings == (28 if kind is SEDD else 27)  # with the mask, or without

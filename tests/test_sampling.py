@@ -12,9 +12,9 @@ import torch
 
 import configs
 import world
-from diffusion import MDLM, AutoRegressive, make_schedule
+from diffusion import MDLM, Absorbing, AutoRegressive, make_schedule
 from draw import Draw, entropy, inverse_cdf
-from sampling import (SAMPLERS, SIGMAS, Settings, ancestral, cheapest_grid, enough_steps,
+from sampling import (SIGMAS, Settings, ancestral, cheapest_grid, enough_steps,
                       entropy_bound, first_hitting, left_to_right, loop_grid, plain, price, remdm,
                       schedule_grid, threshold, topk)
 from world import L, MASK, V
@@ -305,7 +305,7 @@ ALL = [Settings("ancestral", {"grid": schedule_grid("cosine", 6)}), Settings("fi
        *(Settings("remdm", {"grid": loop_grid(7) if sigma == "loop" else schedule_grid("linear", 7), "sigma": sigma,
                             "eta": 0.7}) for sigma in SIGMAS)]
 NAMES = [f"{settings.sampler} {settings.options.get('sigma', '')}".strip() for settings in ALL]
-assert {settings.sampler for settings in ALL} == set(SAMPLERS)
+assert {settings.sampler for settings in ALL} == set(Absorbing.samplers)
 
 
 @pytest.mark.parametrize("settings", ALL, ids=NAMES)

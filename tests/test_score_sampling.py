@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import world
-from diffusion import MDLM, SEDD, make_schedule
+from configs import OBJECTIVES
+from diffusion import MDLM, SEDD, Absorbing, make_schedule
 from draw import Draw
-from sampling import FOR_UNIFORM_NOISE, SAMPLERS, Settings, ancestral, schedule_grid, with_denoising
+from sampling import SAMPLERS, Settings, ancestral, schedule_grid, with_denoising
 from test_sampling import chi_square_excess, counts_of, masks
 from uniform import Uniform, UniformD3PM
 from world import L, MASK, P_DATA, SEQUENCES, STATES, V
@@ -272,7 +273,7 @@ def test_uniform_infilling():
     objective, rates = Uniform(V, "linear"), [1.0, 0.6, 0.2, 0.0]
     model = network_at(objective, lambda rate: world.uniform_oracle(1 - rate).log())
     xt = torch.tensor([[0, V, 2], [V, 1, V], [0, 1, 2]]).repeat(50, 1)
-    for name in FOR_UNIFORM_NOISE:
+    for name in Uniform.samplers:
         before = None
         for state, r in zip(Settings(name, {"grid": rates})(objective, model, xt, torch.Generator().manual_seed(0)),
                             rates[:-1]):
@@ -293,7 +294,7 @@ def test_temperature_of_uniform_noise():
     objective = Uniform(V, "linear")
     model = network_at(objective, random_prediction)
     draw = Draw(torch.Generator().manual_seed(0), temperature=0)
-    sampler = FOR_UNIFORM_NOISE["ancestral"]
+    sampler = SAMPLERS["uniform_ancestral"].function
     (state,) = sampler(model, masks(500), V, objective.time, draw, torch.ones(500), grid=[1.0, 0.0],
                        objective=objective)
     first = Draw(torch.Generator().manual_seed(0)).uniform((500, L)) * V
@@ -313,5 +314,9 @@ def test_noise_removal_ends_the_chain():
 
 
 def test_names():
-    """What is for uniform noise is a sampler of masks, too, so that one list of names serves both."""
-    assert set(FOR_UNIFORM_NOISE) <= set(SAMPLERS) and SAMPLERS["ancestral"][0] is ancestral
+    """Every sampler that an objective names is there; what is for uniform noise has a name for masks, too, so that one
+    list of names serves both."""
+    assert set(Uniform.samplers) <= set(Absorbing.samplers)
+    for objective in OBJECTIVES.values():
+        assert set(objective.samplers.values()) <= set(SAMPLERS)
+    assert SAMPLERS["ancestral"].function is ancestral
