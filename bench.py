@@ -35,8 +35,9 @@ from diffusion import D3PM, MDLM
 from draw import Counted
 from estimate import GPUS, check_fits, estimate, flops_per_token, training_bytes, weight_bytes
 from sampling import Settings, plain, schedule_grid
+from optim import EMA, make_optimizers
 from parallel import share_of_batch
-from train import EMA, batches, make_optimizers, train_step
+from train import batches, train_step
 
 
 def add_arguments(parser):

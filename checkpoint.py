@@ -33,6 +33,7 @@ from data.loader import check_same_data, check_same_tokens
 from data.tokenizer import describes_tokens, make_tokenizer
 from estimate import check_fits, weight_bytes
 from log import parse
+from optim import AdamW, Muon
 
 FORMAT = "discrete-diffusion-2"
 ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # what foreign checkpoints may be trained on
@@ -397,13 +398,11 @@ def check_finite(weights, path):
         raise UserError(f"the weights in {path} are not finite numbers: take an earlier checkpoint of that run")
 
 
-MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"}, set())  # of AdamW, of Muon, of one that never stepped
-
-
 def check_moments(model, moments, path):
     """Raise a UserError that names the first parameter whose optimiser state is missing or of another shape."""
     shapes = {name: value.shape for name, value in model.named_parameters()}
-    fits = lambda name: name in shapes and name in moments and moments[name].keys() in MOMENTS and all(
+    possible = AdamW.keys, Muon.keys, set()  # the last one, if it never took a step
+    fits = lambda name: name in shapes and name in moments and moments[name].keys() in possible and all(
         value.shape == (() if key == "step" else shapes[name]) for key, value in moments[name].items())
     wrong = [name for name in sorted(shapes.keys() | moments.keys()) if not fits(name)]
     if wrong:

@@ -81,7 +81,7 @@ class Config:
     batch_size: int = setting(1024, "sequences per optimiser step, over all GPUs")
     micro_batch_size: int = setting(256, "most sequences on one GPU at a time; accumulation follows", same_run=False)
     max_steps: int = setting(500_000, "optimiser steps")
-    optimizer: str = setting("adamw", "adamw for all, or muon (muon.py) for the blocks' matrices", ("adamw", "muon"))
+    optimizer: str = setting("adamw", "adamw for all, or muon (optim.py) for the blocks' matrices", ("adamw", "muon"))
     lr: float = setting(1e-3, "peak learning rate")
     min_lr: float = setting(1e-5, "learning rate at max_steps")
     lr_decay: str = setting("cosine", "how the learning rate falls to min_lr", ("cosine", "linear"))

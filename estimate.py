@@ -11,6 +11,7 @@ import re
 
 import torch
 
+import optim
 from cli import UserError, autocast, memory_of
 from configs import replace
 from noise import uniforms
@@ -25,8 +26,13 @@ SPARE = 0.9  # of a GPU's memory can be used: the rest goes to CUDA, temporary b
 # ---- at least: what cannot fit is refused ----------------------------------------------------------------------------
 
 
+def numbers_kept(model, cfg):
+    """How many numbers of state the optimisers keep."""
+    return sum(kind.numbers_kept(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)
+
+
 def sizes(cfg, vocab_size):
-    """(parameters, parameters of the blocks' matrices, bytes of its tables) of a config's model, without building it.
+    """(parameters, numbers of optimiser state, bytes of tables) of a config's model, without building it.
 
     All three are linear in the number of blocks, so models of one and two blocks tell them, on the meta device, which
     has shapes and no memory. Infinite where PyTorch cannot even count the elements.
@@ -34,7 +40,7 @@ def sizes(cfg, vocab_size):
     def of(n_layer):
         with torch.device("meta"):
             model = replace(cfg, n_layer=n_layer).make_model(vocab_size)
-        return torch.tensor([model.n_params(), sum(w.numel() for w in model.matrices()),
+        return torch.tensor([model.n_params(), numbers_kept(model, cfg),
                              sum(table.nbytes for table in model.buffers())], dtype=torch.float64)
 
     try:
@@ -56,8 +62,8 @@ def training_bytes(cfg, vocab_size, local, micro, shares=1):
 
     local, micro: sequences per process and step, and per micro-step.
     """
-    n_params, matrices, tables = sizes(cfg, vocab_size)
-    state = 4 * (5 * n_params - (matrices if cfg.optimizer == "muon" else 0)) / shares
+    n_params, kept, tables = sizes(cfg, vocab_size)
+    state = 4 * (3 * n_params + kept) / shares
     inputs = 4 * cfg.n_layer * micro * cfg.seq_len * cfg.n_embd
     return state + tables + inputs + 16 * local * cfg.seq_len + 8 * cfg.batch_size
 
@@ -128,10 +134,9 @@ def fullest(micro):
     return min(1.0, 0.5 + 5 / (12 * micro) ** 0.5)
 
 
-def muon_flops(model):
-    """Operations of Muon in each step, on each GPU, for the five iterations of muon.py on m x n matrices, m <= n."""
-    shapes = [sorted(w.shape) for w in model.matrices()]
-    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in shapes)
+def optimizer_flops(model, cfg):
+    """Operations of the optimisers in each step, on each GPU."""
+    return sum(kind.flops(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)
 
 
 def recomputed(model, flops, cfg, vocab_size):
@@ -144,9 +149,8 @@ def recomputed(model, flops, cfg, vocab_size):
 
 
 def state_bytes(model, cfg):
-    """Weights, gradients, averages and the optimiser's moments, in float32: two for AdamW, one for Muon."""
-    muon = sum(p.numel() for p in model.matrices()) if cfg.optimizer == "muon" else 0
-    return 4 * (5 * model.n_params() - muon)
+    """Weights, gradients, averages and the optimisers' state, in float32."""
+    return 4 * (3 * model.n_params() + numbers_kept(model, cfg))
 
 
 def spell(days):
@@ -178,8 +182,7 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     tokens = cfg.max_steps * cfg.batch_size * cfg.seq_len
     flops = flops_per_token(model, cfg.make_objective(vocab_size), cfg)
     work = flops + recomputed(model, flops, cfg, vocab_size)
-    if cfg.optimizer == "muon":
-        work += muon_flops(model) * gpus / (cfg.batch_size * cfg.seq_len)
+    work += optimizer_flops(model, cfg) * gpus / (cfg.batch_size * cfg.seq_len)
     days = tokens * work / (gpus * peak * mfu) / 86400
     most = max(0, int((memory * SPARE - state - fixed) / one))
     result = {

@@ -8,7 +8,6 @@ log.jsonl (every number shown). SIGTERM, SIGUSR1, Ctrl-C and the end of torchrun
 --resume auto goes on from there, and the result is the same as if nothing had happened.
 """
 
-import contextlib
 import importlib.util
 import math
 import os
@@ -29,56 +28,10 @@ from diffusion import to_device
 from estimate import check_fits, flops_per_token, training_bytes, weight_bytes
 from likelihood import bound, by_rate, mean_and_error, plus_minus
 from log import Log
-from muon import Muon
 from noise import give_prefix, prefix_lengths, rng, uniforms
+from optim import EMA, clip_gradients, learning_rate, make_optimizers
 from parallel import on_main, share_of_batch, together
 from sampling import plain
-
-
-class EMA:
-    """Exponential moving average of a model's weights, with warm-up: the decay of update n is at most (1+n)/(10+n)."""
-
-    def __init__(self, model, decay):
-        self.model, self.decay, self.updates = model, decay, 0
-        self.average = [p.detach().clone() for p in model.parameters()]
-        # What this process holds of them: with FSDP a share, else all.
-        self.weights, self.averages = parallel.local(model.parameters()), parallel.local(self.average)
-
-    def update(self):
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
-
-    @contextlib.contextmanager
-    def applied(self):
-        """Within the context the model is in eval mode and has the average as its weights."""
-        raw = [weight.clone() for weight in self.weights]
-        torch._foreach_copy_(self.weights, self.averages)
-        self.model.eval()
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(self.weights, raw)
-            self.model.train()
-
-
-def make_optimizers(model, cfg, device, dtype):
-    """[AdamW], or [AdamW, Muon] where Muon has the blocks' matrices. Weight decay on matrices and embeddings only."""
-    muon = model.matrices() if cfg.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if not any(p is matrix for matrix in muon)]
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
-    return [adamw, Muon(muon, cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype)] if muon else [adamw]
-
-
-def learning_rate(step, cfg):
-    """Linear warm-up to lr, then a cosine or a line that reaches min_lr at max_steps."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    left = 1 - done if cfg.lr_decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 
 
 def records(cfg, meta):
@@ -125,16 +78,10 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
         mark("backward")
         nats += nelbo.mean() / len(parts)
     nats = parallel.total(nats) / parallel.world
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
-    if hasattr(norm, "full_tensor"):  # FSDP
-        norm = norm.full_tensor()
+    norm = clip_gradients(net.parameters(), cfg)
     bad = ~(nats.isfinite() & norm.isfinite())
     for optimizer in optimizers:
-        if optimizer.defaults["fused"]:
-            optimizer.found_inf = bad.float()  # has it do nothing, decided on the device, as torch.amp.GradScaler does
-            optimizer.step()
-        elif not bad:
-            optimizer.step()
+        optimizer.step_unless(bad)
         optimizer.zero_grad(set_to_none=True)
     return nats, norm, bad
 
@@ -311,8 +258,10 @@ def main():
     logged, clock = step, time.perf_counter()           # at the last log line
     model.train()
     for parts in stream:
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(step, cfg)
+        lr = learning_rate(step, cfg)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         if cfg.dropout:  # dropout, too, is a function of (seed, step)
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
         nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype)
@@ -333,10 +282,10 @@ def main():
             left = (cfg.max_steps - step) * seconds / (step - first_step)
             mfu, memory = rate * flops / peak, memory_used(device)
             report(f"step {step:,}  tokens {step * cfg.batch_size * cfg.seq_len:,}  {unit} {bits:.3f}  "
-                   f"lr {group['lr']:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
+                   f"lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
                    f"{memory / 1e9:.1f} GB  {duration(left)} left"
                    + (f"  {skipped:.0f} steps skipped (not finite)" if skipped else ""),
-                   bits_per_token=finite(bits), lr=group["lr"], grad_norm=finite(norm.item()), skipped=int(skipped),
+                   bits_per_token=finite(bits), lr=lr, grad_norm=finite(norm.item()), skipped=int(skipped),
                    tokens_per_second=rate, mfu=mfu, memory_bytes=memory, seconds_left=left)
             if in_a_row >= cfg.max_skipped:
                 raise UserError(f"loss or gradient was not finite in {in_a_row:.0f} steps in a row before step "

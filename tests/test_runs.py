@@ -141,7 +141,7 @@ sys.path.insert(0, {root!r})
 import torch
 import parallel
 from configs import Config
-from train import EMA
+from optim import EMA
 
 parallel.join(1)
 torch.manual_seed(0)
