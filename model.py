@@ -37,7 +37,7 @@ def rotary_tables(seq_len, head_dim, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + head_dim/2]) of x (..., L, head_dim) by their position's angles."""
+    """Rotate the pairs (x[i], x[i + head_dim/2]) of x (..., L, head_dim) by their position's angles, (..., L, hd/2)."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -97,31 +97,56 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * n_embd, n_embd)
         self.modulation = nn.Linear(n_cond, 6 * n_embd) if n_cond else None
 
-    def attention(self, x, cos, sin):
+    def attention(self, x, cos, sin, visible=None, past=None, keep=None):
+        """x (B, L, D) -> (B, L, D). visible, past: see DiT.forward, past of this block alone.
+
+        keep: a list, to which the keys and values of all tokens, those of the past first, are appended.
+        """
         B, L, D = x.shape
         # q, k, v: (B, heads, L, D/heads)
         q, k, v = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v,
-                                           is_causal=self.causal)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+            if self.causal and visible is None:
+                visible = torch.ones(L, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - L)
+        if keep is not None:
+            keep.append((k, v))
+        x = F.scaled_dot_product_attention(q, k, v, visible, is_causal=self.causal and visible is None)
         return self.attn_out(x.transpose(1, 2).reshape(B, L, D))
 
     def mlp(self, x):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
-    def forward(self, x, c, cos, sin, at=None):
+    def forward(self, x, c, cos, sin, at=None, visible=None, past=None, keep=None):
         """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D); (N, D) at the positions `at` of all B L.
 
         The MLP, two thirds of a block, runs at these alone: the last block's other tokens are seen by nobody.
         """
         (B, L, _), drop = x.shape, lambda x: F.dropout(x, self.dropout, self.training)
+        attend = lambda h: drop(self.attention(self.neighbours(h), cos, sin, visible, past, keep))
         if self.modulation is None:
-            x = x + drop(self.attention(self.neighbours(self.norm1(x)), cos, sin))
+            x = x + attend(self.norm1(x))
             x, h = at_positions(at, B, L, x, self.neighbours(self.norm2(x)))
             return x + drop(self.mlp(h))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
-        x = x + gate1 * drop(self.attention(self.neighbours(modulate(self.norm1(x), shift1, scale1)), cos, sin))
+        x = x + gate1 * attend(modulate(self.norm1(x), shift1, scale1))
         x, h, gate2 = at_positions(at, B, L, x, self.neighbours(modulate(self.norm2(x), shift2, scale2)), gate2)
         return x + gate2 * drop(self.mlp(h))
+
+    def matrices(self):
+        """Its matrices, without that of the time conditioning."""
+        return [layer.weight for layer in (self.qkv, self.attn_out, self.mlp_in, self.mlp_out)]
+
+    def outputs(self):
+        """The layers whose zeros make the block the identity: its gates, or what it adds."""
+        return [self.attn_out, self.mlp_out] if self.modulation is None else [self.modulation]
+
+    def flops(self, seq_len, predicted=1.0):
+        """Operations of a training step per token: 2 per weight forward and 4 backward, and attention's. predicted: the
+        share of tokens that the MLP runs on."""
+        qkv, attn_out, mlp_in, mlp_out = (weight.numel() for weight in self.matrices())
+        return 6 * (qkv + attn_out + predicted * (mlp_in + mlp_out)) + 12 * seq_len * self.attn_out.out_features
 
 
 class DiT(nn.Module):
@@ -151,6 +176,7 @@ class DiT(nn.Module):
                  causal=False):
         super().__init__()
         self.vocab_size, self.seq_len, self.checkpoint_blocks = vocab_size, seq_len, checkpoint_blocks
+        self.shift_tokens = shift_tokens
         n_cond = n_cond if clock else 0
         self.embed = nn.Embedding(vocab_size + mask, n_embd)
         self.time_embed = TimeEmbedding(n_cond, clock) if n_cond else None
@@ -177,20 +203,29 @@ class DiT(nn.Module):
                 module.weight.uniform_(-bound, bound)
                 if getattr(module, "bias", None) is not None:
                     module.bias.zero_()
-        for block in self.blocks:
-            for last in (block.attn_out, block.mlp_out) if block.modulation is None else (block.modulation,):
-                last.weight.zero_()
+        for last in (layer for block in self.blocks for layer in block.outputs()):
+            last.weight.zero_()
         if self.modulation is not None:
             self.modulation.weight.zero_()
 
-    def trunk(self, xt, t, at=None):
+    def angles(self, positions, L, past=None):
+        """cos and sin of the tokens' positions (L,) or (B, L); by default they follow those of the past."""
+        if positions is None:
+            first = 0 if past is None else past[0][0].shape[2]
+            assert first + L <= self.seq_len, f"{first + L} tokens, but the model was built for {self.seq_len}"
+            return self.cos[first:first + L], self.sin[first:first + L]
+        tables = self.cos[positions], self.sin[positions]
+        return tables if positions.dim() == 1 else [table[:, None] for table in tables]  # the same for all heads
+
+    def trunk(self, xt, t, at=None, visible=None, positions=None, past=None, keep=None):
         """Tokens -> features (B, L, D) in float32, ready for the head; (N, D) at the positions `at` (N,) of all B L."""
+        if past is not None and self.shift_tokens:
+            raise ValueError("shift_tokens mixes a token with its neighbours, which the past does not keep")
         B, L = xt.shape
-        assert L <= self.seq_len, f"{L} tokens, but the model was built for {self.seq_len}"
-        x, cos, sin = self.embed(xt).float(), self.cos[:L], self.sin[:L]
+        x, (cos, sin) = self.embed(xt).float(), self.angles(positions, L, past)
         c = None if self.time_embed is None else self.time_embed(t)
-        for block in self.blocks:
-            inputs = x, c, cos, sin, at if block is self.blocks[-1] else None
+        for i, block in enumerate(self.blocks):
+            inputs = (x, c, cos, sin, at if block is self.blocks[-1] else None, visible, past and past[i], keep)
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -205,28 +240,42 @@ class DiT(nn.Module):
         weight = self.embed.weight[:self.vocab_size] if self.head_weight is None else self.head_weight
         return F.linear(x, weight, self.head_bias)
 
-    def forward(self, xt, t, where=None):
+    def forward(self, xt, t, where=None, visible=None, positions=None, past=None):
         """xt (B, L) long in [0, V], t (B,) or (B, L) in (0, 1] -> logits (B, L, V).
 
-        With where (B, L) bool, logits (N, V) at its N True positions only, in row-major order: the head is a third of
-        the work for 50,000 tokens, and nobody reads what it says about visible ones.
+        where (B, L) bool: logits (N, V) at its N True positions only, in row-major order. The head is a third of the work
+            for 50,000 tokens, and nobody reads what it says about visible ones.
+        visible: bool, True where the token of a row sees that of a column, those of the past first: (L, P + L), or
+            (B, 1, L, P + L) for each sequence; by default everything, or with `causal` what is on the left.
+        positions: (L,) or (B, L) long, of the tokens in the text, below seq_len; by default 0, 1, ..., after the past.
+        past: what remember() returned for P tokens before these. Not with shift_tokens, which looks across the border.
         """
-        return self.head(self.trunk(xt, t, None if where is None else where.flatten().nonzero().squeeze(1)))
+        at = None if where is None else where.flatten().nonzero().squeeze(1)
+        return self.head(self.trunk(xt, t, at, visible, positions, past))
+
+    def remember(self, xt, t, visible=None, positions=None, past=None):
+        """The keys and values of tokens xt (B, L), after those of the past, for `past` of calls on tokens that follow.
+
+        Returns a list of (keys, values) for each block, (B, heads, P + L, head_dim) each. They are what they would be if
+        all tokens went through the network together, as long as these tokens see none of those that follow.
+        """
+        keep = []
+        self.trunk(xt, t, torch.empty(0, dtype=torch.long, device=xt.device), visible, positions, past, keep)
+        return keep
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
     def matrices(self):
         """The matrices of the blocks, without those of the time conditioning."""
-        return [m.weight for b in self.blocks for m in (b.qkv, b.attn_out, b.mlp_in, b.mlp_out)]
+        return [weight for block in self.blocks for weight in block.matrices()]
 
     def flops(self, seq_len, predicted=1.0):
-        """Floating-point operations of a training step per token: 2 per weight forward, 4 backward, and attention's.
+        """Floating-point operations of a training step per token.
 
         predicted: the share of tokens that the head and the last MLP run on. Recomputed activations do not count (PaLM,
         arXiv 2204.02311, appendix B), nor do normalisation and time embedding.
         """
-        last_mlp = self.blocks[-1].mlp_in.weight.numel() + self.blocks[-1].mlp_out.weight.numel()
-        weights = sum(w.numel() for w in self.matrices()) - (1 - predicted) * last_mlp
-        weights += predicted * self.vocab_size * self.embed.embedding_dim
-        return 6 * weights + 12 * len(self.blocks) * seq_len * self.embed.embedding_dim
+        *others, last = self.blocks
+        head = 6 * predicted * self.vocab_size * self.embed.embedding_dim
+        return sum(block.flops(seq_len) for block in others) + last.flops(seq_len, predicted) + head

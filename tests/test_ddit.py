@@ -309,20 +309,10 @@ def block_mask(L, size):
             | (query > key) & from_clean & to_clean)
 
 
-def blockwise(model, tokens, positions, mask, monkeypatch):
-    """Features of a DiT whose attention is masked: tokens (B, N), positions (N,), mask (N, N) bool."""
-    attention = F.scaled_dot_product_attention
-    with monkeypatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, is_causal: attention(q, k, v, attn_mask=mask))
-        x = model.embed(tokens)
-        for block in model.blocks:
-            x = block(x, None, model.cos[positions], model.sin[positions])
-        return model.norm(x)
-
-
 @pytest.mark.parametrize("size", [4, 16])
-def test_bd3lm_blocks(load, size, monkeypatch):
-    """The folded network with BD3-LM's block attention, in training ([x_t | x_0]) and in sampling (block-causal).
+def test_bd3lm_blocks(load, size):
+    """The folded network with BD3-LM's block attention, in training ([x_t | x_0]) and in sampling (block-causal), there
+    also block by block, with the keys and values of the blocks before.
 
     Logits, likelihoods, NELBO per token with a time per block, losses, reverse steps.
     """
@@ -334,8 +324,10 @@ def test_bd3lm_blocks(load, size, monkeypatch):
     positions = torch.arange(L).repeat(2)
 
     def log_p(xt):
-        features = blockwise(model, torch.cat((xt, x0), 1), positions, block_mask(L, size), monkeypatch)
-        return model.head(features[:, :L])
+        noisy_first = torch.zeros(len(xt), 2 * L, dtype=torch.bool)
+        noisy_first[:, :L] = True
+        logits = model(torch.cat((xt, x0), 1), t, noisy_first, block_mask(L, size), positions)
+        return logits.view(len(xt), L, -1)
 
     close(log_p(xt), arrays["hf_logits"][..., :27])
     close(log_p(xt), arrays["dit_logits"][..., :27])
@@ -350,7 +342,10 @@ def test_bd3lm_blocks(load, size, monkeypatch):
 
     x = arrays["sample.x"]
     causal = (torch.arange(x.shape[1])[:, None] // size) >= (torch.arange(x.shape[1])[None] // size)
-    logits = model.head(blockwise(model, x, torch.arange(x.shape[1]), causal, monkeypatch))
+    logits, past = model(x, t, visible=causal), None
+    for block in x.split(size, 1)[:-1]:
+        past = model.remember(block, t, past=past)
+    close(model(x[:, -size:], t, past=past), logits[:, -size:])
     masked = x == 27
     close(logits[masked].log_softmax(-1), arrays["sample.log_x_theta"][masked][:, :27])
     for where in ("mid", "lo"):

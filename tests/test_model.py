@@ -168,6 +168,71 @@ def test_which_way_positions_turn():
         assert score == pytest.approx(right, abs=1e-5) and (m == n or abs(score - wrong) > 0.1)
 
 
+def block_causal(L, size):
+    """Visibility (L, L) of blocks of `size` tokens: a token sees its own block and those before."""
+    block = torch.arange(L) // size
+    return block[:, None] >= block
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", ["none", "time"])
+def test_visibility(conditioning):
+    """All visible is the network as it is; a lower triangle is the causal network; what is not visible changes nothing,
+    and may differ by sequence."""
+    model, (xt, t) = tiny(conditioning), batch()
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    close(model(xt, t, visible=torch.ones(16, 16, dtype=torch.bool)), model(xt, t))
+    close(model(xt, t, visible=torch.ones(16, 16, dtype=torch.bool).tril()), tiny(conditioning, causal=True)(xt, t))
+    seen = block_causal(16, 4)
+    changed = xt.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 5
+    before, after = model(xt, t, visible=seen), model(changed, t, visible=seen)
+    close(before[:, :8], after[:, :8])
+    assert (before[:, 8:] - after[:, 8:]).abs().amax(-1).min() > 1e-4
+    by_sequence = torch.stack([torch.ones(16, 16, dtype=torch.bool), seen, seen.new_ones(16, 16).tril()])[:, None]
+    expected = torch.stack([model(xt, t, visible=visible[0])[i] for i, visible in enumerate(by_sequence)])
+    close(model(xt, t, visible=by_sequence), expected)
+
+
+@torch.no_grad()
+def test_positions():
+    """0, 1, ... is the default; tokens in another order with their own positions give the same logits in that order, for
+    each sequence its own; a text seen twice, at the same positions, is two texts."""
+    model, (xt, t) = tiny(), batch()
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    close(model(xt, t, positions=torch.arange(16)), model(xt, t))
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    close(model(xt.gather(1, order), t, positions=order), model(xt, t).gather(1, order[..., None].expand(3, 16, 5)))
+    twice, half = torch.cat((xt[:, :8], xt[:, 8:]), 1), torch.arange(8)
+    apart = torch.block_diag(*torch.ones(2, 8, 8)).bool()
+    both = model(twice, t, visible=apart, positions=torch.cat((half, half)))
+    close(both[:, :8], model(xt[:, :8], t))
+    close(both[:, 8:], model(xt[:, 8:], t))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning, causal", [("none", False), ("time", False), ("none", True)])
+def test_the_past_is_remembered(conditioning, causal):
+    """Block after block, with the keys and values of the blocks before, gives the logits of the whole text at once, under
+    the visibility of blocks, or of a causal network; also with blocks of unequal lengths and with `where`."""
+    model, (xt, t) = tiny(conditioning, causal=causal), batch()
+    edges = [0, 4, 8, 16] if not causal else [0, 1, 2, 7, 16]
+    block = torch.bucketize(torch.arange(16), torch.tensor(edges[1:-1]), right=True)
+    whole = model(xt, t, visible=None if causal else block[:, None] >= block)
+    where, past = torch.rand(3, 16, generator=torch.Generator().manual_seed(2)) < 0.5, None
+    for a, b in zip(edges, edges[1:]):
+        logits = model(xt[:, a:b], t, past=past)
+        torch.testing.assert_close(logits, whole[:, a:b], atol=1e-4, rtol=1e-4)
+        some = model(xt[:, a:b], t, where=where[:, a:b], past=past)
+        torch.testing.assert_close(some, whole[:, a:b][where[:, a:b]], atol=1e-4, rtol=1e-4)
+        past = model.remember(xt[:, a:b], t, past=past)
+        assert len(past) == 2 and past[0][0].shape == (3, 2, b, 8)
+    with pytest.raises(AssertionError, match="17 tokens, but the model was built for 16"):
+        model(xt[:, :1], t, past=past)
+    with pytest.raises(ValueError, match="shift_tokens"):
+        tiny(conditioning, causal=causal, shift_tokens=True)(xt[:, :1], t, past=past)
+
+
 def test_token_shift():
     """A quarter of the channels moves one right, a quarter one left, zeros come in at the ends; the rest stays."""
     x = torch.arange(1, 25.0).view(1, 3, 8)
