@@ -1,0 +1,594 @@
+"""docs/maths.md: every numbered claim on a case that is small enough to enumerate, and the names that the page uses."""
+
+import ast
+import itertools
+import math
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import D3PM, MDLM, SEDD, Absorbing, make_schedule
+from noise import uniforms
+from sampling import Settings, price
+from uniform import Uniform, UniformD3PM, posterior, prior_kl
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs/maths.md").read_text(encoding="utf-8")
+L, V = 3, 2
+TEXTS = np.array(list(itertools.product(range(V), repeat=L)))    # (8, L)
+MASKS = np.array(list(itertools.product([0, 1], repeat=L)))      # (8, L)
+Q_DATA = np.random.default_rng(1).dirichlet(np.ones(len(TEXTS)))
+NODES, WEIGHTS = (x / 2 for x in np.polynomial.legendre.leggauss(80))
+NODES = NODES + 0.5                                               # of integrals over (0, 1)
+
+
+def ce_table(seed):
+    """A network by what it costs: CE (mask set, position) for one text, at time t, smooth in t."""
+    level, slope = np.random.default_rng(seed).uniform(0.2, 2, (2, len(MASKS), L))
+    return lambda t, sees_time: level + slope * math.sin(3 * t if sees_time else 1)
+
+
+def masked_sum(r, ce):
+    """E of the sum over masks of CE when each token is masked with probability r, ce (mask set, position)."""
+    probability = np.prod(np.where(MASKS, r, 1 - r), 1)
+    return (probability * (ce * MASKS).sum(1)).sum()
+
+
+def C(r, ce):
+    """The mean CE of a masked token when the others are masked with probability r."""
+    total = 0
+    for i in range(L):
+        others = np.prod(np.delete(np.where(MASKS, r, 1 - r), i, 1), 1)
+        total += (others * MASKS[:, i] * ce[:, i]).sum()
+    return total / L
+
+
+def tensor(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def one_step(keep):
+    """Q (V + 1, V + 1) of masks: a token survives with probability keep."""
+    Q = np.eye(V + 1) * keep
+    Q[:, V] += 1 - keep
+    return Q
+
+
+def by_bayes(Q_before, Q_step, x0, xt):
+    """q(x_tau | x_t, x_0) from the matrices to tau and from tau to t."""
+    joint = Q_before[x0] * Q_step[:, xt]
+    return joint / joint.sum()
+
+
+def test_forward_process():
+    """Section 2: survival multiplies, beta_s = 1/(T - s + 1), and the posterior by Bayes reveals with 1 - rho/r."""
+    T = 5
+    for s in range(1, T):
+        assert 1 - (1 - s / T) / (1 - (s - 1) / T) == pytest.approx(1 / (T - s + 1))
+    for alpha_t, alpha_tau in ((0.3, 0.7), (0.0, 0.2), (0.5, 1.0)):
+        step = one_step(alpha_t / alpha_tau)
+        np.testing.assert_allclose(one_step(alpha_tau) @ step, one_step(alpha_t))
+        h = 1 - (1 - alpha_tau) / (1 - alpha_t)
+        assert h == pytest.approx((alpha_tau - alpha_t) / (1 - alpha_t))
+        np.testing.assert_allclose(by_bayes(one_step(alpha_tau), step, 1, V), [0, h, 1 - h], atol=1e-15)
+        if alpha_t > 0:
+            np.testing.assert_allclose(by_bayes(one_step(alpha_tau), step, 1, 1), [0, 1, 0], atol=1e-15)
+    v = (torch.arange(1000, dtype=torch.float64) + 0.5)[None] / 1000
+    for s in range(1, T + 1):
+        assert D3PM(V, T).noise(tensor([(s - 0.5) / T]), v).mask.double().mean().item() == pytest.approx(s / T)
+
+
+def test_bound_is_a_sum_of_kls():
+    """Section 3: over all paths of 2 tokens and 3 steps the bound is the sum of KLs, and its gap is the KL of paths."""
+    T, n, alphas = 3, 2, [1.0, 0.7, 0.4, 0.0]
+    states = list(itertools.product(range(V + 1), repeat=n))
+    x0, index = (0, 1), {state: i for i, state in enumerate(states)}
+    x_theta = np.random.default_rng(2).dirichlet(np.ones(V), (len(states), n))
+    steps = [None] + [one_step(alphas[s] / alphas[s - 1]) for s in range(1, T + 1)]
+    before = [one_step(a) for a in alphas]
+
+    def learned(s, xs):
+        """p(x_{s-1} | x_s) at each position, (n, V + 1)."""
+        p = np.zeros((n, V + 1))
+        for i, token in enumerate(xs):
+            if token < V:
+                p[i, token] = 1
+            else:
+                h = 1 - (1 - alphas[s - 1]) / (1 - alphas[s])
+                p[i] = [*(h * x_theta[index[xs], i]), 1 - h]
+        return p
+
+    def chance(p, x):
+        return math.prod(p[i][token] for i, token in enumerate(x))
+
+    kls = 0.0
+    for s in range(1, T + 1):
+        for xs in states:
+            weight = chance([before[s][token] for token in x0], xs)
+            if weight > 0:
+                q, p = [by_bayes(before[s - 1], steps[s], a, b) for a, b in zip(x0, xs)], learned(s, xs)
+                kls += weight * sum(q[i][y] * math.log(q[i][y] / p[i][y])
+                                    for i in range(n) for y in range(V + 1) if q[i][y] > 0)
+    p_x0, bound, log_ratio_of_paths = 0.0, 0.0, []
+    for path in itertools.product(states, repeat=T):  # x_1 ... x_T
+        q, p, now = 1.0, float(path[-1] == (V, V)), x0
+        for s, xs in enumerate(path, 1):
+            q *= chance([steps[s][token] for token in now], xs)
+            p *= chance(learned(s, xs), now)
+            now = xs
+        p_x0 += p
+        if q > 0:
+            bound += q * math.log(q / p)
+            log_ratio_of_paths.append((q, p))
+    assert bound == pytest.approx(kls, rel=1e-10)
+    gap = sum(q * math.log(q / (p / p_x0)) for q, p in log_ratio_of_paths)
+    assert gap > 1e-3 and bound + math.log(p_x0) == pytest.approx(gap, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_kl_is_a_cross_entropy(schedule):
+    """Section 4: the KL is h CE at a mask and 0 at a visible token, which D3PM's eq. 4 keeps by itself."""
+    T, x0, x_theta = 6, 1, np.array([0.3, 0.7])
+    alphas = make_schedule(schedule).alpha(torch.arange(T + 1, dtype=torch.float64) / T).clamp(min=0).numpy()
+    for s in range(1, T + 1):
+        before, step = one_step(alphas[s - 1]), one_step(alphas[s] / alphas[s - 1])
+        h = (alphas[s - 1] - alphas[s]) / (1 - alphas[s])
+        for xs in (x0, V):
+            if xs == x0 and alphas[s] < 1e-9:
+                continue
+            q = by_bayes(before, step, x0, xs)
+            p = (x_theta[:, None] * before[:V] * step[:, xs]).sum(0)
+            p = p / p.sum()
+            kl = sum(a * math.log(a / b) for a, b in zip(q, p) if a > 0)
+            assert kl == pytest.approx(-h * math.log(x_theta[x0]) if xs == V else 0, abs=1e-12)
+        noise = D3PM(V, T, schedule).noise(tensor([(s - 0.5) / T]), torch.ones(1, 1, dtype=torch.float64))
+        assert noise.weight.item() == pytest.approx(T * h, rel=1e-6)
+        if schedule == "linear":
+            assert h == pytest.approx(1 / s)
+
+
+def test_infinitely_many_steps():
+    """Section 5: T/s is 1/t, other weights differ by alpha''/(1 - alpha)/(2T), and the bounds are areas of C(r)."""
+    T = 16
+    t = torch.arange(1, T + 1, dtype=torch.float64) / T
+    noise = D3PM(V, T).noise(t - 0.5 / T, torch.ones(T, 1, dtype=torch.float64))
+    torch.testing.assert_close(noise.weight, (1 / t).float())
+    torch.testing.assert_close(make_schedule("linear").weight(t), 1 / t)
+    cosine, at, dt = make_schedule("cosine"), tensor(0.4), 1e-4
+    second = (math.pi / 2) ** 2 * math.cos(math.pi / 2 * 0.6)
+    exact = (cosine.alpha(at - dt) - cosine.alpha(at)) / dt / (1 - cosine.alpha(at))
+    correction = second / (1 - cosine.alpha(at).item()) / 2 * dt
+    assert (exact - cosine.weight(at)).item() == pytest.approx(correction, rel=1e-3)
+
+    ce = ce_table(3)(0, sees_time=False)
+    for r in (0.2, 0.9):
+        assert masked_sum(r, ce) == pytest.approx(r * L * C(r, ce))
+    for schedule in ("linear", "cosine"):
+        a = make_schedule(schedule).alpha(torch.arange(T + 1, dtype=torch.float64) / T).numpy()
+        bound = sum((a[s - 1] - a[s]) / (1 - a[s]) * masked_sum(1 - a[s], ce) for s in range(1, T + 1))
+        assert bound == pytest.approx(L * sum((a[s - 1] - a[s]) * C(1 - a[s], ce) for s in range(1, T + 1)))
+        rates = (1 - a).tolist()
+        assert bound / L == pytest.approx(price(rates, [C(r, ce) for r in rates], rates[::-1]))
+
+
+def test_optimal_network_costs_more_at_higher_rates():
+    """Section 5: of the Bayes-optimal network C(r) rises, averaged over the data, and so T steps cost more."""
+    def mean_C(r):
+        total = 0.0
+        for x, q in zip(TEXTS, Q_DATA):
+            ce = np.zeros((len(MASKS), L))
+            for m, mask in enumerate(MASKS):
+                agree = Q_DATA * ((TEXTS == x) | (mask == 1)).all(1)
+                ce[m] = [-math.log(agree[TEXTS[:, i] == x[i]].sum() / agree.sum()) for i in range(L)]
+            total += q * C(r, ce)
+        return total
+    values = [mean_C(r) for r in np.linspace(0, 1, 6)]
+    assert (np.diff(values) > 0).all()
+    area = (WEIGHTS * [mean_C(r) for r in NODES]).sum()
+    assert np.mean(values[1:]) > area  # 5 steps
+    entropy = -(Q_DATA * np.log(Q_DATA)).sum()
+    assert L * area == pytest.approx(entropy)  # and the continuous bound is tight
+
+
+def continuous_bound(schedule, ce, sees_time):
+    """The integral over t of w(t) E[sum over masks of CE]."""
+    schedule, total = make_schedule(schedule), 0.0
+    for t, weight in zip(NODES, WEIGHTS):
+        r = 1 - schedule.alpha(tensor(t)).item()
+        total += weight * schedule.weight(tensor(t)).item() * masked_sum(r, ce(t, sees_time))
+    return total
+
+
+def test_network_without_the_time():
+    """Section 6: its bound is the same for two schedules and the area under C(r); with the time it is not."""
+    ce = ce_table(4)
+    bounds = [continuous_bound(schedule, ce, sees_time=False) for schedule in ("linear", "cosine")]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-9)
+    assert bounds[0] == pytest.approx(L * sum(w * C(r, ce(0, False)) for r, w in zip(NODES, WEIGHTS)), rel=1e-9)
+    seeing = [continuous_bound(schedule, ce, sees_time=True) for schedule in ("linear", "cosine")]
+    assert abs(seeing[0] - seeing[1]) > 0.01
+    rate = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    torch.testing.assert_close(1 - make_schedule("cosine").alpha(Absorbing(V, "cosine").time(rate)), rate.float())
+
+
+def beta(r, a, b):
+    return math.gamma(a + b) / math.gamma(a) / math.gamma(b) * r ** (a - 1) * (1 - r) ** (b - 1)
+
+
+def of_k_masks(k, ce):
+    """F_k: the mean over all sets of k masks of the sum of their CE."""
+    rows = MASKS.sum(1) == k
+    return (ce * MASKS)[rows].sum() / rows.sum()
+
+
+def test_exactly_k_masks():
+    """Section 7: the binomial integrates to 1/k, so k uniform with weight L/k is the bound."""
+    ce = ce_table(5)
+    for n, k in ((3, 1), (8, 3), (8, 8)):
+        assert (WEIGHTS * math.comb(n, k) * NODES ** (k - 1) * (1 - NODES) ** (n - k)).sum() == pytest.approx(1 / k)
+    bound = sum(of_k_masks(k, ce(0, False)) / k for k in range(1, L + 1))
+    assert bound == pytest.approx(continuous_bound("linear", ce, sees_time=False))
+    n = 6
+    u, v = (torch.arange(n, dtype=torch.float64) + 0.5) / n, uniforms(0, 0, range(n), n, n, False)[1]
+    noise = MDLM(V).exact_k(u, v)
+    assert noise.mask.sum(1).tolist() == [1, 2, 3, 4, 5, 6]
+    torch.testing.assert_close(noise.weight, torch.tensor([6.0, 3, 2, 1.5, 1.2, 1]))
+    torch.testing.assert_close(noise.t.double(), v.sort(1).values.diagonal(), rtol=1e-6, atol=0)
+
+
+def test_the_rate_given_k_masks():
+    """Section 7: Beta(k, L - k + 1) under the weight 1/r, Beta(k + 1, L - k + 1) under a uniform rate."""
+    for k in range(1, L + 1):
+        binomial = math.comb(L, k) * NODES**k * (1 - NODES) ** (L - k)
+        weighted = binomial / NODES
+        np.testing.assert_allclose(weighted / (WEIGHTS * weighted).sum(), beta(NODES, k, L - k + 1), rtol=1e-9)
+        np.testing.assert_allclose(binomial / (WEIGHTS * binomial).sum(), beta(NODES, k + 1, L - k + 1), rtol=1e-9)
+        assert (WEIGHTS * NODES * beta(NODES, k, L - k + 1)).sum() == pytest.approx(k / (L + 1))
+        assert (WEIGHTS * NODES * beta(NODES, k + 1, L - k + 1)).sum() == pytest.approx((k + 1) / (L + 2))
+        assert (WEIGHTS / NODES * beta(NODES, k + 1, L - k + 1)).sum() == pytest.approx((L + 1) / k)
+        cdf = sum(math.comb(L, j) * 0.3**j * 0.7 ** (L - j) for j in range(k, L + 1))  # k numbers or more are below 0.3
+        below = (0.3 * WEIGHTS * beta(0.3 * NODES, k, L - k + 1)).sum()
+        assert below == pytest.approx(cdf)
+    ce = ce_table(6)
+    bound = sum(w / k * beta(r, k, L - k + 1) * of_k_masks(k, ce(r, True))
+                for k in range(1, L + 1) for r, w in zip(NODES, WEIGHTS))
+    assert bound == pytest.approx(continuous_bound("linear", ce, sees_time=True))
+    wrong = sum(w / k * beta(r, k + 1, L - k + 1) * of_k_masks(k, ce(r, True))
+                for k in range(1, L + 1) for r, w in zip(NODES, WEIGHTS))
+    assert abs(wrong - bound) > 0.01
+
+
+def test_continuous_estimator():
+    """Section 7: independent masks at a uniform rate have the weight (L + 1)/k, and rates of Beta(k, L - k + 1)."""
+    B, n = 20_000, 4
+    generator = torch.Generator().manual_seed(3)
+    u, v, w = (1 - torch.rand(B, *shape, dtype=torch.float64, generator=generator) for shape in ((), (n,), ()))
+    noise, k = MDLM(V).continuous(u, v, w), (v <= u[:, None]).sum(1)
+    for number in range(n + 1):
+        here = k == number
+        assert here.double().mean().item() == pytest.approx(1 / (n + 1), abs=4 * 0.4 / B**0.5)
+        assert noise.weight[here].unique().tolist() == pytest.approx([(n + 1) / number if number else 0])
+        if number:
+            t = noise.t[here].double()
+            assert t.mean().item() == pytest.approx(number / (n + 1), abs=4 * t.std().item() / len(t) ** 0.5)
+
+
+def test_variance():
+    """Section 7: the second moment with weight 1/t grows as log(1/eps); with weight L/k no draw is above L max CE."""
+    ce = ce_table(7)(0, sees_time=False)
+    squares = ((ce * MASKS).sum(1)) ** 2
+
+    def moment(low, high):
+        """The part of times low ... high, by the variable log t."""
+        t = np.exp(math.log(low) + NODES * math.log(high / low))
+        probability = np.prod(np.where(MASKS, t[:, None, None], 1 - t[:, None, None]), 2)
+        return (WEIGHTS * math.log(high / low) * t * (probability * squares).sum(1) / t**2).sum()
+
+    one_mask = (squares * (MASKS.sum(1) == 1)).sum()  # L times the mean of CE^2
+    for low in (1e-6, 1e-8):
+        assert moment(low, 10 * low) == pytest.approx(one_mask * math.log(10), rel=1e-4)
+    k = MASKS.sum(1)[1:]
+    assert (L / k * (ce * MASKS).sum(1)[1:]).max() <= L * ce.max()
+
+
+def test_auxiliary_loss():
+    """Section 8: of weights averaged over masked tokens auxiliary : bound = 25.025, in sums and in D3PM.loss."""
+    T, lam = 1000, 0.05
+    s = np.arange(1, T + 1)
+    bound, masked, visible = np.mean(s / T / s), np.mean(s / T * lam), np.mean((1 - s / T) * lam)
+    assert (bound, masked, visible) == pytest.approx((0.001, 0.025025, 0.024975))
+    assert masked / bound == pytest.approx(lam * (T + 1) / 2) == pytest.approx(25.025)
+    assert 1 / 1000 + lam == pytest.approx(0.051) and 1 / 201 + lam == pytest.approx(0.055, abs=5e-5)
+    assert s[200:].sum() / s.sum() == pytest.approx(1 - 200 * 201 / (1000 * 1001)) == pytest.approx(0.96, abs=5e-4)
+    nanodd = np.mean(np.where(s > 1, s / T * lam, 0)) / bound
+    assert masked / bound - nanodd == pytest.approx(lam / T)
+    rising = s / T
+    assert 25.025 < lam * T * (s / T * rising).sum() / rising.sum() < 50
+
+    def sure(xt, t, where=None):  # CE is log 2 at masks and 0 at visible tokens
+        return 1e4 * torch.nn.functional.one_hot(xt, 3)[..., :2].float()
+
+    objective, n = D3PM(2, T, lambda_ce=lam), 100
+    u, v = (torch.arange(T, dtype=torch.float64) + 0.5) / T, (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    v = (v[None] + torch.arange(T)[:, None] * 0.61803) % 1  # every s, and 100 levels of v that move with it
+    x0 = torch.zeros(T, n, dtype=torch.long)
+    noise = objective.noise(u, v)
+    loss, nelbo = objective.loss(sure, x0, noise)
+    auxiliary = loss.item() - nelbo.mean().item() / T
+    assert auxiliary / (nelbo.mean().item() / T) == pytest.approx(25.025, rel=0.01)
+
+
+def test_scores():
+    """Section 9: the ratio of marginals at a mask is odds times the prediction from the visible tokens."""
+    alpha = 0.3
+
+    def marginal(x):  # -1 is the mask
+        return sum(q * math.prod((1 - alpha) if a < 0 else alpha * (a == b) for a, b in zip(x, text))
+                   for text, q in zip(TEXTS, Q_DATA))
+
+    odds = 1 / math.expm1(-math.log(alpha))
+    assert odds == pytest.approx(alpha / (1 - alpha))
+    for x in itertools.product((-1, 0, 1), repeat=L):
+        agree = Q_DATA * np.array([all(a in (-1, b) for a, b in zip(x, text)) for text in TEXTS])
+        for i in (i for i in range(L) if x[i] < 0):
+            for y in range(V):
+                prediction = agree[TEXTS[:, i] == y].sum() / agree.sum()
+                assert marginal(x[:i] + (y,) + x[i + 1:]) / marginal(x) == pytest.approx(odds * prediction)
+
+
+def test_score_entropy():
+    """Section 9: a short step's KL is the score entropy, which is w (CE + Z - 1 - log Z), and SEDD.cost times w."""
+    rng = np.random.default_rng(8)
+    R, learned, dt = *rng.uniform(0.2, 2, (2, 3)), 1e-5
+    q, p = np.array([*(R * dt), 1 - R.sum() * dt]), np.array([*(learned * dt), 1 - learned.sum() * dt])
+    rate = (learned - R + R * np.log(R / learned)).sum()
+    assert (q * np.log(q / p)).sum() / dt == pytest.approx(rate, rel=1e-3)
+    t, x0, S = tensor(0.35), 2, rng.uniform(0.1, 1, 4)
+    schedule = make_schedule("loglinear")
+    alpha = schedule.alpha(t).item()
+    slope, odds = -schedule.dalpha(t).item() / alpha, alpha / (1 - alpha)
+    score_entropy = slope * (S.sum() - odds * math.log(S[x0]) + odds * (math.log(odds) - 1))
+    f = S / odds
+    Z, w = f.sum(), schedule.weight(t).item()
+    assert slope * odds == pytest.approx(w)
+    assert score_entropy == pytest.approx(w * (Z - 1 - math.log(f[x0])))
+    assert score_entropy == pytest.approx(w * (-math.log(f[x0] / Z) + Z - 1 - math.log(Z)))
+    assert Z - 1 - math.log(Z) > 0
+    for scaled in (False, True):
+        objective = SEDD(4, scaled=scaled)
+        logits = torch.from_numpy(np.log(f * 4 if scaled else S))[None].float()
+        assert w * objective.cost(logits, torch.tensor([x0]), t[None]).item() == pytest.approx(score_entropy, rel=1e-5)
+        torch.testing.assert_close(objective.scores(logits, t[None])[0].exp().double(), tensor(S), rtol=1e-5, atol=0)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def zeros(xt, t, where=None):
+    """A network that gives all tokens the same probability."""
+    logits = torch.zeros(*xt.shape, V)
+    return logits if where is None else logits[where]
+
+
+def states(settings, B, n, time=None):
+    """The states of a sampler that begins with B sequences of n masks, and how many steps each of them stands for."""
+    xt, generator = torch.full((B, n), V), torch.Generator().manual_seed(0)
+    return [(state.xt, state.steps) for state in settings(MDLM(V), zeros, xt, generator, time=time)]
+
+
+def test_ancestral():
+    """Section 10: the chances to stay a mask multiply to r_i/r_0, and the sampler reveals r_(i-1) - r_i in step i."""
+    grid, B, n = [1.0, 0.55, 0.5, 0.2, 0.0], 3000, 4
+    assert math.prod(b / a for a, b in zip(grid[:3], grid[1:4])) == pytest.approx(grid[3])
+    left, step = [], 0
+    for xt, steps in states(Settings("ancestral", {"grid": grid}), B, n):
+        step += steps
+        left.append(((xt == V).double().mean().item(), grid[step]))
+    assert len(left) == 4
+    for found, rate in left:
+        assert found == pytest.approx(rate, abs=4 * (rate * (1 - rate) / (B * n)) ** 0.5 + 1e-12)
+
+
+def test_first_hitting():
+    """Section 10: r u^(1/k) is the largest of k uniform numbers, and the rates told are all order statistics."""
+    for k, r, rho in ((1, 0.9, 0.3), (3, 0.9, 0.8)):
+        u = (np.arange(2000) + 0.5) / 2000
+        assert (r * u ** (1 / k) <= rho).mean() == pytest.approx((rho / r) ** k, abs=1e-3)
+    B, n, told = 4000, 4, []
+
+    def time(rate):
+        told.append(rate.double())
+        return rate.float()
+
+    states(Settings("first_hitting"), B, n, time)
+    assert len(told) == n
+    for j, rates in enumerate(told):  # the j-th largest of n: Beta(n - j, j + 1)
+        mean = (n - j) / (n + 1)
+        assert rates.mean().item() == pytest.approx(mean, abs=4 * (mean * (1 - mean) / (n + 2) / B) ** 0.5)
+        second = (n - j) * (n - j + 1) / ((n + 1) * (n + 2))
+        assert rates.square().mean().item() == pytest.approx(second, abs=4 * rates.square().std().item() / B**0.5)
+
+
+def test_remdm():
+    """Section 11: h conserves the marginal for every g, and is at most 1 just for g up to min(1, rho/(1 - r))."""
+    for r, rho in ((0.8, 0.5), (0.3, 0.2), (0.9, 0.02)):
+        limit = min(1, rho / (1 - r))
+        for g in np.linspace(0, limit, 5):
+            h = (1 - rho - (1 - g) * (1 - r)) / r
+            assert h == pytest.approx(1 - rho / r + g * (1 - r) / r) and -1e-12 <= h <= 1 + 1e-12
+            assert (1 - r) * g + r * (1 - h) == pytest.approx(rho)
+        if limit < 1:
+            assert (1 - rho - (1 - limit - 1e-3) * (1 - r)) / r > 1
+    grid, B, n = [1.0, 0.7, 0.5, 0.4, 0.0], 3000, 4
+    found = [(xt == V).double().mean().item() for xt, _ in
+             states(Settings("remdm", {"grid": grid, "sigma": "rescale", "eta": 1.0}), B, n)]
+    assert found == pytest.approx(grid[1:], abs=4 * 0.5 / (B * n) ** 0.5)
+
+
+# ---- uniform noise ---------------------------------------------------------------------------------------------------
+
+
+def uniform_matrix(keep, n=V):
+    return np.eye(n) * keep + (1 - keep) / n
+
+
+def leave_one_out(alpha, x, i, everything=False):
+    """q(x_0 = j at position i | x_t = x without position i), or given all of x_t, (V,)."""
+    Q, found = uniform_matrix(alpha), np.zeros(V)
+    for text, q in zip(TEXTS, Q_DATA):
+        found[text[i]] += q * math.prod(Q[text[j], x[j]] for j in range(L) if j != i or everything)
+    return found / found.sum()
+
+
+def test_uniform_posterior():
+    """Section 12: stages compose, and Bayes gives the posterior of uniform.posterior."""
+    n, x_theta = 4, np.array([0.1, 0.2, 0.3, 0.4])
+    for alpha_t, alpha_tau in ((0.3, 0.7), (0.0, 0.4), (0.6, 1.0)):
+        kappa = alpha_t / alpha_tau
+        before, step = uniform_matrix(alpha_tau, n), uniform_matrix(kappa, n)
+        np.testing.assert_allclose(before @ step, uniform_matrix(alpha_t, n))
+        for z in range(n):
+            for x in (*np.eye(n), x_theta):
+                formula = (alpha_tau - alpha_t) * x + (1 - kappa) * (1 - alpha_tau) / n
+                formula[z] += n * alpha_t * x[z] + kappa - alpha_t
+                assert formula.sum() == pytest.approx(n * alpha_t * x[z] + 1 - alpha_t)
+                joint = (x[:, None] * before * step[:, z]).sum(0)
+                np.testing.assert_allclose(formula / formula.sum(), joint / joint.sum(), atol=1e-12)
+                code = posterior(tensor(x), torch.tensor(z), 1 - alpha_t, 1 - alpha_tau).numpy()
+                np.testing.assert_allclose(code, formula, atol=1e-12)
+
+
+def test_leave_one_out():
+    """Section 12: with the leave-one-out prediction the step, p(x_0 | x_t) and S_y are true; else the KL is larger."""
+    alpha_t, alpha_tau = 0.4, 0.6
+    r, before, step = 1 - alpha_t, uniform_matrix(alpha_tau), uniform_matrix(alpha_t / alpha_tau)
+    Q = uniform_matrix(alpha_t)
+    for x in ((0, 1, 1), (1, 0, 1)):
+        i, z = 1, x[1]
+        out, full = leave_one_out(alpha_t, x, i), leave_one_out(alpha_t, x, i, everything=True)
+        given = r * out + V * alpha_t * out[z] * (np.arange(V) == z)
+        np.testing.assert_allclose(given / (r + V * alpha_t * out[z]), full)
+        true = sum(full[j] * by_bayes(before, step, j, z) for j in range(V))
+        code = posterior(tensor(out), torch.tensor(z), r, 1 - alpha_tau).numpy()
+        np.testing.assert_allclose(code / code.sum(), true)
+        other = posterior(tensor(full), torch.tensor(z), r, 1 - alpha_tau).numpy()
+
+        def mean_kl(p):
+            return sum(full[j] * (q * np.log(q / p)).sum() for j in range(V) for q in [by_bayes(before, step, j, z)])
+
+        other = other / other.sum()
+        assert mean_kl(other) == pytest.approx(mean_kl(true) + (true * np.log(true / other)).sum())
+        assert mean_kl(other) > mean_kl(true) + 1e-4
+        marginal = [sum(q * math.prod(Q[text[j], (y if j == i else x[j])] for j in range(L))
+                        for text, q in zip(TEXTS, Q_DATA)) for y in range(V)]
+        score = (V * alpha_t * out + r) / (V * alpha_t * out[z] + r)
+        np.testing.assert_allclose(score, np.array(marginal) / marginal[z])
+        log_score = Uniform(V).log_score(tensor(out).log()[None], torch.tensor([z]), tensor([-math.log(alpha_t)]))
+        np.testing.assert_allclose(log_score[0].exp(), score, rtol=1e-5)
+
+
+def ratios(alpha, n, x0, z):
+    """c_y for all y but z, where it is 1."""
+    r = 1 - alpha
+    c = np.full(n, r / (r + n * alpha) if z == x0 else 1.0)
+    c[z] = 1.0
+    if z != x0:
+        c[x0] = (r + n * alpha) / r
+    return c
+
+
+def test_uniform_score_entropy():
+    """Section 12: c_y are the ratios of q, the terms are c (e^d - 1 - d), Uniform.cost, and the KL of a short step."""
+    n, alpha, dt = 4, 0.4, 1e-5
+    x_theta, Q = np.array([0.1, 0.2, 0.3, 0.4]), uniform_matrix(alpha, n)
+    for x0, z in ((2, 2), (1, 3)):
+        c = ratios(alpha, n, x0, z)
+        np.testing.assert_allclose(c, Q[x0] / Q[x0, z])
+        S = (n * alpha * x_theta + 1 - alpha) / (n * alpha * x_theta[z] + 1 - alpha)
+        d = np.log(S / c)
+        terms = S - c * np.log(S) + c * (np.log(c) - 1)
+        np.testing.assert_allclose(terms, c * (np.exp(d) - 1 - d), atol=1e-12)
+        cost = np.delete(terms, z).sum() / n
+        logits, sigma = tensor(np.log(x_theta))[None, None], tensor([-math.log(alpha)])
+        code = Uniform(n).cost(logits, torch.tensor([[x0]]), torch.tensor([[z]]), sigma)
+        assert code.item() == pytest.approx(cost, rel=1e-4)
+        q, p = (posterior(tensor(x), torch.tensor(z), 1 - alpha, 1 - alpha - dt).numpy()
+                for x in (np.eye(n)[x0], x_theta))
+        q, p = q / q.sum(), p / p.sum()
+        assert (q * np.log(q / p)).sum() / dt == pytest.approx(cost / alpha, rel=1e-3)  # sigma' = 1/alpha here
+    chain = UniformD3PM(n, 5)
+    q, p = (posterior(tensor(x), torch.tensor(1), 0.6, 0.4).numpy() for x in (np.eye(n)[2], x_theta))
+    q, p = q / q.sum(), p / p.sum()
+    code = chain.cost(tensor(np.log(x_theta))[None, None], torch.tensor([[2]]), torch.tensor([[1]]), torch.tensor([3]))
+    assert code.item() == pytest.approx((q * np.log(q / p)).sum(), rel=1e-4)
+
+
+def test_uniform_bound_is_tight():
+    """Section 12: with the leave-one-out prediction the integral is -log q(x_0); the prior term is its KL."""
+    bound = np.zeros(len(TEXTS))
+    for u, weight in zip(NODES, WEIGHTS):
+        r, dr = u**2, 2 * u                      # small rates more often; sigma' dt = dr/alpha
+        alpha = 1 - r
+        Q = uniform_matrix(alpha)
+        for x in TEXTS:
+            for i in range(L):
+                out, z = leave_one_out(alpha, x, i), x[i]
+                S = (V * alpha * out + r) / (V * alpha * out[z] + r)
+                y = 1 - z                        # the other one of V = 2 tokens
+                for n, x0 in enumerate(TEXTS):
+                    c = ratios(alpha, V, x0[i], z)[y]
+                    chance = math.prod(Q[a, b] for a, b in zip(x0, x))
+                    bound[n] += weight * dr / alpha * chance * (S[y] - c * math.log(S[y]) + c * (math.log(c) - 1)) / V
+    np.testing.assert_allclose(bound, -np.log(Q_DATA), rtol=1e-3)
+    alpha, n = 0.2, 5
+    r, q = 1 - alpha, uniform_matrix(alpha, n)[0]
+    formula = (alpha + r / n) * math.log(n * alpha + r) + (n - 1) * r / n * math.log(r)
+    assert formula == pytest.approx((q * np.log(q * n)).sum()) == pytest.approx(prior_kl(-math.log(alpha), n))
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def names_of(body):
+    """All that a module or a class defines at its top, dotted."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+            if isinstance(node, ast.ClassDef):
+                yield from (f"{node.name}.{name}" for name in names_of(node.body))
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            yield from (target.id for target in getattr(node, "targets", [getattr(node, "target", None)])
+                        if isinstance(target, ast.Name))
+
+
+def test_names_exist():
+    """Every file and every module.function that the page names exists."""
+    quoted = re.findall(r"`([^`\n]+)`", PAGE)
+    files = {text for text in quoted if re.fullmatch(r"[\w/]+\.(py|md|png)", text)}
+    dotted = {text for text in quoted if re.fullmatch(r"[A-Za-z]\w*(\.\w+)+", text)} - files
+    assert len(files) > 4 and len(dotted) > 30
+    assert not [name for name in files if not (ROOT / name).is_file()]
+    for name in dotted:
+        module, rest = name.split(".", 1)
+        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+        assert rest in names_of(ast.parse(source).body), name
+
+
+def test_sections_and_lines():
+    """Section 1 to section 13, in this order, in lines of at most 120 characters."""
+    assert re.findall(r"^## (\d+)\. ", PAGE, re.MULTILINE) == [str(i) for i in range(1, 14)]
+    assert max(map(len, PAGE.splitlines())) <= 120
+
+
+def test_figure(tmp_path):
+    """docs/maths.py draws the figure, which is small."""
+    runpy.run_path(str(ROOT / "docs/maths.py"))["draw"](tmp_path / "maths.png")
+    assert (tmp_path / "maths.png").stat().st_size > 10_000
+    assert 10_000 < (ROOT / "docs/maths.png").stat().st_size < 80_000
