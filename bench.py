@@ -2,7 +2,7 @@
 
     python bench.py demo                                  where a step's time goes, and what of the machine is used
     python bench.py demo mdlm_mini_fast --repeats 5       several, in alternation
-    python bench.py d3pm_text8 --compare naive            against D3PM as one writes it first (textbook.py)
+    python bench.py d3pm_text8 --compare naive            against D3PM as one writes it first (studies/textbook.py)
     python bench.py demo --scaling scaling.png            cost per token by size, length and batch
     python bench.py demo --samplers                       the samplers, against the naive one
     python bench.py --estimate d3pm_text8_8gpu --gpu h100 memory and days of a run somewhere else
@@ -25,18 +25,19 @@ import torch
 
 import configs
 import parallel
-import textbook
+from categorical import Counted
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, named, number, pick_device, pick_dtype,
                  progress, run, synchronize, table)
 from configs import replace
+from costs import check_fits, flops_per_token, training_bytes, weight_bytes
 from data.loader import load_meta, prefetch
 from data.tokenizer import KNOWN
 from diffusion import D3PM, MDLM
-from draw import Counted
-from estimate import GPUS, check_fits, estimate, flops_per_token, training_bytes, weight_bytes
-from sampling import Settings, plain, schedule_grid
 from optim import EMA, make_optimizers
 from parallel import share_of_batch
+from sampling import Settings, plain, schedule_grid
+from studies import textbook
+from studies.forecast import GPUS, estimate
 from train import batches, train_step
 
 
@@ -92,7 +93,7 @@ class Training:
 
 
 class Naive(Training):
-    """The same network trained as in textbook.py."""
+    """The same network trained as in studies/textbook.py."""
 
     def __init__(self, name, cfg, vocab_size, device, dtype):
         super().__init__(name, replace(cfg, compile=False, optimizer="adamw"), vocab_size, device, torch.float32)
@@ -399,7 +400,7 @@ def main():
             if args.compare and cfg.objective_class not in (D3PM, MDLM):
                 raise UserError(f"--compare is for d3pm and mdlm with masks, and {name} is neither")
             if args.compare and (cfg.schedule != "linear" or cfg.prefix != "none"):
-                raise UserError("--compare needs --schedule=linear and --prefix=none, as textbook.py has them")
+                raise UserError("--compare needs --schedule=linear and --prefix=none, as studies/textbook.py has them")
             cfg = replace(cfg, lambda_ce=0.0) if args.compare else cfg
             trainings.append(Training(name, cfg, size(cfg), device, dtype))
             if args.compare:

@@ -1,272 +1,30 @@
-"""Checkpoints: one file of plain tensors and plain types, written atomically, read with weights_only=True.
-
-    format     "discrete-diffusion-2"
-    config     the fields of Config              meta    the data set's meta.json: sampling needs no data set
-    model      raw weights                       ema     their moving average, which is what evaluate and sample use
-    optimizer  its tensors by parameter name     name    of the config function
-    step, best_val, tally, wandb_id              where a resumed run goes on
-    versions   of torch, numpy and Python        sha256  of all of the above
+"""Using checkpoints: going on with a run, starting from its weights, loading its model, exporting it.
 
     python checkpoint.py export out/demo demo-model --results test.json     a folder to share, also on the Hub
 
-A run's folder has ckpt.pt, the last one, ckpt_prev.pt, the one before, and ckpt_best.pt, the best validation, without
-optimizer. At every instant ckpt.pt or ckpt_prev.pt is whole on the disk.
+storage.py has the format, and how it is written and read.
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import os
-import platform
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-import interop
-import sources
+import storage
 from cli import ArgumentParser, UserError, named, note, run
 from configs import Config, same_run
+from costs import check_fits, weight_bytes
 from data.loader import check_same_data, check_same_tokens
-from data.tokenizer import describes_tokens, make_tokenizer
-from estimate import check_fits, weight_bytes
+from data.tokenizer import make_tokenizer
+from export import export
+from foreign import translate
 from log import parse
 from optim import AdamW, Muon
+from storage import Hints, add_hints, check_keys, claim, config_of, hints_of, read, read_latest
 
-FORMAT = "discrete-diffusion-2"
-ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # what foreign checkpoints may be trained on
-
-
-# ---- writing -------------------------------------------------------------------------------------------------------
-
-
-def digest(payload):
-    """SHA-256 over the contents of a payload: keys, plain values, and every tensor's type, shape and bytes.
-
-    torch.load does not notice flipped bits. A hash of the contents, unlike one of the file, can be in the file itself.
-    """
-    sha = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            sha.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
-            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, (dict, list, tuple)):
-            sha.update(f"{type(value).__name__} {len(value)}\0".encode())
-            for item in value.items() if isinstance(value, dict) else value:
-                add(item)
-        else:
-            sha.update(f"{value!r}\0".encode())
-
-    add(payload)
-    return sha.hexdigest()
-
-
-def save(path, payload, keep_previous=False):
-    """Write payload to path: to a temporary file, to the disk, then renamed. A crash leaves the old file or the new.
-
-    keep_previous: the file that was there is kept as NAME_prev.pt. Raises UserError if the disk is full.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    payload = dict(payload, format=FORMAT, versions=versions())
-    payload["sha256"] = digest(payload)
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            os.replace(path, previous(path))
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        cause = error
-        while cause and not isinstance(cause, OSError):
-            cause = cause.__context__  # torch.save hides a full disk behind an error of its own
-        if cause is None:
-            raise
-        raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are untouched: mend that, then "
-                        "run the same command with --resume auto")
-
-
-def versions():
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
-
-
-def previous(path):
-    return path.with_name(f"{path.stem}_prev{path.suffix}")
-
-
-def sync_folder(folder):
-    """Have renames survive a power cut, too, where folders can be synced."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-PATIENCE = 120  # seconds that a resumed run waits for a folder, such as for workers that have lost torchrun to save
-
-
-def claim(out_dir, patience=0, stop=None):
-    """Make the folder, and lock it for this process. Returns the open file that holds the lock until the process ends.
-
-    The kernel holds it, so a dead process holds nothing. Where there are no such locks (Windows, some network file
-    systems) a line on stderr says so, and training goes on. Raises UserError if another process has the folder, and
-    keeps it for `patience` seconds, or until stop (parallel.StopSignals) has received a signal.
-    """
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(out_dir / ".lock", "a")
-    except OSError as error:
-        raise UserError(f"cannot use the folder {out_dir}: {error.strerror}")
-    deadline = None
-    while True:
-        try:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # which of the two depends on the file system
-            if deadline is None and patience:
-                note(f"another process is training in {out_dir}: waiting {patience:.0f} s for it to end")
-            deadline = deadline or time.monotonic() + patience
-            if time.monotonic() >= deadline or stop and stop.received:
-                raise UserError(f"another process is training in {out_dir}: wait for it, or choose another --out_dir")
-            time.sleep(0.2)
-            continue
-        except (ImportError, OSError):
-            note(f"{out_dir} cannot be locked: do not start a second run there")
-        return lock
-
-
-# ---- reading -------------------------------------------------------------------------------------------------------
-
-
-class Hints(NamedTuple):
-    """What the user says of a foreign checkpoint, because it does not say so itself."""
-
-    dataset: str = None     # its data set
-    overrides: dict = {}    # other settings
-    format: str = None      # what it is (interop.FORMATS)
-    data_dir: str = ""
-
-
-def add_hints(parser):
-    """The flags of a command that reads foreign checkpoints, beside its --dataset and --data_dir."""
-    parser.add_argument("--format", choices=interop.FORMATS, help="what a foreign checkpoint is (default: as it looks)")
-    parser.add_argument("--override", type=interop.overrides, metavar="KEY=N,...",
-                        help="what a foreign checkpoint does not say, such as n_head=2,seq_len=40")
-
-
-def hints_of(args):
-    return Hints(args.dataset, args.override or {}, args.format, args.data_dir)
-
-
-def read(path, hints=Hints()):
-    """The payload behind path: a file, a folder, or hf://owner/name. Other projects' files are translated (interop.py).
-
-    Raises UserError for whatever is no checkpoint, or a damaged one.
-    """
-    path = sources.from_hub(path) if str(path).startswith("hf://") else Path(path)
-    if path.is_dir() and not (path / "ckpt.pt").exists() and previous(path / "ckpt.pt").exists():
-        path = previous(path / "ckpt.pt")  # a crash came between the two renames of save
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}: `python train.py CONFIG` writes out/CONFIG/ckpt.pt")
-    if path.is_dir() and sources.find_weights(path) is None:
-        path = path / "ckpt.pt"
-        raise UserError(f"no checkpoint at {path}, nor one of another project beside: `python train.py CONFIG` writes "
-                        "out/CONFIG/ckpt.pt")
-    found = sources.read_files(path)
-    payload, path = found.payload, found.path
-    if found.settings.get("format") == FORMAT:
-        payload = imported(found)
-    if hints.format or not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        payload = interop.translate(found, hints)
-        check_fields(payload, path)
-        return payload
-    if hints.overrides:
-        raise UserError(f"{path} is a checkpoint of this project and knows its {', '.join(hints.overrides)}: leave out "
-                        "--override")
-    try:
-        intact = payload.pop("sha256", None) == digest(payload)
-    except (NotImplementedError, RuntimeError, TypeError):  # tensors without plain contents, or a dict in itself
-        intact = False
-    if not intact:
-        raise UserError(f"{path} is damaged: its contents do not match their SHA-256")
-    check_fields(payload, path)
-    return payload
-
-
-def imported(found):
-    """The payload of a folder that export wrote. Raises UserError if the weights are not those that it wrote."""
-    card = dict(found.settings)
-    if card.pop("weights_sha256", None) != digest(dict(sorted(found.payload.items()))):
-        raise UserError(f"{found.path} is damaged: the weights do not match the SHA-256 in config.json")
-    payload = card | {"model": found.payload, "ema": found.payload}
-    return payload | {"sha256": digest(payload)}
-
-
-def is_weights(x):
-    """Whether x is {name: tensor of real numbers}, and not empty."""
-    return isinstance(x, dict) and len(x) > 0 and all(
-        isinstance(key, str) and torch.is_tensor(value) and value.is_floating_point() for key, value in x.items())
-
-
-# field -> (whether a value can be its own, what it should be); the first five are in every checkpoint.
-FIELDS = {
-    "config": (lambda x: isinstance(x, dict) and all(isinstance(key, str) for key in x), "a set of settings"),
-    "meta": (describes_tokens, "a description of its tokens"),
-    "model": (is_weights, "tensors of real numbers by name"),
-    "ema": (is_weights, "tensors of real numbers by name"),
-    "step": (lambda x: type(x) is int and 0 <= x < 2**63, "a whole number from 0 on"),
-    "name": (lambda x: isinstance(x, str), "text"),
-    "best_val": (lambda x: type(x) in (int, float) and x == x, "a number"),
-    "tally": (lambda x: torch.is_tensor(x) and x.is_floating_point() and x.shape == (5,) and x.isfinite().all(),
-              "a tensor of five numbers"),
-    "wandb_id": (lambda x: x is None or isinstance(x, str), "text, or nothing"),
-    "optimizer": (lambda x: isinstance(x, dict) and all(entries == {} or is_weights(entries) for entries in x.values()),
-                  "tensors of real numbers by parameter"),
-}
-
-
-def check_fields(payload, path):
-    """Raise a UserError that names the first field that is missing, or of another type than train.py writes."""
-    check_keys(payload, list(FIELDS)[:5], path)
-    for field, (fits, expected) in FIELDS.items():
-        if field in payload and not fits(payload[field]):
-            raise UserError(f"{path} cannot be used: its field {field!r} is not {expected}")
-
-
-def check_keys(payload, keys, path):
-    missing = [key for key in keys if key not in payload]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: it was written by another version of this project")
-
-
-def read_latest(out_dir):
-    """(path, payload) of a run's last whole checkpoint, or (None, None) if it has none.
-
-    If ckpt.pt is damaged, says so on stderr and takes ckpt_prev.pt. Raises UserError if that is damaged, too.
-    """
-    problems = []
-    for path in (out_dir / "ckpt.pt", out_dir / "ckpt_prev.pt"):
-        if path.exists():
-            try:
-                payload = read(path)
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            for problem in problems:
-                note(f"{problem}; going on from {path}")
-            return path, payload
-    if problems:
-        raise UserError("; ".join(problems))
-    return None, None
+OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # what foreign checkpoints may be trained on
 
 
 # ---- going on from one ---------------------------------------------------------------------------------------------
@@ -279,7 +37,7 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
     not there, damaged, of another config or of other data.
     """
     # Less than the other processes wait for this one.
-    patience = min(PATIENCE, 30 * cfg.timeout_minutes) if resume else 0
+    patience = min(storage.PATIENCE, 30 * cfg.timeout_minutes) if resume else 0
     lock = claim(out_dir, patience, stop) if out_dir.is_dir() else None
     last = out_dir / "ckpt.pt"
     holds_run = any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.jsonl"))
@@ -355,15 +113,6 @@ def check_same_run(payload, path, cfg, meta):
 # ---- using one -----------------------------------------------------------------------------------------------------
 
 
-def config_of(payload):
-    """The Config of a payload; settings this version does not know are an error, missing ones take their default."""
-    known = {field.name for field in dataclasses.fields(Config)}
-    unknown = set(payload["config"]) - known
-    if unknown:
-        raise UserError(f"the checkpoint has settings unknown to this version: {', '.join(sorted(unknown))}; update")
-    return Config(**payload["config"])
-
-
 class Loaded(NamedTuple):
     model: torch.nn.Module  # in eval mode
     config: Config
@@ -386,8 +135,8 @@ def load_model(path, device, hints=Hints(), raw=False):
     check_finite(weights, path)
     model.load_state_dict({key: value.float() for key, value in weights.items()})
     model = model.to(device).eval()
-    if payload.get("foreign") and payload["meta"]["name"] in ENGLISH:
-        interop.warn_if_implausible(model, config.make_objective(payload["meta"]["vocab_size"]),
+    if payload.get("foreign") and payload["meta"]["name"] in OF_ENGLISH:
+        translate.warn_if_implausible(model, config.make_objective(payload["meta"]["vocab_size"]),
                                     make_tokenizer(payload["meta"]), config, device, path)
     return Loaded(model, config, payload["meta"], payload["step"])
 
@@ -432,7 +181,6 @@ def main():
     p.add_argument("--data_dir", default="", help="folder of data sets")
     add_hints(p)
     args = p.parse_args()
-    from export import export
     export(args.checkpoint, args.folder, args.results, hints_of(args))
     note(f"{args.folder} is ready: `python sample.py {args.folder}` reads it, `hf upload OWNER/NAME {args.folder}` "
          "shares it")

@@ -15,8 +15,8 @@ import torch
 
 from cli import ArgumentParser, UserError
 from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
+from foreign.tiny_diffusion import TinyDiffusion
 from model import DiT
-from tiny_diffusion import TinyDiffusion
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
 # A new objective or network is named here, and defined in a file of its own (diffusion.Absorbing says what it has).

@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import Hints, load_model
+from checkpoint import load_model
 from cli import ArgumentParser, UserError, named, number, run, table
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM, SCHEDULES, SEDD, make_schedule
-from names import names
-from noise import give_prefix, uniforms
 from plot import panels
 from prompts import encode
+from randomness import give_prefix, uniforms
 from show import piece
+from storage import Hints
+from studies.names import names
 from uniform import Uniform, UniformD3PM
 
 BIT = math.log(2)  # nats

@@ -23,7 +23,7 @@ and a method is a way to draw (mask, t, weight). No posterior over (B, L, K) is 
 build it, and check. Score entropy (SEDD) is one more such sum, with a penalty beside CE. Noise of random tokens instead
 of masks is in uniform.py.
 
-All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (noise.py). So
+All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (randomness.py). So
 an objective is a deterministic function of (x0, u, v). Where v = 2, in a prefix of c tokens, the text is given: always
 visible, and no part of the bound, which is then that of the other n = L - c tokens, nats per token of these.
 """

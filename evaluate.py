@@ -25,18 +25,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from baselines import reference_points
-from checkpoint import add_hints, hints_of, load_model
+from checkpoint import load_model
 from cli import ArgumentParser, UserError, named, number, pick_device, pick_dtype, run
 from data.loader import SPLITS, check_same_data, load_meta, load_split, recode, windows
 from data.prepare import read_text
 from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
 from diffusion import WHOLE, Absorbing
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
-from noise import prefix_lengths
-from quality import samples
+from randomness import prefix_lengths
 from sampler_flags import add_arguments, cuts, given_flags, steps_flag
-from studies import context, curse, curve, variance
+from storage import add_hints, hints_of
+from studies.baselines import reference_points
+from studies.curves import context, curse, curve, variance
+from studies.quality import samples
 
 ESTIMATORS = {
     "exact_k": "continuous-time bound, exact k", "continuous": "continuous-time bound, independent masks",

@@ -6,10 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from checkpoint import FORMAT, Hints, config_of, digest, read, versions
 from cli import UserError
 from configs import same_run
 from likelihood import plus_minus
+from storage import FORMAT, Hints, config_of, digest, read, versions
 
 
 def export(checkpoint, folder, results=(), hints=None):

@@ -10,7 +10,7 @@ import torch
 
 from cli import autocast, progress
 from data.loader import gather
-from noise import give_prefix, prefix_lengths, repeated_uniforms, strata
+from randomness import give_prefix, prefix_lengths, repeated_uniforms, strata
 
 ORDERS = ("l2r", "random", "confidence")
 

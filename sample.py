@@ -19,19 +19,20 @@ from pathlib import Path
 
 import torch
 
-from baselines import known_word_share
-from checkpoint import add_hints, hints_of, load_model
+from categorical import Counted, State
+from checkpoint import load_model
 from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
                  progress, run, write_file)
+from costs import check_fits
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
 from diffusion import Absorbing
-from draw import Counted, State
-from estimate import check_fits
+from foreign.tiny_diffusion import StepsUp
 from prompts import blocks, canvases
 from sampler_flags import add_arguments, given_flags, settings_of, steps_flag
 from show import History, Screen, gif, html, joined, png
-from tiny_diffusion import StepsUp
+from storage import add_hints, hints_of
+from studies.baselines import known_word_share
 
 OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".yaml")
 RECORD = 100  # bytes at least that the record of a token takes (show.History)

@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from checkpoint import digest
 from cli import UserError, number
 from diffusion import SCHEDULES, Absorbing, make_schedule
 from sampling import SAMPLERS, SIGMAS, Settings, cheapest_grid, enough_steps, loop_grid, schedule_grid
+from storage import digest
 
 FLAGS = ("grid", "k", "threshold", "gamma", "sigma", "eta")
 DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "sigma": "cap"}

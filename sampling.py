@@ -31,8 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from categorical import Draw, State, in_pieces
 from diffusion import make_schedule
-from draw import Draw, State, in_pieces
 from uniform import posterior
 
 

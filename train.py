@@ -20,17 +20,18 @@ import torch
 import checkpoint
 import configs
 import parallel
+import storage
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
                  run)
+from costs import check_fits, flops_per_token, training_bytes, weight_bytes
 from data.loader import check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
-from estimate import check_fits, flops_per_token, training_bytes, weight_bytes
 from likelihood import bound, by_rate, mean_and_error, plus_minus
 from log import Log
-from noise import give_prefix, prefix_lengths, rng, uniforms
 from optim import EMA, clip_gradients, learning_rate, make_optimizers
 from parallel import on_main, share_of_batch, together
+from randomness import give_prefix, prefix_lengths, rng, uniforms
 from sampling import plain
 
 
@@ -179,7 +180,7 @@ def main():
     payload, source, lock = together(lambda: checkpoint.open_run(
         out_dir, args.resume, args.init_from, cfg, meta, model, stop) if is_main else (None, None, None))
     resumed, copied = on_main(lambda: (payload is not None, source is not None))
-    lock = together(lambda: (lock or checkpoint.claim(out_dir)) if is_main else None)
+    lock = together(lambda: (lock or storage.claim(out_dir)) if is_main else None)
 
     # ---- the state of the run ---------------------------------------------------------------------------------------
     compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
@@ -239,7 +240,7 @@ def main():
                 raise UserError(f"the weights are not finite after step {step:,}, and are not saved: the last good "
                                 f"checkpoint in {out_dir} is untouched; try a smaller --lr in a new run")
             log.sync()
-            checkpoint.save(out_dir / filename, {
+            storage.save(out_dir / filename, {
                 "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
                 "tally": tally.cpu(), "wandb_id": log.wandb_id, **state}, keep_previous=to_resume)
 
@@ -251,7 +252,7 @@ def main():
            f"{', compiled' if compiled else ''}, peak {peak / 1e12:.3g} TFLOP/s, writing to {out_dir}"
            + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if step else ""),
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
-           versions=checkpoint.versions())
+           versions=storage.versions())
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
     first_step, seconds, stopped = step, 0.0, 0         # of this process; seconds of training alone

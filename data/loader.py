@@ -10,7 +10,7 @@ import torch
 
 from cli import UserError
 from data.tokenizer import describes_tokens
-from noise import rng
+from randomness import rng
 
 DATA_DIR = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")

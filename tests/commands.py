@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+import storage
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_cond=8", "--seq_len=32", "--batch_size=8",
@@ -134,9 +134,9 @@ def assert_same_training(one, two, rel=1e-4):
 
 def assert_identical(one, two):
     """Two finished runs agree bit for bit: weights, averages, optimiser state, tally, best and logged losses."""
-    one_state, two_state = checkpoint.read(one), checkpoint.read(two)
+    one_state, two_state = storage.read(one), storage.read(two)
     for key in ("step", "best_val", "tally", "model", "ema", "optimizer"):
-        assert checkpoint.digest(one_state[key]) == checkpoint.digest(two_state[key]), key
+        assert storage.digest(one_state[key]) == storage.digest(two_state[key]), key
     for key in ("bits_per_token", "grad_norm", "lr", "skipped", "val_bits_per_token"):
         assert losses(one, key) == losses(two, key), key
 

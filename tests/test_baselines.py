@@ -1,4 +1,4 @@
-"""baselines.py against counting by hand."""
+"""studies/baselines.py against counting by hand."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from baselines import known_word_share, lzma_bits, ngram_bits, reference_points
+from studies.baselines import known_word_share, lzma_bits, ngram_bits, reference_points
 
 
 def slow_ngram(train, history, x, n, V):

@@ -1,4 +1,4 @@
-"""bench.py, estimate.py, textbook.py: the yardsticks are right; how fast anything is, no test asks."""
+"""bench.py, costs.py, studies/forecast.py, studies/textbook.py: the yardsticks are right; how fast anything is, no test asks."""
 
 import json
 
@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import bench
-import estimate
-import textbook
+import costs
 import world
 from commands import assert_one_line
 from configs import CONFIGS, Config, replace
 from diffusion import D3PM
-from noise import uniforms
 from optim import make_optimizers
+from randomness import uniforms
+from studies import forecast, textbook
 
 SMALL = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--T=20", "--batch_size=4", "--micro_batch_size=4", "--seq_len=16",
          "--repeats=2"]
@@ -26,7 +26,7 @@ def last_line(result):
     return json.loads(result.out.strip().split("\n")[-1])
 
 
-# ---- textbook.py -----------------------------------------------------------------------------------------------------
+# ---- studies/textbook.py ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("s", [1, 2, 5])
@@ -123,7 +123,7 @@ def test_memory_of_a_step():
     """As much as autograd keeps for the backward pass, and not much more; no gradient is subtracted."""
     cfg = replace(CONFIGS["mdlm_mini_fast"](), n_embd=64, seq_len=32, batch_size=8, micro_batch_size=8)
     training = bench.Training("x", cfg, 27, CPU, torch.float32)
-    kept = estimate.kept_bytes(cfg, 27, 8, CPU, torch.float32)
+    kept = forecast.kept_bytes(cfg, 27, 8, CPU, torch.float32)
     assert 0.9 * kept < bench.activation_bytes(training) < 1.3 * kept
     assert training.ema.updates == 3
     training.stream.close()
@@ -157,7 +157,7 @@ def test_bad_flags(call, tmp_path):
     assert_one_line(call("train.py", "demo", "names"), "one config at a time")
 
 
-# ---- estimate.py -----------------------------------------------------------------------------------------------------
+# ---- costs.py and studies/forecast.py -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", ["d3pm_text8", "mdlm_text8", "demo"])
@@ -165,22 +165,22 @@ def test_bad_flags(call, tmp_path):
 def test_activations_are_extrapolated_exactly(config, dtype):
     """What five sequences through four blocks keep, counted, is what one and two of each say."""
     cfg = replace(CONFIGS[config](), n_embd=32, n_head=2, seq_len=16, n_layer=4, dropout=0.0, lambda_ce=0.0)
-    counted = estimate.kept_bytes(cfg, 27, 5, CPU, dtype)
-    fixed, one = estimate.activation_bytes(cfg, 27, CPU, dtype)
+    counted = forecast.kept_bytes(cfg, 27, 5, CPU, dtype)
+    fixed, one = forecast.activation_bytes(cfg, 27, CPU, dtype)
     assert fixed + 5 * one == pytest.approx(counted, rel=0.01)
 
 
 def test_logits_of_as_many_masks_as_asked_for():
     """Twice the masks have twice the logits, in float32 for the softmax; nothing is left to chance."""
     cfg = replace(CONFIGS["sedd_text8"](), n_layer=1, n_embd=32, n_head=2, seq_len=64)
-    kept = [estimate.kept_bytes(cfg, 5000, 4, CPU, torch.float32, masked) for masked in (0.5, 0.5, 1.0)]
+    kept = [forecast.kept_bytes(cfg, 5000, 4, CPU, torch.float32, masked) for masked in (0.5, 0.5, 1.0)]
     assert kept[0] == kept[1] and kept[2] - kept[0] >= 128 * 5000 * 4
 
 
 def test_the_fullest_micro_batch():
     """Of 200,000 micro-batches of 8 none has more masks, and many have nearly as many."""
     rates = np.random.default_rng(0).random((200_000, 8)).mean(1)
-    assert rates.max() < estimate.fullest(8) < rates.max() + 0.1 and estimate.fullest(1) == 1
+    assert rates.max() < forecast.fullest(8) < rates.max() + 0.1 and forecast.fullest(1) == 1
 
 
 def test_what_checkpoint_blocks_saves_and_costs():
@@ -188,12 +188,12 @@ def test_what_checkpoint_blocks_saves_and_costs():
     cfg = replace(CONFIGS["mdlm_text8"](), n_layer=4, n_embd=64, n_head=2, seq_len=64, batch_size=8, micro_batch_size=8,
                   dropout=0.0, checkpoint_blocks=True)
     training = bench.Training("x", cfg, 27, CPU, torch.float32)
-    fixed, one = estimate.activation_bytes(cfg, 27, CPU, torch.float32)
+    fixed, one = forecast.activation_bytes(cfg, 27, CPU, torch.float32)
     assert 0.75 < (fixed + 8 * one) / bench.activation_bytes(training) < 1.3
     training.stream.close()
     flops = training.model.flops(64, 0.5)
     head = 6 * 27 * 64 * 0.5
-    assert estimate.recomputed(training.model, flops, cfg, 27) == pytest.approx((flops - head) / 3)
+    assert forecast.recomputed(training.model, flops, cfg, 27) == pytest.approx((flops - head) / 3)
 
 
 def test_operations_of_muon():
@@ -206,13 +206,13 @@ def test_operations_of_muon():
     with FlopCounterMode(display=False) as counter:
         for optimizer in make_optimizers(model, cfg, CPU, torch.float32):
             optimizer.step_unless(torch.tensor(False))
-    assert counter.get_total_flops() == estimate.optimizer_flops(model, cfg)
+    assert counter.get_total_flops() == costs.optimizer_flops(model, cfg)
 
 
 def test_weights_are_no_activations():
     """Of one short text a wide network keeps less than its weights, which it needs for the backward pass, too."""
     cfg = Config(n_layer=1, n_head=2, n_embd=128, n_cond=8, seq_len=2, lambda_ce=0.0)
-    assert 0 < estimate.kept_bytes(cfg, 27, 1, CPU, torch.float32) < 4 * cfg.make_model(27).n_params() / 4
+    assert 0 < forecast.kept_bytes(cfg, 27, 1, CPU, torch.float32) < 4 * cfg.make_model(27).n_params() / 4
 
 
 def test_estimate(call):
@@ -229,13 +229,13 @@ def test_estimate(call):
     assert line["days"] < again["days"] < line["days"] * 4 / 3
     assert line["days"] * 86400 * line["tokens_per_second"] == pytest.approx(line["tokens"])
     cfg = replace(CONFIGS["d3pm_text8_8gpu"](), n_layer=1, n_embd=32, n_head=2, seq_len=16)
-    fixed, one = estimate.activation_bytes(cfg, 27, CPU, torch.bfloat16, line["masked"])
+    fixed, one = forecast.activation_bytes(cfg, 27, CPU, torch.bfloat16, line["masked"])
     assert line["state_bytes"] == 20 * line["parameters"] and line["micro_batch_size"] == 8
     assert line["total_bytes"] == pytest.approx(line["state_bytes"] + fixed + 8 * one)
     adamw = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4", "--optimizer=adamw"))
     muon = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4"))
     fast = CONFIGS["mdlm_mini_fast"]()
-    extra = estimate.optimizer_flops(fast.make_model(27), fast) / (4 * 128)  # each GPU has 4 sequences
+    extra = costs.optimizer_flops(fast.make_model(27), fast) / (4 * 128)  # each GPU has 4 sequences
     assert muon["flops_per_token"] == pytest.approx(adamw["flops_per_token"] + extra)
 
 
@@ -244,13 +244,13 @@ def test_optimiser_state():
     cfg = Config(n_layer=1, n_head=2, n_embd=16, n_cond=8, seq_len=8)
     model = cfg.make_model(5)
     matrices = 12 * 16 * 16
-    assert estimate.state_bytes(model, cfg) == 20 * model.n_params()
-    assert estimate.state_bytes(model, replace(cfg, optimizer="muon")) == 20 * model.n_params() - 4 * matrices
+    assert forecast.state_bytes(model, cfg) == 20 * model.n_params()
+    assert forecast.state_bytes(model, replace(cfg, optimizer="muon")) == 20 * model.n_params() - 4 * matrices
 
 
 def test_does_not_fit(call, monkeypatch):
     """More than the GPU has: the line says which micro-batch would fit."""
-    monkeypatch.setitem(estimate.GPUS, "a100", (312, 0.05))
+    monkeypatch.setitem(forecast.GPUS, "a100", (312, 0.05))
     result = call("bench.py", "--estimate", "d3pm_text8", "--n_layer=2", "--n_embd=64", "--n_head=2", "--gpu=a100")
     line = last_line(result)
     most, state, one = (line[key] for key in ("largest_micro_batch_size", "state_bytes",

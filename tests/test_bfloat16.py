@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-import checkpoint
+import storage
 from cli import pick_dtype
 from commands import STEADY, assert_identical, finish_well, losses, start, stop_after, train
 
@@ -42,7 +42,7 @@ def test_resume_is_exact(call, data_dir, tmp_path, monkeypatch, config, extra):
 def test_weights_and_averages_stay_float32(call, data_dir, tmp_path):
     """bfloat16 is of matrix products alone: what is kept of a run is float32, and no rounded copy of it."""
     assert train(call, "mdlm_text8", data_dir, tmp_path / "out", *HALF, "--max_steps=2", "--optimizer=muon").code == 0
-    state = checkpoint.read(tmp_path / "out")
+    state = storage.read(tmp_path / "out")
     kept = [*state["model"].values(), *state["ema"].values(),
             *(value for entries in state["optimizer"].values() for value in entries.values())]
     assert {value.dtype for value in kept} == {torch.float32}

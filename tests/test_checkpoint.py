@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-import checkpoint
-import estimate
+import costs
+import storage
 from cli import UserError, memory_of
 from commands import assert_one_line, train
 from configs import CONFIGS, Config, replace
 from conftest import TRAINED
 from optim import make_optimizers
+from studies import forecast
 from train import states
 
 NEVER = "/nonexistent"
@@ -20,10 +21,10 @@ CPU = torch.device("cpu")
 
 def changed(trained, out, **fields):
     """A copy of a run's checkpoint in a new folder, with other fields, or without those that are None here."""
-    payload = checkpoint.read(trained)
+    payload = storage.read(trained)
     payload |= {name: change(payload[name]) if callable(change) else change for name, change in fields.items()}
     out.mkdir()
-    checkpoint.save(out / "ckpt.pt", {name: value for name, value in payload.items() if value is not NEVER})
+    storage.save(out / "ckpt.pt", {name: value for name, value in payload.items() if value is not NEVER})
     return out
 
 
@@ -111,7 +112,7 @@ def test_contents_that_cannot_be_hashed(call, trained, tmp_path):
     cycle = {}
     cycle["again"] = cycle
     for i, value in enumerate((torch.eye(3).to_sparse(), torch.zeros(3, device="meta"), cycle)):
-        payload = checkpoint.read(trained) | {"format": checkpoint.FORMAT, "sha256": "0" * 64, "extra": value}
+        payload = storage.read(trained) | {"format": storage.FORMAT, "sha256": "0" * 64, "extra": value}
         torch.save(payload, tmp_path / f"{i}.pt")
         assert_one_line(call("sample.py", tmp_path / f"{i}.pt"), f"{i}.pt is damaged")
 
@@ -133,30 +134,30 @@ def test_sizes_without_building(name):
             optimizer.step_unless(torch.tensor(False))
         kept = sum(value.numel() for entries in states(optimizers).values() for key, value in entries.items()
                    if key != "step")  # AdamW's own count of its steps, one number
-        assert estimate.sizes(cfg, 27) == (model.n_params(), kept, sum(table.nbytes for table in model.buffers()))
-        assert estimate.weight_bytes(cfg, 27) == 4 * model.n_params() + sum(table.nbytes for table in model.buffers())
+        assert costs.sizes(cfg, 27) == (model.n_params(), kept, sum(table.nbytes for table in model.buffers()))
+        assert costs.weight_bytes(cfg, 27) == 4 * model.n_params() + sum(table.nbytes for table in model.buffers())
 
 
 def test_what_training_takes_at_least():
     """Five numbers of a parameter with AdamW, four of a matrix with Muon, a share of them with FSDP; then the inputs of
     all blocks, and the batch. Less than a step really takes, in every part."""
     cfg = Config(n_layer=3, n_embd=32, n_head=2, seq_len=16, batch_size=8, micro_batch_size=4)
-    n_params, _, tables = estimate.sizes(cfg, 27)
+    n_params, _, tables = costs.sizes(cfg, 27)
     rest = tables + 4 * 3 * 4 * 16 * 32 + 16 * 8 * 16 + 8 * 8
-    assert estimate.training_bytes(cfg, 27, 8, 4) == 20 * n_params + rest
-    assert estimate.training_bytes(cfg, 27, 8, 4, shares=4) == 5 * n_params + rest
+    assert costs.training_bytes(cfg, 27, 8, 4) == 20 * n_params + rest
+    assert costs.training_bytes(cfg, 27, 8, 4, shares=4) == 5 * n_params + rest
     muon = replace(cfg, optimizer="muon")
-    assert estimate.training_bytes(muon, 27, 8, 4) == 20 * n_params - 4 * 3 * 12 * 32**2 + rest
-    assert estimate.kept_bytes(cfg, 27, 4, CPU, torch.float32) > 4 * 3 * 4 * 16 * 32
+    assert costs.training_bytes(muon, 27, 8, 4) == 20 * n_params - 4 * 3 * 12 * 32**2 + rest
+    assert forecast.kept_bytes(cfg, 27, 4, CPU, torch.float32) > 4 * 3 * 4 * 16 * 32
 
 
 def test_more_than_the_machine_has(call, trained, data_dir, tmp_path):
     """What does not fit is refused with the numbers, by whatever would build it, before it is built: 40 TB here."""
     assert 1e8 < memory_of(CPU) < 1e13
     big = ["--n_embd=9600", "--n_head=4", "--n_layer=9000"]
-    estimate.check_fits(memory_of(CPU), CPU, "just enough", "")
+    costs.check_fits(memory_of(CPU), CPU, "just enough", "")
     with pytest.raises(UserError, match=r"it needs at least [\d.,]+ GB of memory, and cpu has [\d.,]+ GB: do less"):
-        estimate.check_fits(memory_of(CPU) + 1, CPU, "it", "do less")
+        costs.check_fits(memory_of(CPU) + 1, CPU, "it", "do less")
     folders = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'x'}"]
     for command in (["train.py", "mdlm_text8", "--dataset=tiny", *folders], ["bench.py", "mdlm_text8", "--repeats=1"],
                     ["bench.py", "mdlm_text8", "--samplers", "--repeats=1"],

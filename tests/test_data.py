@@ -16,7 +16,7 @@ from cli import UserError
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
 from data.loader import gather, load_meta, load_split, prefetch, random_crops, recode, windows
 from data.prepare import DatasetWriter, is_prepared, read_text
-from data.tokenizer import CharTokenizer, GPT2Tokenizer, TEXT8_ALPHABET, make_tokenizer, text8_words
+from data.tokenizer import TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, make_tokenizer, text8_words
 
 META = {"tokenizer": "char", "alphabet": TEXT8_ALPHABET, "vocab_size": 27}
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import ddit
-import sources
+import storage
 from data.loader import SPLITS
 from diffusion import MDLM, make_schedule
+from foreign import ddit, files
 from model import DiT
 from sampling import euler_chance, uniform_jumps
 from uniform import Uniform, posterior
@@ -30,7 +30,7 @@ def load(golden):
     from safetensors.torch import load_file
 
     def load(path, expected=None, dataset=None, data_dir="", raw=False, folder=None):
-        hints = checkpoint.Hints(dataset, data_dir=str(data_dir))
+        hints = storage.Hints(dataset, data_dir=str(data_dir))
         loaded = checkpoint.load_model(folder or golden / path, CPU, hints, raw)
         arrays = load_file(golden / (expected or path.split("/")[0]) / "expected.safetensors")
         return loaded.model, loaded.config.make_objective(loaded.meta["vocab_size"]), arrays
@@ -210,10 +210,10 @@ def with_settings(golden, tmp_path, name, **changes):
 
 def unfolded(golden):
     """MDLM's network as it is, always told sigma = 0."""
-    found = sources.read_files(golden / "mdlm/hf")
-    state = {key: value for key, value in sources.tensors(found.payload).items() if "inv_freq" not in key}
+    found = files.read_files(golden / "mdlm/hf")
+    state = {key: value for key, value in files.tensors(found.payload).items() if "inv_freq" not in key}
     model = DiT(27, 32, 2, 2, 64, 32, clock=torch.zeros_like, tied=False, head_bias=True)
-    model.load_state_dict(ddit.mask_last(sources.rename(state, ddit.NAMES), 27))
+    model.load_state_dict(ddit.mask_last(files.rename(state, ddit.NAMES), 27))
     return model.eval()
 
 

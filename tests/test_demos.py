@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import checkpoint
+import storage
 from commands import assert_one_line
 from configs import Config
 from data.tokenizer import KNOWN, make_tokenizer
-from noise import uniforms
+from randomness import uniforms
 
 TEXT8 = make_tokenizer(KNOWN["text8"])
 TEXT, L, V = "the cat sat on the log", 22, 27
@@ -48,7 +49,7 @@ def untrained(tmp_path):
             for p in model.parameters():
                 p.copy_(0.4 * torch.randn_like(p))
         state = {name: p.detach() for name, p in model.named_parameters()}
-        checkpoint.save(tmp_path / "ckpt.pt", {"name": "x", "config": asdict(config), "meta": KNOWN["text8"], "step": 0,
+        storage.save(tmp_path / "ckpt.pt", {"name": "x", "config": asdict(config), "meta": KNOWN["text8"], "step": 0,
                                                "model": state, "ema": state})
         return tmp_path / "ckpt.pt", model.eval()
     return make

@@ -11,9 +11,9 @@ from configs import OBJECTIVES, Config
 from diffusion import D3PM, MDLM, SEDD, WHOLE, AutoRegressive, Noise, make_schedule
 from likelihood import ORDERS
 from model import DiT
-from noise import give_prefix, prefix_lengths, repeated_uniforms, uniforms
+from randomness import give_prefix, prefix_lengths, repeated_uniforms, uniforms
 from sampling import SAMPLERS
-from world import L, MASK, MASKS, SEQUENCES, V
+from world import MASK, MASKS, SEQUENCES, L, V
 
 T = 4
 SCHEDULE_NAMES = WHOLE

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import checkpoint
+import storage
 from commands import assert_one_line, losses, train
 from diffusion import SEDD
 from uniform import Uniform, UniformD3PM, UniformSEDD
@@ -114,7 +114,7 @@ def test_two_of_a_kind_are_compared(call, run, trained):
 
 def test_objectives(run):
     name, out = run
-    config = checkpoint.config_of(checkpoint.read(out))
+    config = storage.config_of(storage.read(out))
     kind = {"sedd": SEDD, "sedd_unscaled": SEDD, "udlm": Uniform, "sedd_uniform": UniformSEDD,
             "d3pm_uniform": UniformD3PM}[name]
     assert type(config.make_objective(27)) is kind

@@ -18,15 +18,14 @@ import pytest
 import torch
 
 import checkpoint
-import ddit
-import interop
-import sources
+import storage
 from cli import UserError
 from commands import ROOT, assert_one_line
 from configs import CONFIGS, Config, replace
 from data.loader import SPLITS
 from data.tokenizer import KNOWN, CharTokenizer, make_tokenizer
 from diffusion import MDLM
+from foreign import ddit, files, translate
 from model import DiT
 
 CPU = torch.device("cpu")
@@ -90,15 +89,15 @@ def folder_of(path, state, settings, weights="model.safetensors"):
 def test_detected(tmp_path, name, settings, state, expected, weights):
     """The format follows from tensors and settings, sizes from the tensors; the folder, the file in it, and forced."""
     folder = folder_of(tmp_path / "x", state, settings, weights)
-    for path, hints in ((folder, checkpoint.Hints()), (folder / weights, checkpoint.Hints()),
-                        (folder, checkpoint.Hints(format=name))):
-        payload = checkpoint.read(path, hints)
+    for path, hints in ((folder, storage.Hints()), (folder / weights, storage.Hints()),
+                        (folder, storage.Hints(format=name))):
+        payload = storage.read(path, hints)
         assert payload["foreign"] == name
         assert {key: payload["config"][key] for key in expected} == expected
         model, config, *_ = checkpoint.load_model(path, CPU, hints)
         assert (config.n_embd, config.n_layer, config.n_head) == (16, 2, 2) and not config.tied and config.head_bias
         assert model.embed.num_embeddings == next(v for k, v in state.items() if "vocab_embed" in k).shape[0]
-    assert checkpoint.read(folder, checkpoint.Hints(overrides={"seq_len": 8}))["config"]["seq_len"] == 8
+    assert storage.read(folder, storage.Hints(overrides={"seq_len": 8}))["config"]["seq_len"] == 8
 
 
 def test_layouts(tmp_path):
@@ -112,23 +111,23 @@ def test_layouts(tmp_path):
     (run / ".hydra" / "config.yaml").write_text(yaml.safe_dump(SEDD))
     for n in (2, 10):
         torch.save(state | {"step": n}, run / "checkpoints" / f"checkpoint_{n}.pth")
-    payload = checkpoint.read(run)
+    payload = storage.read(run)
     assert payload["step"] == 10 and payload["foreign"] == "sedd"
     assert torch.equal(payload["model"]["norm.weight"], state["model"]["output_layer.norm_final.weight"])
     assert torch.equal(payload["ema"]["norm.weight"], ddit_state(seed=1)["output_layer.norm_final.weight"])
-    assert checkpoint.read(run / "checkpoints" / "checkpoint_2.pth")["step"] == 2
+    assert storage.read(run / "checkpoints" / "checkpoint_2.pth")["step"] == 2
     oxen = tmp_path / "oxen"
     oxen.mkdir()
     torch.save(ddit_state(99), oxen / "anything.pth")
     (oxen / "config.yaml").write_text(yaml.safe_dump({"model": {"length": 16, "n_heads": 2}}))
-    assert checkpoint.read(oxen)["foreign"] == "oxen"
+    assert storage.read(oxen)["foreign"] == "oxen"
     torch.save(ddit_state(99), oxen / "other.pth")
     with pytest.raises(UserError, match="nor one of another project"):
-        checkpoint.read(oxen)
+        storage.read(oxen)
     state["ema"]["shadow_params"].pop()
     torch.save(state, run / "checkpoints" / "checkpoint_11.pth")
     with pytest.raises(UserError, match="moving average that does not fit its weights: 29 tensors for 30"):
-        checkpoint.read(run)
+        storage.read(run)
 
 
 def test_the_mask_comes_last(tmp_path):
@@ -137,7 +136,7 @@ def test_the_mask_comes_last(tmp_path):
     It is the last row of the embedding, and no row of the head; text is still what it was.
     """
     state = ddit_state(35, prefix="backbone.")
-    payload = checkpoint.read(folder_of(tmp_path / "x", state, {"model_type": "mdlm", "model_length": 24}))
+    payload = storage.read(folder_of(tmp_path / "x", state, {"model_type": "mdlm", "model_length": 24}))
     theirs = state["backbone.vocab_embed.embedding"]
     assert torch.equal(payload["ema"]["embed.weight"], theirs[[0, 1, 2, 3, *range(5, 35), 4]])
     for ours, key in (("head_bias", "bias"), ("head_weight", "weight")):
@@ -145,7 +144,7 @@ def test_the_mask_comes_last(tmp_path):
                            state[f"backbone.output_layer.linear.{key}"][[0, 1, 2, 3, *range(5, 35)]])
     ids = make_tokenizer(payload["meta"]).encode("az ")
     assert torch.equal(payload["ema"]["embed.weight"][ids.astype(int)], theirs[[8, 33, 34]])
-    uniform = checkpoint.read(folder_of(tmp_path / "y", state, {"model_type": "duo", "model_length": 24}))
+    uniform = storage.read(folder_of(tmp_path / "y", state, {"model_type": "duo", "model_length": 24}))
     assert torch.equal(uniform["ema"]["embed.weight"], theirs) and uniform["meta"]["vocab_size"] == 35
     assert make_tokenizer(uniform["meta"]).encode("az ").tolist() == [8, 33, 34]
 
@@ -170,7 +169,7 @@ def test_names_and_shapes_are_checked(tmp_path):
         folder = folder_of(tmp_path / str(len(list(tmp_path.iterdir()))),
                            {key: value for key, value in state.items() if value is not None}, settings)
         with pytest.raises(UserError, match=match):
-            checkpoint.read(folder)
+            storage.read(folder)
 
     refused("blocks.1.mlp.0.bias is missing", **{"blocks.1.mlp.0.bias": None})
     refused("extra is unexpected", extra=torch.zeros(2))
@@ -194,10 +193,10 @@ def test_an_unknown_family_is_compared(tmp_path):
     with pytest.raises(UserError, match="nearest are RADD, then SEDD, MDLM, Duo; compared with the first it "
                                         "lacks blocks.N.norm1.bias, "
                                         "blocks.N.norm2.bias, output_layer.norm_final.bias$"):
-        checkpoint.read(path)
+        storage.read(path)
     gpt = {f"transformer.h.0.{name}.weight": torch.zeros(2) for name in ("ln_1", "attn.c_attn")}
     with pytest.raises(UserError, match="of no known family.* and has transformer.h.N.attn.c_attn.weight, "):
-        checkpoint.read(folder_of(tmp_path / "y", gpt, {}))
+        storage.read(folder_of(tmp_path / "y", gpt, {}))
 
 
 class Evil:
@@ -259,7 +258,7 @@ def test_files_of_torch_before_1_6(call, tmp_path):
     """Their format, without a zip archive, is read; what they ask for is named, and half a file is damaged."""
     old = dict(_use_new_zipfile_serialization=False)
     torch.save({"x": torch.arange(3)}, tmp_path / "x.pt", **old)
-    assert sources.load(tmp_path / "x.pt")["x"].tolist() == [0, 1, 2]
+    assert files.load(tmp_path / "x.pt")["x"].tolist() == [0, 1, 2]
     torch.save({"x": Evil(os.system, "true")}, tmp_path / "evil.pt", **old)
     assert_one_line(call("sample.py", tmp_path / "evil.pt"), "asks for posix.system")
     (tmp_path / "half.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:-30])
@@ -281,16 +280,16 @@ def test_flipped_bits_of_other_peoples_files(tmp_path):
         seen += not torch.equal(torch.load(path, weights_only=True)["model"]["vocab_embed.embedding"],
                                 state["model"]["vocab_embed.embedding"])
         with pytest.raises(UserError, match=r"checkpoint.pth is damaged \(checkpoint/data/\d+ does not match"):
-            sources.read_files(path)
+            files.read_files(path)
     assert seen > 45  # a flip can turn 0 into -0
     path.write_bytes(whole)
-    assert sources.read_files(path).payload["step"] == 1
+    assert files.read_files(path).payload["step"] == 1
     try:
         torch.serialization.set_crc32_options(False)
         torch.save(state, path)
     finally:
         torch.serialization.set_crc32_options(True)
-    assert sources.read_files(path).payload["step"] == 1
+    assert files.read_files(path).payload["step"] == 1
 
 
 def test_a_missing_average_is_said(call, tmp_path, capfd):
@@ -300,7 +299,7 @@ def test_a_missing_average_is_said(call, tmp_path, capfd):
         state = ddit_state()
         torch.save({"model": state, "ema": ema, "step": 1}, folder / "checkpoint.pth")
         (folder / "model.safetensors").unlink(missing_ok=True)
-        checkpoint.read(folder)
+        storage.read(folder)
         assert ("its raw weights stand for it" in capfd.readouterr().err) == said
 
 
@@ -320,8 +319,8 @@ def test_an_evil_name_in_an_allowed_module(tmp_path):
                 assert b"cposix\nsystem\n" in content
                 content = content.replace(b"cposix\nsystem\n", b"ctransformers\nsystem\n")
             new.writestr(item, content)
-    payload = sources.load(path)
-    assert type(payload["callbacks"]).__name__ == "system" and isinstance(payload["callbacks"], sources.Inert)
+    payload = files.load(path)
+    assert type(payload["callbacks"]).__name__ == "system" and isinstance(payload["callbacks"], files.Inert)
     assert not flag.exists() and "transformers.system" not in sys.modules
 
 
@@ -334,10 +333,10 @@ def test_containers_and_references(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save({"x": collections.defaultdict(list), "y": frozenset([1]), "z": {2},
                 "w": collections.OrderedDict(b=1)}, path)
-    assert sources.load(path) == {"x": {}, "y": frozenset([1]), "z": {2}, "w": {"b": 1}}
+    assert files.load(path) == {"x": {}, "y": frozenset([1]), "z": {2}, "w": {"b": 1}}
 
     def inert(**state):
-        node = sources.Inert()
+        node = files.Inert()
         node.__setstate__(state)
         return node
 
@@ -345,7 +344,7 @@ def test_containers_and_references(tmp_path):
     tree = inert(_content={"model": inert(_content={"length": leaf(32), "again": leaf("${model.length}")}),
                            "block": leaf("${model.again}"), "list": inert(_content=[leaf(1), leaf("${nothing.there}")]),
                            "loop": leaf("${loop}"), "text": leaf("a ${b}"), "none": leaf(None)})
-    found = sources.settings(tree)
+    found = files.settings(tree)
     assert found["block"] == found["model"]["again"] == 32 and found["list"] == [1, None] and found["text"] == "a ${b}"
     assert found["none"] is None
 
@@ -355,7 +354,7 @@ def test_mazes_of_settings(tmp_path):
     def lightning_settings(config):
         payload = {"state_dict": ddit_state(prefix="backbone."), "hyper_parameters": {"config": config}}
         torch.save(payload, tmp_path / "x")
-        return sources.read_files(tmp_path / "x").settings
+        return files.read_files(tmp_path / "x").settings
 
     loops = lightning_settings({"a": ["${a}"] * 60, "b": "${c}", "c": "${b}"})
     assert loops == {"a": [None] * 60, "b": None, "c": None}
@@ -453,7 +452,7 @@ def test_hub_offline(tmp_path):
     code = f"""
 import contextlib, io, sys
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, torch
+import checkpoint, storage, torch
 from cli import UserError
 from export import export
 export("hf://louaaron/sedd-tiny", {str(ours)!r})
@@ -461,7 +460,7 @@ for name in ("louaaron/sedd-tiny", "someone/pickled", "me/ours"):
     assert checkpoint.load_model("hf://" + name, torch.device("cpu")).config.objective == "sedd"
 for name in ("someone/empty", "someone/absent", "louaaron/sedd-tiny@v2", "nobody"):
     try:
-        checkpoint.read("hf://" + name)
+        storage.read("hf://" + name)
     except UserError as error:
         print(error)
 """
@@ -523,10 +522,10 @@ def test_plausible(trained, monkeypatch):
 
     With shuffled weights, or rows of the wrong tokens, it knows less.
     """
-    monkeypatch.setattr(interop, "ENGLISH", "the cat sat on the mat and the dog sat on the log " * 3)
+    monkeypatch.setattr(translate, "ENGLISH", "the cat sat on the mat and the dog sat on the log " * 3)
     model, config, meta, _ = checkpoint.load_model(trained, CPU)
     objective, tokenizer = config.make_objective(27), CharTokenizer(meta["alphabet"])
-    measure = lambda: interop.plausible(model, objective, tokenizer, config.seq_len, CPU)
+    measure = lambda: translate.plausible(model, objective, tokenizer, config.seq_len, CPU)
     ce, level = measure()
     assert ce < 0.8 * level
     intact = {key: value.clone() for key, value in model.state_dict().items()}
@@ -539,7 +538,7 @@ def test_plausible(trained, monkeypatch):
 def test_a_trained_checkpoint_and_its_weights_shuffled(tmp_path, capsys, monkeypatch):
     """RADD's format, trained for some seconds: no warning; the same with shuffled weights: a warning."""
     text = "the cat sat on the mat and the dog sat on the log " * 4
-    monkeypatch.setattr(interop, "ENGLISH", text)
+    monkeypatch.setattr(translate, "ENGLISH", text)
     torch.manual_seed(0)
     model = DiT(27, 32, n_layer=1, n_head=2, n_embd=32, tied=False, head_bias=True, norm_bias=True)
     tokens = torch.from_numpy(CharTokenizer(KNOWN["text8"]["alphabet"]).encode(text).astype("int64"))
@@ -552,7 +551,7 @@ def test_a_trained_checkpoint_and_its_weights_shuffled(tmp_path, capsys, monkeyp
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    back = {ours: theirs for theirs, ours in ((key, next(iter(sources.rename({key: None}, ddit.NAMES))))
+    back = {ours: theirs for theirs, ours in ((key, next(iter(files.rename({key: None}, ddit.NAMES))))
                                               for key in ddit.shapes_of(28, 32, 1, 1, time=False, bias=True))}
     state = {back[key]: value.detach() for key, value in model.state_dict().items()}
     for key in ("output_layer.linear.weight", "output_layer.linear.bias"):

@@ -1,4 +1,4 @@
-"""interop.py: other projects' checkpoints give what their own code gave (recorded outputs in GOLDEN_DIR)."""
+"""foreign/translate.py: other projects' checkpoints give what their own code gave (recorded outputs in GOLDEN_DIR)."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import configs
+import storage
 from cli import UserError
 from commands import assert_one_line
 from configs import Config
@@ -63,7 +64,7 @@ def test_nanodd_strictness(tmp_path):
         payload = nanodd_payload(small_model())
         change(payload)
         torch.save(payload, tmp_path / "ckpt.pt")
-        checkpoint.load_model(tmp_path / "ckpt.pt", torch.device("cpu"), checkpoint.Hints(dataset))
+        checkpoint.load_model(tmp_path / "ckpt.pt", torch.device("cpu"), storage.Hints(dataset))
 
     with pytest.raises(UserError, match="blocks.1.mlp_in.bias: missing"):
         load(lambda p: p["ema"].pop("ema_model.net.blocks.1.mlp.0.bias"))

@@ -1,4 +1,4 @@
-"""likelihood.py and studies.py: chain rules, agreement of estimators, invalid ones, and what the studies measure, on a
+"""likelihood.py and studies/curves.py: chain rules, agreement of estimators, invalid ones, and what the studies measure, on a
 world that can be enumerated."""
 
 import itertools
@@ -14,9 +14,9 @@ from diffusion import D3PM, MDLM, AutoRegressive, Noise, cross_entropy, make_sch
 from evaluate import agree
 from likelihood import ORDERS, bound, by_rate, chain_rule, chain_rule_of, mean_and_error
 from model import DiT
-from noise import repeated_uniforms
-from studies import area, measure_curse, measure_curve, measure_variance
-from world import ENTROPY, L, MASK, P_DATA, SEQUENCES, V
+from randomness import repeated_uniforms
+from studies.curves import area, measure_curse, measure_curve, measure_variance
+from world import ENTROPY, MASK, P_DATA, SEQUENCES, L, V
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffusion import D3PM, MDLM, SEDD, Absorbing, make_schedule
-from noise import uniforms
+from randomness import uniforms
 from sampling import Settings, price
 from uniform import Uniform, UniformD3PM, posterior, prior_kl
 
@@ -576,7 +576,8 @@ def test_names_exist():
     assert len(files) > 4 and len(dotted) > 30
     assert not [name for name in files if not (ROOT / name).is_file()]
     for name in dotted:
-        module, rest = name.split(".", 1)
+        module, rest = re.fullmatch(r"((?:studies\.|foreign\.)?\w+)\.(.+)", name).groups()
+        module = module.replace(".", "/")
         source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
         assert rest in names_of(ast.parse(source).body), name
 

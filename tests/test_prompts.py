@@ -12,17 +12,18 @@ import torch
 
 import checkpoint
 import configs
-import interop
 import sampling
+import storage
 from cli import UserError
 from commands import ROOT, assert_one_line, log, train
 from data.tokenizer import CharTokenizer
 from diffusion import MDLM
+from foreign import translate
 from model import DiT
-from noise import prefix_lengths
 from prompts import blocks, template
+from randomness import prefix_lengths
 from sampling import SIGMAS
-from studies import measure_context, measure_curve
+from studies.curves import measure_context, measure_curve
 from train import batches
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz_{}\\\n"
@@ -304,7 +305,7 @@ def test_the_time_told(prefix, size, sample, trained, tmp_path, monkeypatch):
     payload = torch.load(trained / "ckpt.pt", weights_only=True)
     payload["config"]["prefix"] = prefix
     payload.pop("sha256")
-    checkpoint.save(tmp_path / "ckpt.pt", payload)
+    storage.save(tmp_path / "ckpt.pt", payload)
     told, forward = [], DiT.forward
     monkeypatch.setattr(DiT, "forward", lambda self, xt, t, where=None: (told.append(t.tolist()),
                                                                          forward(self, xt, t, where))[1])
@@ -418,4 +419,4 @@ def test_tiny_diffusion_runs(run, flags, golden, sample, tmp_path):
 
 
 def test_overrides():
-    assert interop.overrides("n_head=2,seq_len=40,prefix=0") == {"n_head": 2, "seq_len": 40, "prefix": 0}
+    assert translate.overrides("n_head=2,seq_len=40,prefix=0") == {"n_head": 2, "seq_len": 40, "prefix": 0}

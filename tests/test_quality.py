@@ -1,4 +1,4 @@
-"""quality.py: statistics by hand, judges against direct computation, and evaluate.py --samples."""
+"""studies/quality.py: statistics by hand, judges against direct computation, and evaluate.py --samples."""
 
 import csv
 import json
@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-import checkpoint
+import storage
 from cli import UserError
 from commands import assert_one_line, train
-from quality import Judge, TransformersJudge, distinct, judged, open_judge, read_samples, repetition, unigram_entropy
+from studies.quality import (Judge, TransformersJudge, distinct, judged, open_judge, read_samples, repetition,
+                             unigram_entropy)
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
@@ -180,7 +181,7 @@ def test_bad_samples(call, trained, ar, data_dir, tmp_path):
     broken = torch.load(trained / "ckpt.pt", weights_only=True)
     broken["ema"]["embed.weight"][:] = math.nan
     broken.pop("sha256")
-    checkpoint.save(tmp_path / "broken.pt", broken)
+    storage.save(tmp_path / "broken.pt", broken)
     for script, *flags in (["evaluate.py", "--json"], ["evaluate.py", "--samples=2"], ["sample.py"]):
         assert_one_line(call(script, tmp_path / "broken.pt", *flags), "not finite")
     assert_one_line(go("--samples", "2", "--judge", trained), "is no judge: its objective is mdlm")

@@ -21,9 +21,9 @@ import time
 import pytest
 import torch
 
-import checkpoint
 import data.loader
 import diffusion
+import storage
 from cli import UserError
 from commands import (ROOT, STEADY, arguments, assert_identical, assert_one_line, assert_same_training, children,
                       finish, finish_well, log, losses, read_until, start, stop_after, train)
@@ -39,7 +39,7 @@ def test_training_learns(trained):
     assert [line["step"] for line in validations] == [30, 60]
     assert validations[0]["val_bits_per_token"] > validations[1]["val_bits_per_token"] > 0
     assert [len(line["sample"]) for line in log(trained) if "sample" in line] == [32]
-    payload = checkpoint.read(trained)
+    payload = storage.read(trained)
     assert payload["step"] == 60 and payload["best_val"] == validations[1]["val_bits_per_token"]
     assert payload["meta"]["alphabet"] == " abcdefghijklmnopqrstuvwxyz"
     assert (trained / "ckpt_best.pt").exists() and not list(trained.glob("*.tmp"))
@@ -50,7 +50,7 @@ def test_validation_and_samples_do_not_touch_training(call, data_dir, tmp_path):
     for interval in (1, 100):
         assert train(call, "d3pm_text8", data_dir, tmp_path / str(interval), "--max_steps=4",
                      f"--eval_interval={interval}", f"--sample_interval={interval}").code == 0
-    often, seldom = (checkpoint.read(tmp_path / interval) for interval in ("1", "100"))
+    often, seldom = (storage.read(tmp_path / interval) for interval in ("1", "100"))
     assert all(torch.equal(often["model"][key], seldom["model"][key]) for key in often["model"])
 
 
@@ -61,8 +61,8 @@ def test_compiled_training(data_dir, tmp_path):
     for flag in ("--compile", "--no-compile"):
         finish_well(start("mdlm_text8", data_dir, tmp_path / flag, "--eval_interval=100", *STEADY, "--n_layer=1", flag))
     assert_same_training(tmp_path / "--compile", tmp_path / "--no-compile")
-    assert (checkpoint.read(tmp_path / "--compile")["model"].keys()
-            == checkpoint.read(tmp_path / "--no-compile")["model"].keys())
+    assert (storage.read(tmp_path / "--compile")["model"].keys()
+            == storage.read(tmp_path / "--no-compile")["model"].keys())
 
 
 def test_fine_tuning(call, data_dir, trained, tmp_path):
@@ -78,7 +78,7 @@ def test_every_optimizer_warms_up(call, data_dir, tmp_path):
     for warmup in (0, 9):
         options = ["--max_steps=1", f"--warmup_steps={warmup}", "--optimizer=muon", "--weight_decay=0", "--lr=0.01"]
         assert train(call, "mdlm_text8", data_dir, tmp_path / str(warmup), *options).code == 0
-        payload = checkpoint.read(tmp_path / str(warmup))
+        payload = storage.read(tmp_path / str(warmup))
         config = Config(**payload["config"])
         torch.manual_seed(config.seed)
         before = config.make_model(27).state_dict()
@@ -126,10 +126,10 @@ def test_sharded_and_whole_checkpoints_are_the_same(data_dir, tmp_path):
         (out / "ckpt_prev.pt").rename(out / "ckpt.pt")  # back to step 3
         finish_well(start("mdlm_text8", data_dir, out, *begin, *end, *second, n=2))
         assert_same_training(tmp_path / "whole", out)
-        state = checkpoint.read(out)
+        state = storage.read(out)
         shapes.append([{name: value.shape for name, value in state[kind].items()} for kind in ("model", "ema")]
                       + [{key: v.shape for key, v in moments.items()} for moments in state["optimizer"].values()])
-        for name, value in checkpoint.read(tmp_path / "whole")["ema"].items():
+        for name, value in storage.read(tmp_path / "whole")["ema"].items():
             torch.testing.assert_close(state["ema"][name], value, atol=1e-5, rtol=1e-4)
     assert shapes[0] == shapes[1]
 
@@ -185,7 +185,7 @@ def test_resume_is_exact_at_every_step(call, data_dir, tmp_path, monkeypatch, co
             stop_after(patch, 1)
             result = train(call, config, data_dir, tmp_path / "parts", *options, "--resume=auto")
         assert result.code == 0 and (f"stopped by SIGTERM after step {step} of 12" in result.out) == (step < 12)
-        assert checkpoint.read(tmp_path / "parts")["step"] == step
+        assert storage.read(tmp_path / "parts")["step"] == step
         if step < 12:
             with open(tmp_path / "parts" / "log.jsonl", "a") as file:  # as if a crash had come after some later steps
                 file.write(json.dumps({"step": step + 1, "bits_per_token": 99.0}) + "\n" + '{"step": 99, "bits')
@@ -199,16 +199,16 @@ def test_resume_keeps_the_best_validation(call, data_dir, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         assert train(call, "mdlm_text8", data_dir, out, *options).code == 0
-    payload = checkpoint.read(out)
+    payload = storage.read(out)
     for best, wins in ((0.5, False), (50.0, True)):  # a validation of this untrained network is near 4.7 bits
         again = tmp_path / str(best)
         shutil.copytree(out, again)
-        checkpoint.save(again / "ckpt.pt", payload | {"best_val": best})
+        storage.save(again / "ckpt.pt", payload | {"best_val": best})
         before = (again / "ckpt_best.pt").read_bytes()
         result = train(call, "mdlm_text8", data_dir, again, *options, "--resume=auto")
         assert result.code == 0 and ("(best so far)" in result.out) == wins
         [_, validation] = losses(again, "val_bits_per_token")
-        assert checkpoint.read(again)["best_val"] == (validation if wins else best) and 1 < validation < 10
+        assert storage.read(again)["best_val"] == (validation if wins else best) and 1 < validation < 10
         assert ((again / "ckpt_best.pt").read_bytes() != before) == wins
 
 
@@ -220,7 +220,7 @@ def test_signals(call, data_dir, tmp_path, monkeypatch, name):
     assert result.code == 0 and result.out.splitlines()[-1] == (
         f"stopped by {name} after step 3 of 50, which is saved in {tmp_path / 'out'}: "
         "to continue, run the same command with --resume auto")
-    assert checkpoint.read(tmp_path / "out")["step"] == 3
+    assert storage.read(tmp_path / "out")["step"] == 3
 
 
 def test_a_signal_while_starting(call, data_dir, tmp_path, monkeypatch):
@@ -246,7 +246,7 @@ def test_two_processes_resume_exactly(call, data_dir, tmp_path):
     processes[1].send_signal(signal.SIGUSR1)
     first, second = finish_well(processes)
     assert first[1].count("stopped by SIGUSR1") == 1 and second[1] == ""
-    stopped = checkpoint.read(tmp_path / "parts")["step"]
+    stopped = storage.read(tmp_path / "parts")["step"]
     assert 21 <= stopped < 300
     shutil.copytree(tmp_path / "parts", tmp_path / "alone")
     finish_well(start("mdlm_text8", data_dir, tmp_path / "parts", *options, "--resume=auto", n=2))
@@ -266,7 +266,7 @@ def test_torchrun(data_dir, tmp_path):
     torchrun.send_signal(signal.SIGUSR1)
     [(code, output)] = finish([torchrun])
     assert code == 1 and "stopped by SIGUSR1 after step" in output  # torchrun calls any signal a failure
-    stopped = checkpoint.read(tmp_path / "out")["step"]
+    stopped = storage.read(tmp_path / "out")["step"]
     assert 40 <= stopped < 200
 
     [torchrun] = start("mdlm_text8", data_dir, tmp_path / "out", *options, n=2, torchrun=flags)
@@ -306,7 +306,7 @@ def test_everyone_gets_the_signal(data_dir, tmp_path):
         os.kill(pid, signal.SIGTERM)
     [(code, output)] = finish([torchrun])
     assert code == 1 and output.count("stopped by SIGTERM after step") == 1, output
-    step = checkpoint.read(tmp_path / "out")["step"]
+    step = storage.read(tmp_path / "out")["step"]
     [(code, output)] = finish(start("mdlm_text8", data_dir, tmp_path / "out", *options, n=2, torchrun=["--standalone"]))
     assert code == 0 and 20 <= step < 200 and f"continuing at step {step}" in output
 
@@ -339,7 +339,7 @@ def test_only_workers_mind_their_parent(data_dir, tmp_path):
         [(found, output)] = finish(start("mdlm_text8", data_dir, out, "--max_steps=9", script=tmp_path / "train.py",
                                          **environment))
         assert found == code and ("stopped by the end of torchrun after step 4 of 9" in output) == bool(code), output
-        assert checkpoint.read(out)["step"] == step
+        assert storage.read(out)["step"] == step
 
 
 def test_killed_at_random(data_dir, tmp_path):
@@ -364,7 +364,7 @@ def test_killed_at_random(data_dir, tmp_path):
             counts["kills"] += killed
             counts["in a write"] += (out / ".ckpt.pt.tmp").exists()
             if saved or (out / "ckpt.pt").exists():
-                step = checkpoint.read_latest(out)[1]["step"]
+                step = storage.read_latest(out)[1]["step"]
                 assert step >= saved and (killed or step == 300)
                 counts["on the way"] += killed and saved < step < 300
                 saved = step
@@ -410,12 +410,12 @@ def test_a_crash_at_any_instant_of_saving(tmp_path):
         out = tmp_path / str(died_at)
         out.mkdir()
         for step in (1, 2):
-            checkpoint.save(out / "ckpt.pt", PAYLOAD | {"step": step}, keep_previous=True)
+            storage.save(out / "ckpt.pt", PAYLOAD | {"step": step}, keep_previous=True)
         code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import builtins, torch, checkpoint
-payload = checkpoint.read({str(out)!r}) | {{"step": 3}}
+import builtins, torch, storage
+payload = storage.read({str(out)!r}) | {{"step": 3}}
 seen = 0
 def dying(function):
     def call(*args, **kwargs):
@@ -425,21 +425,21 @@ def dying(function):
         seen += 1
         return function(*args, **kwargs)
     return call
-os.replace, os.fsync, checkpoint.open = dying(os.replace), dying(os.fsync), dying(open)
-checkpoint.save({str(out / "ckpt.pt")!r}, payload, keep_previous=True)
+os.replace, os.fsync, storage.open = dying(os.replace), dying(os.fsync), dying(open)
+storage.save({str(out / "ckpt.pt")!r}, payload, keep_previous=True)
 """
         died = subprocess.run([sys.executable, "-c", code]).returncode
         assert died == (9 if died_at < len(calls) else 0)
         expected = 3 if died_at >= 4 else 2
-        assert checkpoint.read_latest(out)[1]["step"] == checkpoint.read(out)["step"] == expected
+        assert storage.read_latest(out)[1]["step"] == storage.read(out)["step"] == expected
         assert (out / "ckpt.pt").exists() == (died_at != 3)
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """Each of 400 single-bit flips is either reported by name or changes nothing of the contents."""
     path = tmp_path / "ckpt.pt"
-    checkpoint.save(path, PAYLOAD)
-    whole, contents = path.read_bytes(), checkpoint.digest(checkpoint.read(path))
+    storage.save(path, PAYLOAD)
+    whole, contents = path.read_bytes(), storage.digest(storage.read(path))
     chance, noticed, harmful = random.Random(0), 0, 0
     for _ in range(400):
         bit = chance.randrange(8 * len(whole))
@@ -447,15 +447,15 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         try:
-            payload = checkpoint.read(path)
+            payload = storage.read(path)
         except UserError as error:
             assert str(path) in str(error)
             noticed += 1
         else:
-            assert checkpoint.digest(payload) == contents
+            assert storage.digest(payload) == contents
         try:
             loaded = torch.load(path, weights_only=True)
-            harmful += checkpoint.digest({k: v for k, v in loaded.items() if k != "sha256"}) != contents
+            harmful += storage.digest({k: v for k, v in loaded.items() if k != "sha256"}) != contents
         except Exception:
             pass
     print(f"{noticed} of 400 flips reported; torch.load read {harmful} of them as something else, without a word")
@@ -464,15 +464,15 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
 
 def test_every_kind_of_change_changes_the_hash():
     """Keys, order, types, shapes and values all count."""
-    base = checkpoint.digest(PAYLOAD)
+    base = storage.digest(PAYLOAD)
     w = PAYLOAD["model"]["w"]
     for change in ({"name": "y"}, {"config": PAYLOAD["config"] | {"lr": 0.2}},
                    {"meta": PAYLOAD["meta"] | {"pad": None}}, {"extra": 1}, {"model": {"v": w}},
                    {"config": PAYLOAD["config"] | {"betas": [0.9, 0.98]}},
                    {"model": PAYLOAD["model"] | {"w": w.view(4, 16)}}, {"model": PAYLOAD["model"] | {"w": w.int()}},
                    {"model": PAYLOAD["model"] | {"w": w + 1e-5}}, {"optimizer": {}}):
-        assert checkpoint.digest(PAYLOAD | change) != base, change
-    assert checkpoint.digest(dict(reversed(PAYLOAD.items()))) != base
+        assert storage.digest(PAYLOAD | change) != base, change
+    assert storage.digest(dict(reversed(PAYLOAD.items()))) != base
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
@@ -483,7 +483,7 @@ def test_resume_auto_takes_the_previous_checkpoint(call, data_dir, tmp_path, cap
         assert train(call, "mdlm_text8", data_dir, tmp_path / out, *options).code == 0
     path = tmp_path / "out" / "ckpt.pt"
     content = bytearray(path.read_bytes())
-    content[content.index(checkpoint.read(path)["model"]["embed.weight"].numpy().tobytes())] ^= 4
+    content[content.index(storage.read(path)["model"]["embed.weight"].numpy().tobytes())] ^= 4
     if damage == "missing":
         path.unlink()
     else:
@@ -496,7 +496,7 @@ def test_resume_auto_takes_the_previous_checkpoint(call, data_dir, tmp_path, cap
         assert f"{path} " in result.err and "going on from" in result.err and result.err.count("\n") == 1
         assert (tmp_path / "out" / "ckpt_damaged.pt").exists()
     assert_identical(tmp_path / "whole", tmp_path / "out")
-    assert checkpoint.read(tmp_path / "out" / "ckpt_prev.pt")["step"] == 6
+    assert storage.read(tmp_path / "out" / "ckpt_prev.pt")["step"] == 6
 
 
 def test_two_damaged_checkpoints_are_not_written_over(call, data_dir, tmp_path):
@@ -539,7 +539,7 @@ def test_nobody_reads_the_output(data_dir, tmp_path):
                               text=True)
 
     process = shell(tmp_path / "out", "set -o pipefail;", "| head -2")
-    assert process.returncode == 0 and process.stderr == "" and checkpoint.read(tmp_path / "out")["step"] == 9
+    assert process.returncode == 0 and process.stderr == "" and storage.read(tmp_path / "out")["step"] == 9
     process = shell(tmp_path / "other", "", "> /dev/full")
     assert process.returncode == 2 and process.stderr.count("\n") == 1 and "No space left" in process.stderr
 
@@ -592,7 +592,7 @@ def test_lost_checkpoints(call, data_dir, tmp_path):
         json.dumps(line) + "\n" for line in map(json.loads, left["log.jsonl"].splitlines()) if line["step"] <= 3))
     result = train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto")
     assert result.code == 0 and "has no checkpoint yet: it begins again at step 0" in result.err
-    assert checkpoint.read(out)["step"] == 8 and losses(out)[:3] == losses(out)[:3]
+    assert storage.read(out)["step"] == 8 and losses(out)[:3] == losses(out)[:3]
 
 
 def test_a_full_disk_while_the_log_is_rewritten(call, data_dir, tmp_path):
@@ -612,7 +612,7 @@ def test_a_full_disk_while_the_log_is_rewritten(call, data_dir, tmp_path):
 def test_one_run_per_folder(call, data_dir, tmp_path, monkeypatch):
     """A second run in the folder of a living one is refused, at once, or after waiting if it is a resumption; a dead
     one, even if killed, holds nothing."""
-    monkeypatch.setattr(checkpoint, "PATIENCE", 1)
+    monkeypatch.setattr(storage, "PATIENCE", 1)
     options = ["--max_steps=100000", "--checkpoint_interval=5"]
     [first] = start("mdlm_text8", data_dir, tmp_path / "out", *options)
     read_until(first, "step 6 ")
@@ -622,7 +622,7 @@ def test_one_run_per_folder(call, data_dir, tmp_path, monkeypatch):
                                  for line in result.err.splitlines()] == [(True, False), (False, True)]
     first.kill()
     first.wait()
-    done = checkpoint.read_latest(tmp_path / "out")[1]["step"]
+    done = storage.read_latest(tmp_path / "out")[1]["step"]
     (tmp_path / "out" / "log.jsonl").unlink()
     [again] = start("mdlm_text8", data_dir, tmp_path / "out", *options, "--resume=auto")
     read_until(again, f"continuing at step {done:,}")
@@ -701,9 +701,9 @@ def test_a_step_that_is_not_finite_is_skipped(call, data_dir, tmp_path, monkeypa
     assert all(0 < bits < 10 for bits in losses(tmp_path / "out"))
     run("two", "--max_steps=2", "--min_lr=1e-3")
     run("four", "--max_steps=4", "--min_lr=1e-3", bad=[3, 4])
-    two, four = checkpoint.read(tmp_path / "two"), checkpoint.read(tmp_path / "four")
+    two, four = storage.read(tmp_path / "two"), storage.read(tmp_path / "four")
     for key in ("model", "optimizer"):
-        assert checkpoint.digest(two[key]) == checkpoint.digest(four[key])
+        assert storage.digest(two[key]) == storage.digest(four[key])
     assert four["tally"][2:4].tolist() == [2, 2] and losses(tmp_path / "four")[2:] == [None, None]
 
 
@@ -714,7 +714,7 @@ def test_too_many_steps_that_are_not_finite(call, data_dir, tmp_path, monkeypatc
                    "--checkpoint_interval=3")
     assert result.code == 2 and result.err.count("\n") == 1 and result.err.startswith(
         "train.py: loss or gradient was not finite in 3 steps in a row before step 7")
-    payload = checkpoint.read(tmp_path / "out")
+    payload = storage.read(tmp_path / "out")
     assert payload["step"] == 3 and all(torch.isfinite(value).all() for value in payload["ema"].values())
 
 
@@ -733,7 +733,7 @@ def test_weights_that_overflow_are_not_saved(call, data_dir, tmp_path):
                    "--lr=3e38", "--beta2=0", "--grad_clip=0", "--log_interval=40")
     assert result.code == 2 and result.err.count("\n") == 1 and "weights are not finite after step" in result.err
     for path in (tmp_path / "out").glob("ckpt*.pt"):
-        assert all(torch.isfinite(value).all() for value in checkpoint.read(path)["model"].values())
+        assert all(torch.isfinite(value).all() for value in storage.read(path)["model"].values())
 
 
 POISONED = """
@@ -758,7 +758,7 @@ def test_all_processes_skip_the_same_step(data_dir, tmp_path):
     (tmp_path / "train.py").write_text(POISONED.format(root=str(ROOT)))
     finish_well(start("mdlm_text8", data_dir, tmp_path / "out", "--max_steps=5", script=tmp_path / "train.py", n=2))
     assert losses(tmp_path / "out", "skipped") == [0, 0, 1, 1, 1]
-    assert all(torch.isfinite(value).all() for value in checkpoint.read(tmp_path / "out")["model"].values())
+    assert all(torch.isfinite(value).all() for value in storage.read(tmp_path / "out")["model"].values())
 
 
 # ---- several processes: errors, deaths, hangs ------------------------------------------------------------------------
@@ -898,7 +898,7 @@ def test_wandb(data_dir, tmp_path, monkeypatch):
     environment = {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     options = ["--max_steps=2", "--sample_interval=1", "--wandb"]
     finish_well(start("mdlm_text8", data_dir, tmp_path / "out", *options, **environment))
-    run_id = checkpoint.read(tmp_path / "out")["wandb_id"]
+    run_id = storage.read(tmp_path / "out")["wandb_id"]
     finish_well(start("mdlm_text8", data_dir, tmp_path / "out", *options, "--resume=auto", **environment))
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(runs) == 2 and all(name.endswith(run_id) for name in runs)

@@ -12,12 +12,11 @@ import torch
 
 import configs
 import world
+from categorical import Draw, entropy, inverse_cdf
 from diffusion import MDLM, Absorbing, AutoRegressive, make_schedule
-from draw import Draw, entropy, inverse_cdf
-from sampling import (SIGMAS, Settings, ancestral, cheapest_grid, enough_steps,
-                      entropy_bound, first_hitting, left_to_right, loop_grid, plain, price, remdm,
-                      schedule_grid, threshold, topk)
-from world import L, MASK, V
+from sampling import (SIGMAS, Settings, ancestral, cheapest_grid, enough_steps, entropy_bound, first_hitting,
+                      left_to_right, loop_grid, plain, price, remdm, schedule_grid, threshold, topk)
+from world import MASK, L, V
 
 TIME = MDLM(MASK).time
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import world
+from categorical import Draw
 from configs import OBJECTIVES
 from diffusion import MDLM, SEDD, Absorbing, make_schedule
-from draw import Draw
 from sampling import SAMPLERS, Settings, ancestral, schedule_grid, with_denoising
 from test_sampling import chi_square_excess, counts_of, masks
 from uniform import Uniform, UniformD3PM
-from world import L, MASK, P_DATA, SEQUENCES, STATES, V
+from world import MASK, P_DATA, SEQUENCES, STATES, L, V
 
 N_SAMPLES = 30_000
 ABSORBING = torch.zeros(V + 1, V + 1, dtype=torch.float64)  # rate matrices, rows: from

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import interop
+import storage
 from cli import UserError
 from commands import assert_one_line, losses, train
 from configs import Config
 from diffusion import D3PM
+from foreign import translate
+from foreign.tiny_diffusion import StepsUp, TinyDiffusion, swap_halves
 from test_interop import nanodd_payload, small_model
-from tiny_diffusion import StepsUp, TinyDiffusion, swap_halves
 
 CPU = torch.device("cpu")
 MASK, T, L, HEADS, D = 127, 10, 12, 2, 16
@@ -60,7 +61,7 @@ def loaded(path, state=None, overrides=UNSAID):
     """The model behind a file, which is made of the state dict first if there is one."""
     if state is not None:
         torch.save(state, path)
-    return checkpoint.load_model(path, CPU, checkpoint.Hints(overrides=overrides))
+    return checkpoint.load_model(path, CPU, storage.Hints(overrides=overrides))
 
 
 def ours(codes):
@@ -87,7 +88,7 @@ def test_import(tmp_path):
     torch.testing.assert_close(short, their_logits(state, codes[:, :5], index)[..., 1:], atol=1e-4, rtol=1e-4)
     where = torch.rand(codes.shape) < 0.4
     torch.testing.assert_close(model(ours(codes), (index + 1) / T, where=where), logits[where])
-    raw = checkpoint.load_model(tmp_path / "diffusion_model.pt", CPU, checkpoint.Hints(overrides=UNSAID), raw=True)
+    raw = checkpoint.load_model(tmp_path / "diffusion_model.pt", CPU, storage.Hints(overrides=UNSAID), raw=True)
     assert torch.equal(raw.model(ours(codes), (index + 1) / T), logits)
     for block in model.blocks:  # without the exchange of halves it is another network
         for layer in (block.q, block.k):
@@ -168,11 +169,11 @@ def test_bad_files(tmp_path):
 
 def test_overrides(tmp_path, trained):
     """--override's text; what a file leaves unsaid has usual values; what it says, as ours do, cannot be changed."""
-    assert interop.overrides("n_head=2,seq_len=40") == {"n_head": 2, "seq_len": 40}
+    assert translate.overrides("n_head=2,seq_len=40") == {"n_head": 2, "seq_len": 40}
     for text, word in (("n_heads=2", "KEY of n_head, prefix, seq_len"), ("n_head", "KEY=NUMBER"), ("", "KEY=NUMBER"),
                        ("n_head=2,n_head=3", "once"), ("n_head=two", "not an integer"), ("seq_len=0", "outside")):
         with pytest.raises(argparse.ArgumentTypeError, match=word):
-            interop.overrides(text)
+            translate.overrides(text)
     config = loaded(tmp_path / "model.pt", their_state(), None).config
     assert (config.n_head, config.seq_len) == (1, 256)
     with pytest.raises(UserError, match="of this project and knows its n_head: leave out --override"):

@@ -10,12 +10,12 @@ import checkpoint
 from cli import matmul_peak
 from commands import losses, train
 from configs import CONFIGS, Config, replace
+from costs import flops_per_token
 from data.loader import load_split, windows
 from diffusion import MDLM
-from estimate import flops_per_token
 from likelihood import bound
-from noise import uniforms
 from optim import EMA, AdamW, learning_rate, make_optimizers
+from randomness import uniforms
 from train import train_step
 
 CFG = Config(n_layer=1, n_head=2, n_embd=16, n_cond=8, seq_len=8, max_steps=110, warmup_steps=10, lr=1.0, min_lr=0.1)

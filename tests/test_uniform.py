@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import world
-from noise import uniforms
+from randomness import uniforms
 from uniform import Uniform, UniformD3PM, UniformNoise, posterior, prior_kl
-from world import ENTROPY, L, P_DATA, SEQUENCES, V
+from world import ENTROPY, P_DATA, SEQUENCES, L, V
 
 N_SEQUENCES = len(SEQUENCES)
 EVERY_X0 = SEQUENCES.repeat_interleave(N_SEQUENCES, 0)

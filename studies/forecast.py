@@ -1,90 +1,22 @@
 """What a run will need: bytes on each GPU, and days, from the operations of its config and a stated utilisation.
 
     python bench.py --estimate d3pm_openwebtext_8gpu --gpu h100
-
-And what no machine here has: what asks for more memory than there is gets one line (check_fits) before it takes any.
 """
 
 import json
-import math
 import re
 
 import torch
 
-import optim
-from cli import UserError, autocast, memory_of
+from cli import UserError, autocast
 from configs import replace
-from noise import uniforms
+from costs import check_fits, flops_per_token, numbers_kept, optimizer_flops, weight_bytes
 from parallel import share_of_batch
 
 # Dense bfloat16 TFLOP/s and GB of memory, from the manufacturer's data sheets.
 GPUS = {"a100": (312, 80), "a100-40": (312, 40), "h100": (989, 80), "h200": (989, 141), "b200": (2250, 180),
         "l40s": (362, 48), "rtx4090": (165, 24), "rtx3090": (71, 24)}
 SPARE = 0.9  # of a GPU's memory can be used: the rest goes to CUDA, temporary buffers and fragmentation
-
-
-# ---- at least: what cannot fit is refused ----------------------------------------------------------------------------
-
-
-def numbers_kept(model, cfg):
-    """How many numbers of state the optimisers keep."""
-    return sum(kind.numbers_kept(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)
-
-
-def sizes(cfg, vocab_size):
-    """(parameters, numbers of optimiser state, bytes of tables) of a config's model, without building it.
-
-    All three are linear in the number of blocks, so models of one and two blocks tell them, on the meta device, which
-    has shapes and no memory. Infinite where PyTorch cannot even count the elements.
-    """
-    def of(n_layer):
-        with torch.device("meta"):
-            model = replace(cfg, n_layer=n_layer).make_model(vocab_size)
-        return torch.tensor([model.n_params(), numbers_kept(model, cfg),
-                             sum(table.nbytes for table in model.buffers())], dtype=torch.float64)
-
-    try:
-        one, two = of(1), of(2)
-    except RuntimeError:
-        return (math.inf,) * 3
-    return tuple((one + (cfg.n_layer - 1) * (two - one)).tolist())
-
-
-def weight_bytes(cfg, vocab_size):
-    """What a model takes: its weights, and its tables of angles, in float32."""
-    n_params, _, tables = sizes(cfg, vocab_size)
-    return 4 * n_params + tables
-
-
-def training_bytes(cfg, vocab_size, local, micro, shares=1):
-    """What one process of a run takes at least, of its device: weights, gradients, averages and moments, of which it
-    has one of so many shares, and every block's input in a micro-batch. And the tokens and noise of a step.
-
-    local, micro: sequences per process and step, and per micro-step.
-    """
-    n_params, kept, tables = sizes(cfg, vocab_size)
-    state = 4 * (3 * n_params + kept) / shares
-    inputs = 4 * cfg.n_layer * micro * cfg.seq_len * cfg.n_embd
-    return state + tables + inputs + 16 * local * cfg.seq_len + 8 * cfg.batch_size
-
-
-def check_fits(needed, device, what, remedy):
-    """Raise UserError if so many bytes are more than the device has in all."""
-    there = memory_of(device)
-    if there and needed > there:
-        raise UserError(f"{what} needs at least {needed / 1e9:,.1f} GB of memory, and {device.type} has "
-                        f"{there / 1e9:,.1f} GB: {remedy}")
-
-
-# ---- memory and operations of a step ---------------------------------------------------------------------------------
-
-
-def flops_per_token(model, objective, cfg):
-    """Floating-point operations of a training step per token; the head counts where the objective asks for logits."""
-    if objective.everywhere:
-        return model.flops(cfg.seq_len)
-    noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True))
-    return model.flops(cfg.seq_len, noise.mask.float().mean().item())
 
 
 def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
@@ -132,11 +64,6 @@ def fullest(micro):
     """The largest share of masks in a micro-batch of a long run: five standard deviations above one half, where the
     mask rates of its sequences are uniform. The memory for logits must do for that one."""
     return min(1.0, 0.5 + 5 / (12 * micro) ** 0.5)
-
-
-def optimizer_flops(model, cfg):
-    """Operations of the optimisers in each step, on each GPU."""
-    return sum(kind.flops(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)
 
 
 def recomputed(model, flops, cfg, vocab_size):

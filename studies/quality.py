@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from baselines import known_word_share
+from categorical import Counted
 from checkpoint import load_model
 from cli import UserError, autocast, generator_on, progress, table, write_file
 from data.loader import gather, windows
 from data.tokenizer import make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
-from draw import Counted
 from plot import picture
-from sampling import SAMPLERS
 from sampler_flags import cuts, given_flags, settings_of
+from sampling import SAMPLERS
+from studies.baselines import known_word_share
 
 
 # ---- without a judge -------------------------------------------------------------------------------------------------

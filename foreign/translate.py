@@ -1,5 +1,5 @@
 """Other projects' checkpoints, translated into ours: what they are, their names and conventions, and what they leave
-unsaid. sources.py reads them; ddit.py has the network that most of them share.
+unsaid. files.py reads them; ddit.py has the network that most of them share.
 
     format          project                                      what the network is here
     nanodd          github.com/flukeskywalker/nanoDD             DiT, told the step number; tied head
@@ -25,12 +25,12 @@ import re
 import torch
 import torch.nn.functional as F
 
-import ddit
 from cli import UserError, note, number
 from configs import Config
 from data.tokenizer import KNOWN
-from sources import BUFFERS, plain_key, rename, tensors
-from tiny_diffusion import our_weights
+from foreign import ddit
+from foreign.files import BUFFERS, plain_key, rename, tensors
+from foreign.tiny_diffusion import our_weights
 
 FORMATS = ("nanodd", "tiny-diffusion", "sedd", "oxen", "mdlm", "bd3lm", "duo", "udlm", "radd")
 # What the user may say of a checkpoint, because the file does not, or not for sure.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from cli import UserError, note
 from data.loader import load_meta
 from data.tokenizer import KNOWN
-from sources import BUFFERS, rename, tensors
+from foreign.files import BUFFERS, rename, tensors
 
 NAMES = (
     (r"^vocab_embed\.embedding$", "embed.weight"),

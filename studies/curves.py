@@ -11,12 +11,12 @@ import math
 import numpy as np
 import torch
 
-from checkpoint import digest
 from cli import UserError, autocast, progress, table, write_file
 from data.loader import gather, windows
 from likelihood import by_rate, in_batches, mean_and_error, reveal
-from noise import give_prefix, repeated_uniforms, uniforms
 from plot import picture
+from randomness import give_prefix, repeated_uniforms, uniforms
+from storage import digest
 
 
 def some_of(low, high, n):

@@ -1,0 +1,73 @@
+"""What a model and its training cost: bytes and operations, found without building it; and what cannot fit is refused."""
+
+import math
+
+import torch
+
+import optim
+from cli import UserError, memory_of
+from configs import replace
+from randomness import uniforms
+
+
+def numbers_kept(model, cfg):
+    """How many numbers of state the optimisers keep."""
+    return sum(kind.numbers_kept(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)
+
+
+def sizes(cfg, vocab_size):
+    """(parameters, numbers of optimiser state, bytes of tables) of a config's model, without building it.
+
+    All three are linear in the number of blocks, so models of one and two blocks tell them, on the meta device, which
+    has shapes and no memory. Infinite where PyTorch cannot even count the elements.
+    """
+    def of(n_layer):
+        with torch.device("meta"):
+            model = replace(cfg, n_layer=n_layer).make_model(vocab_size)
+        return torch.tensor([model.n_params(), numbers_kept(model, cfg),
+                             sum(table.nbytes for table in model.buffers())], dtype=torch.float64)
+
+    try:
+        one, two = of(1), of(2)
+    except RuntimeError:
+        return (math.inf,) * 3
+    return tuple((one + (cfg.n_layer - 1) * (two - one)).tolist())
+
+
+def weight_bytes(cfg, vocab_size):
+    """What a model takes: its weights, and its tables of angles, in float32."""
+    n_params, _, tables = sizes(cfg, vocab_size)
+    return 4 * n_params + tables
+
+
+def training_bytes(cfg, vocab_size, local, micro, shares=1):
+    """What one process of a run takes at least, of its device: weights, gradients, averages and moments, of which it
+    has one of so many shares, and every block's input in a micro-batch. And the tokens and noise of a step.
+
+    local, micro: sequences per process and step, and per micro-step.
+    """
+    n_params, kept, tables = sizes(cfg, vocab_size)
+    state = 4 * (3 * n_params + kept) / shares
+    inputs = 4 * cfg.n_layer * micro * cfg.seq_len * cfg.n_embd
+    return state + tables + inputs + 16 * local * cfg.seq_len + 8 * cfg.batch_size
+
+
+def check_fits(needed, device, what, remedy):
+    """Raise UserError if so many bytes are more than the device has in all."""
+    there = memory_of(device)
+    if there and needed > there:
+        raise UserError(f"{what} needs at least {needed / 1e9:,.1f} GB of memory, and {device.type} has "
+                        f"{there / 1e9:,.1f} GB: {remedy}")
+
+
+def flops_per_token(model, objective, cfg):
+    """Floating-point operations of a training step per token; the head counts where the objective asks for logits."""
+    if objective.everywhere:
+        return model.flops(cfg.seq_len)
+    noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True))
+    return model.flops(cfg.seq_len, noise.mask.float().mean().item())
+
+
+def optimizer_flops(model, cfg):
+    """Operations of the optimisers in each step, on each GPU."""
+    return sum(kind.flops(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)
