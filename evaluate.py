@@ -14,30 +14,27 @@ A masked model's number is an upper bound on its -log2 p(x), averaged over non-o
 The standard error is that of the mean over windows: it covers the noise of the estimate and the choice of text.
 """
 
+import itertools
 import json
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from checkpoint import load_model
 from cli import ArgumentParser, UserError, named, number, pick_device, pick_dtype, run
-from data.loader import SPLITS, check_same_data, load_meta, load_split, recode, windows
-from data.prepare import read_text
-from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
+from data.loader import SPLITS
 from diffusion import WHOLE, Absorbing
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
 from randomness import prefix_lengths
-from sampler_flags import add_arguments, cuts, given_flags, steps_flag
+from sampler_flags import add_arguments, cuts, given_flags, settings_of, steps_flag
+from sampling import SAMPLERS
 from storage import add_hints, hints_of
 from studies.baselines import reference_points
-from studies.curves import context, curse, curve, variance
-from studies.quality import samples
+from studies.curves import context, curse, curve
+from studies.quality import open_judge, read_samples, samples
+from studies.subject import check_comparable, open_subject
 
 ESTIMATORS = {
     "exact_k": "continuous-time bound, exact k", "continuous": "continuous-time bound, independent masks",
@@ -107,11 +104,8 @@ def parse_args():
                        help="price of predicting tokens in parallel; writes curse.json, curse.png")
     modes.add_argument("--context", type=lengths, metavar="0,16,64",
                        help="bits of the same text after so many tokens of context; writes context.json")
-    modes.add_argument("--variance", action="store_true",
-                       help="noise of several estimators with 64 network calls on 8 windows; slow")
     modes.add_argument("--samples", type=samples_flag, metavar="N|FILE",
                        help="quality of N samples, or of those in FILE; writes quality.csv (N: and quality.png)")
-    p.add_argument("--trials", type=number(int, 2, 10**6), help="of --variance (default 200)")
     q = p.add_argument_group("--samples")
     q.add_argument("--judge", type=named, metavar="CKPT|hf://NAME",
                    help="autoregressive checkpoint, or model of transformers, that reads the samples")
@@ -134,118 +128,6 @@ def parse_args():
         raise UserError("--text is scored instead of a split: leave out --split")
     args.split = args.split or "val"
     return args
-
-
-# ---- what is scored --------------------------------------------------------------------------------------------------
-
-
-class Subject(NamedTuple):
-    """A checkpoint and what it is scored on."""
-
-    path: str
-    model: torch.nn.Module
-    config: object
-    meta: dict
-    step: int
-    tokenizer: object
-    dataset: str          # name of the data set, or of the text file
-    where: str            # the same in words
-    data_dir: str
-    tokens: np.ndarray    # (n,)
-    starts: np.ndarray    # of the windows
-    seq_len: int
-
-    def windows(self, batch_size, device, dtype):
-        """The arguments that all measurements share."""
-        return self.tokens, self.starts, self.seq_len, batch_size, device, dtype
-
-    def split(self, name):
-        """All tokens of a split of the data set, in the checkpoint's ids."""
-        meta = load_meta(self.dataset, self.data_dir)
-        return recode(load_split(self.dataset, name, 1, self.data_dir), meta, self.meta, self.dataset)
-
-    def output(self, folder, name):
-        """Where a study is written: in folder, or the checkpoint's. Raises UserError if there is no such folder."""
-        path = Path(self.path)
-        if self.path.startswith("hf://") and not folder:
-            raise UserError(f"say with --out_dir where to write what is found out about {self.path}")
-        folder = folder or (path if path.is_dir() else path.parent)
-        if not folder.is_dir():
-            raise UserError(f"--out_dir {folder} is no folder")
-        return folder / name
-
-    def masked_only(self, flag):
-        objective = self.config.objective_class
-        if not objective.any_order:
-            raise UserError(f"{self.path} {objective.description}: {flag} is for masked models")
-
-    def whole_windows(self, flag):
-        if self.config.prefix_range[0]:
-            raise UserError(f"{self.path} needs a prefix ({self.config.prefix}), and {flag} scores whole windows")
-
-    def objective(self, estimator=None, T=None):
-        config = self.config
-        if estimator in ("t_step", "t_step_uniform"):
-            config = replace(config, objective="d3pm", T=T or config.T, weighting="nelbo", time_sampling="uniform")
-        return config.make_objective(self.meta["vocab_size"])
-
-
-def open_subject(path, args, device):
-    """Load a checkpoint and what to score it on. Raises UserError for what does not fit together."""
-    model, config, meta, step = load_model(path, device, hints_of(args), args.raw)
-    seq_len = args.seq_len or config.seq_len
-    if seq_len > config.seq_len:
-        raise UserError(f"--seq_len={seq_len} is longer than the {config.seq_len} tokens that {path} was trained on")
-    if seq_len <= config.prefix_range[1]:
-        raise UserError(f"--seq_len={seq_len} leaves nothing after the prefix that {path} needs ({config.prefix})")
-    if args.normalised:
-        if not config.objective_class.normalised:
-            raise UserError(f"--normalised is for score entropy with masks, and {path} has another objective")
-        config = replace(config, objective=config.objective_class.normalised)
-    tokenizer = make_tokenizer(meta)
-    dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
-    if args.text and args.dataset and "sha256" in meta:
-        raise UserError("--text is scored instead of a data set: leave out --dataset")
-    if args.text:
-        text, how = read_text(args.text), "as it stands"
-        if meta.get("alphabet") == TEXT8_ALPHABET:
-            text, how = " ".join(text8_words(text)), "in text8's 27 symbols"
-        tokens = tokenizer.encode(text)
-        if len(tokens) < seq_len:
-            raise UserError(f"{args.text} has {len(tokens):,} tokens, fewer than one window of {seq_len}: "
-                            f"use a longer text{f' or --seq_len={len(tokens)}' if len(tokens) else ''}")
-        dataset = args.text
-        where = f"{args.text} ({how}, no detokenisation; the last {len(tokens) % seq_len} tokens left out)"
-    else:
-        tokens = recode(load_split(dataset, args.split, seq_len, data_dir), load_meta(dataset, data_dir), meta, dataset)
-        where = f"{dataset} {args.split}"
-    n_windows = args.n_tokens and max(1, round(args.n_tokens / seq_len))
-    if args.curve or args.curse or args.context:
-        n_windows = n_windows or 256
-    return Subject(path, model, config, meta, step, tokenizer, dataset, where, data_dir, tokens,
-                   windows(tokens, seq_len, n_windows), seq_len)
-
-
-def check_comparable(one, two, named_data):
-    """Raise UserError unless two subjects are scored on the same windows of data that neither was chosen for."""
-    for key in ("tokenizer", "alphabet", "vocab_size"):
-        if one.meta.get(key) != two.meta.get(key):
-            raise UserError(f"{one.path} and {two.path} have different data: their {key}s are {one.meta.get(key)!r} "
-                            f"and {two.meta.get(key)!r}, so that their bits per token are of different things")
-    if one.dataset != two.dataset:
-        raise UserError(f"{one.path} and {two.path} have different data ({one.dataset} and {two.dataset}): "
-                        "name the one to score both on with --dataset")
-    if one.config.prefix_range != two.config.prefix_range:
-        raise UserError(f"{one.path} and {two.path} are scored given different prefixes ({one.config.prefix} and "
-                        f"{two.config.prefix}): score each with --context")
-    if not named_data and "sha256" in one.meta and "sha256" in two.meta:
-        check_same_data(one.meta, two.meta, one.dataset, two.path)
-    if not np.array_equal(one.tokens, two.tokens):
-        raise UserError(f"{one.path} and {two.path} have different data under the name of {one.dataset}: "
-                        "say with --data_dir which to score both on")
-    if one.seq_len != two.seq_len:
-        raise UserError(f"{one.path} and {two.path} have windows of {one.seq_len} and {two.seq_len} tokens: "
-                        f"choose --seq_len={min(one.seq_len, two.seq_len)} for both")
 
 
 # ---- likelihood ------------------------------------------------------------------------------------------------------
@@ -275,9 +157,8 @@ def second_of(subject, estimator):
     return subject.objective(estimator).estimators[estimator]
 
 
-def nats_of(subject, estimator, args, device, dtype):
+def nats_of(subject, estimator, args):
     """Nats per token of each window by an estimator or along an order (n,), and the name of the method."""
-    settings = subject.windows(args.batch_size, device, dtype)
     if estimator in ORDERS:
         objective = subject.objective()
         subject.whole_windows("the likelihood along an order")
@@ -285,41 +166,41 @@ def nats_of(subject, estimator, args, device, dtype):
             subject.masked_only("--order")
         elif estimator != "l2r":
             raise UserError(f"{subject.path} {objective.description} and knows one order: --order l2r")
-        return (chain_rule_of(subject.model, objective, *settings, estimator, args.seed, show=True),
+        return (chain_rule_of(subject.model, objective, subject.data, estimator, args.seed, show=True),
                 f"negative log-likelihood, order {estimator}")
     objective, prefix = subject.objective(estimator, args.T), subject.config.prefix
-    nats = bound(subject.model, objective, *settings, seed=args.seed, repeats=args.repeats, estimator=estimator,
+    nats = bound(subject.model, objective, subject.data, seed=args.seed, repeats=args.repeats, estimator=estimator,
                  prefix=subject.config.prefix_range, show=True)
     return nats, (ESTIMATORS[estimator].format(T=getattr(objective, "T", None)) + ", normalised" * args.normalised
                   + ("" if prefix == "none" else f", given a prefix ({prefix})"))
 
 
-def likelihood(subject, estimator, args, device, dtype):
+def likelihood(subject, estimator, args):
     """(nats per token of each window, the line to print, the fields of the JSON object)."""
-    start = time.perf_counter()
-    nats, method = nats_of(subject, estimator, args, device, dtype)
+    start, data = time.perf_counter(), subject.data
+    nats, method = nats_of(subject, estimator, args)
     if not nats.isfinite().all():
         raise UserError(f"{subject.path} gives no finite likelihood: its weights are broken, or predict zero somewhere")
     bits, error = mean_and_error(nats / math.log(2), by_rate(len(nats), args.seed, args.repeats))
     unit = subject.tokenizer.unit
     given = prefix_lengths((0, 0) if estimator in ORDERS else subject.config.prefix_range, args.seed, 0,
-                           range(len(subject.starts)))
-    counts = sum(np.bincount(subject.tokens[i + c:i + subject.seq_len], minlength=subject.meta["vocab_size"])
-                 for i, c in zip(subject.starts, given))
+                           range(data.n))
+    counts = sum(np.bincount(data.tokens[i + c:i + data.seq_len], minlength=subject.meta["vocab_size"])
+                 for i, c in zip(data.starts, given))
     n_tokens = int(counts.sum())
     n_chars, n_bytes = (int(counts @ lengths) for lengths in subject.tokenizer.lengths())
     perplexity = 2**bits if bits < 1024 else None  # beyond, a float has no number for it
     result = {
-        "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": len(subject.starts),
+        "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": data.n,
         "n_tokens": n_tokens, "bits_per_char": bits * n_tokens / n_chars, "bits_per_byte": bits * n_tokens / n_bytes,
         "perplexity": perplexity, "estimator": method, "dataset": subject.dataset,
-        "split": None if args.text else args.split, "seq_len": subject.seq_len, "repeats": args.repeats,
+        "split": subject.split, "seq_len": data.seq_len, "repeats": args.repeats,
         "seed": args.seed, "step": subject.step, "weights": "raw" if args.raw else "ema", "checkpoint": subject.path,
         "seconds": time.perf_counter() - start,
     }
     also = "" if unit == "char" else f", {result['bits_per_byte']:.4f} bits per byte"
-    line = (f"{bits:.4f} {plus_minus(error)} bits per {unit} on {subject.where} ({len(subject.starts):,} windows of "
-            f"{subject.seq_len}; {method}; step {subject.step:,}; "
+    line = (f"{bits:.4f} {plus_minus(error)} bits per {unit} on {subject.where} ({data.n:,} windows of "
+            f"{data.seq_len}; {method}; step {subject.step:,}; "
             f"perplexity {'above 1e308' if perplexity is None else format(perplexity, ',.2f')}{also})")
     return nats, line, result
 
@@ -334,9 +215,9 @@ def difference(one, two, args):
     return mean_and_error((one - two) / math.log(2), by_rate(len(one), args.seed, args.repeats))
 
 
-def score(args, device, dtype, out):
+def score(args, open_subject, out):
     """The bound, or the likelihood along an order, of one or two checkpoints, or two estimates of one."""
-    one = open_subject(args.checkpoint, args, device)
+    one = open_subject(args.checkpoint)
     if args.baselines and (args.n_tokens or args.text or args.seq_len or args.other):
         raise UserError("--baselines are scored on the whole split, beside one checkpoint: leave out --n_tokens, "
                         "--text and --seq_len")
@@ -347,38 +228,37 @@ def score(args, device, dtype, out):
     if args.other:
         if args.check:
             raise UserError("--check is for one checkpoint")
-        two = open_subject(args.other, args, device)
+        two = open_subject(args.other)
         check_comparable(one, two, args.dataset or args.text)
-        return compare(one, two, args, device, dtype, out)
+        return compare(one, two, args, out)
     if args.check and one.config.objective_class.causal and one.config.prefix != "none":
         raise UserError(f"--check of an autoregressive model scores whole windows, not after {one.config.prefix}")
-    if args.check and len(one.starts) < LEAST:
-        raise UserError(f"--check needs at least {LEAST} windows, and here are {len(one.starts)}: more --n_tokens, a "
+    if args.check and one.data.n < LEAST:
+        raise UserError(f"--check needs at least {LEAST} windows, and here are {one.data.n}: more --n_tokens, a "
                         "longer text or a shorter --seq_len")
     estimator = args.order or pick_estimator(one, args)
-    nats, line, result = likelihood(one, estimator, args, device, dtype)
+    nats, line, result = likelihood(one, estimator, args)
     print(line, file=out)
     if args.check:
-        second_nats, line, second = likelihood(one, second_of(one, estimator), args, device, dtype)
+        second_nats, line, second = likelihood(one, second_of(one, estimator), args)
         mean, error = difference(nats, second_nats, args)
         verdict = agree(mean, error)
         print(f"{line}\ndifference {mean:.4f} {plus_minus(error)}: they {'agree' if verdict else 'DISAGREE'} "
               f"(more than {max(LIMIT * error, ROUNDING):.4f} would have been noticed)", file=out)
         result["check"] = {"agree": verdict, "difference": mean, "stderr": error, "second": second}
     if args.baselines:
-        train = one.split("train")
-        result["baselines"] = dict(reference_points(train, one.tokens, one.meta["vocab_size"]))
+        train = one.read_split("train")
+        result["baselines"] = dict(reference_points(train, one.data.tokens, one.meta["vocab_size"]))
         print(comparison(result, one.tokenizer.unit), file=out)
     return result
 
 
-def compare(one, two, args, device, dtype, out):
+def compare(one, two, args, out):
     """Two checkpoints on the same windows, and the same masks where both have masks."""
     estimators = [args.order or pick_estimator(subject, args) for subject in (one, two)]
     if set(estimators) == {"t_step", "exact_k"} and all(s.config.objective_class.any_order for s in (one, two)):
         estimators = ["exact_k", "exact_k"]  # d3pm against mdlm: what can be compared
-    scored = [likelihood(subject, estimator, args, device, dtype)
-              for subject, estimator in zip((one, two), estimators)]
+    scored = [likelihood(subject, estimator, args) for subject, estimator in zip((one, two), estimators)]
     mean, error = difference(scored[1][0], scored[0][0], args)
     for subject, (_, line, _) in zip((one, two), scored):
         print(f"{subject.path}: {line}", file=out)
@@ -402,13 +282,40 @@ def comparison(result, unit):
                       + (f"; it does not beat {', '.join(unbeaten)}." if unbeaten else ".")])
 
 
+def ways(subject, args):
+    """Settings for each --sampler and each of its --steps. Every sampler gets the flags that it knows; what none of
+    them knows is an error of settings_of."""
+    names, found = args.sampler or [None], []
+    samplers = subject.config.objective_class.samplers
+    knows = {name: SAMPLERS[samplers.get(name or next(iter(samplers)), name)].flags for name in names}
+    for name, steps in itertools.product(names, args.steps or [None]):
+        flags = {flag: value for flag, value in given_flags(args, steps).items()
+                 if flag in knows[name] or not any(flag in known for known in knows.values())}
+        if "k" in flags and len(names) > 1:  # the steps are for the others
+            flags = {"k": flags["k"]}
+        way = settings_of(args, subject.config, subject.path, subject.model, name, flags)
+        if way not in found:  # those without steps come once
+            found.append(way)
+    return found
+
+
+def quality(subject, args, out):
+    """evaluate.py --samples."""
+    drawn = isinstance(args.samples, int)
+    if not drawn and (args.sampler or given_flags(args, args.steps) or cuts(args)):
+        raise UserError("flags of samplers are of no use for samples from a file")
+    texts = args.samples if drawn else read_samples(args.samples)
+    settings = ways(subject, args) if drawn else []
+    judge = open_judge(args.judge, subject.data.device, subject.data.dtype) if args.judge else None
+    return samples(subject, texts, settings, judge, args.out_dir, args.seed, out)
+
+
 def main():
     args = parse_args()
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)
     out = sys.stderr if args.json else sys.stdout
-    study_of = {"curve": curve, "context": context, "variance": variance, "samples": samples}
-    mode = next((mode for mode in (*study_of, "curse") if getattr(args, mode)), None)
+    mode = next((mode for mode in ("curve", "curse", "context", "samples") if getattr(args, mode)), None)
     if mode and (args.estimator or args.T or args.repeats > 1 or args.baselines or args.normalised):
         raise UserError("--estimator, --T, --repeats, --normalised and --baselines belong to the bound, not to "
                         f"--{mode}")
@@ -416,19 +323,27 @@ def main():
         raise UserError("--samples are compared with the data set: leave out --text")
     if mode != "samples" and (args.judge or args.sampler or given_flags(args, args.steps) or cuts(args)):
         raise UserError("--judge and the flags of samplers go with --samples")
-    if args.out_dir and mode not in ("curve", "curse", "context", "samples"):
+    if args.out_dir and not mode:
         raise UserError("--out_dir goes with --curve, --curse, --context and --samples, which write files")
-    if args.trials and mode != "variance" or args.n_tokens and mode == "variance":
-        raise UserError("--trials goes with --variance, which has 8 windows whatever --n_tokens says")
-    if mode == "curse":
-        subjects = [open_subject(path, args, device) for path in (args.checkpoint, args.other) if path]
-        result = curse(subjects, args, device, dtype, out)
-    elif mode:
-        if args.other:
-            raise UserError(f"--{mode} is for one checkpoint")
-        result = study_of[mode](open_subject(args.checkpoint, args, device), args, device, dtype, out)
+    if args.other and mode not in (None, "curse"):
+        raise UserError(f"--{mode} is for one checkpoint")
+
+    def opened(path):
+        return open_subject(path, device, dtype, args.batch_size, hints_of(args), args.raw, args.normalised, args.split,
+                            args.dataset, args.data_dir, args.text, args.seq_len, args.n_tokens,
+                            n_windows=256 if mode in ("curve", "curse", "context") else None)
+
+    if mode == "curve":
+        result = curve(opened(args.checkpoint), args.out_dir, args.seed, out)
+    elif mode == "curse":
+        subjects = [opened(path) for path in (args.checkpoint, args.other) if path]
+        result = curse(subjects, args.out_dir, args.seed, out)
+    elif mode == "context":
+        result = context(opened(args.checkpoint), args.context, args.out_dir, args.seed, out)
+    elif mode == "samples":
+        result = quality(opened(args.checkpoint), args, out)
     else:
-        result = score(args, device, dtype, out)
+        result = score(args, opened, out)
     if args.json:
         print(json.dumps(result, allow_nan=False))
     if not result.get("check", {"agree": True})["agree"]:

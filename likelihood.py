@@ -5,7 +5,9 @@ of the estimate and the choice of text, and two models can be compared on the sa
 """
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cli import autocast, progress
@@ -38,9 +40,27 @@ def plus_minus(error, digits=4):
     return "(n = 1)" if error is None or math.isnan(error) else f"± {error:.{digits}f}"
 
 
-def in_batches(starts, batch_size):
-    """The numbers of the windows, batch by batch."""
-    return [list(range(i, min(i + batch_size, len(starts)))) for i in range(0, len(starts), batch_size)]
+class Windows(NamedTuple):
+    """Windows of a text, and how to score them: so many at a time, on a device, with matrix products in a dtype."""
+
+    tokens: np.ndarray    # (n,), the text
+    starts: np.ndarray    # of the windows
+    seq_len: int          # tokens of each
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def n(self):
+        return len(self.starts)
+
+    def batches(self):
+        """The numbers of the windows, batch by batch."""
+        return [list(range(i, min(i + self.batch_size, self.n))) for i in range(0, self.n, self.batch_size)]
+
+    def read(self, chunk):
+        """The windows with these numbers: (N, seq_len) long, on the CPU."""
+        return gather(self.tokens, self.starts[chunk], self.seq_len)
 
 
 def by_rate(n, seed=0, repeats=1):
@@ -52,28 +72,27 @@ def by_rate(n, seed=0, repeats=1):
 
 
 @torch.no_grad()
-def bound(model, objective, tokens, starts, seq_len, batch_size, device, dtype, mine=None, seed=0, repeats=1,
-          estimator=None, prefix=(0, 0), show=False):
-    """The bound on windows `mine` (default: all) of the tokens: (len(mine),) float64, nats per token.
+def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, prefix=(0, 0), show=False):
+    """The bound on windows `mine` (default: all) of the data (Windows): (len(mine),) float64, nats per token.
 
     prefix: (fewest, most) tokens at the beginning of each window that are given, and not scored.
     estimator: one of objective.estimators (default: the one that is reported). The noise of window i is a function of (seed, i) and of
     the numbers of windows and repeats, so two models, or two steps of training, are compared on the same masks.
     """
     draw = getattr(objective, estimator or objective.reported)
-    mine = list(range(len(starts)) if mine is None else mine)
-    size = max(1, batch_size // repeats)
+    mine = list(range(data.n) if mine is None else mine)
+    size = max(1, data.batch_size // repeats)
     nats = []
     with progress(total=repeats * len(mine), desc="evaluating", unit="seq", leave=False, show=show) as bar:
         for i in range(0, len(mine), size):
             chunk = mine[i:i + size]
-            x0 = gather(tokens, starts[chunk], seq_len).repeat_interleave(repeats, 0)
-            u, v, w = repeated_uniforms(seed, chunk, len(starts), repeats, seq_len)
+            x0 = data.read(chunk).repeat_interleave(repeats, 0)
+            u, v, w = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len)
             v = give_prefix(v, prefix_lengths(prefix, seed, 0, chunk))
             noise = draw(u.flatten(), v.flatten(0, 1), w.flatten())
-            for x, part in zip(x0.split(batch_size), noise.split(batch_size)):
-                with autocast(device, dtype):
-                    nelbo = objective.nelbo(model, x.to(device), part.to(device))
+            for x, part in zip(x0.split(data.batch_size), noise.split(data.batch_size)):
+                with autocast(data.device, data.dtype):
+                    nelbo = objective.nelbo(model, x.to(data.device), part.to(data.device))
                 nats.append(nelbo.cpu().double())
                 bar.update(len(x))
     return torch.cat(nats).view(len(mine), repeats).mean(1)
@@ -134,14 +153,14 @@ def chain_rule(model, objective, x0, order, v=None):
     return nats / L
 
 
-def chain_rule_of(model, objective, tokens, starts, seq_len, batch_size, device, dtype, order, seed=0, show=False):
+def chain_rule_of(model, objective, data, order, seed=0, show=False):
     """chain_rule of all windows: (n,) float64, nats per token. A window's random order depends on (seed, window)."""
     nats = []
-    with progress(total=len(starts), desc=f"order {order}", unit="seq", leave=False, show=show) as bar:
-        for chunk in in_batches(starts, batch_size):
-            _, v, _ = repeated_uniforms(seed, chunk, len(starts), 1, seq_len)
-            with autocast(device, dtype):
-                nats.append(chain_rule(model, objective, gather(tokens, starts[chunk], seq_len).to(device), order,
+    with progress(total=data.n, desc=f"order {order}", unit="seq", leave=False, show=show) as bar:
+        for chunk in data.batches():
+            _, v, _ = repeated_uniforms(seed, chunk, data.n, 1, data.seq_len)
+            with autocast(data.device, data.dtype):
+                nats.append(chain_rule(model, objective, data.read(chunk).to(data.device), order,
                                        v[:, 0]).cpu().double())
             bar.update(len(chunk))
     return torch.cat(nats)

@@ -27,7 +27,7 @@ from costs import check_fits, flops_per_token, training_bytes, weight_bytes
 from data.loader import check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
-from likelihood import bound, by_rate, mean_and_error, plus_minus
+from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from log import Log
 from optim import EMA, clip_gradients, learning_rate, make_optimizers
 from parallel import on_main, share_of_batch, together
@@ -204,20 +204,20 @@ def main():
     bar = progress(total=cfg.max_steps, initial=step, desc=name, unit="step", show=is_main)
     log = together(lambda: Log(out_dir, step, name, asdict(cfg), bar, wandb_id) if is_main else None)
     unit = f"bits/{tokenizer.unit}"
-    val_starts = windows(val_tokens, cfg.seq_len, cfg.eval_sequences)
+    val_data = Windows(val_tokens, windows(val_tokens, cfg.seq_len, cfg.eval_sequences), cfg.seq_len, micro, device,
+                       dtype)
 
     def report(line, **values):
         on_main(lambda: log.write(line, step=step, tokens=step * cfg.batch_size * cfg.seq_len, **values))
 
     def validate():
         """Bits per token of the averaged weights on fixed windows with fixed noise, and the standard error."""
-        n = len(val_starts)
+        n = val_data.n
         # All processes score as many windows, because FSDP's need each other: some windows are scored twice.
         mine = [i % n for i in range(rank, n + -n % world, world)]
         nats = torch.zeros(2, n, dtype=torch.float64)
         with ema.applied():
-            nats[0, mine] = bound(model, objective, val_tokens, val_starts, cfg.seq_len, micro, device, dtype, mine,
-                                  prefix=cfg.prefix_range)
+            nats[0, mine] = bound(model, objective, val_data, mine, prefix=cfg.prefix_range)
         nats[1, mine] = 1
         total, scored = parallel.total(nats)
         return mean_and_error(total / scored / math.log(2), by_rate(n))

@@ -6,7 +6,6 @@ and the repetition of the same samples, and the same numbers of real text.
 
 import csv
 import io
-import itertools
 import json
 import math
 import time
@@ -23,8 +22,6 @@ from data.loader import gather, windows
 from data.tokenizer import make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
 from plot import picture
-from sampler_flags import cuts, given_flags, settings_of
-from sampling import SAMPLERS
 from studies.baselines import known_word_share
 
 
@@ -189,87 +186,62 @@ def read_samples(path):
     return texts
 
 
-def draw_samples(model, objective, tokenizer, given, seq_len, batch_size, device, dtype, settings, seed):
+def draw_samples(subject, objective, given, settings, seed):
     """Texts that continue the prefixes given (n, c), what a model needs that was trained with one, else c = 0.
 
     Returns n texts, the network evaluations that each took on average, and seconds.
     """
-    denoiser, texts, generator, start = Counted(model), [], generator_on(device, seed), time.perf_counter()
-    n, c = given.shape
-    for i in progress(range(0, n, batch_size), desc=f"{settings.sampler} {settings.steps or ''}", leave=False):
-        xt = torch.nn.functional.pad(given[i:i + batch_size], (0, seq_len - c), value=objective.mask_id).to(device)
-        with autocast(device, dtype):
-            *_, state = settings(objective, denoiser, xt, generator, torch.tensor([seq_len - c]))
-        texts += [tokenizer.decode(sample) for sample in state.xt.tolist()]
+    data, denoiser, texts, start = subject.data, Counted(subject.model), [], time.perf_counter()
+    generator, (n, c) = generator_on(data.device, seed), given.shape
+    for i in progress(range(0, n, data.batch_size), desc=f"{settings.sampler} {settings.steps or ''}", leave=False):
+        xt = torch.nn.functional.pad(given[i:i + data.batch_size], (0, data.seq_len - c), value=objective.mask_id)
+        with autocast(data.device, data.dtype):
+            *_, state = settings(objective, denoiser, xt.to(data.device), generator, torch.tensor([data.seq_len - c]))
+        texts += [subject.tokenizer.decode(sample) for sample in state.xt.tolist()]
     return texts, denoiser.sequences / n, time.perf_counter() - start
 
 
-def measure(subject, samples, judge, settings, seed, batch_size, device, dtype):
+def measure(subject, samples, judge, settings, seed):
     """Quality of samples, for each of several sampling.Settings, and of as many windows of real text, if there are:
 
     [{sampler, steps, nfe, ...}].
 
-    samples: their number, or texts. subject: an evaluate.Subject. judge: of open_judge, or None.
+    samples: their number, or texts. subject: a subject.Subject. judge: of open_judge, or None.
     """
-    rows, objective, train_text = [], subject.objective(), None
+    rows, objective, train_text, data = [], subject.objective(), None, subject.data
     if subject.tokenizer.unit == "char":
-        train_text = subject.tokenizer.decode(subject.split("train"))
+        train_text = subject.tokenizer.decode(subject.read_split("train"))
 
     def add(name, texts, **more):
         row = {"sampler": name, "steps": None, "setting": None, "nfe": None, "temperature": None, "top_p": None,
                "top_k": None, "seed": None, "seconds": None}
         row |= more | {"n_samples": len(texts), **statistics_of(texts, subject.tokenizer, train_text)}
-        rows.append(row | (judged(judge, texts, batch_size) if judge else {}))
+        rows.append(row | (judged(judge, texts, data.batch_size) if judge else {}))
 
     if isinstance(samples, list):
         add("file", samples)
     else:
-        starts, c = windows(subject.tokens, subject.seq_len, samples), subject.config.prefix_range[0]
-        given = gather(subject.tokens, np.resize(starts, samples), c)
+        starts, c = windows(data.tokens, data.seq_len, samples), subject.config.prefix_range[0]
+        given = gather(data.tokens, np.resize(starts, samples), c)
         for way in settings:
-            texts, nfe, seconds = draw_samples(subject.model, objective, subject.tokenizer, given, subject.seq_len,
-                                               batch_size, device, dtype, way, seed)
+            texts, nfe, seconds = draw_samples(subject, objective, given, way, seed)
             options = way.options | {"grid": way.grid}
             others = " ".join(f"{key}={value}" for key, value in options.items() if value != "")
             add(way.sampler, texts, steps=way.steps, setting=others or None, nfe=nfe, temperature=way.temperature,
                 top_p=way.top_p, top_k=way.top_k or None, seed=seed, seconds=seconds)
-    starts = windows(subject.tokens, subject.seq_len, len(samples) if isinstance(samples, list) else samples)
-    add("real text", [subject.tokenizer.decode(subject.tokens[i:i + subject.seq_len]) for i in starts])
+    starts = windows(data.tokens, data.seq_len, len(samples) if isinstance(samples, list) else samples)
+    add("real text", [subject.tokenizer.decode(data.tokens[i:i + data.seq_len]) for i in starts])
     return rows
 
 
-def ways(subject, args):
-    """Settings for each --sampler and each of its --steps. Every sampler gets the flags that it knows; what none of
-    them knows is an error of settings_of."""
-    names, found = args.sampler or [None], []
-    samplers = subject.config.objective_class.samplers
-    knows = {name: SAMPLERS[samplers.get(name or next(iter(samplers)), name)].flags for name in names}
-    for name, steps in itertools.product(names, args.steps or [None]):
-        flags = {flag: value for flag, value in given_flags(args, steps).items()
-                 if flag in knows[name] or not any(flag in known for known in knows.values())}
-        if "k" in flags and len(names) > 1:  # the steps are for the others
-            flags = {"k": flags["k"]}
-        way = settings_of(args, subject.config, subject.path, subject.model, name, flags)
-        if way not in found:  # those without steps come once
-            found.append(way)
-    return found
-
-
-def samples(subject, args, device, dtype, out):
-    """Quality of samples against network evaluations."""
-    path = subject.output(args.out_dir, "quality.csv")
-    texts = args.samples if isinstance(args.samples, int) else read_samples(args.samples)
-    if isinstance(texts, list):
-        if args.sampler or given_flags(args, args.steps) or cuts(args):
-            raise UserError("flags of samplers are of no use for samples from a file")
-        settings = []
-    else:
-        settings = ways(subject, args)
-    judge = open_judge(args.judge, device, dtype) if args.judge else None
+def samples(subject, samples, settings, judge, folder, seed, out):
+    """Quality of samples against network evaluations. samples: their number, or texts. settings: a list of
+    sampling.Settings, one for each row. judge: of open_judge, or None."""
+    path = subject.output(folder, "quality.csv")
     if judge and judge.meta and judge.meta.get("alphabet") not in (None, subject.meta.get("alphabet")):
-        raise UserError(f"--judge {args.judge} has another alphabet than {subject.path}: its perplexities would mean "
+        raise UserError(f"--judge {judge.name} has another alphabet than {subject.path}: its perplexities would mean "
                         "nothing; choose a judge trained on the same data")
-    rows = measure(subject, texts, judge, settings, args.seed, args.batch_size, device, dtype)
+    rows = measure(subject, samples, judge, settings, seed)
     columns = {"sampler": ("", ""), "steps": ("steps", "d"), "setting": ("", ""), "nfe": ("NFE", ".1f"),
                "judge_perplexity": ("perplexity", ".3f"), "judge_bits_per_char": ("bits/char", ".4f"),
                "judge_stderr_per_char": ("± s.e.", ".4f"), "unigram_entropy_bits": ("entropy", ".3f"),

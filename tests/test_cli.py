@@ -115,7 +115,7 @@ def test_zero_shot(call, trained, tmp_path):
 
 
 def test_studies(call, data_dir, trained, tmp_path):
-    """--curve, --curse and --variance write tables, JSON and pictures."""
+    """--curve and --curse write tables, JSON and pictures."""
     go = lambda *a: call("evaluate.py", trained, "--data_dir", data_dir, "--out_dir", tmp_path, "--n_tokens=640", *a)
     bound = json.loads(call("evaluate.py", trained, "--repeats=8", "--data_dir", data_dir, "--json").out)
     result = go("--curve", "--json")
@@ -131,9 +131,6 @@ def test_studies(call, data_dir, trained, tmp_path):
     for name in ("curve.png", "curse.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     assert {path.name for path in tmp_path.iterdir()} == {"curve.json", "curve.png", "curse.json", "curse.png"}
-    rows = json.loads(call("evaluate.py", trained, "--variance", "--trials=10", "--json", "--data_dir", data_dir).out)
-    assert len(rows["variance"]) >= 8 and rows["variance"][0]["variance_ratio"] == 1
-    assert all(row["noise"] > 0 for row in rows["variance"])
     one = go("--curve", "--json", "--n_tokens=1")  # one window has no standard error, and JSON no NaN
     assert set(json.loads(one.out)["stderr"]) == {None}
     assert json.loads(go("--curse", "--json", "--n_tokens=1").out)["curse"][0]["n_sequences"] == 1
@@ -391,7 +388,6 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     assert_one_line(go("--text", tmp_path / "none.txt"), "none.txt")
     assert_one_line(go("--seq_len=64"), "longer than the 32 tokens")
     assert_one_line(go("--n_tokens=64", "--check"), "at least 30 windows, and here are 2")
-    assert_one_line(go("--trials=5"), "--trials goes with --variance")
     assert_one_line(go("--n_tokens=1" + "0" * 400), "is outside")
     assert_one_line(go("--check", "--order=l2r"), "not allowed with")
     assert_one_line(go("--order=l2r", "--repeats=2"), "has no noise")

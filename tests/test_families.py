@@ -81,7 +81,7 @@ def test_what_uniform_noise_has_not(call, run):
         assert_one_line(call("evaluate.py", out, "--T=10"), "does not go all the way", "no T-step bound")
         assert_one_line(call("evaluate.py", out, "--estimator=rates"), "choose exact_k or continuous")
         return
-    for flag in ("--curve", "--curse", "--variance", "--context=0,4", "--order=l2r"):
+    for flag in ("--curve", "--curse", "--context=0,4", "--order=l2r"):
         assert_one_line(call("evaluate.py", out, flag), "trained on random tokens", flag.split("=")[0])
     assert_one_line(call("evaluate.py", out, "--estimator=exact_k"), "--estimator exact_k is not for")
     assert_one_line(call("sample.py", out, "--sampler=topk"), "--sampler topk is for masks",

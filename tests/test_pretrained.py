@@ -10,7 +10,7 @@ import sample
 from checkpoint import load_model
 from commands import ROOT, assert_one_line
 from data.tokenizer import make_tokenizer
-from likelihood import bound
+from likelihood import Windows, bound
 
 # Not from any book: nothing of it was trained on.
 RECORDED = (0.335211, 0.341819, 0.272256)  # nats, letters 1, 4, 7 ... masked; 2, 5, 8 ...; 3, 6, 9 ...
@@ -50,8 +50,9 @@ def test_it_knows_english():
     bits = []
     for text in (TEXT, mixed, any_letters):
         tokens = tokenizer.encode(text)[:config.seq_len]
-        nats = bound(model, objective, tokens, torch.zeros(1, dtype=torch.long).numpy(), config.seq_len, 16,
-                     torch.device("cpu"), torch.float32, repeats=32)
+        data = Windows(tokens, torch.zeros(1, dtype=torch.long).numpy(), config.seq_len, 16, torch.device("cpu"),
+                       torch.float32)
+        nats = bound(model, objective, data, repeats=32)
         bits.append(nats.item() / 0.6931)
     assert bits[0] < 2.2 and bits[0] + 2 < bits[1] and bits[1] + 1 < bits[2]
 

@@ -13,7 +13,7 @@ from configs import CONFIGS, Config, replace
 from costs import flops_per_token
 from data.loader import load_split, windows
 from diffusion import MDLM
-from likelihood import bound
+from likelihood import Windows, bound
 from optim import EMA, AdamW, learning_rate, make_optimizers
 from randomness import uniforms
 from train import train_step
@@ -59,8 +59,8 @@ def test_validation_is_of_the_average_without_dropout(call, data_dir, tmp_path):
     for name, raw, dropping in (("average", False, False), ("raw", True, False), ("dropping", False, True)):
         model, config, *_ = checkpoint.load_model(out, torch.device("cpu"), raw=raw)
         torch.manual_seed(0)
-        nats = bound(model.train(dropping), config.make_objective(27), tokens, windows(tokens, 32, 100), 32, 8,
-                     torch.device("cpu"), torch.float32)
+        data = Windows(tokens, windows(tokens, 32, 100), 32, 8, torch.device("cpu"), torch.float32)
+        nats = bound(model.train(dropping), config.make_objective(27), data)
         found[name] = nats.mean().item() / math.log(2)
     assert reported == pytest.approx(found["average"], rel=1e-5)
     assert min(abs(found[other] - reported) for other in ("raw", "dropping")) > 0.01, found

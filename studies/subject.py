@@ -1,0 +1,125 @@
+"""What a command scores: a checkpoint, and the windows of a text. Shared by evaluate.py and the studies."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from checkpoint import load_model
+from cli import UserError
+from data.loader import check_same_data, load_meta, load_split, recode, windows
+from data.prepare import read_text
+from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
+from likelihood import Windows
+from storage import Hints
+
+
+class Subject(NamedTuple):
+    """A checkpoint and what it is scored on."""
+
+    path: str
+    model: torch.nn.Module
+    config: object
+    meta: dict
+    step: int
+    tokenizer: object
+    dataset: str          # name of the data set, or of the text file
+    split: str            # None of a text file
+    where: str            # both in words
+    data_dir: str
+    data: Windows
+
+    def read_split(self, name):
+        """All tokens of a split of the data set, in the checkpoint's ids."""
+        meta = load_meta(self.dataset, self.data_dir)
+        return recode(load_split(self.dataset, name, 1, self.data_dir), meta, self.meta, self.dataset)
+
+    def output(self, folder, name):
+        """Where a study is written: in folder, or the checkpoint's. Raises UserError if there is no such folder."""
+        path = Path(self.path)
+        if self.path.startswith("hf://") and not folder:
+            raise UserError(f"say with --out_dir where to write what is found out about {self.path}")
+        folder = folder or (path if path.is_dir() else path.parent)
+        if not folder.is_dir():
+            raise UserError(f"--out_dir {folder} is no folder")
+        return folder / name
+
+    def masked_only(self, flag):
+        objective = self.config.objective_class
+        if not objective.any_order:
+            raise UserError(f"{self.path} {objective.description}: {flag} is for masked models")
+
+    def whole_windows(self, flag):
+        if self.config.prefix_range[0]:
+            raise UserError(f"{self.path} needs a prefix ({self.config.prefix}), and {flag} scores whole windows")
+
+    def objective(self, estimator=None, T=None):
+        config = self.config
+        if estimator in ("t_step", "t_step_uniform"):
+            config = replace(config, objective="d3pm", T=T or config.T, weighting="nelbo", time_sampling="uniform")
+        return config.make_objective(self.meta["vocab_size"])
+
+
+def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, normalised=False, split="val", dataset=None,
+                 data_dir="", text=None, seq_len=None, n_tokens=None, n_windows=None):
+    """Load a checkpoint and what to score it on: a split of a data set, or a text file. Raises UserError for what does not
+    fit together.
+
+    dataset, data_dir, seq_len: by default those that it was trained with. n_tokens: about so many, in windows spread over
+    the split; by default n_windows of them, or all. normalised: score the normalised prediction of an objective that has another one.
+    """
+    model, config, meta, step = load_model(path, device, hints, raw)
+    seq_len = seq_len or config.seq_len
+    if seq_len > config.seq_len:
+        raise UserError(f"--seq_len={seq_len} is longer than the {config.seq_len} tokens that {path} was trained on")
+    if seq_len <= config.prefix_range[1]:
+        raise UserError(f"--seq_len={seq_len} leaves nothing after the prefix that {path} needs ({config.prefix})")
+    if normalised:
+        if not config.objective_class.normalised:
+            raise UserError(f"--normalised is for score entropy with masks, and {path} has another objective")
+        config = replace(config, objective=config.objective_class.normalised)
+    tokenizer = make_tokenizer(meta)
+    if text and dataset and "sha256" in meta:
+        raise UserError("--text is scored instead of a data set: leave out --dataset")
+    dataset, data_dir = dataset or config.dataset, data_dir or config.data_dir
+    if text:
+        content, how = read_text(text), "as it stands"
+        if meta.get("alphabet") == TEXT8_ALPHABET:
+            content, how = " ".join(text8_words(content)), "in text8's 27 symbols"
+        tokens = tokenizer.encode(content)
+        if len(tokens) < seq_len:
+            raise UserError(f"{text} has {len(tokens):,} tokens, fewer than one window of {seq_len}: "
+                            f"use a longer text{f' or --seq_len={len(tokens)}' if len(tokens) else ''}")
+        dataset, split = text, None
+        where = f"{text} ({how}, no detokenisation; the last {len(tokens) % seq_len} tokens left out)"
+    else:
+        tokens = recode(load_split(dataset, split, seq_len, data_dir), load_meta(dataset, data_dir), meta, dataset)
+        where = f"{dataset} {split}"
+    starts = windows(tokens, seq_len, max(1, round(n_tokens / seq_len)) if n_tokens else n_windows)
+    return Subject(path, model, config, meta, step, tokenizer, dataset, split, where, data_dir,
+                   Windows(tokens, starts, seq_len, batch_size, device, dtype))
+
+
+def check_comparable(one, two, named_data):
+    """Raise UserError unless two subjects are scored on the same windows of data that neither was chosen for."""
+    for key in ("tokenizer", "alphabet", "vocab_size"):
+        if one.meta.get(key) != two.meta.get(key):
+            raise UserError(f"{one.path} and {two.path} have different data: their {key}s are {one.meta.get(key)!r} "
+                            f"and {two.meta.get(key)!r}, so that their bits per token are of different things")
+    if one.dataset != two.dataset:
+        raise UserError(f"{one.path} and {two.path} have different data ({one.dataset} and {two.dataset}): "
+                        "name the one to score both on with --dataset")
+    if one.config.prefix_range != two.config.prefix_range:
+        raise UserError(f"{one.path} and {two.path} are scored given different prefixes ({one.config.prefix} and "
+                        f"{two.config.prefix}): score each with --context")
+    if not named_data and "sha256" in one.meta and "sha256" in two.meta:
+        check_same_data(one.meta, two.meta, one.dataset, two.path)
+    if not np.array_equal(one.data.tokens, two.data.tokens):
+        raise UserError(f"{one.path} and {two.path} have different data under the name of {one.dataset}: "
+                        "say with --data_dir which to score both on")
+    lengths = one.data.seq_len, two.data.seq_len
+    if lengths[0] != lengths[1]:
+        raise UserError(f"{one.path} and {two.path} have windows of {lengths[0]} and {lengths[1]} tokens: "
+                        f"choose --seq_len={min(lengths)} for both")
