@@ -76,8 +76,10 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
     """The bound on windows `mine` (default: all) of the data (Windows): (len(mine),) float64, nats per token.
 
     prefix: (fewest, most) tokens at the beginning of each window that are given, and not scored.
-    estimator: one of objective.estimators (default: the one that is reported). The noise of window i is a function of (seed, i) and of
-    the numbers of windows and repeats, so two models, or two steps of training, are compared on the same masks.
+    estimator: one of objective.estimators (default: the one that is reported).
+
+    The noise of window i is a function of (seed, i) and of the numbers of windows and repeats, so two models, or two
+    steps of training, are compared on the same masks.
     """
     draw = getattr(objective, estimator or objective.reported)
     mine = list(range(data.n) if mine is None else mine)

@@ -1,13 +1,14 @@
 """Optimisation: AdamW, Muon, the learning rate, clipping, and the moving average of the weights.
 
-The loop in train.py knows of an optimiser only what is here: `step_unless(bad)`, `zero_grad()` and `param_groups`. A new
-one is a class like Muon, with one line in `shares`; a new rule of clipping is a line in `clip_gradients`.
+The loop in train.py uses three things of an optimiser: `step_unless(bad)`, `zero_grad()` and `param_groups`. A new one is
+a class like Muon, with a line in `shares`; a new rule of clipping is a line in `clip_gradients`.
 
 Muon (Keller Jordan et al., 2024; Moonlight, arXiv 2502.16982). Gradients of weight matrices have a few large singular
-values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so that every direction
-learns at the same speed. It is for the matrices inside the blocks; embeddings, head, time conditioning and vectors stay
-with AdamW. torch.optim.Muon does the same, but always in bfloat16, which is a hundred times slower on CPUs that emulate
-it, and one matrix at a time. Here it is in the dtype of the run's matrix products, and matrices of one shape go together.
+values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so that every
+direction learns at the same speed. It is for the matrices inside the blocks; embeddings, head, time conditioning and
+vectors stay with AdamW. torch.optim.Muon does the same, but always in bfloat16, which is a hundred times slower on CPUs
+that emulate it, and one matrix at a time. Here it is in the dtype of the run's matrix products, and matrices of one
+shape go together.
 """
 
 import contextlib
@@ -64,8 +65,8 @@ def orthogonalise(g, steps=5):
     """U V^T of g = U S V^T, roughly, for matrices g (..., m, n).
 
     Newton-Schulz: x <- a x + b (x x^T) x + c (x x^T)^2 x maps every singular value s of x to a s + b s^3 + c s^5. The
-    coefficients are Jordan's. They raise small values fastest and do not quite converge: five iterations bring all values
-    in [0.01, 1] to between 0.68 and 1.14.
+    coefficients are Jordan's. They raise small values fastest and do not quite converge: five iterations bring all
+    values in [0.01, 1] to between 0.68 and 1.14.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that x x^T is the smaller square

@@ -14,6 +14,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -122,12 +123,38 @@ def restore(state, model, ema, optimizers):
             moments[p][key] = value
 
 
-def count(tally, nats, bad):
-    """One more step in the tally, which stays on the device: nats and number of steps since the last log line (without
-    the skipped ones), steps skipped in all, steps skipped in a row until now, the most in a row since the line."""
-    row = (tally[3] + 1) * bad
-    return torch.stack((tally[0] + torch.where(bad, 0, nats), tally[1] + ~bad, tally[2] + bad, row,
-                        torch.maximum(tally[4], row)))
+class Tally(NamedTuple):
+    """What is counted between two log lines: 0-dimensional tensors, so that no step waits for a GPU."""
+
+    nats: torch.Tensor         # sum of the bound over the steps since the last line, without the skipped ones
+    steps: torch.Tensor        # their number
+    skipped: torch.Tensor      # steps skipped in the whole run, because loss or gradient was not finite
+    in_a_row: torch.Tensor     # steps skipped in a row until now
+    most_in_a_row: torch.Tensor  # the largest of these since the last line
+
+    def count(self, nats, bad):
+        """The tally after one more step, which was skipped if `bad`."""
+        in_a_row = (self.in_a_row + 1) * bad
+        return Tally(self.nats + torch.where(bad, 0, nats), self.steps + ~bad, self.skipped + bad, in_a_row,
+                     torch.maximum(self.most_in_a_row, in_a_row))
+
+    def next_line(self):
+        """The tally after a log line."""
+        zero = torch.zeros_like(self.nats)
+        return Tally(zero, zero, self.skipped, self.in_a_row, zero)
+
+    def numbers(self):
+        """The same as numbers. This waits for the GPU."""
+        return Tally(*torch.stack(self).tolist())
+
+
+class State(NamedTuple):
+    """Where a run stands, beside its weights and its optimisers."""
+
+    step: int
+    best_val: float
+    tally: Tally
+    wandb_id: str
 
 
 def finite(x):
@@ -146,6 +173,32 @@ def add_arguments(parser):
                         help="continue a run; auto: that of out_dir, if there is one")
     parser.add_argument("--init_from", type=named, metavar="CKPT",
                         help="start from the averaged weights of another run (fine-tuning), unless --resume finds one")
+
+
+def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
+    """The model on its device, as training calls it, with optimisers, average and State: those of a new run, or of the
+    checkpoint to go on from, which is gone from memory on return. And the lock of out_dir, to be kept."""
+    payload, source, lock = together(lambda: checkpoint.open_run(
+        out_dir, args.resume, args.init_from, cfg, meta, model, stop) if parallel.is_main else (None, None, None))
+    resumed, copied = on_main(lambda: (payload is not None, source is not None))
+    lock = together(lambda: (lock or storage.claim(out_dir)) if parallel.is_main else None)
+    net = parallel.spread(model, device, cfg.fsdp, compiles(cfg, device))
+    if copied:
+        for key, p in model.named_parameters():
+            parallel.copy_from_main(p, source and source[key])
+    optimizers, ema = make_optimizers(model, cfg, device, dtype), EMA(model, cfg.ema_decay)
+    step, best_val, tally, wandb_id = 0, math.inf, torch.zeros(5), None
+    if resumed:
+        step, best_val, tally, wandb_id = on_main(
+            lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
+        restore(payload, model, ema, optimizers)
+        ema.updates = step
+    return net, optimizers, ema, State(step, best_val, Tally(*tally.to(device)), wandb_id), lock
+
+
+def compiles(cfg, device):
+    """Whether the model is compiled: on CUDA, if nothing else is said."""
+    return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 
 def main():
@@ -177,26 +230,8 @@ def main():
     torch.manual_seed(cfg.seed)
     model = cfg.make_model(meta["vocab_size"])  # on the CPU: the same weights on every device and in every process
     n_params, flops = model.n_params(), flops_per_token(model, objective, cfg)
-    payload, source, lock = together(lambda: checkpoint.open_run(
-        out_dir, args.resume, args.init_from, cfg, meta, model, stop) if is_main else (None, None, None))
-    resumed, copied = on_main(lambda: (payload is not None, source is not None))
-    lock = together(lambda: (lock or storage.claim(out_dir)) if is_main else None)
-
-    # ---- the state of the run ---------------------------------------------------------------------------------------
-    compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-    net = parallel.spread(model, device, cfg.fsdp, compiled)
-    if copied:
-        for key, p in model.named_parameters():
-            parallel.copy_from_main(p, source and source[key])
-    optimizers, ema = make_optimizers(model, cfg, device, dtype), EMA(model, cfg.ema_decay)
-    step, best_val, tally, wandb_id = 0, math.inf, torch.zeros(5), None
-    if resumed:
-        step, best_val, tally, wandb_id = on_main(
-            lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
-        restore(payload, model, ema, optimizers)
-        ema.updates = step
-    payload = source = None  # gigabytes
-    tally = tally.to(device)
+    net, optimizers, ema, state, lock = start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop)
+    step, best_val, tally, wandb_id = state
     peak = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
     peak = parallel.total(torch.tensor(peak, dtype=torch.float64)).item()
 
@@ -242,14 +277,14 @@ def main():
             log.sync()
             storage.save(out_dir / filename, {
                 "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
-                "tally": tally.cpu(), "wandb_id": log.wandb_id, **state}, keep_previous=to_resume)
+                "tally": torch.stack(tally).cpu(), "wandb_id": log.wandb_id, **state}, keep_previous=to_resume)
 
         on_main(write)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     report(f"{name}: {n_params / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
            f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}, {str(dtype).removeprefix('torch.')}"
-           f"{', compiled' if compiled else ''}, peak {peak / 1e12:.3g} TFLOP/s, writing to {out_dir}"
+           f"{', compiled' if compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, writing to {out_dir}"
            + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if step else ""),
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
            versions=storage.versions())
@@ -267,31 +302,30 @@ def main():
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
         nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype)
         ema.update()
-        tally = count(tally, nats, bad)
+        tally = tally.count(nats, bad)
         step += 1
         bar.update()
 
         if step % cfg.log_interval == 0 or step == cfg.max_steps:
-            nats, steps, skipped, _, in_a_row = tally.tolist()  # waits for the GPU, so the time below is true
-            tally[:2] = tally[4] = 0
+            counted, tally = tally.numbers(), tally.next_line()  # waits for the GPU, so the time below is true
             elapsed = time.perf_counter() - clock
             clock += elapsed
             seconds += elapsed
             rate = (step - logged) * cfg.batch_size * cfg.seq_len / elapsed
             logged = step
-            bits = nats / steps / math.log(2) if steps else math.nan
+            bits = counted.nats / counted.steps / math.log(2) if counted.steps else math.nan
             left = (cfg.max_steps - step) * seconds / (step - first_step)
             mfu, memory = rate * flops / peak, memory_used(device)
             report(f"step {step:,}  tokens {step * cfg.batch_size * cfg.seq_len:,}  {unit} {bits:.3f}  "
                    f"lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
                    f"{memory / 1e9:.1f} GB  {duration(left)} left"
-                   + (f"  {skipped:.0f} steps skipped (not finite)" if skipped else ""),
-                   bits_per_token=finite(bits), lr=lr, grad_norm=finite(norm.item()), skipped=int(skipped),
+                   + (f"  {counted.skipped:.0f} steps skipped (not finite)" if counted.skipped else ""),
+                   bits_per_token=finite(bits), lr=lr, grad_norm=finite(norm.item()), skipped=int(counted.skipped),
                    tokens_per_second=rate, mfu=mfu, memory_bytes=memory, seconds_left=left)
-            if in_a_row >= cfg.max_skipped:
-                raise UserError(f"loss or gradient was not finite in {in_a_row:.0f} steps in a row before step "
-                                f"{step + 1:,}: the last good checkpoint in {out_dir} is untouched; "
-                                "try a smaller --lr in a new run")
+            if counted.most_in_a_row >= cfg.max_skipped:
+                raise UserError(f"loss or gradient was not finite in {counted.most_in_a_row:.0f} steps in a row before "
+                                f"step {step + 1:,}: the last good checkpoint in {out_dir} is untouched; try a smaller "
+                                "--lr in a new run")
         paused = time.perf_counter()
         if step % cfg.eval_interval == 0 or step == cfg.max_steps:
             bits, error = validate()

@@ -62,13 +62,14 @@ class Subject(NamedTuple):
         return config.make_objective(self.meta["vocab_size"])
 
 
-def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, normalised=False, split="val", dataset=None,
-                 data_dir="", text=None, seq_len=None, n_tokens=None, n_windows=None):
-    """Load a checkpoint and what to score it on: a split of a data set, or a text file. Raises UserError for what does not
-    fit together.
+def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, normalised=False, split="val",
+                 dataset=None, data_dir="", text=None, seq_len=None, n_tokens=None, n_windows=None):
+    """Load a checkpoint and what to score it on: a split of a data set, or a text file. Raises UserError for what does
+    not fit together.
 
-    dataset, data_dir, seq_len: by default those that it was trained with. n_tokens: about so many, in windows spread over
-    the split; by default n_windows of them, or all. normalised: score the normalised prediction of an objective that has another one.
+    dataset, data_dir, seq_len: by default those that it was trained with
+    n_tokens: about so many, in windows spread over the split; by default n_windows windows, or all
+    normalised: score the normalised prediction, where the objective's own is not normalised
     """
     model, config, meta, step = load_model(path, device, hints, raw)
     seq_len = seq_len or config.seq_len

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import names
 from commands import assert_one_line, train
 from configs import Config
 from data import prepare_names
@@ -15,6 +14,7 @@ from data.loader import load_meta, load_split, move_padding, random_crops
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM
 from show import piece
+from studies import names
 from train import batches, records
 
 PAD = prepare_names.PAD
