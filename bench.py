@@ -148,7 +148,7 @@ def without_stderr():
         os.close(nowhere)
 
 
-def activation_bytes(training):
+def measured_bytes(training):
     """The most memory that a step takes at a time, beside weights, averages and moments: median of three steps, which
     mask differently. Gradients count as far as they have come by then, which is hardly: the peak is between the forward
     and the backward pass. None on mps."""
@@ -209,7 +209,7 @@ def throughput(trainings, repeats, compare):
                "seq_len": cfg.seq_len, "vocab_size": training.vocab_size,
                "dtype": str(training.dtype).removeprefix("torch."), "compiled": training.compiled,
                "step_seconds": step, "tokens_per_second": rate, "flops_per_token": training.flops,
-               "activation_bytes": activation_bytes(training)}
+               "activation_bytes": measured_bytes(training)}
         if isinstance(training, Naive):
             ours = rows[-1]
             ours["ratio"] = ours["tokens_per_second"] / rate
@@ -258,7 +258,7 @@ def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
             rows.append({"axis": axis, "width": variant.n_embd, "seq_len": variant.seq_len,
                          "batch_size": variant.batch_size, "parameters": training.model.n_params(),
                          "microseconds_per_token": 1e6 / rate, "flops_per_token": training.flops,
-                         "activation_bytes": activation_bytes(training)})
+                         "activation_bytes": measured_bytes(training)})
             training.stream.close()
     for row in rows:
         row["limit"] = 1e6 * row["flops_per_token"] / max(peaks)

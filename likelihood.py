@@ -72,10 +72,10 @@ def by_rate(n, seed=0, repeats=1):
 
 
 @torch.no_grad()
-def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, prefix=(0, 0), show=False):
+def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, prefix_range=(0, 0), show=False):
     """The bound on windows `mine` (default: all) of the data (Windows): (len(mine),) float64, nats per token.
 
-    prefix: (fewest, most) tokens at the beginning of each window that are given, and not scored.
+    prefix_range: (fewest, most) tokens at the beginning of each window that are given, and not scored.
     estimator: one of objective.estimators (default: the one that is reported).
 
     The noise of window i is a function of (seed, i) and of the numbers of windows and repeats, so two models, or two
@@ -90,7 +90,7 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
             chunk = mine[i:i + size]
             x0 = data.read(chunk).repeat_interleave(repeats, 0)
             u, v, w = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len)
-            v = give_prefix(v, prefix_lengths(prefix, seed, 0, chunk))
+            v = give_prefix(v, prefix_lengths(prefix_range, seed, 0, chunk))
             noise = draw(u.flatten(), v.flatten(0, 1), w.flatten())
             for x, part in zip(x0.split(data.batch_size), noise.split(data.batch_size)):
                 with autocast(data.device, data.dtype):

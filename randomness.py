@@ -59,9 +59,9 @@ def repeated_uniforms(seed, indices, n, repeats, seq_len):
     return tuple(map(torch.from_numpy, (u, v, w)))
 
 
-def prefix_lengths(prefix, seed, step, indices):
-    """How many tokens of each sequence are given, uniform on prefix = (fewest, most): (N,) int."""
-    fewest, most = prefix
+def prefix_lengths(prefix_range, seed, step, indices):
+    """How many tokens of each sequence are given, uniform on prefix_range = (fewest, most): (N,) int."""
+    fewest, most = prefix_range
     if fewest == most:
         return np.full(len(indices), most)
     return np.array([rng(seed, "prefix", step, index).integers(fewest, most, endpoint=True) for index in indices])

@@ -252,7 +252,7 @@ def main():
         mine = [i % n for i in range(rank, n + -n % world, world)]
         nats = torch.zeros(2, n, dtype=torch.float64)
         with ema.applied():
-            nats[0, mine] = bound(model, objective, val_data, mine, prefix=cfg.prefix_range)
+            nats[0, mine] = bound(model, objective, val_data, mine, prefix_range=cfg.prefix_range)
         nats[1, mine] = 1
         total, scored = parallel.total(nats)
         return mean_and_error(total / scored / math.log(2), by_rate(n))

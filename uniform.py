@@ -238,7 +238,7 @@ class UniformD3PM(Uniform):
         s = torch.ceil(u**2 * self.T).clamp(min=1)
         return self.at_step(s, v, 1 / ((s / self.T).sqrt() - ((s - 1) / self.T).sqrt()))
 
-    def cost(self, logits, x0, xt, s):
+    def step_kl(self, logits, x0, xt, s):
         """KL(q(x_{s-1} | x_s = xt, x0) || p) at steps s (B,): logits (B, L, N) -> nats (B, L)."""
         steps = s.cpu().double()[:, None, None]  # mps has no float64
         r, r_next = (1 - self.schedule.alpha(x / self.T) for x in (steps, steps - 1))
@@ -250,7 +250,7 @@ class UniformD3PM(Uniform):
 
     def nelbo(self, model, x0, noise):
         xt = self.corrupt(x0, noise.token)
-        return noise.weight * self.cost(model(xt, noise.t), x0, xt, (noise.t * self.T).round()).mean(1)
+        return noise.weight * self.step_kl(model(xt, noise.t), x0, xt, (noise.t * self.T).round()).mean(1)
 
     def loss(self, model, x0, noise):
         nelbo = self.nelbo(model, x0, noise)

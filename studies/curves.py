@@ -148,12 +148,12 @@ def curse(subjects, folder, seed, out):
 
 
 @torch.no_grad()
-def measure_context(model, objective, data, contexts, seed=0, prefix="none"):
+def measure_context(model, objective, data, contexts, seed=0, knows_prefixes=False):
     """The bound of the same tokens after contexts of different lengths: [{context, bits, stderr, gain, gain_stderr}].
 
     Scored are the last seq_len - max(contexts) tokens of each window, after as many tokens before them as a context
     has; masks and their rates are the same for all. gain: over the shortest context, window by window. Nats per token.
-    A network that was trained without a prefix is told the share of masks among all tokens, not among those scored.
+    knows_prefixes: the network was trained with a prefix. Another one is told the share of masks among all tokens, not among those scored.
     """
     most, n, nats = max(contexts), data.n, []
     draw = getattr(objective, objective.reported)
@@ -163,7 +163,7 @@ def measure_context(model, objective, data, contexts, seed=0, prefix="none"):
             u, v, w = (x[:, 0] for x in repeated_uniforms(seed, chunk, n, 1, data.seq_len - most))
             v = give_prefix(torch.nn.functional.pad(v, (c, 0)), [c] * len(chunk))
             noise = draw(u, v, w)
-            if prefix == "none":
+            if not knows_prefixes:
                 rate = 1 - objective.schedule.alpha(noise.t.double())
                 noise = noise._replace(t=objective.time(rate * (1 - c / v.shape[1])))
             x0 = gather(data.tokens, data.starts[chunk] + most - c, v.shape[1])
@@ -186,7 +186,7 @@ def context(subject, contexts, folder, seed, out):
         raise UserError(f"--context {max(contexts)} leaves nothing of windows of {subject.data.seq_len} tokens")
     path, unit = subject.output(folder, "context.json"), subject.tokenizer.unit
     rows = in_bits(measure_context(subject.model, subject.objective(), subject.data, contexts, seed,
-                                   subject.config.prefix),
+                                   subject.config.prefix != "none"),
                    "bits", "stderr", "gain", "gain_stderr")
     n = subject.data.seq_len - max(contexts)
     print(f"bits per {unit} of the same {n} {unit}s after {unit}s of context, on {subject.where}, "

@@ -437,21 +437,73 @@ def test_heavy_libraries_stay_out():
 # ---- the README ------------------------------------------------------------------------------------------------------
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 class Parsed(Exception):
     pass
 
 
+def commands_of(page):
+    """In their order: `make demo`, and every command that runs a script of this repository, from the script on, of the
+    page's shell blocks and of its text (`python ...`)."""
+    found = []
+    for block, inline in re.findall(r"```(?:sh|bash)\n(.*?)```|`python ([^`]*)`", page.read_text(), re.S):
+        lines = block.replace("\\\n", " ").splitlines() or [" ".join(inline.split())]
+        lines = [re.sub(r"\s+(#|\|\||>).*", "", line) for line in lines if not line.startswith("#")]
+        found += [shlex.split(match[0]) for line in lines
+                  if (match := re.search(r"^make demo$|(?<![\w/])(data/)?\w+\.py( .*)?$", line))]
+    return found
+
+
 def readme_commands():
-    """Every line of a shell block of the README and of docs/ that runs a script of this repository, from the script
-    on."""
-    text = "".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
-    lines = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)).replace("\\\n", " ").splitlines()
-    lines = [re.sub(r"\s+(#|\|\||>).*", "", line) for line in lines if not line.startswith("#")]
-    return [shlex.split(match[0]) for line in lines if (match := re.search(r"(data/)?\w+\.py( .*)?$", line))]
+    """The commands of the README and of docs/ that run a script."""
+    return [command for page in PAGES for command in commands_of(page) if command[0] != "make"]
+
+
+def folders(command):
+    """(those that it reads, those that it writes) of the folders out/NAME."""
+    if command == ["make", "demo"]:
+        return set(), {"out/demo"}
+    text = " ".join(command)
+    named = set(re.findall(r"(?<![\w/])out/[\w.-]+", text))
+    if command[0] != "train.py":
+        return named, set()
+    chosen = re.search(r"--out_dir[ =](\S+)", text)
+    written = {chosen[1] if chosen else f"out/{command[1]}"}
+    return named - written, written
 
 
 def test_readme_has_commands():
     assert len(readme_commands()) > 20
+    assert folders("train.py demo --init_from out/a --out_dir=out/b".split()) == ({"out/a"}, {"out/b"})
+    assert folders("train.py demo --dataset=book".split()) == (set(), {"out/demo"})
+    assert folders("evaluate.py out/a --judge out/b/ckpt.pt".split()) == ({"out/a", "out/b"}, set())
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_readme_folders_are_made(page):
+    """A command reads only folders that an earlier command of the same page makes, unless a line of the page says what
+    it is: "Here `out/NAME` ..."."""
+    made = set(re.findall(r"^Here `(out/[\w.-]+)` ", page.read_text(), re.M))
+    for command in commands_of(page):
+        read, written = folders(command)
+        assert read <= made, f"{page.name}: `{' '.join(command)}` reads {', '.join(read - made)}, which nothing made"
+        made |= written
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_readme_links(page):
+    """Links to files of this repository, and to their headings, lead somewhere."""
+    for name, _, heading in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]*))?\)", page.read_text()):
+        path = page.parent / name if name else page
+        assert path.is_file(), name
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if heading else [""]
+        assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], heading
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
