@@ -1,31 +1,31 @@
-"""Absorbing diffusion of text: the forward process and the training objectives.
+"""Absorbing diffusion of text: the forward process and the training objectives. docs/maths.md derives every formula.
 
-A token is visible at time t with probability alpha(t), independently of the others; otherwise it is the mask. Time runs
-from t = 0 (clean) to t = 1 (all masked). Discrete-time models live on the grid t = s/T, s = 1 ... T; s = 1 is the step
-that ends at clean text (its term of the bound is the papers' reconstruction term).
+A token is visible at time t with probability alpha(t), independently of the others. Otherwise it is the mask. Time runs
+from t = 0 (clean text) to t = 1 (all masks). Models with T steps use the times t = s/T, s = 1 ... T. The step s = 1
+ends at clean text; its term of the bound is the papers' reconstruction term.
 
-    here          meaning                                D3PM             MDLM            MD4
-                                                         2107.03006       2406.07524      2406.04329
-    x0, xt        clean and noisy tokens, (B, L) long    x_0, x_t         x, z_t          x_0, x_t
-    t, s          time in (0, 1], step in 1 ... T        t/T, t           t, -            t, -
-    alpha(t)      P(a token is visible at t)             prod(1 - beta)   alpha_t         alpha_t
-    mask_id       the mask, always the last id: V        [MASK]           m               m
-    model         logits (B, L, V) of x0 given xt        p~(x~_0|x_t)     x_theta         mu_theta
-    nelbo         bound on -log p(x0), nats per token    L_vb / L         L_NELBO / L     L / L
+    here        meaning                               D3PM            MDLM          MD4         SEDD          ReMDM
+                                                      2107.03006      2406.07524    2406.04329  2310.16834    2503.00307
+    x0, xt      clean and noisy tokens, (B, L) long   x_0, x_t        x, z_t        x_0, x_t    x_0, x_t      x, z_t
+    t, s        time in (0, 1], step in 1 ... T       t/T, t          t, -          t, -        t, -          t, -
+    alpha(t)    P(a token is visible at t)            prod(1 - beta)  alpha_t       alpha_t     exp(-sigma)   alpha_t
+    mask_id     the mask, always the last id: V       [MASK]          m             m           MASK          m
+    model       logits (B, L, V) of x0 given xt       p~(x~_0|x_t)    x_theta       mu_theta    s_theta       x_theta
+    nelbo       bound on -log p(x0), nats per token   L_vb / L        L_NELBO / L   L / L       L_DWDSE / L   -
 
-Given that the model never predicts the mask and keeps what it sees (carry-over), the KL divergence between the true and
-the learned reverse step vanishes at visible tokens and is proportional to the cross-entropy CE = -log p(x0) at masked
-ones. So every bound here is one sum,
+The model never predicts the mask, and it keeps what it sees (carry-over). Then the KL divergence between the true and
+the learned reverse step is zero at visible tokens, and a multiple of the cross-entropy CE = -log p(x0) at masks. So
+every bound here is one sum,
 
-    nelbo = E[ weight * sum over masked positions of CE ] / L,
+    nelbo = E[ weight * sum over masks of CE ] / L,
 
-and a method is a way to draw (mask, t, weight). No posterior over (B, L, K) is ever built; the tests
-build it, and check. Score entropy (SEDD) is one more such sum, with a penalty beside CE. Noise of random tokens instead
-of masks is in uniform.py.
+and a method is a way to draw (mask, t, weight). The posterior over all V + 1 states is never built; the tests build it,
+and compare. Score entropy (SEDD) is such a sum, too, with a penalty beside CE. Noise of random tokens is in uniform.py.
 
-All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (randomness.py). So
-an objective is a deterministic function of (x0, u, v). Where v = 2, in a prefix of c tokens, the text is given: always
-visible, and no part of the bound, which is then that of the other n = L - c tokens, nats per token of these.
+All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (randomness.py).
+So an objective is a deterministic function of (x0, u, v). A text may begin with c given tokens, marked by v = 2. These
+are always visible and no part of the bound, which is then that of the other n = L - c tokens, in nats per token of
+these.
 """
 
 import math
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 
 class Schedule(NamedTuple):
-    """A noise schedule: alpha falls from t = 0 to t = 1. Its functions map tensors to tensors."""
+    """A noise schedule: alpha decreases from t = 0 to t = 1. Its functions map tensors to tensors."""
 
     alpha: Callable    # t -> P(a token is visible at t)
     dalpha: Callable   # t -> d alpha / dt, never positive
@@ -44,7 +44,8 @@ class Schedule(NamedTuple):
     sigma: Callable    # t -> -log alpha(t), the total noise, to the last digit where alpha is 1 or 0, nearly
 
     def weight(self, t):
-        """-alpha'(t)/(1 - alpha(t)), at which a mask falls, in reverse: nats of bound for a nat of CE at a mask."""
+        """-alpha'(t)/(1 - alpha(t)): nats of bound for a nat of CE at a mask. It is the rate, per unit of t, at which a
+        mask is revealed in reverse time."""
         return -self.dalpha(t) / (1 - self.alpha(t))
 
 
@@ -211,10 +212,10 @@ class Absorbing:
         """The continuous-time bound by exactly k = ceil(u n) masks, with weight L/k: u (B,), v (B, L) -> Noise.
 
         Independent masks at rate r with weight 1/r, integrated over r, are k masks with k uniform on 1 ... n and weight
-        n/k (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736); L/k, since `nelbo` divides by L. The masked tokens are
-        those with the k smallest v, and the network is told the moment at which the k-th of them fell. That is
-        Beta(k, n - k + 1), the law of r given k masks under the weight 1/r, so the bound is the same one for networks
-        that see the time, too.
+        n/k (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736). Here it is L/k, since `nelbo` divides by L. The masked
+        tokens are those with the k smallest v. The network is told the rate at which exactly these are masked, the k-th
+        smallest v. Its distribution is Beta(k, n - k + 1), which is that of r given k masks under the weight 1/r. So
+        the bound is the same for networks that see the time.
         """
         L, n = v.shape[1], n_free(v)
         k = torch.minimum(torch.ceil(u * n).clamp(min=1), n).long()
@@ -226,10 +227,10 @@ class Absorbing:
     def continuous(self, u, v, w):
         """The continuous-time bound by independent masks at a uniform rate, u, without the large weights of small u.
 
-        u (B,), v (B, L), w (B,) -> Noise. The weight 1/u has no finite variance; its mean over all rates that could
-        have given these k masks is (n + 1)/k (0 if k = 0), which has (Rao-Blackwell). A network that sees the time is
-        told one of these rates, r ~ Beta(k, n - k + 1): the k-th smallest of n uniform numbers, found by leaving out,
-        as w says, one of the n + 1 numbers u and v.
+        u (B,), v (B, L), w (B,) -> Noise. The weight 1/u has no finite variance. Its mean over the rates that give k
+        masks, Beta(k + 1, n - k + 1) for a uniform rate, is (n + 1)/k (0 if k = 0), which has one (Rao-Blackwell). A
+        network that sees the time must be told a rate from Beta(k, n - k + 1), as in exact_k: the k-th smallest of n
+        uniform numbers, which are the n + 1 numbers u and v without one of them, chosen by w.
         """
         L, n = v.shape[1], n_free(v)
         mask = v <= u[:, None]
@@ -241,16 +242,18 @@ class Absorbing:
 class D3PM(Absorbing):
     """Absorbing D3PM with T steps (arXiv 2107.03006, eq. 1 and 5; closed form: MD4, arXiv 2406.04329, eq. 19).
 
-    With a_s = alpha(s/T), a masked token is revealed between s and s - 1 with probability (a_{s-1} - a_s)/(1 - a_s), by
-    the true reverse step and by the learned one alike; they differ in the token that they reveal. Hence
+    Let a_s = alpha(s/T). A mask is revealed between s and s - 1 with probability (a_{s-1} - a_s)/(1 - a_s), by the true
+    reverse step and by the learned one alike. They differ in the token that they reveal. Hence
 
-        KL(q(x_{s-1} | x_s, x0) || p(x_{s-1} | x_s)) = (a_{s-1} - a_s)/(1 - a_s) * CE   at masked positions, else 0,
+        KL(q(x_{s-1} | x_s, x0) || p(x_{s-1} | x_s)) = (a_{s-1} - a_s)/(1 - a_s) * CE   at masks, else 0,
 
-    which is CE/s for the linear schedule. There is no prior term because alpha(1) = 0. Drawing one s of T uniformly
-    multiplies by T.
+    which is CE/s for the linear schedule. Drawing one s of T uniformly multiplies the weight by T. There is no prior
+    term, because alpha(1) = 0; with alpha(1) > 0 it would be infinite, so only the schedules in WHOLE are possible.
 
-    lambda_ce adds the auxiliary loss of eq. 5: lambda_ce * CE at all positions, visible ones included, against one term
-    of the sum over s (not the whole sum), as in the published code. It is trained with and never reported.
+    lambda_ce adds the auxiliary loss of eq. 5: lambda_ce * CE at all positions, visible ones included, beside one term
+    of the sum over s (not the whole sum), as in the published code. With T = 1000 and nanoDD's lambda_ce = 0.05 it
+    weighs lambda_ce (T + 1)/2 = 25 times as much as the bound, per masked token on average (docs/maths.md, section 8):
+    training is then nearly on equal weights for all masks. The auxiliary loss is never reported.
     """
 
     estimators = {"t_step": "t_step_uniform", "t_step_uniform": "t_step"} | Absorbing.estimators
@@ -284,7 +287,7 @@ class D3PM(Absorbing):
         return Noise(v <= 1 - a[:, None], (s / self.T).float(), weight.float())
 
     def time(self, rate):
-        """Of the T steps, which are all that the network knows, the one in whose interval the rate falls."""
+        """The time of one of the T steps, which are all that the network knows: that in whose interval the rate is."""
         s = torch.ceil(self.schedule.inverse(1 - rate) * self.T - 1e-6)  # a rate of s/T is s, rounded up or not
         return (s.clamp(1, self.T) / self.T).float()
 
@@ -293,12 +296,13 @@ class D3PM(Absorbing):
         return self.noise(u, v)
 
     def t_step(self, u, v, w=None):
-        """The T-step bound from a better draw: one random token is surely masked, and no weight is above L.
+        """The T-step bound from a better draw: one token i, chosen uniformly, is always masked. No weight is above L.
 
-        sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked], where
-        P(s) = a_{s-1} - a_s and i is uniform. Averaging over which of the k masked tokens was the sure one gives the
-        weight L/k: no large weights at small s. The number of the first free token picks the sure one, whose own number
-        then serves the first.
+            sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked],
+
+        where P(s) = a_{s-1} - a_s. The mean over which of the k masks is token i gives the weight L/k, so small s have
+        no large weights. The number v of the first token that is not given chooses i. The v of token i then decides
+        about that first token.
         """
         (B, L), n = v.shape, n_free(v)
         rows, first = torch.arange(B), (L - n).long()
@@ -324,15 +328,15 @@ class MDLM(Absorbing):
 
         nelbo = integral over t in (0, 1] of -alpha'(t)/(1 - alpha(t)) * E[sum over masked positions of CE] dt / L
 
-    For a network that does not see the time, its value is the same for every schedule, and only its variance is not.
-    time_sampling:
+    For a network that does not see the time, the bound is the same for every schedule from alpha = 1 to alpha = 0; the
+    variance of its estimate is not. time_sampling:
     'uniform', 'stratified': t from u, tokens masked independently. The weight is 1/t for the linear schedule; its
         square has no finite mean, so this is for training and for matching papers, never for error bars.
     'exact_k': exactly k tokens masked, see there.
 
-    weighting 'simple' trains with the same weight, 2, for every masked token: for the linear schedule the terms of the
-    bound times 2t. What is lost in rigour is won in variance, and short runs end far lower (LOG.md). The reported bound
-    keeps its weights.
+    weighting 'simple' trains with the same weight, 2, for every masked token: for the linear schedule these are the
+    terms of the bound times 2t. This is not the bound, but it varies less, and short runs end far lower (LOG.md). The
+    reported bound keeps its weights.
     """
 
     def __init__(self, mask_id, schedule="linear", time_sampling="stratified", weighting="nelbo"):
@@ -366,21 +370,22 @@ class MDLM(Absorbing):
 class SEDD(MDLM):
     """Score entropy (arXiv 2310.16834) with masks: the network's ratios of probabilities need not be normalised.
 
-    It learns the scores s_y = p_t(y)/p_t(mask) of the tokens y at each mask (`scores` exponentiated), of which it is
-    right to be r p(x0 = y | visible tokens), r = alpha/(1 - alpha) = 1/(e^sigma - 1). The score entropy there is
+    At each mask the network learns the scores S_y = p_t(y)/p_t(mask) of the tokens y (`scores` has their logarithms).
+    The true score is odds * p(x0 = y | visible tokens), where odds = alpha/(1 - alpha) = 1/(e^sigma - 1). The score
+    entropy of a mask is
 
-        dsigma/dt * [sum_y s_y - r log s_x0 + r (log r - 1)].
+        dsigma/dt * [sum_y S_y - odds log S_x0 + odds (log odds - 1)].
 
-    Seen as an unnormalised prediction, q_y = s_y/r with sum Z, and with dsigma/dt r = -alpha'/(1 - alpha), which is the
-    weight of the bound, it is the weight times
+    Write S_y = odds * f_y: then f is a prediction of x0 that is not normalised, with the sum Z. As dsigma/dt * odds is
+    -alpha'/(1 - alpha), the weight of the bound, the score entropy is this weight times
 
-        Z - 1 - log q_x0  =  CE + (Z - 1 - log Z),
+        Z - 1 - log f_x0  =  CE + (Z - 1 - log Z),
 
-    CE the cross-entropy of the normalised prediction: MDLM's bound and a penalty, zero if Z = 1 (RADD, arXiv
-    2406.03736). So the network is a masked denoiser as any other, and nothing is lost by normalising.
+    with the CE of the normalised prediction f/Z: MDLM's bound and a penalty, which is zero if Z = 1 (RADD, arXiv
+    2406.03736). So the network is a masked denoiser like any other, and nothing is lost by normalising.
 
-    scaled: as SEDD's `scale_by_sigma`, the logits are s_y/r V instead of s_y, in logarithms, so that an output of zeros
-    is normalised. For other noise than masks see uniform.py.
+    scaled: as SEDD's `scale_by_sigma`. The logits are log(V f_y) instead of log S_y, so that an output of zeros is
+    normalised.
     """
 
     normalised = "mdlm"
@@ -399,31 +404,31 @@ class SEDD(MDLM):
             return f"sigma is infinite at the end of schedule={config.schedule}: use loglinear or geometric"
         return Absorbing.misfit(config)
 
-    def log_ratio(self, t):
-        """log r of times t."""
+    def log_odds(self, t):
+        """log(alpha/(1 - alpha)) at times t."""
         return -torch.log(torch.expm1(self.schedule.sigma(t)))
 
     def log_prediction(self, logits, t):
-        """log q, unnormalised, (N, V) float32, for logits (N, V) at times t (N,)."""
+        """log f, not normalised, (N, V) float32, for logits (N, V) at times t (N,)."""
         if self.scaled:
             return logits.float() - math.log(logits.shape[-1])
-        return logits.float() - self.log_ratio(t)[:, None]
+        return logits.float() - self.log_odds(t)[:, None]
 
     def scores(self, logits, t):
         """The scores' logarithms, (N, V) float32."""
-        return self.log_prediction(logits, t) + self.log_ratio(t)[:, None]
+        return self.log_prediction(logits, t) + self.log_odds(t)[:, None]
 
     def cost(self, logits, x0, t):
-        log_q = self.log_prediction(logits, t)
-        return log_q.exp().sum(-1) - 1 - log_q.gather(-1, x0[:, None]).squeeze(-1)
+        log_f = self.log_prediction(logits, t)
+        return log_f.exp().sum(-1) - 1 - log_f.gather(-1, x0[:, None]).squeeze(-1)
 
 
 class AutoRegressive(Absorbing):
     """No diffusion: every token is predicted from those on its left, by a causal network. The yardstick of the field.
 
-    nelbo is not a bound but the negative log-likelihood itself, by the chain rule, and there is no noise in it. Seen as
-    absorbing: all positions are asked for, each has weight 1, and position i sees x0[:i], shifted by one, after the
-    mask, which serves as the start of the text.
+    nelbo is not a bound but the negative log-likelihood itself, by the chain rule. There is no noise in it. In the
+    terms of masks: all positions are predicted with weight 1, and position i sees x0[:i]. The input is x0 shifted by
+    one; it begins with the mask, which stands for the start of the text.
     """
 
     description = "is autoregressive"

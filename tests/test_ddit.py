@@ -100,7 +100,7 @@ def test_sedd_masks(load, name, tmp_path):
     own = F.one_hot(xt, V + 1)[..., :V].bool()
     close(log_score.masked_fill(own, 0.0), arrays["log_score"][..., :V])
     cost = objective.cost(logits[masked], x0[masked], flat_t[masked])
-    r = objective.log_ratio(flat_t[masked].double()).exp()
+    r = objective.log_odds(flat_t[masked].double()).exp()
     close(cost * r, arrays["score_entropy"][masked], atol=1e-5, rtol=1e-4)
     assert (arrays["score_entropy"][~masked] == 0).all()
     loss = (noise.weight(t) * torch.zeros(B, L).masked_scatter(masked, cost).sum(1))

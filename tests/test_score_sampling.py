@@ -54,7 +54,7 @@ def unnormalised(scaled=True):
     def network(xt, t, where=None):
         z = 0.9 + 0.2 * torch.sin((xt * torch.arange(1, L + 1)).sum(1).double())
         logits = model(xt, t).log_softmax(-1) + z.log()[:, None, None]
-        logits = logits + (math.log(V) if scaled else SEDD(MASK).log_ratio(t)[:, None, None])
+        logits = logits + (math.log(V) if scaled else SEDD(MASK).log_odds(t)[:, None, None])
         return logits if where is None else logits[where]
     return network
 
