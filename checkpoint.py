@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+import optim
 import storage
 from cli import ArgumentParser, UserError, named, note, run
 from configs import Config, same_run
@@ -21,7 +22,6 @@ from data.tokenizer import make_tokenizer
 from export import export
 from foreign import translate
 from log import parse
-from optim import AdamW, Muon
 from storage import Hints, add_hints, check_keys, claim, config_of, hints_of, read, read_latest
 
 OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # what foreign checkpoints may be trained on
@@ -150,7 +150,7 @@ def check_finite(weights, path):
 def check_moments(model, moments, path):
     """Raise a UserError that names the first parameter whose optimiser state is missing or of another shape."""
     shapes = {name: value.shape for name, value in model.named_parameters()}
-    possible = AdamW.keys, Muon.keys, set()  # the last one, if it never took a step
+    possible = [kind.keys for kind in optim.KINDS] + [set()]  # the last one, if it never took a step
     fits = lambda name: name in shapes and name in moments and moments[name].keys() in possible and all(
         value.shape == (() if key == "step" else shapes[name]) for key, value in moments[name].items())
     wrong = [name for name in sorted(shapes.keys() | moments.keys()) if not fits(name)]

@@ -131,7 +131,8 @@ def masked_terms(objective, logits, x0, noise, weight):
 
 def uniform_terms(objective, logits, x0, noise, weight):
     """The same for uniform noise, which costs everywhere: logits (L, N), UniformNoise -> {column: (L,) float64}."""
-    chain, inputs = isinstance(objective, UniformD3PM), (logits[None], x0[None], objective.corrupt(x0[None], noise.token))
+    chain = isinstance(objective, UniformD3PM)
+    inputs = logits[None], x0[None], objective.corrupt(x0[None], noise.token)
     cost = (objective.step_kl(*inputs, (noise.t * objective.T).round()) if chain
             else objective.cost(*inputs, noise.sigma))[0].double() / BIT
     name = "KL" if chain else "score entropy / dsigma"

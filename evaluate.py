@@ -25,10 +25,10 @@ import numpy as np
 
 from cli import ArgumentParser, UserError, named, number, pick_device, pick_dtype, run
 from data.loader import SPLITS
-from diffusion import WHOLE, Absorbing
+from diffusion import WHOLE
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
 from randomness import prefix_lengths
-from sampler_flags import add_arguments, cuts, given_flags, settings_of, steps_flag
+from sampler_flags import NAMES, add_arguments, cuts, given_flags, settings_of, steps_flag
 from sampling import SAMPLERS
 from storage import add_hints, hints_of
 from studies.baselines import reference_points
@@ -65,9 +65,9 @@ def samples_flag(text):
 
 def samplers(text):
     """An argparse type: names of samplers, separated by commas."""
-    unknown = [name for name in text.split(",") if name not in Absorbing.samplers]
+    unknown = [name for name in text.split(",") if name not in NAMES]
     if unknown:
-        raise UserError(f"--sampler {unknown[0]!r} is none of {', '.join(Absorbing.samplers)}")
+        raise UserError(f"--sampler {unknown[0]!r} is none of {', '.join(NAMES)}")
     return text.split(",")
 
 
@@ -112,7 +112,7 @@ def parse_args():
     q.add_argument("--steps", type=several_steps,
                    help="steps of sampling, such as 8,32,auto (default: the config's T)")
     q.add_argument("--sampler", type=samplers,
-                   help=f"of {', '.join(Absorbing.samplers)}, several with commas (default ancestral)")
+                   help=f"of {', '.join(NAMES)}, several with commas (default ancestral)")
     add_arguments(p)
     add_hints(p)
     p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")

@@ -1,7 +1,7 @@
 """Optimisation: AdamW, Muon, the learning rate, clipping, and the moving average of the weights.
 
 The loop in train.py uses three things of an optimiser: `step_unless(bad)`, `zero_grad()` and `param_groups`. A new one is
-a class like Muon, with a line in `shares`; a new rule of clipping is a line in `clip_gradients`.
+a class like Muon, named in `KINDS` and `shares`; a new rule of clipping is a line in `clip_gradients`.
 
 Muon (Keller Jordan et al., 2024; Moonlight, arXiv 2502.16982). Gradients of weight matrices have a few large singular
 values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so that every
@@ -126,6 +126,9 @@ class Muon(torch.optim.Optimizer):
         steps = orthogonalise(torch.stack(ahead).to(self.dtype)).to(ahead[0].dtype) * good
         torch._foreach_mul_(params, 1 - lr * weight_decay * good)
         torch._foreach_add_(params, list(steps), alpha=-lr * 0.2 * max(params[0].shape) ** 0.5)
+
+
+KINDS = AdamW, Muon
 
 
 def shares(model, cfg):

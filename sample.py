@@ -26,10 +26,9 @@ from cli import (ArgumentParser, UserError, autocast, generator_on, named, note,
 from costs import check_fits
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
-from diffusion import Absorbing
 from foreign.tiny_diffusion import StepsUp
 from prompts import blocks, canvases
-from sampler_flags import add_arguments, given_flags, settings_of, steps_flag
+from sampler_flags import NAMES, add_arguments, given_flags, settings_of, steps_flag
 from show import History, Screen, gif, html, joined, png
 from storage import add_hints, hints_of
 from studies.baselines import known_word_share
@@ -47,7 +46,7 @@ def parse_args():
                    "with the repository)")
     p.add_argument("--batch_size", type=number(int, 1, 10**5), default=1,
                    help="number of samples of each prompt (default 1)")
-    p.add_argument("--sampler", choices=Absorbing.samplers, help="default: ancestral")
+    p.add_argument("--sampler", choices=NAMES, help="default: ancestral")
     p.add_argument("--steps", type=steps_flag, help="of ancestral, topk, remdm: a number, or auto, as many as the "
                    "model's curve asks for (evaluate.py --curve); default: the config's T")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same samples (default 0)")

@@ -7,10 +7,13 @@ import math
 from pathlib import Path
 
 from cli import UserError, number
-from diffusion import SCHEDULES, Absorbing, make_schedule
+from configs import OBJECTIVES
+from diffusion import SCHEDULES, make_schedule
 from sampling import SAMPLERS, SIGMAS, Settings, cheapest_grid, enough_steps, loop_grid, schedule_grid
 from storage import digest
 
+NAMES = list(dict.fromkeys(name for objective in OBJECTIVES.values() if not objective.causal
+                           for name in objective.samplers))  # for --sampler; causal networks have no choice
 FLAGS = ("grid", "k", "threshold", "gamma", "sigma", "eta")
 DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "sigma": "cap"}
 CUTS = ("temperature", "top_p", "top_k")
@@ -58,7 +61,7 @@ def add_arguments(parser):
     p.add_argument("--eta", type=number(float, 0, 1), help="remdm: how much ("
                    + ", ".join(f"{rule} {eta}" for rule, eta in SIGMAS.items()) + ")")
     p.add_argument("--temperature", type=temperature_flag, help="of the tokens; below 1: likelier ones, less variety; "
-                   "0: the likeliest one (default 1: the model's own law)")
+                   "0: the likeliest one (default 1: the model's own distribution)")
     p.add_argument("--top_p", type=number(float, 1e-6, 1),
                    help="only the fewest tokens that have this probability together (default 1)")
     p.add_argument("--top_k", type=number(int, 1), help="only so many likeliest tokens (default: all)")
@@ -93,7 +96,7 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     if not objective.any_order and "auto" in (flags.get("steps"), flags.get("grid")):
         raise UserError(f"auto chooses mask rates, and {checkpoint} {objective.description}: say --steps N")
     for name in given.keys() - set(known):
-        users = [other for other in Absorbing.samplers if name in SAMPLERS[other].flags]
+        users = [other for other in NAMES if name in SAMPLERS[other].flags]
         raise UserError(f"--{name} is of no use to --sampler {sampler}: it is for {', '.join(users)}")
     if cut and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
         raise UserError(f"--{next(iter(cut))} cuts what tokens are drawn from, and Euler steps of uniform noise draw "

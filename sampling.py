@@ -4,23 +4,24 @@ A sampler is an iterator over the states on the way from xt (B, L), which has ma
 given tokens never change. Steps in which nothing can happen are counted (State.steps) and not walked through: what a
 sample costs follows from the number of its tokens, however many steps there are.
 
-    sampler          reveals                                                           law
-    ancestral        each mask by chance, on a grid of mask rates                      of the chain on this grid
-    first_hitting    one mask at a time, at the moment when it falls                   of the chain in continuous time
-    topk             the surest tokens, a fixed number per step                        heuristic
-    threshold        all tokens surer than a threshold                                 heuristic
-    entropy_bound    the surest tokens, as many as cost at most gamma nats             heuristic with a bound
-    remdm            as ancestral, and masks tokens again by chance                    of its own chain (remasking)
-    analytic, euler  each mask by chance, of scores that need not be normalised        of SEDD's two predictors
-    left_to_right    (causal networks) one position after another                      exact
+    sampler          reveals                                                      distribution of the texts
+    ancestral        each mask by chance, on a grid of mask rates                 that of the chain on this grid
+    first_hitting    one mask at a time, at a random rate                         that of the chain in continuous time
+    topk             the surest tokens, a fixed number per step                   heuristic
+    threshold        all tokens surer than a threshold                            heuristic
+    entropy_bound    the surest tokens, as many as cost at most gamma nats        heuristic with a bound
+    remdm            as ancestral, and makes tokens masks again by chance         that of its own chain
+    analytic, euler  each mask by chance, by scores that need not be normalised   those of SEDD's two predictors
+    left_to_right    (causal networks) one position after another                 that of the model, exactly
 
 Only `temperature`, `top_k` and `top_p` other than their defaults change what a token is drawn from. Grids are made of
-mask rates from 1 to 0, not of times: on the way from rate r to rate s < r a mask falls with probability 1 - s/r,
-whatever the schedule is, which only says at what time the network believes to be (time(rate), diffusion.Absorbing).
-A sequence that begins with given tokens begins at its own rate `start` (B,), and is told the times from there.
+mask rates, not of times. From rate r to rate s < r a mask is revealed with probability 1 - s/r, whatever the schedule
+is. The schedule says only what time the network is told at a rate (diffusion.Absorbing.time). A sequence that begins
+with given tokens has a smaller share of masks, `start` (B,), and is told the times from there on.
 
-Networks trained on uniform noise (uniform.py) have samplers of their own: ancestral, which is analytic, and euler. They
-begin with random tokens where the masks are, draw every one of these anew in each step, and grids are noise rates.
+Networks trained on uniform noise (uniform.py) have samplers of their own: ancestral, which is also called analytic, and
+euler. They put random tokens in the place of the masks and draw each of these again in every step. Their grids are
+noise rates.
 """
 
 import functools
@@ -90,16 +91,16 @@ def rest(state, happening, n):
 def ancestral(model, xt, mask_id, time, draw, start, grid):
     """The reverse chain on a grid of mask rates r_0 > ... > r_n = 0 (D3PM, eq. 4; MDLM, eq. 6).
 
-    From r to s each mask falls with probability 1 - s/r, whatever the network says; only then is a token drawn, from
-    the network's prediction at r. So the network runs for the sequences where a mask falls, its head at these
-    positions: the law is that of a draw from the posterior over all V + 1 states, which is never built.
+    From r to s each mask is revealed with probability 1 - s/r, whatever the network says. Its token is drawn from the
+    network's prediction at r. So the network runs only for the sequences, and its head only at the positions, where a
+    mask is revealed. This is a draw from the posterior over all V + 1 states, which is never built.
 
-    A mask is left at rate r_i with probability
+    A mask is still there at rate r_i with probability
 
         r_1/r_0 * r_2/r_1 * ... * r_i/r_(i-1) = r_i/r_0,
 
-    so the rate u at which it falls is uniform on [0, r_0), and the step is the one from r to s with s <= u < r. All u
-    are drawn at once, and only the steps in which some mask falls are walked through.
+    so the rate u at which it is revealed is uniform on [0, r_0), and the step is the one from r to s with s <= u < r.
+    All u are drawn at once, and only the steps that reveal something are walked through.
     """
     state, masked, n = begin(xt), xt == mask_id, len(grid) - 1
     rising = torch.tensor(grid[::-1], dtype=torch.float64, device=draw.generator.device)
@@ -116,9 +117,10 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
 def first_hitting(model, xt, mask_id, time, draw, start):
     """The reverse chain in continuous time, without a grid (first-hitting sampler, arXiv 2409.02908); L States at most.
 
-    With n masks left at rate r the next of them falls at rate r u^(1/n), u uniform, whichever it is: so each call draws
-    that moment and one of the masks for every sequence, and the token there from the network's prediction at that
-    moment.
+    At rate r there are n masks, each with its own reveal rate, uniform on [0, r). The next one is the largest of these:
+    P(largest <= s) = (s/r)^n, so it is r u^(1/n) for a uniform u. By symmetry it is each of the masks with the same
+    probability. Its token is drawn from the network's prediction at that rate. No two masks are revealed at once, so
+    this is exact.
     """
     state, rate = begin(xt), start
     while (masked := state.xt == mask_id).any():
@@ -139,7 +141,7 @@ def topk(model, xt, mask_id, time, draw, start, grid=None, k=1):
 
     A token is drawn for every mask; those that the network (at temperature 1) finds likeliest stay. On a grid of mask
     rates a share r_i of the masks, rounded down, is left after step i; without one, k tokens are revealed in each step.
-    Not the law of the model: texts look better, and become more alike.
+    Texts do not have the distribution of the model: they look better, and become more alike.
     """
     state, n = begin(xt), (xt == mask_id).sum(1)
     if grid:
@@ -161,7 +163,7 @@ def topk(model, xt, mask_id, time, draw, start, grid=None, k=1):
 @torch.no_grad()
 def threshold(model, xt, mask_id, time, draw, start, threshold=0.9):
     """All tokens to which the network gives at least `threshold`, and always the surest one (Fast-dLLM, arXiv
-    2505.22618). A token is drawn for every mask, as in topk. Not the law of the model."""
+    2505.22618). A token is drawn for every mask, as in topk. Texts do not have the distribution of the model."""
     state, n = begin(xt), (xt == mask_id).sum(1)
     while (masked := state.xt == mask_id).any():
         proposed, sure = propose(model, state, masked, time(share(start, masked.sum(1), n)), draw)
@@ -171,11 +173,12 @@ def threshold(model, xt, mask_id, time, draw, start, threshold=0.9):
 
 @torch.no_grad()
 def entropy_bound(model, xt, mask_id, time, draw, start, gamma=0.1):
-    """The tokens of least entropy, as many as keep the price of drawing them independently below gamma nats per step
+    """The tokens of least entropy, as many as lose at most gamma nats per step by being drawn independently
     (EB-Sampler, arXiv 2505.24857): their entropies sum to at most gamma, the largest one not counted.
 
-    The sum of the entropies less the largest of them bounds what the tokens could know of each other. gamma = 0: one at
-    a time, unless more are certain. Choosing the order by entropy is not the law of the model.
+    The sum of the entropies less the largest of them bounds what the tokens say about each other, which an independent
+    draw loses. gamma = 0: one at a time, unless more are certain. The order by entropy is not that of the model's
+    chain, so texts do not have its distribution.
     """
     state, n = begin(xt), (xt == mask_id).sum(1)
     while (masked := state.xt == mask_id).any():
@@ -194,27 +197,34 @@ def remdm(model, xt, mask_id, time, draw, start, grid, sigma="cap", eta=None):
     """ancestral, where revealed tokens become masks again with probability sigma (ReMDM, arXiv 2503.00307, eq. 7), so
     that mistakes can be mended; the more steps, the more often.
 
-    From rate r to s masks fall with probability (1 - s - (1 - sigma)(1 - r))/r, which keeps the mask rate on the grid
-    (under `conf` it stays a little above).
-    sigma may not exceed min(1, s/(1 - r)). Its rules:
-    cap: that, but eta at most.    rescale: eta times that.
-    conf: as rescale, times softmax(-p) over the revealed tokens, p what the network gave them; for masks 0.
-    loop: as cap, but only where the grid stands still (loop_grid).
+    From rate r to s a mask is revealed with probability h, and a revealed token becomes a mask with probability sigma.
+    The share of visible tokens must become 1 - s, as in the chain that the network was trained for:
+
+        (1 - r)(1 - sigma) + r h = 1 - s,   so   h = (1 - s - (1 - sigma)(1 - r))/r,   and h <= 1 if sigma <= s/(1 - r).
+
+    The rules for sigma, with limit = min(1, s/(1 - r)):
+    cap: min(eta, limit).    rescale: eta * limit.
+    conf: eta * limit * softmax(-p) over the revealed tokens, p what the network gave them. Masks are revealed with
+        1 - s/r, as if sigma were 0, so the mask rate stays a little above the grid.
+    loop: as cap where the grid stands still (loop_grid), else 0.
     Given tokens are never masked.
     """
     eta = SIGMAS[sigma] if eta is None else eta
     state, given = begin(xt), xt != mask_id
     for r, s in zip(grid, grid[1:]):
         masked = state.xt == mask_id
-        most = min(1, s / (1 - r)) if r < 1 else 1
-        falling = remasking = min(eta, most) if sigma == "cap" or sigma == "loop" and r == s else 0
-        if sigma == "rescale":
-            falling = remasking = eta * most
-        if sigma == "conf":
-            falling, remasking = 0, eta * most * state.p.neg().masked_fill(masked | given, -torch.inf).softmax(1)
-        falls = masked & draw.happens((1 - s - (1 - falling) * (1 - r)) / r, xt)
+        limit = min(1, s / (1 - r)) if r < 1 else 1
+        if sigma == "cap" or sigma == "loop" and r == s:
+            remasking = min(eta, limit)
+        elif sigma == "rescale":
+            remasking = eta * limit
+        elif sigma == "conf":
+            remasking = eta * limit * state.p.neg().masked_fill(masked | given, -torch.inf).softmax(1)
+        else:  # loop, where the grid moves on
+            remasking = 0
+        revealed = masked & draw.happens((1 - s - (1 - (0 if sigma == "conf" else remasking)) * (1 - r)) / r, xt)
         again = ~masked & ~given & draw.happens(remasking, xt)
-        state = fill(model, state, falls, time, start * r, draw)
+        state = fill(model, state, revealed, time, start * r, draw)
         state = State(state.xt.masked_fill(again, mask_id), state.p.masked_fill(again, torch.nan))
         yield state
 
@@ -244,9 +254,10 @@ def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lamb
             z = objective.log_prediction(logits, t[:, None].expand_as(masked)[masked]).exp().sum(-1)
             tokens, p = draw(logits)
             factor = torch.zeros(xt.shape, device=xt.device).masked_scatter(masked, z) * chance(r, s)
-            falls = masked & (draw.happens(factor, xt) | (s == 0))
-            chosen = falls[masked]
-            state = State(state.xt.masked_scatter(falls, tokens[chosen]), state.p.masked_scatter(falls, p[chosen]))
+            revealed = masked & (draw.happens(factor, xt) | (s == 0))
+            chosen = revealed[masked]
+            state = State(state.xt.masked_scatter(revealed, tokens[chosen]),
+                          state.p.masked_scatter(revealed, p[chosen]))
         yield state
 
 

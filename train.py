@@ -1,7 +1,7 @@
 """Train a denoiser.
 
     python train.py CONFIG [--key=value ...]                      one CPU, MPS or GPU
-    torchrun --standalone --nproc_per_node=8 train.py CONFIG      one node of 8 GPUs; README.md has several nodes, SLURM
+    torchrun --standalone --nproc_per_node=8 train.py CONFIG      one node of 8 GPUs; more: docs/long_runs.md
 
 Writes out/CONFIG/ckpt.pt (the last state), ckpt_prev.pt (the one before), ckpt_best.pt (the best validation) and
 log.jsonl (every number shown). SIGTERM, SIGUSR1, Ctrl-C and the end of torchrun finish the step and write a checkpoint;

@@ -62,16 +62,16 @@ def prior_kl(sigma, N):
 
 
 def excess(d):
-    """e^d - 1 - d, never negative: q excess(log p - log q) summed is KL(q || p), term by term without cancellation."""
+    """e^d - 1 - d, never negative: sum of q excess(log p - log q) = KL(q || p), and no term cancels another."""
     return torch.expm1(d) - d
 
 
 class Uniform:
     """Uniform diffusion in continuous time: UDLM (arXiv 2412.10193), Duo (arXiv 2506.10892); with `score`, SEDD's.
 
-    All of them learn the scores s_y = p_t(y)/p_t(z), z = xt, at every position, of which it is right to be
+    All of them learn the scores s_y = p_t(y)/p_t(z), z = xt, at every position, whose true value given x0 is
     r_y = q(y | x0)/q(z | x0), and minimise the same score entropy (SEDD, arXiv 2310.16834; for a score made of
-    x_theta it is UDLM's bound, and Duo's), since dsigma/dt / N is the rate from z to each y:
+    x_theta it is UDLM's bound, and Duo's), since dsigma/dt / N is the forward rate between any two tokens:
 
         nelbo = integral over t of dsigma/dt * E[ sum_i 1/N sum_{y != z} (s_y - r_y log s_y + r_y (log r_y - 1)) ] / L.
 
@@ -225,7 +225,7 @@ class UniformD3PM(Uniform):
         return self.at_step(torch.ceil(u * self.T), v, torch.full_like(u, self.T))
 
     def time(self, rate):
-        """Of the T steps, which are all that the network knows, the one in whose interval the rate falls."""
+        """The time of one of the T steps, which are all that the network knows: that in whose interval the rate is."""
         s = torch.ceil(self.schedule.inverse(1 - rate) * self.T - 1e-6)
         return (s.clamp(1, self.T) / self.T).float()
 

@@ -42,8 +42,8 @@ def chance(p, n):
 
 
 def fill(loaded, canvas, seed, device, size=256):
-    """Fill the masks of canvas (N, record) long by the model's own law: the chain in continuous time, where masks are
-    what it was trained on."""
+    """Fill the masks of canvas (N, record) long by the model's own distribution: for a model of masks, the chain in
+    continuous time."""
     config, generator, filled = loaded.config, generator_on(device, seed), []
     way = Settings("first_hitting") if config.objective_class.any_order else plain(config)
     objective = config.make_objective(loaded.meta["vocab_size"])
