@@ -27,7 +27,7 @@ import configs
 import parallel
 from categorical import Counted
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, named, number, pick_device, pick_dtype,
-                 progress, run, synchronize, table)
+                 progress, require, run, synchronize, table)
 from configs import replace
 from costs import check_fits, flops_per_token, training_bytes, weight_bytes
 from data.loader import load_meta, prefetch
@@ -386,6 +386,7 @@ def main():
         for name, cfg in chosen:
             estimate(name, cfg, size(cfg), args.gpu or "h100", args.gpus, args.mfu or 0.4)
     elif args.scaling:
+        require("matplotlib", "--scaling")
         folder = os.path.dirname(os.path.abspath(args.scaling))
         if not os.path.isdir(folder) or os.path.isdir(args.scaling):
             raise UserError(f"--scaling {args.scaling} is {'a' if os.path.isdir(folder) else 'in no existing'} folder")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import os
 import re
 import sys
@@ -39,6 +40,13 @@ class ArgumentParser(argparse.ArgumentParser):
             guess = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
             self.error(f"unknown argument {unknown[0]}" + (f", did you mean {guess[0]}?" if guess else ""))
         return parsed
+
+
+def require(module, what):
+    """Raise UserError if an optional package (requirements-all.txt) is missing, before any work is done."""
+    if importlib.util.find_spec(module) is None:
+        package = {"PIL": "pillow", "yaml": "pyyaml"}.get(module, module)
+        raise UserError(f"{what} needs the package {package}: pip install {package}")
 
 
 def one_line(text):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import load_model
-from cli import ArgumentParser, UserError, named, number, run, table
+from cli import ArgumentParser, UserError, named, number, require, run, table
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM, SCHEDULES, SEDD, make_schedule
 from plot import panels
@@ -190,6 +190,7 @@ def loss(args):
 
 def noise(args):
     """The noise schedules: a table, and a picture of alpha(t), sigma(t) and the weight of a masked token's CE."""
+    require("matplotlib", "a picture")
     schedules = {name: make_schedule(name) for name in [*SCHEDULES, *([args.schedule] if args.schedule else [])]}
     what = {"alpha": ("alpha(t), P(a token stays)", lambda s, t: s.alpha(t)),
             "sigma": ("sigma(t) = -log alpha(t), nats", lambda s, t: s.sigma(t)),

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import ArgumentParser, UserError, named, number, pick_device, pick_dtype, run
+from cli import ArgumentParser, UserError, named, number, pick_device, pick_dtype, require, run
 from data.loader import SPLITS
 from diffusion import WHOLE
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
@@ -327,6 +327,9 @@ def main():
         raise UserError("--out_dir goes with --curve, --curse, --context and --samples, which write files")
     if args.other and mode not in (None, "curse"):
         raise UserError(f"--{mode} is for one checkpoint")
+
+    if mode in ("curve", "curse", "samples"):
+        require("matplotlib", f"--{mode}, which draws a picture,")
 
     def opened(path):
         return open_subject(path, device, dtype, args.batch_size, hints_of(args), args.raw, args.normalised, args.split,

@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 
 import log
-from cli import ArgumentParser, UserError, note, number, run, write_file
+from cli import ArgumentParser, UserError, note, number, require, run, write_file
 from likelihood import plus_minus
 
 AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training"}
@@ -129,6 +129,7 @@ def save(figure, out):
 
 
 def main():
+    require("matplotlib", "a picture")
     args = parse_args()
     if not args.out.resolve().parent.is_dir():
         raise UserError(f"--out {args.out} is in no existing folder")

@@ -9,7 +9,6 @@
     python sample.py out/shakespeare_context --prefix "ROMEO: But, soft! what light" --length 2000 --context 64
 """
 
-import importlib.util
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ import torch
 from categorical import Counted, State
 from checkpoint import load_model
 from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
-                 progress, run, write_file)
+                 progress, require, run, write_file)
 from costs import check_fits
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
@@ -162,8 +161,9 @@ def check(args, config):
         if path.resolve() in taken:
             raise UserError(f"--{flag} {path} is {taken[path.resolve()]}, too: choose another file")
         taken[path.resolve()] = f"--{flag}"
-    if (args.gif or args.png) and importlib.util.find_spec("PIL") is None:
-        raise UserError("--gif and --png need the package: pip install pillow")
+    if args.gif or args.png:
+        require("PIL", "a picture")
+        require("matplotlib", "a picture")  # its colours, and a font
     if config.objective_class.causal and (args.suffix or args.template or args.infill):
         raise UserError(f"{args.checkpoint} is autoregressive and sees only what is on the left: it can continue a "
                         "--prefix, but --suffix, --template and --infill need a masked model")

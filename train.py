@@ -8,7 +8,6 @@ log.jsonl (every number shown). SIGTERM, SIGUSR1, Ctrl-C and the end of torchrun
 --resume auto goes on from there, and the result is the same as if nothing had happened.
 """
 
-import importlib.util
 import math
 import os
 import time
@@ -23,7 +22,7 @@ import configs
 import parallel
 import storage
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
-                 run)
+                 require, run)
 from costs import check_fits, flops_per_token, training_bytes, weight_bytes
 from data.loader import check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
@@ -208,8 +207,8 @@ def main():
     stop = parallel.StopSignals()
     if cfg.fsdp and "RANK" not in os.environ:
         raise UserError("--fsdp shares one model out over several processes: start them with torchrun")
-    if cfg.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("--wandb needs the package: pip install wandb")
+    if cfg.wandb:
+        require("wandb", "--wandb")
     device = together(lambda: parallel.own_device(cfg.device))
     dtype = pick_dtype(device, cfg.dtype)
     local, micro = share_of_batch(cfg, world)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, progress, run
 from data.prepare import DatasetWriter, is_prepared, parser, read_text
-from data.tokenizer import CharTokenizer, KNOWN, text8_words
+from data.tokenizer import KNOWN, CharTokenizer, text8_words
 
 LIST = Path(__file__).with_name("gutenberg.tsv")
 URL = "https://raw.githubusercontent.com/{repo}/{commit}/{path}"

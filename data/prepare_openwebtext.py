@@ -19,10 +19,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, number, progress, run
+from cli import UserError, number, progress, require, run
 from data.loader import SPLITS
 from data.prepare import DatasetWriter, is_prepared, parser
-from data.tokenizer import GPT2Tokenizer, KNOWN
+from data.tokenizer import KNOWN, GPT2Tokenizer
 
 SOURCE = "Skylion007/openwebtext"  # on the Hugging Face Hub, as parquet files
 BATCH = 200  # documents that a process encodes at a time
@@ -31,6 +31,7 @@ READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "te
 
 def load_documents(files):
     """The documents as a Hugging Face data set with a column `text`, memory-mapped from its cache."""
+    require("datasets", "the download of OpenWebText")
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     try:

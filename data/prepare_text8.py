@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import run
 from data.prepare import cut, fetch, is_prepared, parser, write_splits
-from data.tokenizer import CharTokenizer, KNOWN
+from data.tokenizer import KNOWN, CharTokenizer
 
 URL = "http://mattmahoney.net/dc/text8.zip"  # the site has no https; the checksum is what is trusted
 SHA256 = "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"

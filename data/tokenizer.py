@@ -4,7 +4,7 @@ import string
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, require
 
 TEXT8_ALPHABET = " " + string.ascii_lowercase  # space 0, a 1, ..., z 26
 
@@ -71,6 +71,7 @@ class GPT2Tokenizer:
 
     def __init__(self, vocab_size=50257):
         """vocab_size: more than 50,257 if a model has tokens besides, such as padding, which are no text."""
+        require("tiktoken", "GPT-2's vocabulary")
         import tiktoken
         self.vocab_size = vocab_size
         try:
@@ -103,11 +104,10 @@ class BertTokenizer:
     def __init__(self, vocab_size=30522):
         """vocab_size: 30,522, or one less if [MASK] is no token but the mask of the noise: then it is left out."""
         self.vocab_size = vocab_size
+        require("transformers", "BERT's vocabulary")
+        from transformers import AutoTokenizer
         try:
-            from transformers import AutoTokenizer
             self.tokenizer = AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")
-        except ImportError:
-            raise UserError("BERT's vocabulary needs the package: pip install transformers")
         except Exception as error:
             raise UserError("BERT's vocabulary (google-bert/bert-base-uncased) is neither in the Hub's cache nor to be "
                             f"downloaded ({type(error).__name__}): go online once")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from cli import UserError
+from cli import UserError, require
 
 
 class Found(NamedTuple):
@@ -41,6 +41,7 @@ def from_hub(name):
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if not match:
         raise UserError(f"{name} is no name on the Hub: write hf://owner/name, or hf://owner/name@revision")
+    require("huggingface_hub", f"{name}, which is on the Hub,")
     from huggingface_hub import snapshot_download
     for patterns in (["*.json", "*.yaml", "*.safetensors"], ["*.bin", "*.pt", "*.pth", "*.ckpt"]):
         try:
@@ -103,6 +104,7 @@ def read_settings(weights):
             if path.suffix == ".json":
                 found = json.loads(path.read_text())
             else:
+                require("yaml", f"{path}")
                 import yaml
                 found = yaml.safe_load(path.read_text())
         except Exception as error:

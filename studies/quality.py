@@ -17,7 +17,7 @@ import torch
 
 from categorical import Counted
 from checkpoint import load_model
-from cli import UserError, autocast, generator_on, progress, table, write_file
+from cli import UserError, autocast, generator_on, progress, require, table, write_file
 from data.loader import gather, windows
 from data.tokenizer import make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
@@ -90,10 +90,8 @@ class TransformersJudge:
     """A causal language model of Hugging Face's transformers, such as GPT-2; each text begins after its first token."""
 
     def __init__(self, name, device, dtype):
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError:
-            raise UserError("--judge hf://... needs the package: pip install transformers")
+        require("transformers", f"--judge hf://{name}")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()

@@ -14,6 +14,21 @@ torch.set_num_threads(1)  # make test has two workers
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
+# Real runs, processes and compilers: left out of `make check`, which is for after each edit.
+SLOW = {"test_runs.py", "test_families.py", "test_bfloat16.py", "test_bench.py"}
+SLOW_TESTS = {"test_hub_offline", "test_a_missing_tokenizer", "test_pydoc", "test_known_entropy"}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not part of `make check`")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in SLOW or item.originalname in SLOW_TESTS:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def auto_is_float32():
     """--dtype=auto means float32 in every test, whatever the CPU can do; test_bfloat16.py asks for bfloat16 by name."""

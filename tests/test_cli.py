@@ -1,6 +1,8 @@
 """The command lines, on tiny data: prepare, evaluate, sample; what they say to bad input; the README. Training itself
 is in test_runs.py."""
 
+import ast
+import importlib.util
 import json
 import math
 import os
@@ -320,6 +322,43 @@ def test_a_validation_on_one_window(call, data_dir, tmp_path):
     assert call("checkpoint.py", "export", tmp_path / "out", tmp_path / "card").code == 0
     assert "(n = 1) | validation during training" in (tmp_path / "card" / "README.md").read_text()
     assert likelihood.plus_minus(0.12345) == "± 0.1235" and likelihood.plus_minus(math.nan) == "(n = 1)"
+
+
+@pytest.mark.parametrize("module, command, words", [
+    ("wandb", ["train.py", "demo", "--wandb"], "--wandb needs the package wandb: pip install wandb"),
+    ("PIL", ["sample.py", "CKPT", "--gif=x.gif"], "a picture needs the package pillow: pip install pillow"),
+    ("matplotlib", ["evaluate.py", "CKPT", "--curve"], "--curve, which draws a picture, needs the package matplotlib"),
+    ("matplotlib", ["plot.py", "CKPT"], "needs the package matplotlib"),
+    ("matplotlib", ["bench.py", "demo", "--scaling=x.png"], "--scaling needs the package matplotlib"),
+    ("huggingface_hub", ["sample.py", "hf://a/b"], "hf://a/b, which is on the Hub, needs the package huggingface_hub"),
+    ("transformers", ["evaluate.py", "CKPT", "--samples=1", "--judge=hf://gpt2"], "needs the package transformers"),
+    ("tiktoken", ["data/prepare_textfile.py", "TEXT", "--name=x", "--tokenizer=gpt2"], "needs the package tiktoken"),
+    ("datasets", ["data/prepare_openwebtext.py"], "the download of OpenWebText needs the package datasets")])
+def test_missing_packages(call, trained, data_dir, tmp_path, monkeypatch, module, command, words):
+    """A command that needs an optional package says which one, in one line, before it does anything else."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == module else find(name, *more))
+    monkeypatch.chdir(tmp_path)
+    names = {"CKPT": trained, "TEXT": data_dir / "text.txt"}
+    more = ["--data_dir", tmp_path] if command[0].startswith("data") else []
+    result = call(*(names.get(word, word) for word in command), *more)
+    assert result.code == 2 and words in result.err and result.err.count("\n") == 1, result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_requirements():
+    """requirements.txt is what the three commands import; every other package that is named is in requirements-all.txt."""
+    core, more = ({re.match(r"[\w-]+", line)[0].lower() for line in (ROOT / name).read_text().splitlines()
+                   if line[:1].isalnum()} for name in ("requirements.txt", "requirements-all.txt"))
+    assert core == {"torch", "numpy", "tqdm", "safetensors"} and not core & more
+    used = {name.split(".")[0].lower() for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+            if path.parent.name != "tests" for node in ast.walk(ast.parse(path.read_text()))
+            for name in ([node.module] if isinstance(node, ast.ImportFrom) else
+                         [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])}
+    mine = {path.stem for path in ROOT.glob("*.py")} | {"data", "foreign", "studies"}
+    packages = {"pil": "pillow", "yaml": "pyyaml"}
+    outside = {packages.get(name, name) for name in used - mine if name not in sys.stdlib_module_names}
+    assert outside <= core | more, outside - core - more
 
 
 def test_flags_that_would_do_nothing(call, trained, data_dir, tmp_path):
