@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -226,11 +227,6 @@ def d3pm_text8():
     return Config(dataset="text8", dropout=0.025, lambda_ce=0.05)
 
 
-def d3pm_text8_4gpu():
-    """the same, 256 sequences per GPU"""
-    return replace(d3pm_text8(), micro_batch_size=256)
-
-
 def d3pm_text8_8gpu():
     """the same, 128 sequences per GPU"""
     return replace(d3pm_text8(), micro_batch_size=128)
@@ -239,11 +235,6 @@ def d3pm_text8_8gpu():
 def d3pm_openwebtext_8gpu():
     """absorbing D3PM on OpenWebText, nanoDD's: 1,024 x 1,024 GPT-2 tokens per step, 131M parameters; 32 per GPU"""
     return Config(dataset="openwebtext", seq_len=1024, lambda_ce=0.05, lr=6e-4, micro_batch_size=32)
-
-
-def d3pm_openwebtext_32gpu():
-    """the same, 32 sequences per GPU and no accumulation"""
-    return replace(d3pm_openwebtext_8gpu(), micro_batch_size=32)
 
 
 def mdlm_twin(config):
@@ -270,11 +261,6 @@ def mdlm_text8():
     return mdlm_twin(d3pm_text8())
 
 
-def mdlm_text8_4gpu():
-    """the same, 256 sequences per GPU"""
-    return mdlm_twin(d3pm_text8_4gpu())
-
-
 def mdlm_text8_8gpu():
     """the same, 128 sequences per GPU"""
     return mdlm_twin(d3pm_text8_8gpu())
@@ -283,11 +269,6 @@ def mdlm_text8_8gpu():
 def mdlm_openwebtext_8gpu():
     """MDLM where d3pm_openwebtext_8gpu has D3PM, 124M parameters"""
     return mdlm_twin(d3pm_openwebtext_8gpu())
-
-
-def mdlm_openwebtext_32gpu():
-    """the same, 32 sequences per GPU and no accumulation"""
-    return mdlm_twin(d3pm_openwebtext_32gpu())
 
 
 def d3pm_mini():
@@ -376,11 +357,23 @@ def ar_openwebtext_8gpu():
 
 CONFIGS = {function.__name__: function for function in (
     demo, names,
-    d3pm_shakespeare, d3pm_text8, d3pm_text8_4gpu, d3pm_text8_8gpu, d3pm_openwebtext_8gpu, d3pm_openwebtext_32gpu,
-    mdlm_shakespeare, shakespeare_context, mdlm_text8, mdlm_text8_4gpu, mdlm_text8_8gpu, mdlm_openwebtext_8gpu,
-    mdlm_openwebtext_32gpu, d3pm_mini, mdlm_mini_fast, prose, mdlm_text8_fast_8gpu, mdlm_openwebtext_fast_8gpu,
-    sedd_text8, sedd_openwebtext_8gpu, udlm_text8, ar_demo, ar_shakespeare, ar_text8, ar_openwebtext_8gpu,
+    d3pm_shakespeare, d3pm_text8, d3pm_text8_8gpu, d3pm_openwebtext_8gpu, mdlm_shakespeare, shakespeare_context,
+    mdlm_text8, mdlm_text8_8gpu, mdlm_openwebtext_8gpu, d3pm_mini, mdlm_mini_fast, prose, mdlm_text8_fast_8gpu,
+    mdlm_openwebtext_fast_8gpu, sedd_text8, sedd_openwebtext_8gpu, udlm_text8, ar_demo, ar_shakespeare, ar_text8,
+    ar_openwebtext_8gpu,
 )}
+# Other names of the same settings, which nanoDD's users type: accumulation follows from the number of GPUs.
+ALIASES = {"d3pm_text8_4gpu": "d3pm_text8", "d3pm_openwebtext_32gpu": "d3pm_openwebtext_8gpu",
+           "mdlm_text8_4gpu": "mdlm_text8", "mdlm_openwebtext_32gpu": "mdlm_openwebtext_8gpu"}
+CONFIGS |= {alias: CONFIGS[name] for alias, name in ALIASES.items()}
+
+
+def run_folder(name, root="out"):
+    """Where a run of a config is, whichever of its names was typed now or when it began; by default out/NAME, the
+    config's own name."""
+    own = ALIASES.get(name, name)
+    names = [own, *(alias for alias, other in ALIASES.items() if other == own)]
+    return next((Path(root, name) for name in names if Path(root, name).is_dir()), Path(root, own))
 
 
 # ---- command line of train.py --------------------------------------------------------------------------------------
@@ -405,7 +398,9 @@ def from_command_line(script, description, add_arguments, several=False):
     several: ([(config name, Config), ...], other arguments).
     """
     chosen = next((CONFIGS[word]() for word in sys.argv[1:] if word in CONFIGS), Config())
-    listing = "configs:\n" + "\n".join(f"  {name:26} {inspect.getdoc(CONFIGS[name])}" for name in CONFIGS)
+    listing = "configs:\n" + "\n".join(
+        f"  {name:26} {f'another name of {ALIASES[name]}' if name in ALIASES else inspect.getdoc(CONFIGS[name])}"
+        for name in CONFIGS)
     p = ArgumentParser(usage=f"python {script} CONFIG [--key=value ...]", description=description, epilog=listing)
     p.add_argument("config", nargs="*", metavar="CONFIG", help="one of the configs below")
     add_arguments(p)

@@ -1,8 +1,12 @@
-"""Prompts: text with blanks -> canvases, lists of token ids with the mask where something is to be written."""
+"""Prompts: text with blanks -> canvases, lists of token ids with the mask where something is to be written; and how
+canvases that are longer than the network's window are filled, block by block."""
 
 import re
 from pathlib import Path
 
+import torch
+
+from categorical import State
 from cli import UserError
 from data.prepare import read_text
 
@@ -91,3 +95,28 @@ def blocks(length, seq_len, context):
         a = found[-1][1] - context
         found.append((a, min(length, a + seq_len)))
     return found
+
+
+def n_given(xt, mask_id):
+    """How many tokens each sequence begins with before its first mask: (B, L) -> (B,)."""
+    masked = xt == mask_id
+    return torch.where(masked.any(1), masked.int().argmax(1), xt.shape[1])
+
+
+def denoise(settings, objective, model, canvas, config, context, generator, clock=None):
+    """Fill the masks of a canvas (B, N), which may be longer than the model's window, block by block.
+
+    Yields the State of the whole canvas after each step. A model that was trained to continue a prefix is told how much
+    of the rest is masked, others how much of all. clock() makes what tells the time of a block, if not objective.time.
+    """
+    state = State(canvas, torch.full(canvas.shape, torch.nan, device=canvas.device))
+    for a, b in blocks(canvas.shape[1], config.seq_len, context):
+        xt, p = state.xt[:, a:b], state.p[:, a:b]
+        if not (xt == objective.mask_id).any():
+            continue
+        size = None if config.prefix == "none" else (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
+        for part in settings(objective, model, xt, generator, size, clock and clock()):
+            joined = [torch.cat((whole[:, :a], piece, whole[:, b:]), 1) for whole, piece in (
+                (state.xt, part.xt), (state.p, torch.where(part.p.isnan(), p, part.p)))]
+            state = State(*joined, part.steps)
+            yield state

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from categorical import Counted, State
+from categorical import Counted
 from checkpoint import load_model
 from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
                  progress, require, run, write_file)
@@ -26,7 +26,7 @@ from costs import check_fits
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
 from foreign.tiny_diffusion import StepsUp
-from prompts import blocks, canvases
+from prompts import canvases, denoise
 from sampler_flags import NAMES, add_arguments, given_flags, settings_of, steps_flag
 from show import History, Screen, gif, html, joined, png
 from storage import add_hints, hints_of
@@ -82,31 +82,6 @@ def parse_args():
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                    help="default: bfloat16 where fast")
     return p.parse_args(sys.argv[1:] or ["--show", "--temperature=0.8"])
-
-
-def n_given(xt, mask_id):
-    """How many tokens each sequence begins with before its first mask: (B, L) -> (B,)."""
-    masked = xt == mask_id
-    return torch.where(masked.any(1), masked.int().argmax(1), xt.shape[1])
-
-
-def denoise(settings, objective, model, canvas, config, context, generator, clock=None):
-    """Fill the masks of a canvas (B, N), which may be longer than the model's window, block by block.
-
-    Yields the State of the whole canvas after each step. A model that was trained to continue a prefix is told how much
-    of the rest is masked, others how much of all. clock() makes what tells the time of a block, if not objective.time.
-    """
-    state = State(canvas, torch.full(canvas.shape, torch.nan, device=canvas.device))
-    for a, b in blocks(canvas.shape[1], config.seq_len, context):
-        xt, p = state.xt[:, a:b], state.p[:, a:b]
-        if not (xt == objective.mask_id).any():
-            continue
-        size = None if config.prefix == "none" else (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
-        for part in settings(objective, model, xt, generator, size, clock and clock()):
-            joined = [torch.cat((whole[:, :a], piece, whole[:, b:]), 1) for whole, piece in (
-                (state.xt, part.xt), (state.p, torch.where(part.p.isnan(), p, part.p)))]
-            state = State(*joined, part.steps)
-            yield state
 
 
 def batches(order, prompts, size):

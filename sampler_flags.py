@@ -105,7 +105,7 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     if "sigma" in given:
         given.setdefault("eta", SIGMAS[given["sigma"]])
     steps, grid = given.pop("steps", None), given.pop("grid", None)
-    name = grid or "auto" * (steps == "auto")
+    name = grid or ("auto" if steps == "auto" else "")
     if "k" in given:
         if steps or grid:
             raise UserError("--k says how many tokens a step reveals: leave out --steps and --grid")

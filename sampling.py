@@ -291,9 +291,13 @@ def noise_at(r, tokens):
 @torch.no_grad()
 def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
     """Random tokens in place of the masks of xt (B, L), drawn anew for each pair of noise rates (r, s), from the
-    weights step(x, logits (N, V), tokens (N,), r, s) -> (N, V), x (N, V) being what the network predicts. The others
-    never change. Yields States; p is the probability that the network gives the token as that of the clean text there:
-    x times q(xt | x0), to which all x0 but xt itself are alike (uniform.py)."""
+    weights step(x, logits (N, V), tokens (N,), r, s) -> (N, V), where x (N, V) is the network's prediction. The others
+    never change. Yields States. Their p is the probability that the network gives the token as that of the clean text.
+    With z = xt, and q(z | x0 = y) = (1 - r) [y = z] + r/V (uniform.py), this is by Bayes
+
+        p(x0 = y | xt) = x[y] q(z | y) / sum over all tokens of the same
+                       = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
+    """
     free = xt == mask_id
     rows = free.any(1)
     noise = (draw.uniform(xt.shape) * mask_id).long().to(xt.device)
@@ -307,7 +311,7 @@ def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
                 x = objective.prediction(piece, z, noise_at(r, z)).clamp(min=0)
                 tokens.append(draw.pick(step(x, piece, z, r, s)))
                 at = [x.gather(-1, i[:, None]).squeeze(-1) for i in (tokens[-1], z)]
-                extra = x.shape[-1] * (1 - r)  # q(xt | x0 = xt) = (extra + r)/V, else r/V
+                extra = x.shape[-1] * (1 - r)
                 p.append((at[0] * r + at[1] * extra * (tokens[-1] == z)) / (x.sum(-1) * r + at[1] * extra))
             state = State(state.xt.masked_scatter(free, torch.cat(tokens)), state.p.masked_scatter(free, torch.cat(p)))
         yield state

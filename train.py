@@ -212,7 +212,7 @@ def main():
     device = together(lambda: parallel.own_device(cfg.device))
     dtype = pick_dtype(device, cfg.dtype)
     local, micro = share_of_batch(cfg, world)
-    out_dir = Path(cfg.out_dir or f"out/{name}")
+    out_dir = Path(cfg.out_dir) if cfg.out_dir else configs.run_folder(name)
 
     # ---- data and model; nothing is written before all of it is found to be in order --------------------------------
     meta = together(lambda: load_meta(cfg.dataset, cfg.data_dir))

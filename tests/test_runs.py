@@ -570,6 +570,24 @@ def test_what_is_left_of_a_run_is_not_written_over(call, data_dir, tmp_path):
     assert [path.name for path in out.glob("[a-z]*")] == ["log.jsonl"]
 
 
+def test_other_names_of_a_config(call, data_dir, tmp_path, monkeypatch):
+    """A run begun under one name of a config goes on under another, in the same folder: the config's own, or the one that
+    a run made under another name."""
+    monkeypatch.chdir(tmp_path)
+    command = [word for word in map(str, arguments("mdlm_text8_4gpu", data_dir, "", "--max_steps=4"))
+               if not word.startswith("--out_dir")]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert call(*command).code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mdlm_text8"]
+    assert storage.read(tmp_path / "out/mdlm_text8")["step"] == 2
+    (tmp_path / "out/mdlm_text8").rename(tmp_path / "out/mdlm_text8_4gpu")  # as runs were called before
+    command[1] = "mdlm_text8"
+    result = call(*command, "--resume=auto")
+    assert result.code == 0 and "continuing at step 2" in result.out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mdlm_text8_4gpu"]
+
+
 def test_lost_checkpoints(call, data_dir, tmp_path):
     """Where a run must have had a checkpoint and there is none, --resume auto says so and touches nothing; where it was
     stopped before the first one, it says that it begins again, and does."""
