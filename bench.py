@@ -1,4 +1,4 @@
-"""Training throughput, memory and sampling time of configs, on random tokens: no data needed.
+"""Measure training throughput, memory and sampling time of configs, on random tokens: no data needed.
 
     python bench.py demo                                  where a step's time goes, and what of the machine is used
     python bench.py demo mdlm_mini_fast --repeats 5       several, in alternation
@@ -7,8 +7,8 @@
     python bench.py demo --samplers                       the samplers, against the naive one
     python bench.py --estimate d3pm_text8_8gpu --gpu h100 memory and days of a run somewhere else
 
-All that is compared runs in alternation in one process (but --scaling, one after the other); medians over the repeats
-after a warm-up; the last line is JSON.
+Timings that are compared alternate in one process, except those of --scaling, which run one after the other. Results
+are medians over the repeats after a warm-up. The last line is JSON.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def add_arguments(parser):
 
 
 class Training:
-    """A run as train.py has it between two log lines."""
+    """The work of train.py between two log lines."""
 
     def __init__(self, name, cfg, vocab_size, device, dtype):
         self.name, self.cfg, self.device, self.dtype = name, replace(cfg, max_steps=10**9), device, dtype
@@ -93,7 +93,7 @@ class Training:
 
 
 class Naive(Training):
-    """The same network trained as in studies/textbook.py."""
+    """Training of the same network by the code of studies/textbook.py, with AdamW in float32, not compiled."""
 
     def __init__(self, name, cfg, vocab_size, device, dtype):
         super().__init__(name, replace(cfg, compile=False, optimizer="adamw"), vocab_size, device, torch.float32)
@@ -107,7 +107,7 @@ class Naive(Training):
 
 
 def timed(function, device):
-    """Seconds of a call."""
+    """The seconds that a call of function() takes."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -116,7 +116,7 @@ def timed(function, device):
 
 
 def split(training):
-    """Shares of one step's time: {data, forward, loss, backward, optimiser}. The device is waited for after each."""
+    """Shares of one step's time: {data, forward, loss, backward, optimiser}. Waits for the device after each part."""
     seconds, last = Counter(), time.perf_counter()
 
     def mark(part):
@@ -136,7 +136,7 @@ def split(training):
 
 @contextlib.contextmanager
 def without_stderr():
-    """torch's profiler writes to it from C++, whatever its log level is."""
+    """A context without stderr, to which torch's profiler writes from C++ at every log level."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -149,14 +149,15 @@ def without_stderr():
 
 
 def measured_bytes(training):
-    """The most memory that a step takes at a time, beside weights, averages and moments: median of three steps, which
-    mask differently. Gradients count as far as they have come by then, which is hardly: the peak is between the forward
-    and the backward pass. None on mps."""
+    """Peak memory of a step in bytes, besides weights, averages and moments; None on mps.
+
+    It is the median of three steps, which have different masks. The peak is between the forward and the backward pass,
+    when there are hardly any gradients, so they hardly count."""
     return training.device.type != "mps" and statistics.median(peak_of_step(training) for _ in range(3)) or None
 
 
 def peak_of_step(training):
-    """Bytes at the highest, less those before the step."""
+    """Peak bytes during one step, less the bytes before it."""
     if training.device.type == "cuda":
         before = torch.cuda.memory_allocated(training.device)
         torch.cuda.reset_peak_memory_stats(training.device)
@@ -171,12 +172,12 @@ def peak_of_step(training):
 
 
 def with_mb(rows):
-    """For a table: each row with its activations in MB, too."""
+    """Rows for a table: each row with its activations in MB added."""
     return [row | {"activations": row["activation_bytes"] and row["activation_bytes"] / 1e6} for row in rows]
 
 
 def sampling(training, repeats):
-    """(seconds, network calls) of a text drawn as training does for its log."""
+    """(seconds, network calls) for one text, drawn as train.py draws it for its log; seconds is a median."""
     denoiser = Counted(training.model.eval())
 
     def sample():
@@ -190,10 +191,10 @@ def sampling(training, repeats):
 
 
 def throughput(trainings, repeats, compare):
-    """Print what training, and a sample, take; with `compare` the trainings come in pairs, ours and the naive one."""
+    """Print the time and memory of training, and of a sample. With compare, trainings are pairs (ours, naive)."""
     device, dtype = trainings[0].device, trainings[0].dtype
     seconds, peaks, shares = {training: [] for training in trainings}, [], {training: [] for training in trainings}
-    for repeat in progress(range(-2, repeats), desc="training", leave=False):  # two to warm up, and compile
+    for repeat in progress(range(-2, repeats), desc="training", leave=False):  # two steps to warm up and compile
         peaks.append(matmul_peak(device, dtype))
         for training in trainings:
             taken = timed(training.step, device)
@@ -239,8 +240,8 @@ def throughput(trainings, repeats, compare):
 
 
 def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
-    """Print and plot the cost of a token in training: by the network's size, by the length of sequences with as many
-    tokens in a step, and by the batch."""
+    """Print and plot the cost of a token in training, by the width, by the length of sequences (with equally many
+    tokens per step), and by the batch size."""
     lengths = (64, 256, 1024, 4096)
     tokens = max(cfg.batch_size * cfg.seq_len, lengths[-1])
     axes = {
@@ -275,7 +276,7 @@ def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
 
 
 def plot_scaling(rows, path):
-    """One panel for each axis: microseconds per token as measured, and at the peak of matrix products."""
+    """Plot one panel for each axis: microseconds per token as measured, and at the peak of matrix products."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -299,11 +300,11 @@ def plot_scaling(rows, path):
 
 # ---- samplers --------------------------------------------------------------------------------------------------------
 
-NAIVE = 20  # of the 1,000 equal steps of the naive sampler are timed
+NAIVE = 20  # steps of the naive sampler that are timed, of 1,000 equal ones
 
 
 class Timed(Counted):
-    """A denoiser that also counts the seconds of its calls, head included."""
+    """A denoiser that also sums the seconds of its calls, head included."""
 
     def __init__(self, model, device):
         super().__init__(model)
@@ -319,9 +320,9 @@ class Timed(Counted):
 
 
 def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, batch_size=8):
-    """Print what each sampler takes for a batch, all in turn in each repeat, and its ratio to the naive one.
+    """Print the time of each sampler for a batch, and its ratio to the naive one. The samplers alternate.
 
-    first: only so many steps of each, which says what a step costs outside the network, and nothing of the whole.
+    first: run only this many steps of each. This shows what a step costs outside the network, but not the whole time.
     """
     if not objective.any_order:
         raise UserError(f"--samplers compares those of masked models, and {name} is none: choose a masked config")
@@ -330,7 +331,7 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, ba
             "first_hitting": Settings("first_hitting"), "topk, k = 4": Settings("topk", {"k": 4}),
             "threshold": Settings("threshold"), "entropy_bound": Settings("entropy_bound"),
             f"remdm, {cfg.T} steps": Settings("remdm", chain)}
-    timings = {way: [] for way in ways}  # of each repeat: seconds, share outside the network, network calls
+    timings = {way: [] for way in ways}  # per repeat: (seconds, share outside the network, network calls)
     for repeat in progress(range(repeats + 1), desc="repeats", leave=False):
         for way, sampler in ways.items():
             denoiser, scale = Timed(model, device), 1000 / NAIVE if sampler is textbook.sample and not first else 1
@@ -342,7 +343,7 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, ba
                     pass
             synchronize(device)
             taken = time.perf_counter() - start
-            states.close()  # or its memory would be freed on the next one's time
+            states.close()  # else its memory would be freed while the next one is timed
             timings[way].append((taken * scale, 1 - denoiser.seconds / taken, denoiser.nfe * scale))
     medians = {way: [statistics.median(values) for values in zip(*found[1:])] for way, found in timings.items()}
     slowest = medians["naive, 1000 steps"][0]
@@ -360,7 +361,7 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, ba
 
 
 def data_set(cfg):
-    """What is known of the config's data set: its meta.json if it is prepared."""
+    """Facts about the config's data set: its meta.json if it is prepared, else KNOWN, else 27 symbols."""
     try:
         return load_meta(cfg.dataset, cfg.data_dir)
     except UserError:

@@ -1,8 +1,8 @@
-"""Using checkpoints: going on with a run, starting from its weights, loading its model, exporting it.
+"""Use checkpoints: continue a run, start from its weights, load its model, export it.
 
     python checkpoint.py export out/demo demo-model --results test.json     a folder to share, also on the Hub
 
-storage.py has the format, and how it is written and read.
+storage.py defines the format, and writes and reads it.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from foreign import translate
 from log import parse
 from storage import Hints, add_hints, check_keys, claim, config_of, hints_of, read, read_latest
 
-OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # what foreign checkpoints may be trained on
+OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # English data sets of foreign checkpoints
 
 
-# ---- going on from one ---------------------------------------------------------------------------------------------
+# ---- continuing a run ----------------------------------------------------------------------------------------------
 
 
 def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
-    """(checkpoint to go on from, weights to start from, lock of out_dir), None each where there is none.
+    """Open what a run begins with: (checkpoint to continue, weights to start from, lock of out_dir). Each may be None.
 
     For the main process. Raises UserError if out_dir is in use or holds another run, and if the checkpoint asked for is
-    not there, damaged, of another config or of other data.
+    missing, damaged, of another config or of other data.
     """
-    # Less than the other processes wait for this one.
+    # At most half of the time that the other processes wait for this one.
     patience = min(storage.PATIENCE, 30 * cfg.timeout_minutes) if resume else 0
     lock = claim(out_dir, patience, stop) if out_dir.is_dir() else None
     last = out_dir / "ckpt.pt"
@@ -59,7 +59,7 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
             check_fit(model, payload[kind], path)
         check_moments(model, payload["optimizer"], path)
         if resume == "auto" and path != last and last.exists():
-            last.rename(out_dir / "ckpt_damaged.pt")  # else the next checkpoint would put it in place of the whole one
+            last.rename(out_dir / "ckpt_damaged.pt")  # else the next save would put it over ckpt_prev.pt
     if init_from and not payload:
         source = read(init_from)
         check_same_tokens(source["meta"], meta, cfg.dataset)
@@ -70,11 +70,12 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
 
 
 def check_nothing_is_lost(out_dir, cfg):
-    """Raise UserError if a run without a checkpoint has come so far that it must have had one; else say that it begins
-    anew, as after a crash before its first checkpoint."""
+    """Check a run that has no checkpoint. Raises UserError if it has come so far that it must have had one.
+
+    Otherwise, as after a crash before its first checkpoint, a line on stderr says that it begins again."""
     log, best = out_dir / "log.jsonl", out_dir / "ckpt_best.pt"
     came_to = max((entry["step"] for entry in parse(log)[0]), default=0) if log.is_file() else 0
-    with contextlib.suppress(UserError):  # of a damaged one nothing is known
+    with contextlib.suppress(UserError):  # the step of a damaged ckpt_best.pt is unknown
         came_to = max(came_to, read(best)["step"])
     if came_to > cfg.checkpoint_interval:
         start = f"--init_from={best} starts a new one from the best validation" if best.exists() else "begin a new one"
@@ -84,7 +85,7 @@ def check_nothing_is_lost(out_dir, cfg):
 
 
 def check_same_function(source, cfg, path):
-    """Raise UserError if weights that fit make another function of this config; say what else they were trained for."""
+    """Raise UserError if weights of the right shapes are of another network; note a change of objective or noise."""
     before, now = dataclasses.asdict(config_of(source)), dataclasses.asdict(cfg)
     differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
     other = differ(("n_head", "shift_tokens", "architecture"))
@@ -96,7 +97,7 @@ def check_same_function(source, cfg, path):
 
 
 def check_same_run(payload, path, cfg, meta):
-    """Raise a UserError that names what differs, unless payload is a state of a run with this config on this data."""
+    """Raise a UserError that names the differences, unless payload is of a run with this config on this data."""
     if "optimizer" not in payload:
         raise UserError(f"{path} has no optimiser state to resume from; start a new run with --init_from={path}")
     check_keys(payload, ("best_val", "tally", "wandb_id"), path)
@@ -110,7 +111,7 @@ def check_same_run(payload, path, cfg, meta):
     check_same_data(meta, payload["meta"], cfg.dataset, f"the run of {path}")
 
 
-# ---- using one -----------------------------------------------------------------------------------------------------
+# ---- using a model -------------------------------------------------------------------------------------------------
 
 
 class Loaded(NamedTuple):
@@ -121,9 +122,10 @@ class Loaded(NamedTuple):
 
 
 def load_model(path, device, hints=Hints(), raw=False):
-    """A checkpoint's model, ready to use, with its EMA weights (or the raw ones). Raises UserError for broken ones.
+    """Load a checkpoint's model, ready to use, with its EMA weights (or the raw ones).
 
-    Of a foreign one whose weights make no sense of English, although it should, a line on stderr says so.
+    Raises UserError if the weights do not fit or are not finite. If a foreign checkpoint should know English, but its
+    predictions make no sense of it, a line on stderr says so.
     """
     payload = read(path, hints)
     config, vocab_size = config_of(payload), payload["meta"]["vocab_size"]
@@ -150,7 +152,7 @@ def check_finite(weights, path):
 def check_moments(model, moments, path):
     """Raise a UserError that names the first parameter whose optimiser state is missing or of another shape."""
     shapes = {name: value.shape for name, value in model.named_parameters()}
-    possible = [kind.keys for kind in optim.KINDS] + [set()]  # the last one, if it never took a step
+    possible = [kind.keys for kind in optim.KINDS] + [set()]  # the empty set: before the first step
     fits = lambda name: name in shapes and name in moments and moments[name].keys() in possible and all(
         value.shape == (() if key == "step" else shapes[name]) for key, value in moments[name].items())
     wrong = [name for name in sorted(shapes.keys() | moments.keys()) if not fits(name)]
@@ -160,7 +162,7 @@ def check_moments(model, moments, path):
 
 
 def check_fit(model, weights, path):
-    """Raise a UserError that names the first keys or shapes concerned unless weights are exactly those of the model."""
+    """Raise a UserError that names the first differences unless weights have exactly the model's keys and shapes."""
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     wrong = [f"{key}: {found.get(key, 'missing')}, expected {expected.get(key, 'none')}"

@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors, the device, the precision, progress bars."""
+"""Functions that the command lines share: one-line errors, the device, the precision, progress bars."""
 
 import argparse
 import contextlib
@@ -21,11 +21,11 @@ except ImportError:  # Windows
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, and what to do."""
+    """An error that the user can mend. The message is one line: what is wrong, and what to do."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are one line (exit code 2), without the usage block, and which guesses typos."""
+    """An argparse parser whose errors are one line, without the usage block, and suggest the flag for a typo."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -43,14 +43,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def require(module, what):
-    """Raise UserError if an optional package (requirements-all.txt) is missing, before any work is done."""
+    """Raise UserError if an optional package (requirements-all.txt) is missing. Commands call it before any work."""
     if importlib.util.find_spec(module) is None:
         package = {"PIL": "pillow", "yaml": "pyyaml"}.get(module, module)
         raise UserError(f"{what} needs the package {package}: pip install {package}")
 
 
 def one_line(text):
-    """The text with line breaks and other control characters escaped: names of files may have them."""
+    """The text with line breaks and other unprintable characters escaped: names of files may contain them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -60,8 +60,9 @@ def note(text):
 
 
 def run(main):
-    """Call main(), which returns an exit code or None; turn a UserError into one line on stderr and exit code 2, Ctrl-C
-    into exit code 130."""
+    """Call main(), which returns an exit code or None, and end the process with the exit code.
+
+    UserError and OSError: one line on stderr and exit code 2. Ctrl-C: exit code 130. Other errors: exit code 1."""
     name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks
@@ -73,7 +74,7 @@ def run(main):
             note(f"{name}: {error}")
         code = 2
     except BrokenPipeError:
-        pass  # `python sample.py CKPT | head -1` is no error
+        pass  # `python sample.py CKPT | head -1` is not an error
     except OSError as error:
         note(f"{name}: {error}")
         code = 2
@@ -99,18 +100,18 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # nobody reads it, or its disk is full: do not complain once more at the very end
+        except OSError:  # its reader is gone, or the disk is full: Python shall not report it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if rank is not None:
-        # At once: an ordered exit can wait for a process that is gone, and gloo's threads can crash it (issue 179291 of
-        # pytorch).
+        # Exit at once: an ordinary exit can wait for a process that is gone, and gloo's threads can crash it (pytorch's
+        # issue 179291).
         os._exit(code)
     if code:
         sys.exit(code)
 
 
 def named(text):
-    """An argparse type: text that is not empty, as `--resume "$UNSET"` would be."""
+    """An argparse type: text that is not empty. (`--resume "$UNSET"` gives empty text.)"""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
@@ -130,11 +131,11 @@ def number(kind, low, high=10**15):
 
 
 def pick_device(name="auto"):
-    """torch.device for 'auto' (cuda, then mps, then cpu) or for the name given. Raises UserError if it is not there."""
+    """torch.device by name; 'auto' is the first there is of cuda, mps, cpu. Raises UserError if there is none."""
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         name = next(kind for kind in count if count[kind])
-    match = re.fullmatch(r"(cuda|mps|cpu)(?::(0|[1-9]\d{0,4}))?", name, re.ASCII)  # what torch.device takes, too
+    match = re.fullmatch(r"(cuda|mps|cpu)(?::(0|[1-9]\d{0,4}))?", name, re.ASCII)  # the same names as torch.device
     if not match or int(match[2] or 0) >= count[match[1]]:
         raise UserError(f"device {name!r} is not available here; use --device=cpu or leave it out")
     return torch.device(name)
@@ -160,7 +161,7 @@ def device_name(device):
 
 
 def synchronize(device):
-    """Wait until the device has done what it was asked to."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -170,7 +171,7 @@ def synchronize(device):
 def matmul_peak(device, dtype, repeats=5):
     """Floating-point operations per second that this device reaches in large square matrix products: best of repeats.
 
-    What a model does per second is compared with that (MFU), since data sheets promise more than any program gets.
+    The utilisation of a model (MFU) is relative to this, because no program reaches the number in a data sheet.
     """
     n, products = (8192, 20) if device.type == "cuda" else (1024, 1)
     a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
@@ -185,7 +186,7 @@ def matmul_peak(device, dtype, repeats=5):
 
 
 def memory_of(device):
-    """Bytes that the device has in all, for a CPU the machine or the container; None if that is not known."""
+    """Total memory of the device in bytes (CPU: of the machine, or the container's limit); None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
@@ -201,7 +202,7 @@ def memory_of(device):
 
 
 def memory_used(device):
-    """Peak memory in bytes: what tensors took on a GPU, what the process took on a CPU."""
+    """Peak memory in bytes: of the tensors on CUDA, of the process on a CPU. On mps, the memory in use now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -212,19 +213,19 @@ def memory_used(device):
 
 
 def autocast(device, dtype):
-    """Context in which matrix products run in dtype; nothing at all for float32."""
+    """A context in which matrix products run in dtype. For float32 it does nothing."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def generator_on(device, seed):
-    """A seeded generator for sampling. Draws are made in float64, which mps lacks: there the CPU makes them."""
+    """A seeded generator for sampling. Draws need float64, which mps lacks: there the generator is on the CPU."""
     return torch.Generator("cpu" if device.type == "mps" else device).manual_seed(seed)
 
 
 def table(rows, columns, out):
-    """Print rows (dicts) under their columns {key: (title, format)}; what a row lacks, or is nan, is left empty."""
+    """Print rows (dicts) under the columns {key: (title, format)}. The cell of a missing value or nan is empty."""
     cells = [[title for title, _ in columns.values()]]
     empty = lambda value: value is None or value != value
     cells += [["" if empty(row.get(key)) else format(row[key], how) for key, (_, how) in columns.items()]
@@ -235,9 +236,9 @@ def table(rows, columns, out):
 
 
 def write_file(path, content):
-    """Write text or bytes to a file at once: a failure leaves what was there before. Raises UserError.
+    """Write text or bytes to a file atomically: a failure leaves the old file. Raises UserError.
 
-    A link stays one. What is no file (a pipe, /dev/null) is written to and not replaced.
+    A link stays a link. A path that is not a regular file (a pipe, /dev/null) is written to and not replaced.
     """
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
@@ -252,5 +253,5 @@ def write_file(path, content):
 
 
 def progress(iterable=None, show=True, **kwargs):
-    """A tqdm bar on stderr, silent when stderr is not a terminal."""
+    """A tqdm bar on stderr. Silent if stderr is not a terminal, or show=False."""
     return tqdm(iterable, disable=None if show else True, file=sys.stderr, dynamic_ncols=True, **kwargs)

@@ -1,8 +1,7 @@
-"""Settings of a run, and the named configs: plain functions that return one. `python train.py` lists them.
+"""Config, the settings of a run, and the named configs: functions that return one. `python train.py` lists them.
 
-batch_size is the number of sequences per optimiser step over all GPUs; micro_batch_size is what one GPU holds at a
-time, and the number of accumulation steps follows. So *_4gpu, *_8gpu and *_32gpu differ in memory use and in
-nothing else.
+batch_size is the number of sequences per optimiser step over all GPUs. micro_batch_size is the number on one GPU at a
+time; the number of accumulation steps follows from both. So *_4gpu, *_8gpu and *_32gpu differ in memory use only.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from foreign.tiny_diffusion import TinyDiffusion
 from model import DiT
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
-# A new objective or network is named here, and defined in a file of its own (diffusion.Absorbing says what it has).
+# A new objective or network gets a name here and a file of its own (diffusion.Absorbing lists what it must have).
 OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): SEDD, ("ar", "mask"): AutoRegressive,
               ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD}
 NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion}
@@ -33,9 +32,9 @@ def setting(default, help, choices=None, same_run=True):
 
 COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size", "micro_batch_size", "max_steps",
           "eval_interval", "eval_sequences", "checkpoint_interval", "log_interval",
-          "max_skipped"}  # at least 1; other numbers: 0
+          "max_skipped"}  # these are at least 1; other numbers are at least 0
 MOST = {"seq_len": 10**7, "n_layer": 10**4, "n_head": 10**4, "n_embd": 10**6, "n_cond": 10**6,
-        "T": 10**7}  # beyond, float32 could not tell the steps apart
+        "T": 10**7}  # T: float32 cannot tell more steps apart
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Config:
 
     @property
     def objective_class(self):
-        """What is trained: a class of diffusion.py or uniform.py, which knows what it can do."""
+        """The class of the objective, of diffusion.py or uniform.py."""
         return OBJECTIVES[self.objective, self.noise]
 
     @property
@@ -167,7 +166,7 @@ class Config:
 
     @property
     def prefix_range(self):
-        """(fewest, most) tokens of `prefix`. Raises UserError if it is malformed."""
+        """(fewest, most) given tokens, from `prefix`. Raises UserError if `prefix` is malformed."""
         kind, *numbers = self.prefix.split(":")
         known = (kind, len(numbers)) in (("none", 0), ("fixed", 1), ("uniform", 2))
         if known and all(n.isdecimal() and len(n) < 10 for n in numbers):
@@ -184,8 +183,8 @@ class Config:
 
 
 def clock(conditioning, T=1000, schedule="linear"):
-    """What the time embedding sees of t (model.py): a function, or None. A discrete-time model sees its step numbers
-    1 ... T exactly."""
+    """The function of t whose sinusoids the time embedding takes (model.py), or None. With 'step', a model sees its
+    step numbers 1 ... T exactly."""
     return {"none": None, "time": lambda t: 1000 * t, "step": lambda t: (T * t).round(), "constant": torch.zeros_like,
             "sigma": make_schedule(schedule).sigma}[conditioning]
 
@@ -238,10 +237,10 @@ def d3pm_openwebtext_8gpu():
 
 
 def mdlm_twin(config):
-    """Same data, size and optimisation in continuous time: no time conditioning, no auxiliary loss, exactly k masks.
+    """The same data, size and optimisation in continuous time: no time conditioning or auxiliary loss, exactly k masks.
 
-    time_sampling=stratified is closer to the paper, but its 1/t makes losses and gradients jump. D3PM's gradients are
-    those of a loss T times smaller, so the clipping threshold changes, too.
+    time_sampling=stratified is closer to the paper, but its weights 1/t make losses and gradients jump. D3PM's loss and
+    gradients are T times smaller, so the clipping threshold changes, too.
     """
     return replace(config, objective="mdlm", conditioning="none", lambda_ce=0.0, time_sampling="exact_k", grad_clip=1.0)
 
@@ -281,8 +280,8 @@ def d3pm_mini():
 
 
 def fast_twin(config, **settings):
-    """Same data and width, and what made short runs learn more from as many tokens (RESULTS.md): mdlm_twin with equal
-    weights for all masked tokens, token shift, Muon, a linear end of the learning rate, and no dropout."""
+    """The same data and width, with what made short runs learn more from equally many tokens (RESULTS.md): mdlm_twin
+    with equal weights for all masked tokens, token shift, Muon, a linear decay of the learning rate, and no dropout."""
     return replace(mdlm_twin(config), weighting="simple", shift_tokens=True, dropout=0.0, optimizer="muon",
                    lr_decay="linear", **settings)
 
@@ -330,7 +329,7 @@ def udlm_text8():
 
 
 def ar_twin(config):
-    """Same data, size and optimisation, but left to right (causal attention, exact likelihood): the yardstick."""
+    """The autoregressive baseline: the same data, size and optimisation, causal attention, exact likelihood."""
     return replace(config, objective="ar", conditioning="none", lambda_ce=0.0, time_sampling="uniform",
                    weighting="nelbo", grad_clip=1.0)
 
@@ -362,15 +361,16 @@ CONFIGS = {function.__name__: function for function in (
     mdlm_openwebtext_fast_8gpu, sedd_text8, sedd_openwebtext_8gpu, udlm_text8, ar_demo, ar_shakespeare, ar_text8,
     ar_openwebtext_8gpu,
 )}
-# Other names of the same settings, which nanoDD's users type: accumulation follows from the number of GPUs.
+# nanoDD's names for the same settings: the number of accumulation steps follows from the number of GPUs.
 ALIASES = {"d3pm_text8_4gpu": "d3pm_text8", "d3pm_openwebtext_32gpu": "d3pm_openwebtext_8gpu",
            "mdlm_text8_4gpu": "mdlm_text8", "mdlm_openwebtext_32gpu": "mdlm_openwebtext_8gpu"}
 CONFIGS |= {alias: CONFIGS[name] for alias, name in ALIASES.items()}
 
 
 def run_folder(name, root="out"):
-    """Where a run of a config is, whichever of its names was typed now or when it began; by default out/NAME, the
-    config's own name."""
+    """The folder of a run of a config, whichever of the config's names was typed now or when the run began.
+
+    If there is none yet, it is out/NAME with the config's own name."""
     own = ALIASES.get(name, name)
     names = [own, *(alias for alias, other in ALIASES.items() if other == own)]
     return next((Path(root, name) for name in names if Path(root, name).is_dir()), Path(root, own))
@@ -393,9 +393,9 @@ def boolean(text):
 
 
 def from_command_line(script, description, add_arguments, several=False):
-    """(config name, Config, other arguments): CONFIG, a flag for each field of Config, and what add_arguments adds.
+    """Parse CONFIG, a flag for each field of Config, and the flags that add_arguments adds.
 
-    several: ([(config name, Config), ...], other arguments).
+    Returns (config name, Config, all arguments), or, with several, ([(config name, Config), ...], all arguments).
     """
     chosen = next((CONFIGS[word]() for word in sys.argv[1:] if word in CONFIGS), Config())
     listing = "configs:\n" + "\n".join(

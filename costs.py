@@ -1,4 +1,4 @@
-"""What a model and its training cost: bytes and operations, found without building it; and what cannot fit is refused."""
+"""Memory and operations that a model and its training need, computed without building it, and checks that they fit."""
 
 import math
 
@@ -11,15 +11,15 @@ from randomness import uniforms
 
 
 def numbers_kept(model, cfg):
-    """How many numbers of state the optimisers keep."""
+    """Return how many numbers of state the optimisers keep."""
     return sum(kind.numbers_kept(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)
 
 
 def sizes(cfg, vocab_size):
-    """(parameters, numbers of optimiser state, bytes of tables) of a config's model, without building it.
+    """Return (parameters, numbers of optimiser state, bytes of tables) of a config's model, without building it.
 
-    All three are linear in the number of blocks, so models of one and two blocks tell them, on the meta device, which
-    has shapes and no memory. Infinite where PyTorch cannot even count the elements.
+    All three are linear in the number of blocks. So they follow from models of one and two blocks on the meta device,
+    which has shapes and no memory. All three are infinite if PyTorch cannot even count the elements.
     """
     def of(n_layer):
         with torch.device("meta"):
@@ -35,16 +35,16 @@ def sizes(cfg, vocab_size):
 
 
 def weight_bytes(cfg, vocab_size):
-    """What a model takes: its weights, and its tables of angles, in float32."""
+    """Bytes of a model: its weights and its tables of angles, in float32."""
     n_params, _, tables = sizes(cfg, vocab_size)
     return 4 * n_params + tables
 
 
 def training_bytes(cfg, vocab_size, local, micro, shares=1):
-    """What one process of a run takes at least, of its device: weights, gradients, averages and moments, of which it
-    has one of so many shares, and every block's input in a micro-batch. And the tokens and noise of a step.
+    """Bytes that one process of a run needs at least on its device.
 
-    local, micro: sequences per process and step, and per micro-step.
+    These are weights, gradients, averages and moments, all divided by `shares`; the tables; the input of every block in
+    a micro-batch; the tokens and noise of a step. local, micro: sequences per process and step, and per micro-step.
     """
     n_params, kept, tables = sizes(cfg, vocab_size)
     state = 4 * (3 * n_params + kept) / shares
@@ -53,7 +53,7 @@ def training_bytes(cfg, vocab_size, local, micro, shares=1):
 
 
 def check_fits(needed, device, what, remedy):
-    """Raise UserError if so many bytes are more than the device has in all."""
+    """Raise UserError if `needed` bytes are more than the total memory of the device."""
     there = memory_of(device)
     if there and needed > there:
         raise UserError(f"{what} needs at least {needed / 1e9:,.1f} GB of memory, and {device.type} has "
@@ -61,7 +61,7 @@ def check_fits(needed, device, what, remedy):
 
 
 def flops_per_token(model, objective, cfg):
-    """Floating-point operations of a training step per token; the head counts where the objective asks for logits."""
+    """Floating-point operations of a training step per token; the head counts only where logits are computed."""
     if objective.everywhere:
         return model.flops(cfg.seq_len)
     noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True))
@@ -69,5 +69,5 @@ def flops_per_token(model, objective, cfg):
 
 
 def optimizer_flops(model, cfg):
-    """Operations of the optimisers in each step, on each GPU."""
+    """Operations of the optimisers per step and GPU."""
     return sum(kind.flops(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)

@@ -1,4 +1,4 @@
-"""The ideas of discrete diffusion on a text of yours, after the scripts of Oxen.ai's tutorial on SEDD.
+"""Show the ideas of discrete diffusion on your own text, after the scripts of Oxen.ai's tutorial on SEDD.
 
     python demos.py caesar "uploading large datasets" -n 1                     # why tokens need a noise of their own
     python demos.py perturb "applying diffusion to text is kind of crazy" -t 0.35
@@ -6,8 +6,8 @@
     python demos.py noise --out noise.png                                      # the schedules
     python demos.py names out/names -n 1000                                    # does a model of names write names?
 
-`python demos.py DEMO --help` has the flags of each. Without -m CKPT a text is read as characters: those of ASCII and
-what else it has. Symbols are those of diffusion.py.
+`python demos.py DEMO --help` lists the flags of a demo. Without -m CKPT the tokens are characters: printable ASCII and
+the other characters of the text. Symbols are those of diffusion.py.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ASCII = "".join(map(chr, range(32, 127)))
 
 
 def open_text(args):
-    """TEXT as ids (L,) long, its tokenizer, and the checkpoint of -m (checkpoint.Loaded), or None."""
+    """TEXT as ids (L,) long, the tokenizer, and the checkpoint given by -m (checkpoint.Loaded), or None."""
     if args.dataset and not args.model:
         raise UserError("--dataset says what a checkpoint was trained on: name one by -m CKPT, or leave it out")
     loaded = load_model(args.model, torch.device("cpu"), Hints(args.dataset)) if args.model else None
@@ -47,7 +47,7 @@ def open_text(args):
 
 
 def shown(ids, tokenizer):
-    """Ids (L,), masks among them, as text."""
+    """Ids (L,), which may be masks, as text."""
     return "".join(piece(token, tokenizer.vocab_size, tokenizer) for token in ids.tolist())
 
 
@@ -69,7 +69,7 @@ def caesar(args):
 
 
 def perturb(args):
-    """Noise a text to time t: which tokens move, and to what."""
+    """Noise a text to time t, and show which tokens move, and to what."""
     x0, tokenizer, loaded = open_text(args)
     kind = args.noise or (loaded.config.noise if loaded else "mask")
     name = args.schedule or (loaded.config.schedule if loaded else "linear")
@@ -95,7 +95,7 @@ def perturb(args):
 
 
 def prepared(x0, loaded):
-    """Ids (L,) as the checkpoint has learned texts, (L',), and how many of them are given. Raises UserError."""
+    """Ids (L,) padded as in the checkpoint's training data, (L',), and how many are given. Raises UserError."""
     if not loaded:
         raise UserError("loss asks a network what it thinks: name one by -m CKPT")
     config, meta, given = loaded.config, loaded.meta, loaded.config.prefix_range[0]
@@ -111,15 +111,16 @@ def prepared(x0, loaded):
 
 
 def masked_terms(objective, logits, x0, noise, weight):
-    """What each token costs, if it is masked: logits (L, V), x0 (L,), Noise of one sequence -> {column: (L,) float64}.
+    """The cost of each token if it is masked: logits (L, V), x0 (L,), Noise of one sequence -> {column: (L,) float64}.
 
-    In bits, but p and Z, the sum of the network's prediction q. Score entropy is that of the scores s = r q by its own
-    formula, dsigma/dt [sum_y s_y - r log s_x0 + r (log r - 1)] (diffusion.SEDD), whatever the network was trained with.
+    All columns are in bits except p and Z, the sum of the network's prediction q. The score entropy is that of the
+    scores s = r q, computed by its own formula, dsigma/dt [sum_y s_y - r log s_x0 + r (log r - 1)] (diffusion.SEDD),
+    for networks of every objective.
     """
     log_q = objective.log_prediction(logits, noise.t.expand(len(x0))).double()
     log_z, log_q_x0 = log_q.logsumexp(-1), log_q.gather(-1, x0[:, None]).squeeze(-1)
     ce, t = log_z - log_q_x0, noise.t.double()
-    alpha = objective.schedule.alpha(t).clamp(min=1e-9)  # where it is 0, sigma is infinite
+    alpha = objective.schedule.alpha(t).clamp(min=1e-9)  # at alpha = 0 sigma is infinite
     r, dsigma = alpha / (1 - alpha), -objective.schedule.dalpha(t) / alpha
     entropy = dsigma * ((log_q.exp() * r).sum(-1) - r * (log_q_x0 + r.log()) + r * (r.log() - 1))
     columns = {"p(token)": (-ce).exp(), "CE": ce / BIT, "weight x CE": weight * ce / BIT,
@@ -130,7 +131,7 @@ def masked_terms(objective, logits, x0, noise, weight):
 
 
 def uniform_terms(objective, logits, x0, noise, weight):
-    """The same for uniform noise, which costs everywhere: logits (L, N), UniformNoise -> {column: (L,) float64}."""
+    """The cost of every token under uniform noise, in bits: logits (L, N), UniformNoise -> {column: (L,) float64}."""
     chain = isinstance(objective, UniformD3PM)
     inputs = logits[None], x0[None], objective.corrupt(x0[None], noise.token)
     cost = (objective.step_kl(*inputs, (noise.t * objective.T).round()) if chain
@@ -141,7 +142,7 @@ def uniform_terms(objective, logits, x0, noise, weight):
 
 @torch.no_grad()
 def loss(args):
-    """What a network pays for a text that is noised to time t, token by token: one sample of the bound."""
+    """Show the cost of each token of a text that is noised to time t: one sample of the bound."""
     x0, tokenizer, loaded = open_text(args)
     x0, given = prepared(x0, loaded)
     model, config, L, uniform = loaded.model, loaded.config, len(x0), not loaded.config.objective_class.has_mask
@@ -149,7 +150,7 @@ def loss(args):
     _, v = uniforms(args.seed, 0, [0], 1, L, stratified=False)
     noise = objective.noise(torch.tensor([args.t], dtype=torch.float64), give_prefix(v, [given]))
     n, t, schedule = L - given, noise.t.double(), objective.schedule
-    weight = noise.weight.item() * n / L  # of a nat in the bound of the whole text; nelbo divides by L
+    weight = noise.weight.item() * n / L  # of a nat in the bound on the whole text; nelbo divides by L
     xt = objective.corrupt(x0[None], noise[0])
     hit = noise.token[0] >= 0 if uniform else noise.mask[0]
     alpha, dsigma = schedule.alpha(t).item(), (-schedule.dalpha(t) / schedule.alpha(t)).item()
@@ -189,7 +190,7 @@ def loss(args):
 
 
 def noise(args):
-    """The noise schedules: a table, and a picture of alpha(t), sigma(t) and the weight of a masked token's CE."""
+    """Print a table of the noise schedules, and draw alpha(t), sigma(t) and the weight of a masked token's CE."""
     require("matplotlib", "a picture")
     schedules = {name: make_schedule(name) for name in [*SCHEDULES, *([args.schedule] if args.schedule else [])]}
     what = {"alpha": ("alpha(t), P(a token stays)", lambda s, t: s.alpha(t)),

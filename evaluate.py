@@ -1,4 +1,4 @@
-"""Score checkpoints: likelihood with its standard error, by several estimators; sample quality; zero-shot.
+"""Score checkpoints: likelihood with its standard error by several estimators, also zero-shot, and sample quality.
 
     python evaluate.py out/demo                                # bits per token on the validation split
     python evaluate.py out/demo out/mdlm_demo --split test     # the difference of two, on the same masks
@@ -10,8 +10,8 @@
     python evaluate.py out/demo --context 0,16,64              # what is known of the text before it is worth
     python evaluate.py out/demo --samples 64 --steps 8,32,128 --judge out/ar_demo
 
-A masked model's number is an upper bound on its -log2 p(x), averaged over non-overlapping windows of the whole split.
-The standard error is that of the mean over windows: it covers the noise of the estimate and the choice of text.
+The result of a masked model is an upper bound on its -log2 p(x), averaged over non-overlapping windows of the whole
+split. The standard error is that of the mean over windows: it covers the noise of the estimate and the choice of text.
 """
 
 import itertools
@@ -43,9 +43,9 @@ ESTIMATORS = {
     "flatter_rates": "continuous-time bound, uniform noise, flatter rates",
     "chain_rule": "negative log-likelihood, chain rule",
 }
-LIMIT = 4         # standard errors by which two estimates of one number may differ, if these are known from
-LEAST = 30        # windows at least
-ROUNDING = 1e-4   # bits by which they may in any case
+LIMIT = 4         # standard errors by which two estimates of one number may differ
+LEAST = 30        # windows that --check needs, so that these standard errors are known well enough
+ROUNDING = 1e-4   # bits by which they may always differ
 
 
 def several_steps(text):
@@ -59,7 +59,7 @@ def lengths(text):
 
 
 def samples_flag(text):
-    """An argparse type: a number of samples, or the name of a file of them."""
+    """An argparse type: a number of samples, or the name of a file with samples."""
     return number(int, 1, 10**6)(text) if text.isdecimal() else named(text)
 
 
@@ -134,7 +134,7 @@ def parse_args():
 
 
 def pick_estimator(subject, args):
-    """The estimator asked for, or the one that belongs to the checkpoint's objective."""
+    """The estimator that the flags ask for, or the objective's own. Raises UserError if it does not fit."""
     objective = subject.objective()
     estimator = args.estimator or ("t_step" if args.T else objective.reported)
     if args.T and not estimator.startswith("t_step"):
@@ -153,12 +153,12 @@ def pick_estimator(subject, args):
 
 
 def second_of(subject, estimator):
-    """What estimates the same number in another way: an estimator, or an order."""
+    """The name of another estimator, or of an order, that estimates the same number."""
     return subject.objective(estimator).estimators[estimator]
 
 
 def nats_of(subject, estimator, args):
-    """Nats per token of each window by an estimator or along an order (n,), and the name of the method."""
+    """Nats per token of each window (n,), by an estimator or along an order, and a description of the method."""
     if estimator in ORDERS:
         objective = subject.objective()
         subject.whole_windows("the likelihood along an order")
@@ -189,7 +189,7 @@ def likelihood(subject, estimator, args):
                  for i, c in zip(data.starts, given))
     n_tokens = int(counts.sum())
     n_chars, n_bytes = (int(counts @ lengths) for lengths in subject.tokenizer.lengths())
-    perplexity = 2**bits if bits < 1024 else None  # beyond, a float has no number for it
+    perplexity = 2**bits if bits < 1024 else None  # beyond 1024 a float overflows
     result = {
         "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": data.n,
         "n_tokens": n_tokens, "bits_per_char": bits * n_tokens / n_chars, "bits_per_byte": bits * n_tokens / n_bytes,
@@ -206,17 +206,17 @@ def likelihood(subject, estimator, args):
 
 
 def agree(mean, error):
-    """Whether a difference of two estimates of the same number, in bits, is within its error, or rounding."""
+    """Whether two estimates of one number agree: their mean difference, in bits, is within its error or rounding."""
     return abs(mean) <= LIMIT * error or abs(mean) < ROUNDING
 
 
 def difference(one, two, args):
-    """Mean of one - two in bits, and its standard error, for nats (n,) of the same windows each."""
+    """Mean of one - two in bits, and its standard error; one and two are nats (n,) of the same windows."""
     return mean_and_error((one - two) / math.log(2), by_rate(len(one), args.seed, args.repeats))
 
 
 def score(args, open_subject, out):
-    """The bound, or the likelihood along an order, of one or two checkpoints, or two estimates of one."""
+    """Score one checkpoint, or compare two, by the bound or along an order. With --check: two estimates of one."""
     one = open_subject(args.checkpoint)
     if args.baselines and (args.n_tokens or args.text or args.seq_len or args.other):
         raise UserError("--baselines are scored on the whole split, beside one checkpoint: leave out --n_tokens, "
@@ -254,10 +254,10 @@ def score(args, open_subject, out):
 
 
 def compare(one, two, args, out):
-    """Two checkpoints on the same windows, and the same masks where both have masks."""
+    """Compare two checkpoints on the same windows, and on the same masks if both have masks."""
     estimators = [args.order or pick_estimator(subject, args) for subject in (one, two)]
     if set(estimators) == {"t_step", "exact_k"} and all(s.config.objective_class.any_order for s in (one, two)):
-        estimators = ["exact_k", "exact_k"]  # d3pm against mdlm: what can be compared
+        estimators = ["exact_k", "exact_k"]  # d3pm against mdlm: the bound that both have
     scored = [likelihood(subject, estimator, args) for subject, estimator in zip((one, two), estimators)]
     mean, error = difference(scored[1][0], scored[0][0], args)
     for subject, (_, line, _) in zip((one, two), scored):
@@ -269,7 +269,7 @@ def compare(one, two, args, out):
 
 
 def comparison(result, unit):
-    """The model among the reference points, worst first, and in words which of them it beats."""
+    """A text: the model among the reference points, worst first, and a sentence that says which of them it beats."""
     bits, error, baselines = result["bits_per_token"], result["stderr"] or math.nan, result["baselines"]
     name = "this model (a bound)" if "bound" in result["estimator"] else "this model"
     rows = [(name, value, "") for name, value in baselines.items()] + [(name, bits, " " + plus_minus(error))]
@@ -283,24 +283,25 @@ def comparison(result, unit):
 
 
 def ways(subject, args):
-    """Settings for each --sampler and each of its --steps. Every sampler gets the flags that it knows; what none of
-    them knows is an error of settings_of."""
+    """Settings for each --sampler and each number of --steps, without duplicates.
+
+    Every sampler gets the flags that it knows. For a flag that none of them knows, settings_of raises UserError."""
     names, found = args.sampler or [None], []
     samplers = subject.config.objective_class.samplers
     knows = {name: SAMPLERS[samplers.get(name or next(iter(samplers)), name)].flags for name in names}
     for name, steps in itertools.product(names, args.steps or [None]):
         flags = {flag: value for flag, value in given_flags(args, steps).items()
                  if flag in knows[name] or not any(flag in known for known in knows.values())}
-        if "k" in flags and len(names) > 1:  # the steps are for the others
+        if "k" in flags and len(names) > 1:  # with --k, the steps are for the other samplers
             flags = {"k": flags["k"]}
         way = settings_of(args, subject.config, subject.path, subject.model, name, flags)
-        if way not in found:  # those without steps come once
+        if way not in found:  # samplers without steps come once
             found.append(way)
     return found
 
 
 def quality(subject, args, out):
-    """evaluate.py --samples."""
+    """Measure the quality of samples: the mode --samples."""
     drawn = isinstance(args.samples, int)
     if not drawn and (args.sampler or given_flags(args, args.steps) or cuts(args)):
         raise UserError("flags of samplers are of no use for samples from a file")

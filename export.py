@@ -1,4 +1,4 @@
-"""A checkpoint as a folder to share: `python checkpoint.py export CKPT DIR`."""
+"""Export a checkpoint as a folder to share: `python checkpoint.py export CKPT DIR`."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from storage import FORMAT, Hints, config_of, digest, read, versions
 
 
 def export(checkpoint, folder, results=(), hints=None):
-    """Write what it takes to use a checkpoint, with its averaged weights, into a new folder that `sample.py FOLDER`
-    reads and that can go to the Hub: model.safetensors, config.json (settings and tokens) and README.md, a model card.
+    """Write a checkpoint, with its averaged weights, into a new folder that `sample.py FOLDER` and the Hub can read.
 
-    results: files of `evaluate.py --json`, which the card quotes. Raises UserError; nothing is left half-written.
+    The files are model.safetensors, config.json (settings and tokens) and README.md, a model card. results: files with
+    the output of `evaluate.py --json`, which the card quotes. Raises UserError. A failure leaves no folder.
     """
     from safetensors.torch import save
     payload, folder = read(checkpoint, hints or Hints()), Path(folder)
@@ -49,7 +49,7 @@ def export(checkpoint, folder, results=(), hints=None):
 
 
 def read_result(path):
-    """What evaluate.py --json printed into a file. Raises UserError."""
+    """The fields for the card from a file with the output of evaluate.py --json. Raises UserError."""
     try:
         result = json.loads(Path(path).read_text())
         return {key: result[key] for key in ("bits_per_token", "stderr", "estimator", "dataset", "split", "n_sequences",
@@ -69,7 +69,7 @@ def last_validation(path):
 
 
 def model_card(name, card, n_params, validation):
-    """README.md of an exported folder: what it is, how to use it, what was measured."""
+    """README.md of an exported folder (str): what the model is, how to use it, what was measured."""
     config, unit = card["config"], "char" if card["meta"]["tokenizer"] == "char" else "token"
     rows = [f"| {bits:.4f} {plus_minus(error)} | {what} |" for bits, error, what in (
         [(validation[0], validation[1], f"validation during training, step {validation[2]:,}")] if validation else [])

@@ -1,7 +1,7 @@
-"""Likelihoods of text: bounds with small error bars, the chain rule along an order, and what hides between the two.
+"""Likelihoods of text: bounds with small standard errors, and exact likelihoods by the chain rule along an order.
 
-Everything here returns nats. Windows are scored one by one, so that a standard error over windows covers both the noise
-of the estimate and the choice of text, and two models can be compared on the same windows and masks.
+All values are in nats. Each window has a value of its own. So a standard error over windows covers both the noise of
+the estimate and the choice of text, and two models can be compared on the same windows and masks.
 """
 
 import math
@@ -20,10 +20,10 @@ ORDERS = ("l2r", "random", "confidence")
 def mean_and_error(values, order=None):
     """Mean of n values (n,) and its standard error (nan if n = 1).
 
-    order: a permutation of the values along which they have a trend that the mean does not suffer from, because they
-    were drawn one from each stratum; the error of independent values would count the trend as noise. Then the sum of
-    the variances of two neighbours is estimated by their squared difference (collapsed strata: Cochran, Sampling
-    Techniques, 1977, section 5A.12). What the trend does within a pair makes the error a little too large.
+    order: a permutation that sorts the values by stratum, if one value was drawn from each stratum. A trend over the
+    strata adds nothing to the variance of such a mean, but the formula for independent values would count it as noise.
+    So the squared difference of two neighbours estimates the sum of their variances (collapsed strata: Cochran,
+    Sampling Techniques, 1977, section 5A.12). The trend within a pair makes the error a little too large.
     """
     n = len(values)
     if n < 2:
@@ -31,21 +31,21 @@ def mean_and_error(values, order=None):
     if order is None:
         return values.mean().item(), (values.var() / n).sqrt().item()
     squares = values[order].diff() ** 2
-    total = squares[::2].sum() + (squares[-1] / 2 if n % 2 else 0)  # an odd one out is compared with its neighbour
+    total = squares[::2].sum() + (squares[-1] / 2 if n % 2 else 0)  # n odd: the last one and its neighbour
     return values.mean().item(), total.sqrt().item() / n
 
 
 def plus_minus(error, digits=4):
-    """A standard error for people; of one value there is none (None, or nan)."""
+    """A standard error as text to print. None and nan stand for one value, which has no standard error."""
     return "(n = 1)" if error is None or math.isnan(error) else f"± {error:.{digits}f}"
 
 
 class Windows(NamedTuple):
-    """Windows of a text, and how to score them: so many at a time, on a device, with matrix products in a dtype."""
+    """Windows of a text, with the batch size, device and dtype of matrix products to score them with."""
 
-    tokens: np.ndarray    # (n,), the text
-    starts: np.ndarray    # of the windows
-    seq_len: int          # tokens of each
+    tokens: np.ndarray    # the ids of the whole text, 1-dimensional
+    starts: np.ndarray    # (n,), index of the first token of each window
+    seq_len: int          # tokens in each window
     batch_size: int
     device: torch.device
     dtype: torch.dtype
@@ -55,31 +55,31 @@ class Windows(NamedTuple):
         return len(self.starts)
 
     def batches(self):
-        """The numbers of the windows, batch by batch."""
+        """The indices of the windows, a list for each batch."""
         return [list(range(i, min(i + self.batch_size, self.n))) for i in range(0, self.n, self.batch_size)]
 
     def read(self, chunk):
-        """The windows with these numbers: (N, seq_len) long, on the CPU."""
+        """The windows with these indices: (N, seq_len) long, on the CPU."""
         return gather(self.tokens, self.starts[chunk], self.seq_len)
 
 
 def by_rate(n, seed=0, repeats=1):
-    """The order of bound()'s values along which their windows are masked more and more, for mean_and_error.
+    """The order that sorts bound()'s values by the mask rate of their windows, for mean_and_error.
 
-    With more repeats each window has all rates, and there is no such trend: None.
+    None if repeats > 1: then every window has rates from all over (0, 1], and the values have no such trend.
     """
     return torch.from_numpy(strata(seed, n)).argsort() if repeats == 1 else None
 
 
 @torch.no_grad()
 def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, prefix_range=(0, 0), show=False):
-    """The bound on windows `mine` (default: all) of the data (Windows): (len(mine),) float64, nats per token.
+    """Estimate the bound on windows `mine` (default: all) of the data (Windows): (len(mine),) float64, nats per token.
 
     prefix_range: (fewest, most) tokens at the beginning of each window that are given, and not scored.
-    estimator: one of objective.estimators (default: the one that is reported).
+    estimator: one of objective.estimators (default: objective.reported).
 
-    The noise of window i is a function of (seed, i) and of the numbers of windows and repeats, so two models, or two
-    steps of training, are compared on the same masks.
+    The noise of window i depends on seed, i, data.n and repeats only. So two models, or two steps of training, are
+    compared on the same masks.
     """
     draw = getattr(objective, estimator or objective.reported)
     mine = list(range(data.n) if mine is None else mine)
@@ -105,12 +105,13 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
 
 @torch.no_grad()
 def reveal(model, objective, x0, order, everywhere=()):
-    """Reveal x0 (B, L) token by token, with one network call each; an iterator that yields before each of them
+    """Reveal x0 (B, L) token by token, with one network call for each. Yields (position, masked, ce) before each token.
 
-    position (B,), the one that is revealed next, masked (B, L), those masked until now, and ce (B, L), -log p(x0) given
-    what is visible, at the next position; at all masked ones if their number is in `everywhere`.
+    position: (B,), the position that is revealed next. masked: (B, L), the positions masked until now.
+    ce: (B, L), -log p(x0) given the visible tokens, at the next position only. If the number of masked positions is in
+        `everywhere`, or the order is 'confidence', it is at all of these. Elsewhere it is 0.
 
-    order: (B, L) positions, or 'confidence': next is the masked position where the network is surest of some token.
+    order: (B, L) positions, or 'confidence': the next position is the masked one with the largest max p(token).
     """
     B, L = x0.shape
     xt, rows = torch.full_like(x0, objective.mask_id), torch.arange(B, device=x0.device)
@@ -122,7 +123,7 @@ def reveal(model, objective, x0, order, everywhere=()):
             if L - i not in everywhere:
                 where = torch.zeros_like(masked)
                 where[rows, position] = True
-        if objective.causal:  # the text so far, after the mask that starts it
+        if objective.causal:  # the visible text, after the mask that stands for its start
             seen, t = torch.nn.functional.pad(xt[:, :i], (1, 0), value=objective.mask_id), torch.ones(B)
         else:
             seen, t = xt, objective.time(torch.full((B,), (L - i) / L, dtype=torch.float64))
@@ -141,9 +142,9 @@ def chain_rule(model, objective, x0, order, v=None):
 
         -log p(x) = sum_i -log p(x_o(i) | x_o(1), ..., x_o(i-1))
 
-    is no bound but the negative log-likelihood itself, of another model for every order (DUEL, arXiv 2603.01367).
-    Orders: 'l2r'; 'random', sorted by v (B, L); 'confidence', which depends on what is visible alone, so that the
-    probabilities of all sequences still sum to one.
+    This is not a bound but the exact negative log-likelihood. Every order defines another model (DUEL, arXiv
+    2603.01367). Orders: 'l2r'; 'random', sorted by v (B, L); 'confidence'. The order 'confidence' depends on visible
+    tokens alone, so the probabilities of all sequences still sum to one.
     """
     B, L = x0.shape
     if order != "confidence":

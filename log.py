@@ -1,9 +1,9 @@
-"""Where the numbers of a run go: the terminal, log.jsonl, and Weights & Biases if asked.
+"""The log of a run: on the terminal, in log.jsonl, and with --wandb in Weights & Biases.
 
-log.jsonl has one JSON object per line. Each has "step"; the other keys say what it is:
+log.jsonl has one JSON object per line. Each has "step". The other keys tell its kind:
 
     run, config, processes, device, versions       a start, or a resumption
-    bits_per_token, lr, grad_norm, skipped, ...    training, the mean since the line of this kind before
+    bits_per_token, lr, grad_norm, skipped, ...    training; bits_per_token is the mean since the last such line
     val_bits_per_token, val_stderr                 a validation of the averaged weights
     sample                                         a text from the averaged weights
 """
@@ -22,7 +22,7 @@ HINT = "make room, then run the same command with --resume auto"
 
 
 def parse(path):
-    """(objects, numbers of the lines that are none) of a log.jsonl; a last line that a crash cut off is neither."""
+    """(objects, numbers of the damaged lines) of a log.jsonl. A last line that a crash cut off is in neither."""
     lines = path.read_bytes().split(b"\n")[:-1]
     entries, damaged = [], []
     for number, line in enumerate(lines, 1):
@@ -36,7 +36,7 @@ def parse(path):
 
 
 def read(path):
-    """The objects of a log.jsonl. Raises UserError if it is none, or a damaged one."""
+    """The objects of a log.jsonl. Raises UserError if it cannot be read, or has a damaged line."""
     try:
         entries, damaged = parse(path)
     except OSError as error:
@@ -47,9 +47,10 @@ def read(path):
 
 
 class Log:
-    """The log of a run that goes on at a step: what log.jsonl has of later steps is dropped, and comes again.
+    """The log of a run that continues at a step. Lines of later steps are removed from log.jsonl: they come again.
 
-    wandb_id: of the Weights & Biases run to continue; None for a new one, whose id is then in self.wandb_id.
+    wandb_id: the id of the Weights & Biases run to continue. None: a new run, whose id is then in self.wandb_id.
+    Raises UserError if log.jsonl cannot be read or written.
     """
 
     def __init__(self, out_dir, step, name, config, bar, wandb_id=None):
@@ -77,7 +78,7 @@ class Log:
             self.wandb_id = self.wandb.id
 
     def show(self, line):
-        """A line for the terminal. If nobody reads it any more, as after `train.py | head`, training goes on."""
+        """Print a line. If nothing reads stdout any more, as after `train.py | head`, training goes on silently."""
         try:
             if self.terminal:
                 self.bar.write(line, file=sys.stdout)
@@ -88,7 +89,7 @@ class Log:
             raise UserError(f"cannot write the output: {error.strerror}; {HINT}")
 
     def write(self, line, **values):
-        """Show a line and record the values, step among them."""
+        """Show a line, and record the values, which include the step."""
         self.show(line)
         try:
             self.file.write(json.dumps(values) + "\n")
@@ -102,7 +103,7 @@ class Log:
             self.wandb.log(values)
 
     def sync(self):
-        """Have what is written survive a power cut."""
+        """Sync log.jsonl to the disk, so that it survives a power cut."""
         os.fsync(self.file.fileno())
 
     def close(self):
@@ -113,7 +114,7 @@ class Log:
 
 
 def start_wandb(name, config, run_id):
-    """A new Weights & Biases run, or the one with this id; offline if there is no account or no connection."""
+    """Start a Weights & Biases run, or continue that with run_id. Offline without an account or a connection."""
     import wandb
     options = dict(project="discrete-diffusion", name=name, config=config, id=run_id, resume="allow")
     try:
@@ -124,6 +125,6 @@ def start_wandb(name, config, run_id):
         note(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, `wandb sync wandb/offline-run-*` "
              "uploads it")
         run = wandb.init(**options, mode="offline")
-    # A resumed run repeats some steps; wandb's own counter refuses to go back.
+    # A resumed run repeats some steps, and wandb's own step counter cannot go back.
     run.define_metric("*", step_metric="step")
     return run

@@ -1,7 +1,7 @@
 """The denoiser: a bidirectional transformer with adaLN-Zero conditioning on time (DiT, arXiv 2212.09748).
 
-It maps noisy tokens xt (B, L) and their time t to logits over clean tokens. It knows nothing about diffusion: masks are
-one more token, time is one more input, and what to do with the logits is somebody else's business.
+It maps noisy tokens xt (B, L) and their time t to logits over clean tokens. It contains nothing of diffusion: the mask
+is one more token, the time is one more input, and the objective and the sampler interpret the logits.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm in float32 with a gain, and a bias if asked for."""
+    """LayerNorm in float32 with a gain, and with a bias if bias=True."""
 
     def __init__(self, n_embd, bias=False):
         super().__init__()
@@ -25,7 +25,7 @@ class LayerNorm(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x * (1 + scale) + shift, in float32: in bfloat16 a small scale would vanish beside the 1."""
+    """x * (1 + scale) + shift in float32: in bfloat16 the sum 1 + scale would lose a small scale."""
     return x * (1 + scale.float()) + shift
 
 
@@ -37,14 +37,14 @@ def rotary_tables(seq_len, head_dim, base=10000.0):
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + head_dim/2]) of x (..., L, head_dim) by their position's angles, (..., L, hd/2)."""
+    """Rotate the pairs (x[i], x[i + head_dim/2]) of x (..., L, head_dim); cos and sin are (..., L, head_dim/2)."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 class TimeEmbedding(nn.Module):
-    """Time -> c: 256 sinusoids of clock(t), then an MLP. t (B,) or (B, L) -> (B, 1, n_cond) or (B, L, n_cond)."""
+    """Map time to c by 256 sinusoids of clock(t) and an MLP: t (B,) or (B, L) -> (B, 1, n_cond) or (B, L, n_cond)."""
 
     def __init__(self, n_cond, clock, n_frequency=256):
         super().__init__()
@@ -62,12 +62,12 @@ class TimeEmbedding(nn.Module):
 
 
 def token_shift(x, causal=False):
-    """A quarter of the channels of x (B, L, D) from the token to the left, a quarter from the one to the right.
+    """Take a quarter of the channels of x (B, L, D) from the token on the left, a quarter from the one on the right.
 
-    causal: the latter come from the second token to the left instead.
+    causal: the second quarter comes from the second token to the left instead.
 
-    After RWKV's token shift (arXiv 2305.13048), in both directions and without parameters: neighbours at no cost, where
-    small networks need long to find them by attention.
+    This is RWKV's token shift (arXiv 2305.13048) in both directions and without parameters. It shows each token its
+    neighbours at no cost; small networks need long training to find them by attention.
     """
     left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
     left = F.pad(left, (0, 0, 1, 0))[:, :-1]
@@ -76,14 +76,14 @@ def token_shift(x, causal=False):
 
 
 def at_positions(at, B, L, *features):
-    """Each of the features (B or 1, L or 1, D) at positions `at` (N,) of all B L: (N, D). at None: as they are."""
+    """Pick each of the features (B or 1, L or 1, D) at positions `at` (N,) of all B L: (N, D). at=None: unchanged."""
     if at is None:
         return features
     return [x.expand(B, L, -1).flatten(0, 1).index_select(0, at) for x in features]
 
 
 class Block(nn.Module):
-    """Attention and MLP, pre-norm. With n_cond, both are shifted, scaled and gated by c (adaLN-Zero)."""
+    """Attention and MLP, pre-norm. If n_cond > 0, c shifts, scales and gates both (adaLN-Zero)."""
 
     def __init__(self, n_embd, n_head, n_cond, dropout, shift_tokens=False, causal=False, norm_bias=False):
         super().__init__()
@@ -98,9 +98,9 @@ class Block(nn.Module):
         self.modulation = nn.Linear(n_cond, 6 * n_embd) if n_cond else None
 
     def attention(self, x, cos, sin, visible=None, past=None, keep=None):
-        """x (B, L, D) -> (B, L, D). visible, past: see DiT.forward, past of this block alone.
+        """Attention of x (B, L, D) -> (B, L, D). visible: as in DiT.forward. past: (keys, values) of this block.
 
-        keep: a list, to which the keys and values of all tokens, those of the past first, are appended.
+        keep: a list. The (keys, values) of all tokens, those of the past first, are appended to it.
         """
         B, L, D = x.shape
         # q, k, v: (B, heads, L, D/heads)
@@ -119,9 +119,10 @@ class Block(nn.Module):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
     def forward(self, x, c, cos, sin, at=None, visible=None, past=None, keep=None):
-        """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D); (N, D) at the positions `at` of all B L.
+        """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D), or (N, D) at the positions `at` of all B L.
 
-        The MLP, two thirds of a block, runs at these alone: the last block's other tokens are seen by nobody.
+        With `at`, the MLP, two thirds of a block's weights, runs at these positions alone. It is for the last block:
+        nothing reads its output at other positions.
         """
         (B, L, _), drop = x.shape, lambda x: F.dropout(x, self.dropout, self.training)
         attend = lambda h: drop(self.attention(self.neighbours(h), cos, sin, visible, past, keep))
@@ -135,16 +136,17 @@ class Block(nn.Module):
         return x + gate2 * drop(self.mlp(h))
 
     def matrices(self):
-        """Its matrices, without that of the time conditioning."""
+        """The matrices of the block, without that of the time conditioning."""
         return [layer.weight for layer in (self.qkv, self.attn_out, self.mlp_in, self.mlp_out)]
 
     def outputs(self):
-        """The layers whose zeros make the block the identity: its gates, or what it adds."""
+        """The layers that make the block the identity if they are zero: its gates, or its two output layers."""
         return [self.attn_out, self.mlp_out] if self.modulation is None else [self.modulation]
 
     def flops(self, seq_len, predicted=1.0):
-        """Operations of a training step per token: 2 per weight forward and 4 backward, and attention's. predicted: the
-        share of tokens that the MLP runs on."""
+        """Floating-point operations of a training step per token: 2 per weight forward, 4 backward, and attention's.
+
+        predicted: the share of tokens that the MLP runs on."""
         qkv, attn_out, mlp_in, mlp_out = (weight.numel() for weight in self.matrices())
         return 6 * (qkv + attn_out + predicted * (mlp_in + mlp_out)) + 12 * seq_len * self.attn_out.out_features
 
@@ -152,10 +154,10 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Denoiser over V = vocab_size tokens and, unless mask=False, the mask (id V).
 
-    clock: t -> what the time embedding sees of it (configs.py has some by name); None: a plain pre-norm transformer.
-    tied: the head's weights are the tokens' embeddings; else its own, zero at first. head_bias, norm_bias: biases that
-    other projects' networks have. shift_tokens: see token_shift. causal: no token sees those on its right (for the
-    autoregressive baseline).
+    clock: t -> the number whose sinusoids the time embedding takes (configs.clock has some by name). None: a plain
+    pre-norm transformer without time. tied: the head's weights are the tokens' embeddings; else the head has its own
+    weights, zero at first. head_bias, norm_bias: biases that other projects' networks have. shift_tokens: see
+    token_shift. causal: no token sees those on its right (for the autoregressive baseline).
     """
 
     @classmethod
@@ -167,7 +169,7 @@ class DiT(nn.Module):
 
     @classmethod
     def misfit(cls, config):
-        """What of a Config does not go with this network, in words, or None."""
+        """A message that says which settings of a Config this network does not allow, or None."""
         if config.n_embd % (2 * config.n_head):
             return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
 
@@ -193,9 +195,10 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices and embeddings U(-1/sqrt(fan_in), 1/sqrt(fan_in)); biases, modulations and ungated outputs zero.
+        """Draw matrices and embeddings from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
-        So at the start every block is the identity, with adaLN-Zero (gates are zero) and without (outputs are zero).
+        Biases, modulations, and the output layers of blocks without gates are zero. So every block is the identity at
+        the start, with adaLN-Zero (its gates are zero) and without (its outputs are zero).
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -209,7 +212,7 @@ class DiT(nn.Module):
             self.modulation.weight.zero_()
 
     def angles(self, positions, L, past=None):
-        """cos and sin of the tokens' positions (L,) or (B, L); by default they follow those of the past."""
+        """cos and sin at the tokens' positions (L,) or (B, L). By default the positions continue after the past."""
         if positions is None:
             first = 0 if past is None else past[0][0].shape[2]
             assert first + L <= self.seq_len, f"{first + L} tokens, but the model was built for {self.seq_len}"
@@ -218,7 +221,7 @@ class DiT(nn.Module):
         return tables if positions.dim() == 1 else [table[:, None] for table in tables]  # the same for all heads
 
     def trunk(self, xt, t, at=None, visible=None, positions=None, past=None, keep=None):
-        """Tokens -> features (B, L, D) in float32, ready for the head; (N, D) at the positions `at` (N,) of all B L."""
+        """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L."""
         if past is not None and self.shift_tokens:
             raise ValueError("shift_tokens mixes a token with its neighbours, which the past does not keep")
         B, L = xt.shape
@@ -243,21 +246,23 @@ class DiT(nn.Module):
     def forward(self, xt, t, where=None, visible=None, positions=None, past=None):
         """xt (B, L) long in [0, V], t (B,) or (B, L) in (0, 1] -> logits (B, L, V).
 
-        where (B, L) bool: logits (N, V) at its N True positions only, in row-major order. The head is a third of the work
-            for 50,000 tokens, and nobody reads what it says about visible ones.
-        visible: bool, True where the token of a row sees that of a column, those of the past first: (L, P + L), or
-            (B, 1, L, P + L) for each sequence; by default everything, or with `causal` what is on the left.
-        positions: (L,) or (B, L) long, of the tokens in the text, below seq_len; by default 0, 1, ..., after the past.
-        past: what remember() returned for P tokens before these. Not with shift_tokens, which looks across the border.
+        where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. For 50,000 tokens
+            the head is a third of the work, and nothing reads its logits at visible tokens.
+        visible: bool, True where the token of a row sees the token of a column; the columns of the past come first.
+            (L, P + L), or (B, 1, L, P + L) for each sequence. Default: all tokens, or with `causal` those on the left.
+        positions: (L,) or (B, L) long, the tokens' positions in the text, below seq_len. Default: 0, 1, ..., or the
+            next ones after the past.
+        past: what remember() returned for the P tokens before these. Raises ValueError with shift_tokens, because the
+            shift mixes tokens on both sides of the border.
         """
         at = None if where is None else where.flatten().nonzero().squeeze(1)
         return self.head(self.trunk(xt, t, at, visible, positions, past))
 
     def remember(self, xt, t, visible=None, positions=None, past=None):
-        """The keys and values of tokens xt (B, L), after those of the past, for `past` of calls on tokens that follow.
+        """Keys and values of the past and of tokens xt (B, L) after it: the `past` for calls on the tokens that follow.
 
-        Returns a list of (keys, values) for each block, (B, heads, P + L, head_dim) each. They are what they would be if
-        all tokens went through the network together, as long as these tokens see none of those that follow.
+        Returns a list of (keys, values) for each block, (B, heads, P + L, head_dim) each. They equal those of one call
+        on all tokens, provided that these tokens see none of those that follow.
         """
         keep = []
         self.trunk(xt, t, torch.empty(0, dtype=torch.long, device=xt.device), visible, positions, past, keep)
@@ -274,7 +279,7 @@ class DiT(nn.Module):
         """Floating-point operations of a training step per token.
 
         predicted: the share of tokens that the head and the last MLP run on. Recomputed activations do not count (PaLM,
-        arXiv 2204.02311, appendix B), nor do normalisation and time embedding.
+        arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either.
         """
         *others, last = self.blocks
         head = 6 * predicted * self.vocab_size * self.embed.embedding_dim

@@ -1,14 +1,14 @@
 """Optimisation: AdamW, Muon, the learning rate, clipping, and the moving average of the weights.
 
-The loop in train.py uses three things of an optimiser: `step_unless(bad)`, `zero_grad()` and `param_groups`. A new one is
-a class like Muon, named in `KINDS` and `shares`; a new rule of clipping is a line in `clip_gradients`.
+The loop in train.py uses three members of an optimiser: `step_unless(bad)`, `zero_grad()` and `param_groups`. To add an
+optimiser, write a class like Muon and name it in `KINDS` and `shares`. To change the clipping, edit `clip_gradients`.
 
-Muon (Keller Jordan et al., 2024; Moonlight, arXiv 2502.16982). Gradients of weight matrices have a few large singular
-values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so that every
-direction learns at the same speed. It is for the matrices inside the blocks; embeddings, head, time conditioning and
-vectors stay with AdamW. torch.optim.Muon does the same, but always in bfloat16, which is a hundred times slower on CPUs
-that emulate it, and one matrix at a time. Here it is in the dtype of the run's matrix products, and matrices of one
-shape go together.
+Muon is by Keller Jordan et al., 2024 (see also Moonlight, arXiv 2502.16982). Gradients of weight matrices have a few
+large singular values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so
+that every direction learns at the same speed. It updates the matrices inside the blocks. AdamW updates embeddings,
+head, time conditioning and vectors. torch.optim.Muon does the same, but one matrix at a time, and always in bfloat16,
+which is a hundred times slower on CPUs that emulate it. Muon here computes in the dtype of the run's matrix products,
+and treats all matrices of one shape together.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import parallel
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up to lr, then a cosine or a line that reaches min_lr at max_steps."""
+    """Learning rate of a step: linear warm-up to lr, then a cosine or linear decay to min_lr at max_steps."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
@@ -29,7 +29,7 @@ def learning_rate(step, cfg):
 
 
 def clip_gradients(parameters, cfg):
-    """Scale all gradients down together if their norm is above grad_clip (0: never). Returns the norm before that."""
+    """Scale all gradients down together if their norm exceeds grad_clip (0: never). Returns the norm before scaling."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP
 
@@ -38,35 +38,35 @@ def clip_gradients(parameters, cfg):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which can leave out a step without waiting for the device to say so."""
+    """torch's AdamW, which can skip a step without waiting for the device."""
 
-    keys = {"step", "exp_avg", "exp_avg_sq"}  # of its state, for each parameter
+    keys = {"step", "exp_avg", "exp_avg_sq"}  # of the state of each parameter
 
     @staticmethod
     def numbers_kept(shape):
-        """How many numbers of state a parameter of this shape has."""
+        """Return how many numbers of state a parameter of this shape has."""
         return 2 * math.prod(shape)
 
     @staticmethod
     def flops(shape):
-        """Operations of a step of a parameter of this shape, where they count beside the network's."""
+        """Operations of a step of a parameter of this shape: 0, since they are negligible beside the network's."""
         return 0
 
     def step_unless(self, bad):
         """Take a step, unless bad, a bool tensor on the device, is True."""
         if self.defaults["fused"]:
-            self.found_inf = bad.float()  # has it do nothing, decided on the device, as torch.amp.GradScaler does
+            self.found_inf = bad.float()  # 1: no step, decided on the device, as torch.amp.GradScaler does
             self.step()
         elif not bad:
             self.step()
 
 
 def orthogonalise(g, steps=5):
-    """U V^T of g = U S V^T, roughly, for matrices g (..., m, n).
+    """Approximate U V^T of g = U S V^T, for matrices g (..., m, n).
 
     Newton-Schulz: x <- a x + b (x x^T) x + c (x x^T)^2 x maps every singular value s of x to a s + b s^3 + c s^5. The
-    coefficients are Jordan's. They raise small values fastest and do not quite converge: five iterations bring all
-    values in [0.01, 1] to between 0.68 and 1.14.
+    coefficients are Jordan's. They raise small values fastest and do not quite converge: five iterations map all values
+    in [0.01, 1] into [0.68, 1.14].
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that x x^T is the smaller square
@@ -78,10 +78,10 @@ def orthogonalise(g, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum (Nesterov's), orthogonalised in `dtype`, with decoupled weight decay. params: matrices.
+    """Nesterov momentum, orthogonalised in `dtype`, with decoupled weight decay. params: matrices.
 
-    A step of an m x n matrix is scaled by 0.2 sqrt(max(m, n)), to the size of AdamW's, so that both take the same
-    learning rate and weight decay (Moonlight, arXiv 2502.16982, eq. 4).
+    A step of an m x n matrix is scaled by 0.2 sqrt(max(m, n)), to the size of AdamW's steps. So both optimisers can use
+    the same learning rate and weight decay (Moonlight, arXiv 2502.16982, eq. 4).
     """
 
     keys = {"momentum"}
@@ -106,20 +106,20 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, good=1.0):
-        """good: 1, or a tensor of 0 or 1; with 0 nothing changes, decided on the device."""
+        """Take a step if good, 1 or a tensor of 0 or 1 on the device, is 1; with 0 nothing changes."""
         for group in self.param_groups:
             for shape in sorted({p.shape for p in group["params"]}):
                 self.step_together([p for p in group["params"] if p.shape == shape], group, torch.as_tensor(good))
 
     def step_together(self, params, group, good):
-        """params: of one shape."""
+        """Step all of params, matrices of one shape, at once."""
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
         good = good.to(params[0].device)
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum"] for p in params]
-        # Where a step is bad, its gradient is replaced: the average of the momentum and itself is itself.
+        # In a bad step the momentum stands for the gradient: the average of the momentum with itself is unchanged.
         grads = [p.grad.where(good > 0, buffer) for p, buffer in zip(params, buffers)]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum)
@@ -132,14 +132,14 @@ KINDS = AdamW, Muon
 
 
 def shares(model, cfg):
-    """[(optimiser class, its parameters)]: every parameter of the model once. Muon has the matrices of the blocks."""
+    """Return [(optimiser class, its parameters)], each parameter of the model once. Muon has the blocks' matrices."""
     matrices = model.matrices() if cfg.optimizer == "muon" else []
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     return [(AdamW, rest), (Muon, matrices)] if matrices else [(AdamW, rest)]
 
 
 def make_optimizers(model, cfg, device, dtype):
-    """The optimisers of a run. Weight decay on matrices and embeddings only."""
+    """Return the optimisers of a run. Only matrices and embeddings have weight decay."""
     optimizers = []
     for kind, parameters in shares(model, cfg):
         if kind is Muon:
@@ -155,12 +155,12 @@ def make_optimizers(model, cfg, device, dtype):
 
 
 class EMA:
-    """Exponential moving average of a model's weights, with warm-up: the decay of update n is at most (1+n)/(10+n)."""
+    """Exponential moving average of a model's weights with warm-up: update n has decay min(decay, (1+n)/(10+n))."""
 
     def __init__(self, model, decay):
         self.model, self.decay, self.updates = model, decay, 0
         self.average = [p.detach().clone() for p in model.parameters()]
-        # What this process holds of them: with FSDP a share, else all.
+        # The part that this process holds: a share with FSDP, else all.
         self.weights, self.averages = parallel.local(model.parameters()), parallel.local(self.average)
 
     def update(self):
@@ -170,7 +170,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self):
-        """Within the context the model is in eval mode and has the average as its weights."""
+        """Put the model into eval mode with the average as its weights, within the context."""
         raw = [weight.clone() for weight in self.weights]
         torch._foreach_copy_(self.weights, self.averages)
         self.model.eval()

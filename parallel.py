@@ -1,8 +1,9 @@
-"""The processes of a run: one, or as many as torchrun starts. All that they say to each other is in this file.
+"""The processes of a run: one, or as many as torchrun starts. All their communication is in this file.
 
-Every process makes the same collective calls in the same order. What only the main process (rank 0) does, such as
-reading checkpoints and writing files, goes through on_main; what may fail in some processes goes through together. Then
-an error in one is an error in all, instead of a hang. A single process runs the same code and talks to nobody.
+Every process makes the same collective calls in the same order. Work for the main process (rank 0) alone, such as
+reading checkpoints and writing files, goes through on_main. Work that may fail in some processes goes through together.
+Then an error in one process is raised in all, and none waits for ever. A single process runs the same code without
+communication.
 """
 
 import os
@@ -21,21 +22,21 @@ is_main = rank == 0
 
 
 def join(timeout_minutes):
-    """Find the other processes, if torchrun started some. Without one of them for timeout_minutes, the others end."""
+    """Connect to the other processes, if torchrun started some. If one is silent for timeout_minutes, all end."""
     if "RANK" not in os.environ:
         return
     timeout = timedelta(minutes=timeout_minutes)
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps one store over its restarts, and the addresses in it are those of dead processes.
+        # torchrun keeps one store over its restarts, so the addresses in it are those of dead processes.
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    # Small things (errors, signals, validation losses) travel between CPUs, and do not wait for a GPU.
+    # Small values (errors, signals, validation losses) are sent between CPUs, and do not wait for a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
                             world_size=world, timeout=timeout)
 
 
 def share_of_batch(cfg, world):
-    """(sequences per process and step, sequences per micro-step). Raises UserError if batch_size does not divide so."""
+    """(sequences per process and step, sequences per micro-step). Raises UserError if they do not divide batch_size."""
     if cfg.batch_size < world:
         raise UserError(f"batch_size={cfg.batch_size} is fewer than one sequence for each of {world} processes")
     micro = min(cfg.micro_batch_size, cfg.batch_size // world)
@@ -51,7 +52,7 @@ def leave():
 
 
 def own_device(name):
-    """The device of this process: as pick_device says, and on CUDA that of its place on the node."""
+    """The device of this process: pick_device(name), and on CUDA under torchrun the GPU with its LOCAL_RANK."""
     device = pick_device(name)
     if device.type == "cuda" and dist.is_initialized():
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -59,7 +60,7 @@ def own_device(name):
     if device.type == "mps" and dist.is_initialized():
         if name != "auto":
             raise UserError("several processes cannot share work on mps: leave out torchrun, or use --device=cpu")
-        device = torch.device("cpu")  # gloo sends nothing from mps
+        device = torch.device("cpu")  # gloo cannot send tensors on mps
     return device
 
 
@@ -67,7 +68,7 @@ def own_device(name):
 
 
 def together(function):
-    """Own result of function(), called in every process. A UserError in any of them is raised in all."""
+    """Call function() in every process and return its own result. A UserError in any process is raised in all."""
     result, error = None, None
     try:
         result = function()
@@ -84,7 +85,7 @@ def together(function):
 
 
 def on_main(function):
-    """Result of function(), called in the main process alone, in all processes. A UserError is raised in all."""
+    """Call function() in the main process alone; all processes return its result. A UserError is raised in all."""
     result = [together(function if is_main else lambda: None)]
     if dist.is_initialized():
         dist.broadcast_object_list(result)
@@ -92,20 +93,21 @@ def on_main(function):
 
 
 def total(x):
-    """Sum of a tensor over the processes, in place and returned."""
+    """Sum a tensor over the processes, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-LOST_PARENT = 1000  # beside the numbers of signals, and above them
+LOST_PARENT = 1000  # used like the number of a signal, and above all of these
 
 
 class StopSignals:
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM) are remembered, to be obeyed when all have finished their step.
+    """Remember SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM), so that all processes stop after the same step.
 
-    So is the end of torchrun, if it is killed and can say nothing (as by the kernel when memory is short): its workers
-    go on in sessions of their own, and would hold the folder for ever. They find that they have another parent.
+    The end of torchrun counts as such a signal. If torchrun is killed without warning, for example by the kernel when
+    memory is short, its workers go on in sessions of their own, and would lock the folder for ever. They notice it by
+    their new parent process.
     """
 
     def __init__(self):
@@ -115,13 +117,13 @@ class StopSignals:
                 signal.signal(getattr(signal, name), self.remember)
 
     def remember(self, number, frame):
-        # A second Ctrl-C stops at once; under torchrun each one arrives twice, from the terminal and from torchrun.
+        # A second Ctrl-C stops at once. Under torchrun each one arrives twice, from the terminal and from torchrun.
         if self.received == number == signal.SIGINT and not dist.is_initialized():
             raise KeyboardInterrupt
         self.received = number
 
     def agreed(self):
-        """(number, name) of what any process is to stop for, or (0, None). All get the same answer."""
+        """(number, name) of the signal that any process has received, or (0, 0). All processes get the same answer."""
         if "RANK" in os.environ and os.getppid() != self.parent:
             self.received = LOST_PARENT
         number = torch.tensor(self.received)
@@ -135,10 +137,10 @@ class StopSignals:
 
 
 def spread(model, device, fsdp, compiled):
-    """The model as training calls it, on the device: compiled if so, averaging gradients over the processes.
+    """Put the model on the device, compile it if `compiled`, and wrap it to average gradients over the processes.
 
-    With fsdp every process keeps a share of each parameter, and collects a block's when it is needed (FSDP,
-    arXiv 2304.11277); else every process has the whole model (DDP).
+    With fsdp every process keeps a share of each parameter, and collects the parameters of a block when they are needed
+    (FSDP, arXiv 2304.11277). Otherwise every process has the whole model (DDP).
     """
     if fsdp:
         from torch.distributed.device_mesh import init_device_mesh
@@ -148,7 +150,7 @@ def spread(model, device, fsdp, compiled):
             if compiled:
                 block.compile()
             fully_shard(block, mesh=mesh)
-        # Else the outer parameters would stay whole after a forward pass without a backward one, and become stale.
+        # Otherwise the outer parameters would stay whole after a forward pass without a backward one, and become stale.
         return fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.to(device)
     if compiled:
@@ -157,26 +159,26 @@ def spread(model, device, fsdp, compiled):
         return model
     net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                   gradient_as_bucket_view=True)
-    net.broadcast_buffers = False  # tables that never change
+    net.broadcast_buffers = False  # the buffers are tables that never change
     return net
 
 
 def average_gradients(net, wanted):
-    """Whether the next backward pass averages gradients over the processes: once per step is enough.
+    """Set whether the next backward pass averages gradients over the processes: once per step is enough.
 
-    FSDP does it every time all the same, because otherwise every process would have to keep all of them.
+    FSDP averages in every backward pass, because otherwise every process would have to keep all gradients.
     """
     if isinstance(net, DistributedDataParallel):
-        net.require_backward_grad_sync = wanted  # what its no_sync() sets
+        net.require_backward_grad_sync = wanted  # the attribute that DDP's no_sync() sets
 
 
 def local(tensors):
-    """What this process has of each tensor, as a view without gradient."""
+    """This process's share of each tensor, as a view without gradient."""
     return [x.to_local() if hasattr(x, "to_local") else x for x in (x.detach() for x in tensors)]
 
 
 def whole(x):
-    """A tensor, collected if it is shared out: on the CPU in the main process, None in the others."""
+    """The whole of a tensor that may be shared out: on the CPU in the main process, None in the others."""
     x = x.detach()
     if hasattr(x, "full_tensor"):
         x = x.full_tensor()
@@ -185,7 +187,7 @@ def whole(x):
 
 @torch.no_grad()
 def copy_from_main(target, source):
-    """Copy the main process's source, a whole tensor (ignored elsewhere), into target, which may be shared out."""
+    """Copy source, a whole tensor of the main process (ignored in others), into target, which may be shared out."""
     if dist.is_initialized():
         source = source.to(target.device, target.dtype) if is_main else torch.empty(
             target.shape, dtype=target.dtype, device=target.device)

@@ -1,4 +1,4 @@
-"""Draw the training curves of runs, from their log.jsonl, to a PNG.
+"""Draw the training curves of runs, from their log.jsonl, into a PNG file.
 
     python plot.py out/demo
     python plot.py out/d3pm_text8 out/mdlm_text8 --out text8.png --x hours --from_step 10000
@@ -25,9 +25,9 @@ def parse_args():
 
 
 def curves(path, from_step=0):
-    """(name, training, validation) of a run's log.
+    """(name, training, validation) from the log of a run. Raises UserError.
 
-    training: (step, tokens, hours, bits per token) for each log line; validation: the same and the standard error.
+    training: a list of (step, tokens, hours, bits per token). validation: the same and the standard error.
     """
     path = path / "log.jsonl" if path.is_dir() or not path.suffix else path
     entries = log.read(path)
@@ -41,11 +41,11 @@ def curves(path, from_step=0):
 
 
 def rows(entries, from_step):
-    """The rows of curves() for the objects of a log."""
+    """(training, validation) of curves(), from the objects of a log."""
     hours, before, training, validation = 0.0, None, [], []
     for entry in entries:
         if "run" in entry or before is None:
-            before = entry  # a start or a resumption: time counts from here
+            before = entry  # a start or a resumption: training time counts from here
         if "bits_per_token" in entry:
             hours += (entry["tokens"] - before["tokens"]) / entry["tokens_per_second"] / 3600
             before = entry
@@ -60,7 +60,7 @@ def rows(entries, from_step):
 
 
 def draw(runs, out, x, log_x):
-    """Training as a thin line, validation as points with two standard errors either way, one colour per run."""
+    """Draw training as a thin line and validation as points ± 2 standard errors, in one colour per run."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -83,7 +83,7 @@ def draw(runs, out, x, log_x):
 
 
 def picture(out, series, x, y, log_x=False, level=None):
-    """Draw {name: [(x, y, standard error or None)]}, two standard errors either way, and a line (name, y) across."""
+    """Draw {name: [(x, y, standard error or None)]} with ± 2 standard errors, and level (name, y) as a dashed line."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -102,7 +102,7 @@ def picture(out, series, x, y, log_x=False, level=None):
 
 
 def panels(out, x, curves, label):
-    """Draw {title: {name: y (n,)}} over x (n,), a panel for each title, logarithmic but for the first one."""
+    """Draw {title: {name: y (n,)}} over x (n,), one panel per title. All y axes but the first are logarithmic."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -110,7 +110,7 @@ def panels(out, x, curves, label):
     figure, row = plt.subplots(1, len(curves), figsize=(4 * len(curves), 4), dpi=150)
     for axes, (title, lines) in zip(row, curves.items()):
         for i, (name, y) in enumerate(lines.items()):
-            axes.plot(x, y, label=name, ls=("-", "--", "-.", ":")[i % 4])  # two of them may be the same line
+            axes.plot(x, y, label=name, ls=("-", "--", "-.", ":")[i % 4])  # two curves may be equal
         axes.set(xlabel=label, title=title, yscale="linear" if axes is row[0] else "log")
         axes.grid(alpha=0.3)
     row[0].legend()
@@ -118,7 +118,7 @@ def panels(out, x, curves, label):
 
 
 def save(figure, out):
-    """Write a figure as PNG. A failure leaves what was there before. Raises UserError."""
+    """Write a figure as PNG. A failure leaves the old file. Raises UserError."""
     import matplotlib.pyplot as plt
 
     png = io.BytesIO()

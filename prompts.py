@@ -1,5 +1,6 @@
-"""Prompts: text with blanks -> canvases, lists of token ids with the mask where something is to be written; and how
-canvases that are longer than the network's window are filled, block by block."""
+"""Prompts: text with blanks -> canvases, lists of token ids with masks where the model is to write.
+
+denoise() fills canvases, block by block if they are longer than the network's window."""
 
 import re
 from pathlib import Path
@@ -14,9 +15,10 @@ BLANKS = re.compile(r"\\(?P<escaped>[\\_{}n])|(?P<blanks>_+)|\{(?P<count>[^{}]*)
 
 
 def template(text, tokenizer, mask_id, name="--template"):
-    r"""A canvas: each run of underscores is as many masks, {12} is 12; \_ \{ \} \\ and \n are _ { } \ and a new line.
+    r"""The canvas of a template: n underscores are n masks, {12} is 12; \_ \{ \} \\ and \n are _ { } \ and a new line.
 
-    The text between blanks is encoded piece by piece. Raises UserError for what is no template, or has no blank.
+    Each piece of text between two blanks is encoded separately. Raises UserError if text is not a template, or has no
+    blank.
     """
     canvas, plain, end = [], "", 0
 
@@ -44,7 +46,7 @@ def template(text, tokenizer, mask_id, name="--template"):
 
 
 def encode(text, tokenizer, name):
-    """Token ids of a prompt. Raises UserError that names what is outside the alphabet."""
+    """Token ids of a prompt. Raises a UserError that names the characters outside the alphabet."""
     try:
         return tokenizer.encode(text).tolist()
     except UnicodeEncodeError:
@@ -54,10 +56,10 @@ def encode(text, tokenizer, name):
 
 
 def canvases(args, seq_len, tokenizer, mask_id):
-    """What --length, --prefix, --suffix, --template and --infill ask for: canvases that the model can fill.
+    """The canvases that --length, --prefix, --suffix, --template and --infill ask for.
 
-    Without any of them one of seq_len masks. Raises UserError for what contradicts itself, or is longer than seq_len
-    while no --context says how longer text is to be continued.
+    Without any of them, one canvas of seq_len masks. Raises UserError for flags that contradict each other, and for
+    canvases longer than seq_len without --context, which says how longer text is continued.
     """
     if (args.template or args.infill) and (args.prefix or args.suffix or args.length):
         raise UserError("--template and --infill say the whole text: leave out --prefix, --suffix and --length")
@@ -89,7 +91,7 @@ def canvases(args, seq_len, tokenizer, mask_id):
 
 
 def blocks(length, seq_len, context):
-    """Windows (a, b) that cover 0 ... length, each beginning `context` tokens before the end of the one before."""
+    """Windows (a, b) that cover 0 ... length. Each begins `context` tokens before the end of the one before."""
     found = [(0, min(length, seq_len))]
     while found[-1][1] < length:
         a = found[-1][1] - context
@@ -98,7 +100,7 @@ def blocks(length, seq_len, context):
 
 
 def n_given(xt, mask_id):
-    """How many tokens each sequence begins with before its first mask: (B, L) -> (B,)."""
+    """The number of tokens before the first mask of each sequence: (B, L) -> (B,)."""
     masked = xt == mask_id
     return torch.where(masked.any(1), masked.int().argmax(1), xt.shape[1])
 
@@ -106,8 +108,9 @@ def n_given(xt, mask_id):
 def denoise(settings, objective, model, canvas, config, context, generator, clock=None):
     """Fill the masks of a canvas (B, N), which may be longer than the model's window, block by block.
 
-    Yields the State of the whole canvas after each step. A model that was trained to continue a prefix is told how much
-    of the rest is masked, others how much of all. clock() makes what tells the time of a block, if not objective.time.
+    Yields the State of the whole canvas after each step. The time that a network is told follows from the share of
+    masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens of the
+    block. clock() makes a function that replaces objective.time in one block.
     """
     state = State(canvas, torch.full(canvas.shape, torch.nan, device=canvas.device))
     for a, b in blocks(canvas.shape[1], config.seq_len, context):

@@ -1,9 +1,9 @@
-"""Every random number of a run, as a pure function of (seed, purpose, step, index in the global batch).
+"""Every random number of a run is a pure function of (seed, purpose, step, index in the global batch).
 
-Philox is a counter-based generator (Salmon et al., SC 2011): its state is a position in one long stream, so the numbers
-of sequence 17 of step 1,000 are found by jumping there. They do not depend on the number of processes, the micro-batch
-size or how a run was interrupted, and two models can be compared on the same noise. (Dropout alone, whose noise is
-drawn on the device, depends on the process and the micro-batch, too.)
+Philox is a counter-based generator (Salmon et al., SC 2011): its state is a position in one long stream. So the numbers
+of sequence 17 of step 1,000 are found by a jump to their position. They do not depend on the number of processes, the
+micro-batch size or interruptions of the run, and two models can be compared on the same noise. Dropout is the
+exception: its noise is drawn on the device, and depends on the process and the micro-batch, too.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ PURPOSES = ("crop", "noise", "strata", "dropout", "prefix", "padding")
 
 
 def rng(seed, purpose, step=0, index=0):
-    """numpy Generator for one purpose of one sequence of one step."""
+    """A numpy Generator for one purpose, one step and one sequence (index)."""
     key = np.array([seed, PURPOSES.index(purpose)], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, index, step]))
 
@@ -21,10 +21,10 @@ def rng(seed, purpose, step=0, index=0):
 def uniforms(seed, step, indices, batch_size, seq_len, stratified):
     """The noise of some sequences of a batch: u (N,) and v (N, L), float64 in (0, 1].
 
-    u decides how much of a sequence is masked, v which of its tokens. With `stratified`, the u of the whole batch
-    (batch_size sequences, N of which are asked for) fall one into each interval ((i - 1)/batch_size, i/batch_size], in
-    random order: every single u is still uniform, so estimates stay unbiased, but their mean over
-    the batch varies less.
+    u says how much of a sequence is masked, v which of its tokens. With `stratified`, each interval
+    ((i - 1)/batch_size, i/batch_size] has one u of the whole batch, in random order. (The batch has batch_size
+    sequences; this returns the N in `indices`.) Every single u is still uniform, so estimates stay unbiased, but their
+    mean over the batch varies less.
     """
     u, v = np.empty(len(indices)), np.empty((len(indices), seq_len))
     for row, index in enumerate(indices):
@@ -38,15 +38,16 @@ def uniforms(seed, step, indices, batch_size, seq_len, stratified):
 
 
 def strata(seed, n, block=0):
-    """Which of n equal intervals of a block the u of each of n sequences falls into: (n,) int."""
+    """For each of n sequences the index of the interval, of n equal ones in a block, that has its u: (n,) int."""
     return rng(seed, "strata", block).permutation(n)
 
 
 def repeated_uniforms(seed, indices, n, repeats, seq_len):
-    """The noise of some of n sequences that are scored `repeats` times each: u, w (N, repeats) and v (N, repeats, L).
+    """The noise of some of n sequences that are scored `repeats` times each, as (u, v, w), float64.
 
-    Every number is uniform on (0, 1], and all are independent but the u: those of the n * repeats draws fall one into
-    each of as many equal intervals, those of one sequence one into each of `repeats` equal blocks.
+    u and w are (N, repeats), v is (N, repeats, L). Every number is uniform on (0, 1], and all v and w are independent.
+    The u are stratified: (0, 1] has n * repeats equal intervals with one u in each, and `repeats` equal blocks of
+    these with one u of every sequence in each.
     """
     within_block = np.stack([strata(seed, n, block) for block in range(repeats)], 1)
     u, w = np.empty((2, len(indices), repeats))
@@ -60,7 +61,7 @@ def repeated_uniforms(seed, indices, n, repeats, seq_len):
 
 
 def prefix_lengths(prefix_range, seed, step, indices):
-    """How many tokens of each sequence are given, uniform on prefix_range = (fewest, most): (N,) int."""
+    """The number of given tokens of each sequence, uniform on fewest ... most of prefix_range: (N,) int."""
     fewest, most = prefix_range
     if fewest == most:
         return np.full(len(indices), most)
@@ -68,6 +69,6 @@ def prefix_lengths(prefix_range, seed, step, indices):
 
 
 def give_prefix(v, lengths):
-    """Set v (N, ..., L) to 2 at the first lengths (N,) tokens, which are given and not scored (diffusion.py)."""
+    """Set v (N, ..., L) to 2 at the first lengths (N,) tokens: these are given and not scored (diffusion.py)."""
     given = torch.arange(v.shape[-1]) < torch.as_tensor(lengths).view(-1, *[1] * (v.dim() - 1))
     return torch.where(given, 2.0, v)

@@ -1,4 +1,4 @@
-"""Generate text with a checkpoint: from nothing, from a prompt, into blanks, as long as you like; and watch it.
+"""Generate text with a checkpoint, of any length: from nothing, from a prompt or into blanks. Watch it emerge.
 
     python sample.py                                                   # watch text emerge: the model in pretrained/
     python sample.py out/demo --show                                   # yours
@@ -33,8 +33,8 @@ from storage import add_hints, hints_of
 from studies.baselines import known_word_share
 
 OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".yaml")
-RECORD = 100  # bytes at least that the record of a token takes (show.History)
-AT_ONCE = 32  # sequences in a network call at most, unless --batch_size asks for more
+RECORD = 100  # least bytes that the record of a token takes (show.History)
+AT_ONCE = 32  # most sequences in a network call, unless --batch_size asks for more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "prose"
 
 
@@ -85,17 +85,17 @@ def parse_args():
 
 
 def batches(order, prompts, size):
-    """The numbers of the prompts, in this order, at most `size` together, and only if they are equally long."""
+    """Split the prompts' indices, in this order, into lists of at most `size` prompts of equal length."""
     for _, group in itertools.groupby(order, lambda i: len(prompts[i])):
         group = list(group)
         yield from (group[i:i + size] for i in range(0, len(group), size))
 
 
 def fill_all(prompts, n, mask_id, fill, bar, screen=None, by_step=False):
-    """Fill n copies of each prompt, those of equal length together. Returns the History of all, in their order.
+    """Fill n copies of each prompt. Returns the History of all samples, in the order of the prompts.
 
-    fill: canvas (B, N) -> an iterator over States. The screen shows the first sample of all. The bar counts masks, or,
-    by_step, states.
+    Prompts of equal length are filled together. fill: canvas (B, N) -> an iterator over States. The screen shows the
+    first sample. The bar counts the masks that are filled, or, with by_step, the States.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) != len(prompts[0]), len(prompts[i])))
     histories = []
@@ -117,7 +117,7 @@ def fill_all(prompts, n, mask_id, fill, bar, screen=None, by_step=False):
 
 
 def check(args, config):
-    """Raise UserError for flags that do not fit each other or the model."""
+    """Raise UserError for flags that do not fit each other, the model or the file system."""
     folder = Path(args.checkpoint if not args.checkpoint.startswith("hf://") else ".")
     folder = folder if folder.is_dir() else folder.parent
     inputs = [(path, "part of the checkpoint") for path in folder.iterdir() if path.suffix in OF_CHECKPOINTS]
@@ -132,7 +132,7 @@ def check(args, config):
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"--{flag} {path} may not be written")
         if path.exists() and not path.is_file():
-            continue  # any number of things go to /dev/null
+            continue  # several outputs may go to /dev/null
         if path.resolve() in taken:
             raise UserError(f"--{flag} {path} is {taken[path.resolve()]}, too: choose another file")
         taken[path.resolve()] = f"--{flag}"
@@ -166,15 +166,15 @@ def main():
     if args.known_words:
         if meta["tokenizer"] != "char":
             raise UserError("--known_words is for character data")
-        data_dir = args.data_dir or config.data_dir  # its own tokenizer: a foreign model may have another alphabet
+        data_dir = args.data_dir or config.data_dir  # not the model's tokenizer, which may have another alphabet
         train_text = make_tokenizer(load_meta(config.dataset, data_dir)).decode(
             load_split(config.dataset, "train", 1, data_dir))
 
     watching = args.show or args.show_intermediate
-    uniform = not objective.has_mask  # then all masks of a canvas are gone after the first step
+    uniform = not objective.has_mask  # then no masks of a canvas are left after the first step
     every = args.show_intermediate
     if uniform and not every and not sys.stderr.isatty():
-        every = -(-settings.steps // 10)  # of masks Screen knows itself when to show them
+        every = -(-settings.steps // 10)  # with masks, Screen itself chooses the states
     screen = Screen(objective.mask_id, tokenizer, every) if watching else None
     clock = (lambda: StepsUp(config.T)) if args.time_order == "original" else None
     denoiser, generator, start = Counted(model), generator_on(device, args.seed), time.perf_counter()
@@ -206,7 +206,7 @@ def main():
                 "tokens_per_second": n_masks / seconds, "seed": args.seed, "checkpoint": args.checkpoint}), flush=True)
         else:
             print("\n\n".join(texts), flush=True)
-    finally:  # also if nobody reads what is printed
+    finally:  # also if nothing reads stdout
         for path, make in files:
             if path:
                 write_file(path, make())

@@ -37,7 +37,7 @@ def grid_flag(text):
 
 
 def temperature_flag(text):
-    """An argparse type: 0, or a number that does not ask too much of float32."""
+    """An argparse type: 0, or a number from 0.001 to 100, which float32 can represent well."""
     value = number(float, 0, 100)(text)
     if 0 < value < 1e-3:
         raise argparse.ArgumentTypeError(f"{text} is below 0.001: use 0, which draws the likeliest token")
@@ -50,7 +50,7 @@ def steps_flag(text):
 
 
 def add_arguments(parser):
-    """The flags of samplers, for sample.py and evaluate.py, but --sampler and --steps."""
+    """Add the flags of samplers, for sample.py and evaluate.py, except --sampler and --steps."""
     p = parser.add_argument_group("samplers")
     p.add_argument("--grid", type=grid_flag, help="mask rates of the steps: linear, cosine, 1,0.8,0.3,0, or auto, "
                    "where the model's curve (evaluate.py --curve) rises (default: the model's schedule)")
@@ -68,21 +68,21 @@ def add_arguments(parser):
 
 
 def given_flags(args, steps):
-    """{flag: value} of the samplers' own flags that were given, --steps among them."""
+    """{flag: value} of the samplers' own flags that were given, --steps included."""
     flags = {"steps": steps} | {name: getattr(args, name) for name in FLAGS}
     return {name: value for name, value in flags.items() if value is not None}
 
 
 def cuts(args):
-    """{flag: value} of what was said of the token distribution."""
+    """{flag: value} of the flags given that change the token distribution: temperature, top_p, top_k."""
     return {name: getattr(args, name) for name in CUTS if getattr(args, name) is not None}
 
 
 def settings_of(args, config, checkpoint, model, sampler, flags):
-    """Settings from args and given_flags, for the model of a checkpoint.
+    """Make Settings from args and flags (from given_flags), for the model of a checkpoint.
 
-    sampler: a name, or None for the usual one. Raises UserError for flags that the sampler does not know, or that
-    contradict each other, and where a curve is asked for that is not there.
+    sampler: a name, or None for the objective's default. Raises UserError for flags that the sampler does not know, for
+    flags that contradict each other, and for auto without a curve.
     """
     given, cut, objective = dict(flags), cuts(args), config.objective_class
     if objective.causal and (sampler or given):
@@ -115,7 +115,7 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
 
 
 def make_grid(steps, grid, config, checkpoint, model, sigma):
-    """The mask rates that --steps and --grid ask for, and remdm's rule."""
+    """The grid of mask rates that --steps, --grid and remdm's --sigma ask for. Raises UserError."""
     if isinstance(grid, list) and sigma != "loop":
         if steps:
             raise UserError(f"--grid says all its {len(grid) - 1} steps: leave out --steps")
@@ -138,7 +138,7 @@ def make_grid(steps, grid, config, checkpoint, model, sigma):
 
 
 def read_curve(checkpoint, model):
-    """(mask rates, cross-entropies) of curve.json beside a checkpoint, which must be of these weights."""
+    """(mask rates, cross-entropies) of curve.json beside a checkpoint. Raises UserError if it is of other weights."""
     if checkpoint.startswith("hf://"):
         raise UserError(f"auto needs a curve beside the checkpoint: download {checkpoint} into a folder first")
     path = Path(checkpoint)

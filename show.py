@@ -1,4 +1,4 @@
-"""Denoising made visible: recorded, on the terminal, as a web page that plays it, and as pictures.
+"""Show denoising: a record of its states, on the terminal, as a web page that plays it, and as pictures.
 
     history, screen = History(xt, mask_id), Screen(mask_id, tokenizer)
     for xt, p, steps in chain:
@@ -28,22 +28,22 @@ FRAME_SECONDS = 1 / 25
 
 
 class History:
-    """What happened to a batch of samples, kept as changes.
+    """The record of the denoising of B samples, kept as changes.
 
-    steps: number of steps. start: B lists of the N ids that it began with, masks and given tokens. events: for
-    each sample a list of (step, position, token, p) in the order of the steps, which count from 1. The token may be the
-    mask, since some samplers mask tokens again. p is the probability that the network gave the token when it was drawn,
-    None if unknown and for masks. A token that is drawn again and stays the same makes no event.
+    steps: number of steps. start: B lists of the N ids before the first step, masks and given tokens. events: for each
+    sample a list of (step, position, token, p), sorted by step; steps count from 1. The token may be the mask, since
+    some samplers mask tokens again. p is the probability that the network gave the token when it was drawn; None for
+    masks, and if unknown. A token that is drawn again and stays the same is no event.
     """
 
     def __init__(self, xt, mask_id):
         self.mask_id, self.steps, self.start = mask_id, 0, xt.tolist()
         self.events = [[] for _ in self.start]
-        self.xt = xt.clone()  # samplers may write into theirs
+        self.xt = xt.clone()  # samplers may write into their xt
 
     def add(self, xt, p, steps=1):
-        """Record the state after so many more steps: tokens xt (B, N) long and their probabilities p (B, N), nan if
-        none."""
+        """Record the state after `steps` more steps: tokens xt (B, N) long and their probabilities p (B, N), which are
+        nan if unknown."""
         self.steps += steps
         changed = xt != self.xt
         rows, positions = changed.nonzero(as_tuple=True)
@@ -52,8 +52,8 @@ class History:
         self.xt = xt.clone()
 
     def cells(self, b, step):
-        """For each position of sample b after `step` steps: (token, the step that put it there, p); (token, 0, None) if
-        nothing has happened there."""
+        """For each position of sample b after `step` steps: (token, the step that wrote it, p), or (token, 0, None) if
+        the position has not changed."""
         cells = [(token, 0, None) for token in self.start[b]]
         for when, i, token, p in itertools.takewhile(lambda event: event[0] <= step, self.events[b]):
             cells[i] = (token, when, p)
@@ -64,16 +64,16 @@ class History:
         return [token for token, _, _ in self.cells(b, step)]
 
     def revealed(self, b):
-        """For each position of sample b the step that revealed its final token: 0 if given, None if it is a mask."""
+        """For each position of sample b the step that revealed its final token: 0 if given, None if still a mask."""
         return [None if token == self.mask_id else step for token, step, _ in self.cells(b, self.steps)]
 
     def confidence(self, b):
-        """For each position of sample b the probability of its final token: None if given, or unknown."""
+        """For each position of sample b the probability p of its final token: None if given, or unknown."""
         return [p for _, _, p in self.cells(b, self.steps)]
 
 
 def joined(histories, order):
-    """One History of all samples of several, sample order[0] of them first, and so on."""
+    """One History of the samples of several histories; its sample i is sample order[i] of all of them together."""
     whole = copy.copy(histories[0])
     whole.steps = max(history.steps for history in histories)
     starts = [start for history in histories for start in history.start]
@@ -83,9 +83,9 @@ def joined(histories, order):
 
 
 def piece(token, mask_id, tokenizer):
-    """The text of one token, safe to show: a mask as a block, control characters as dots, odd spaces as spaces.
+    """The text of one token, safe to show: a mask as a block, control characters as dots, all separators as spaces.
 
-    Newlines stay, and a pad, which decode leaves out, is shown. A token that is part of a character comes as U+FFFD.
+    Newlines stay newlines. A pad, which decode leaves out, is shown. A token that is part of a character is U+FFFD.
     """
     if token == mask_id:
         return MASK
@@ -95,7 +95,7 @@ def piece(token, mask_id, tokenizer):
 
 
 def status(step, ids, mask_id):
-    """One line: the step and how many masks are left."""
+    """A line that says the step and how many masks are left."""
     left = ids.count(mask_id)
     return f"step {step}, {left} mask{'' if left == 1 else 's'} left"
 
@@ -104,7 +104,7 @@ def status(step, ids, mask_id):
 
 
 def terminal_size():
-    """(columns, rows) of the terminal that stderr is, whatever stdout is; else what shutil says."""
+    """(columns, rows) of the terminal on stderr. If stderr is not a terminal, the size that shutil reports."""
     try:
         size = os.get_terminal_size(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -113,14 +113,14 @@ def terminal_size():
 
 
 def columns(character):
-    """How many columns of a terminal a character takes: 0 (accents of their own), 1 or 2."""
+    """The number of terminal columns of a character: 0 (combining accents), 1 or 2."""
     if unicodedata.category(character) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def draw(ids, before, mask_id, tokenizer, width, color):
-    """One state as lines of at most `width` columns; in color, what is new since the state `before` is highlighted."""
+    """A state as lines of at most `width` columns. With color, tokens that are new since `before` are highlighted."""
     lines, used = [[]], 0
     for token, old in zip(ids, before):
         for character in piece(token, mask_id, tokenizer).replace("\n", "\N{RETURN SYMBOL}"):
@@ -134,23 +134,26 @@ def draw(ids, before, mask_id, tokenizer, width, color):
 
 
 class Screen:
-    """Shows on stderr how one text emerges: live on a terminal, elsewhere some ten states in plain lines.
+    """Show on stderr how one text emerges: live on a terminal, elsewhere about ten states in plain lines.
 
     every: print each every-th state in plain lines instead, also on a terminal. The number of steps need not be known:
-    states are due by masks that have gone. Live, those are 250 at most, each shown for 1/25 s, so a run that could be
-    faster waits 10 s in all; other changes are shown if no frame was drawn in the last 1/25 s.
+    a state is due when enough masks have been revealed since the last one. Live, at most 250 states are due, and each
+    is shown for 1/25 s, so a fast run waits 10 s in all. Other changes are shown if no frame was drawn in the last
+    1/25 s.
     """
 
     def __init__(self, mask_id, tokenizer, every=None):
         self.mask_id, self.tokenizer, self.every = mask_id, tokenizer, every
         self.live = every is None and sys.stderr.isatty()
         self.taken = None  # the last state, (step, ids)
-        self.step, self.ids = None, None  # those shown last
-        self.height, self.drawn = 0, -math.inf  # the lines on the terminal, and when they were drawn
+        self.step, self.ids = None, None  # of the state that was shown last
+        self.height, self.drawn = 0, -math.inf  # the number of lines on the terminal, and the time when they were drawn
 
     def show(self, step, ids, last=False):
-        """Take the state after `step` steps, a list of ids. Step 0 comes first; the last comes again, with last. Steps
-        that are left out changed nothing."""
+        """Take the state after `step` steps, a list of ids, and show it if it is due.
+
+        The first call is for step 0. The last state is passed again, with last=True. Steps without a call changed
+        nothing."""
         if self.every and self.taken:
             before, same = self.taken
             for unchanged in range((before // self.every + 1) * self.every, step, self.every):
@@ -177,7 +180,7 @@ class Screen:
         self.step, self.ids = step, ids
 
     def redraw(self, step, ids, last):
-        """Draw over the last frame, after 1/25 s: the lines that fit, around what is new, and status."""
+        """Draw a frame over the last one, 1/25 s after it: the lines that fit, around new tokens, and status()."""
         time.sleep(max(0, self.drawn + FRAME_SECONDS - time.monotonic()))
         width, rows = terminal_size()
         width = max(min(80, width) - 1, 2)  # the last column stays free: some terminals wrap there
@@ -196,24 +199,24 @@ class Screen:
 
 
 def html(history, tokenizer, mask_id, title):
-    """A web page (str) that plays the denoising of all samples; it loads nothing else.
+    """A web page (str) that plays the denoising of all samples, and loads no other file.
 
-    It is player.html with data in it, the only text from outside, which scripts put into the page as text. It starts to
-    play when it is opened; as page.html#12 it waits at step 12. Arrow keys step, space plays. An event of the page
-    knows the one that it replaced, so going back is as cheap as going forward; a token carries its probability --p and
-    the time --t of its reveal, both in [0, 1], from which CSS makes its colour.
+    It is player.html with the data in it. The data is the only text from outside, and the page's script inserts it as
+    text, not as HTML. The page plays when it is opened; page.html#12 waits at step 12. Arrow keys step, space plays. In
+    the page an event stores the one that it replaced, so a step back costs as little as a step forward. A token has its
+    probability --p and the time --t of its reveal, both in [0, 1], and CSS computes its colour from them.
     """
     used = {mask_id, *itertools.chain(*history.start), *(event[2] for events in history.events for event in events)}
     pieces = {token: piece(token, mask_id, tokenizer) for token in sorted(used)}
     if tokenizer.unit != "char":
-        pieces[mask_id] = 3 * MASK  # about as wide as what will stand there
+        pieces[mask_id] = 3 * MASK  # about as wide as a token
     events = [[(step, i, token, p if p is None else float(f"{p:.3g}")) for step, i, token, p in events]
               for events in history.events]
     samples = [{"start": start, "events": events} for start, events in zip(history.start, events)]
     data = json.dumps({"title": title, "unit": tokenizer.unit, "mask": mask_id, "steps": history.steps,
                        "pieces": pieces, "samples": samples}, separators=(",", ":"))
     page = (Path(__file__).parent / "player.html").read_text(encoding="utf-8")
-    return page.replace("DATA", data.replace("<", "\\u003c"))  # so no text can end the script element
+    return page.replace("DATA", data.replace("<", "\\u003c"))  # so that no text can end the script element
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -224,7 +227,7 @@ WHITE, INK, SOFT, BLOCK, NEW = (255, 255, 255), (32, 34, 42), (125, 125, 130), (
 
 
 def pillow(size):
-    """(PIL.Image, PIL.ImageDraw, a monospaced font of that size in pixels). Raises UserError without the packages."""
+    """(PIL.Image, PIL.ImageDraw, a monospaced font of size pixels). Raises UserError if a package is missing."""
     try:
         from PIL import Image, ImageDraw, ImageFont
         from matplotlib.font_manager import findfont
@@ -235,7 +238,7 @@ def pillow(size):
 
 
 def lay_out(pieces):
-    """The cells [(row, column)] of the characters of each piece of text; a newline takes a cell and ends the row."""
+    """For each piece of text the cells [(row, column)] of its characters. A newline takes a cell and ends the row."""
     cells, row, column = [], 0, 0
     for text in pieces:
         cells.append([])
@@ -248,14 +251,14 @@ def lay_out(pieces):
 
 
 def milestones(events, n):
-    """At most n different steps from 0 to that of the last event, with equally many events between them."""
+    """At most n different steps, from 0 to that of the last event, with equally many events between them."""
     return sorted({0} | {events[len(events) * i // (n - 1) - 1][0] for i in range(1, n) if len(events) * i >= n - 1})
 
 
 class Sheet:
-    """Where a sample's tokens stand in a picture: the finished text is laid out once, at characters, so nothing jumps.
+    """The places of a sample's tokens in a picture. The final text is laid out once, by characters, so no token moves.
 
-    A mask fills the cells of the token that will come; another token that stood there first is cut or padded to them.
+    A mask fills the cells of the final token of its position. Another token there before is cut or padded to them.
     """
 
     def __init__(self, history, tokenizer, mask_id, font):
@@ -287,10 +290,10 @@ class Sheet:
 
 
 def gif(history, tokenizer, mask_id, seconds=6):
-    """The denoising of the first sample as an animated GIF (bytes): it takes `seconds`, stays for 2 s, starts again.
+    """The denoising of the first sample as an animated GIF (bytes): it plays for `seconds`, stops for 2 s, repeats.
 
-    At most 60 frames with equally many changes between them; new tokens are highlighted. Characters that DejaVu Sans
-    Mono lacks are empty boxes.
+    It has at most 60 frames, with equally many changes between them. New tokens are highlighted. Characters that DejaVu
+    Sans Mono lacks are empty boxes.
     """
     Image, ImageDraw, font = pillow(16)
     small = font.font_variant(size=12)
@@ -298,14 +301,14 @@ def gif(history, tokenizer, mask_id, seconds=6):
     (width, height), margin = sheet.size, 20
     picture = Image.new("RGB", (max(width, 220) + 2 * margin, height + 2 * margin + 28), WHITE)
     draw = ImageDraw.Draw(picture)
-    shades = [tuple(a + (b - a) * i // 15 for a, b in zip(paper, ink))  # letters have smooth edges
+    shades = [tuple(a + (b - a) * i // 15 for a, b in zip(paper, ink))  # shades for the smooth edges of letters
               for paper, ink in ((WHITE, INK), (NEW, INK), (WHITE, SOFT)) for i in range(16)]
     palette = Image.new("P", (1, 1))
     palette.putpalette(list(itertools.chain(*shades, BLOCK)))
 
     frames, before, new = [], None, set()
     steps = milestones(history.events[0], 59)
-    for step in [*steps, steps[-1]]:  # the last state comes again, to stay without highlights
+    for step in [*steps, steps[-1]]:  # the last state comes again, without highlights
         ids, old = history.state(0, step), new
         new = {i for i, token in enumerate(ids) if before and token not in (before[i], mask_id)}
         for i, token in enumerate(ids):
@@ -315,7 +318,7 @@ def gif(history, tokenizer, mask_id, seconds=6):
         draw.text((margin, picture.height - margin), status(step, ids, mask_id), SOFT, small, anchor="ls")
         frames.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
         before = ids
-    out, pace = io.BytesIO(), max(20, round(100 * seconds / (len(frames) - 1)) * 10)  # GIFs count in 10 ms
+    out, pace = io.BytesIO(), max(20, round(100 * seconds / (len(frames) - 1)) * 10)  # GIFs count time in 10 ms
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], loop=0,
                    duration=[pace] * (len(frames) - 1) + [2000])
     return out.getvalue()
@@ -324,8 +327,8 @@ def gif(history, tokenizer, mask_id, seconds=6):
 def png(history, tokenizer, mask_id, moments=4):
     """The denoising of the first sample as a film strip (PNG, bytes): at most `moments` states, one above the other.
 
-    The first one, the last one, and equally many changes between them. Colours tell when a token came; given ones are
-    underlined.
+    They include the first and the last state, with equally many changes between them. The colour of a token shows when
+    it was revealed. Given tokens are underlined.
     """
     Image, ImageDraw, font = pillow(26)
     from matplotlib import colormaps

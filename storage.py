@@ -1,14 +1,15 @@
-"""Our checkpoint format: one file of plain tensors and plain types, written atomically, read with weights_only=True.
+"""The checkpoint format: one file of plain tensors and plain types, written atomically, read with weights_only=True.
 
     format     "discrete-diffusion-2"
     config     the fields of Config              meta    the data set's meta.json: sampling needs no data set
-    model      raw weights                       ema     their moving average, which is what evaluate and sample use
-    optimizer  its tensors by parameter name     name    of the config function
-    step, best_val, tally, wandb_id              where a resumed run goes on
+    model      raw weights                       ema     their moving average, which evaluate.py and sample.py use
+    optimizer  its tensors by parameter name     name    the name of the config function
+    step, best_val, tally, wandb_id              the state from which a resumed run continues
     versions   of torch, numpy and Python        sha256  of all of the above
 
-A run's folder has ckpt.pt, the last one, ckpt_prev.pt, the one before, and ckpt_best.pt, the best validation, without
-optimizer. At every instant ckpt.pt or ckpt_prev.pt is whole on the disk. checkpoint.py uses what is stored.
+The folder of a run has ckpt.pt, the last checkpoint; ckpt_prev.pt, the one before; and ckpt_best.pt, that of the best
+validation, without optimizer. At every instant ckpt.pt or ckpt_prev.pt is whole on the disk. checkpoint.py has the
+functions that use checkpoints.
 """
 
 import dataclasses
@@ -34,9 +35,9 @@ FORMAT = "discrete-diffusion-2"
 
 
 def digest(payload):
-    """SHA-256 over the contents of a payload: keys, plain values, and every tensor's type, shape and bytes.
+    """SHA-256 of the contents of a payload: keys, plain values, and every tensor's type, shape and bytes.
 
-    torch.load does not notice flipped bits. A hash of the contents, unlike one of the file, can be in the file itself.
+    torch.load does not notice flipped bits. A hash of the contents, unlike a hash of the file, can be in the file.
     """
     sha = hashlib.sha256()
 
@@ -56,9 +57,10 @@ def digest(payload):
 
 
 def save(path, payload, keep_previous=False):
-    """Write payload to path: to a temporary file, to the disk, then renamed. A crash leaves the old file or the new.
+    """Write payload to path through a temporary file, which is synced to the disk and then renamed.
 
-    keep_previous: the file that was there is kept as NAME_prev.pt. Raises UserError if the disk is full.
+    A crash leaves the old file or the new one, whole. keep_previous: the old file is first renamed to NAME_prev.pt.
+    Raises UserError if the file cannot be written, as on a full disk.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -77,7 +79,7 @@ def save(path, payload, keep_previous=False):
         temporary.unlink(missing_ok=True)
         cause = error
         while cause and not isinstance(cause, OSError):
-            cause = cause.__context__  # torch.save hides a full disk behind an error of its own
+            cause = cause.__context__  # torch.save reports a full disk by another kind of error
         if cause is None:
             raise
         raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are untouched: mend that, then "
@@ -93,7 +95,7 @@ def previous(path):
 
 
 def sync_folder(folder):
-    """Have renames survive a power cut, too, where folders can be synced."""
+    """Sync a folder, so that renames in it survive a power cut. Does nothing where folders cannot be synced."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -102,15 +104,15 @@ def sync_folder(folder):
             os.close(handle)
 
 
-PATIENCE = 120  # seconds that a resumed run waits for a folder, such as for workers that have lost torchrun to save
+PATIENCE = 120  # seconds that a resumed run waits for its folder: workers that have lost torchrun may still be saving
 
 
 def claim(out_dir, patience=0, stop=None):
     """Make the folder, and lock it for this process. Returns the open file that holds the lock until the process ends.
 
-    The kernel holds it, so a dead process holds nothing. Where there are no such locks (Windows, some network file
-    systems) a line on stderr says so, and training goes on. Raises UserError if another process has the folder, and
-    keeps it for `patience` seconds, or until stop (parallel.StopSignals) has received a signal.
+    The kernel keeps the lock, so the lock of a dead process is free. Where there are no such locks (Windows, some
+    network file systems), a line on stderr says so, and training goes on. Raises UserError if another process still has
+    the lock after `patience` seconds, or when stop (parallel.StopSignals) has received a signal.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -122,7 +124,7 @@ def claim(out_dir, patience=0, stop=None):
         try:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # which of the two depends on the file system
+        except (BlockingIOError, PermissionError):  # which of the two is raised depends on the file system
             if deadline is None and patience:
                 note(f"another process is training in {out_dir}: waiting {patience:.0f} s for it to end")
             deadline = deadline or time.monotonic() + patience
@@ -139,16 +141,16 @@ def claim(out_dir, patience=0, stop=None):
 
 
 class Hints(NamedTuple):
-    """What the user says of a foreign checkpoint, because it does not say so itself."""
+    """Facts about a foreign checkpoint that the user gives because it does not have them."""
 
-    dataset: str = None     # its data set
-    overrides: dict = {}    # other settings
-    format: str = None      # what it is (translate.FORMATS)
+    dataset: str = None     # name of its data set
+    overrides: dict = {}    # other settings {key: value}
+    format: str = None      # one of translate.FORMATS
     data_dir: str = ""
 
 
 def add_hints(parser):
-    """The flags of a command that reads foreign checkpoints, beside its --dataset and --data_dir."""
+    """Add the flags --format and --override, for a command that reads foreign checkpoints."""
     parser.add_argument("--format", choices=translate.FORMATS, help="what a foreign checkpoint is (default: as it looks)")
     parser.add_argument("--override", type=translate.overrides, metavar="KEY=N,...",
                         help="what a foreign checkpoint does not say, such as n_head=2,seq_len=40")
@@ -159,13 +161,13 @@ def hints_of(args):
 
 
 def read(path, hints=Hints()):
-    """The payload behind path: a file, a folder, or hf://owner/name. Other projects' files are translated (foreign/).
+    """The payload at path: a file, a folder, or hf://owner/name. Other projects' files are translated (foreign/).
 
-    Raises UserError for whatever is no checkpoint, or a damaged one.
+    Raises UserError if path holds no checkpoint, or a damaged one.
     """
     path = files.from_hub(path) if str(path).startswith("hf://") else Path(path)
     if path.is_dir() and not (path / "ckpt.pt").exists() and previous(path / "ckpt.pt").exists():
-        path = previous(path / "ckpt.pt")  # a crash came between the two renames of save
+        path = previous(path / "ckpt.pt")  # a crash between the two renames of save() left no ckpt.pt
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: `python train.py CONFIG` writes out/CONFIG/ckpt.pt")
     if path.is_dir() and files.find_weights(path) is None:
@@ -185,7 +187,7 @@ def read(path, hints=Hints()):
                         "--override")
     try:
         intact = payload.pop("sha256", None) == digest(payload)
-    except (NotImplementedError, RuntimeError, TypeError):  # tensors without plain contents, or a dict in itself
+    except (NotImplementedError, RuntimeError, TypeError):  # tensors without contents, or a dict inside itself
         intact = False
     if not intact:
         raise UserError(f"{path} is damaged: its contents do not match their SHA-256")
@@ -194,7 +196,7 @@ def read(path, hints=Hints()):
 
 
 def imported(found):
-    """The payload of a folder that export wrote. Raises UserError if the weights are not those that it wrote."""
+    """The payload of a folder that export() wrote. Raises UserError if the weights have changed since."""
     card = dict(found.settings)
     if card.pop("weights_sha256", None) != digest(dict(sorted(found.payload.items()))):
         raise UserError(f"{found.path} is damaged: the weights do not match the SHA-256 in config.json")
@@ -203,12 +205,12 @@ def imported(found):
 
 
 def is_weights(x):
-    """Whether x is {name: tensor of real numbers}, and not empty."""
+    """Whether x is a dict {name: tensor of floats} that is not empty."""
     return isinstance(x, dict) and len(x) > 0 and all(
         isinstance(key, str) and torch.is_tensor(value) and value.is_floating_point() for key, value in x.items())
 
 
-# field -> (whether a value can be its own, what it should be); the first five are in every checkpoint.
+# field -> (function: value -> whether it is valid, description of a valid value). Every checkpoint has the first five.
 FIELDS = {
     "config": (lambda x: isinstance(x, dict) and all(isinstance(key, str) for key in x), "a set of settings"),
     "meta": (describes_tokens, "a description of its tokens"),
@@ -226,7 +228,7 @@ FIELDS = {
 
 
 def check_fields(payload, path):
-    """Raise a UserError that names the first field that is missing, or of another type than train.py writes."""
+    """Raise a UserError that names missing fields, or the first one whose value is not what train.py writes."""
     check_keys(payload, list(FIELDS)[:5], path)
     for field, (fits, expected) in FIELDS.items():
         if field in payload and not fits(payload[field]):
@@ -242,7 +244,8 @@ def check_keys(payload, keys, path):
 def read_latest(out_dir):
     """(path, payload) of a run's last whole checkpoint, or (None, None) if it has none.
 
-    If ckpt.pt is damaged, says so on stderr and takes ckpt_prev.pt. Raises UserError if that is damaged, too.
+    If ckpt.pt is damaged, a line on stderr says so, and ckpt_prev.pt is read. Raises UserError if no checkpoint that is
+    there can be read.
     """
     problems = []
     for path in (out_dir / "ckpt.pt", out_dir / "ckpt_prev.pt"):
@@ -261,7 +264,7 @@ def read_latest(out_dir):
 
 
 def config_of(payload):
-    """The Config of a payload; settings this version does not know are an error, missing ones take their default."""
+    """The Config of a payload. Missing settings take their defaults. Raises UserError for settings unknown to it."""
     known = {field.name for field in dataclasses.fields(Config)}
     unknown = set(payload["config"]) - known
     if unknown:

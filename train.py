@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train.py CONFIG      one node of 8 GPUs; more: docs/long_runs.md
 
 Writes out/CONFIG/ckpt.pt (the last state), ckpt_prev.pt (the one before), ckpt_best.pt (the best validation) and
-log.jsonl (every number shown). SIGTERM, SIGUSR1, Ctrl-C and the end of torchrun finish the step and write a checkpoint;
---resume auto goes on from there, and the result is the same as if nothing had happened.
+log.jsonl (every number shown). On SIGTERM, SIGUSR1, Ctrl-C or the end of torchrun, training finishes the step, writes a
+checkpoint and stops. --resume auto continues from it, and the result is the same as without the interruption.
 """
 
 import math
@@ -36,8 +36,9 @@ from sampling import plain
 
 
 def records(cfg, meta):
-    """(length of an item, id of the pad): (1, None) if the data set is one long text. Raises UserError where the config
-    does not fit."""
+    """(length of an item, id of the pad), or (1, None) if the data set is one long text.
+
+    Raises UserError if the config does not fit the data set."""
     record, pad = meta.get("record", 1), meta.get("pad")
     if record not in (1, cfg.seq_len):
         raise UserError(f"data set {cfg.dataset!r} has items of {record} tokens each: use --seq_len={record}")
@@ -48,11 +49,12 @@ def records(cfg, meta):
 
 
 def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, pad=None):
-    """Yield for each step its sequences `indices` as a list of (x0, noise), `micro` sequences each. record, pad: of
-    records()."""
+    """Yield for each step the sequences `indices` of its batch as a list of (x0, noise), `micro` sequences each.
+
+    record, pad: the length and the pad from records()."""
     for step in range(first_step, cfg.max_steps):
         x0 = random_crops(tokens, cfg.seq_len, cfg.seed, step, indices, record)
-        if cfg.padding == "random" and pad is not None:  # bench.py has random tokens
+        if cfg.padding == "random" and pad is not None:  # bench.py trains on random tokens, without pads
             x0 = move_padding(x0, pad, cfg.seed, step, indices)
         u, v = uniforms(cfg.seed, step, indices, cfg.batch_size, cfg.seq_len, cfg.time_sampling != "uniform")
         v = give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, step, indices))
@@ -63,11 +65,11 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, p
 
 
 def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambda part: None):
-    """One optimiser step on the batch in `parts`, this process's share.
+    """Take one optimiser step on `parts`, this process's share of the batch.
 
-    Returns the bound in nats per token and the gradient norm, of the whole batch, and whether one of them is not
-    finite: then weights and optimiser state stay as they were. All are tensors: nothing here waits for a CUDA GPU.
-    mark: called with the name of what has just been done, for bench.py's stopwatch.
+    Returns, for the whole batch, the bound in nats per token, the gradient norm, and whether one of the two is not
+    finite. If so, weights and optimiser state stay as they were. All three are tensors: nothing here waits for a CUDA
+    GPU. mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats = torch.zeros((), device=device)
     for i, (x0, noise) in enumerate(parts):
@@ -91,13 +93,13 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
 
 
 def states(optimizers):
-    """{parameter: its state} of all of them; Muon and AdamW share the parameters out."""
+    """{parameter: its state} of all optimizers. With Muon, each parameter belongs either to Muon or to AdamW."""
     return {p: optimizer.state[p] for optimizer in optimizers for group in optimizer.param_groups
             for p in group["params"]}
 
 
 def state_of(model, ema, optimizers=()):
-    """Weights, averages and optimiser state for a checkpoint, collected in the main process. Called by all."""
+    """Collect weights, averages and optimiser state for a checkpoint in the main process. All processes call it."""
     parameters = dict(model.named_parameters())
     state = {"model": {name: parallel.whole(p) for name, p in parameters.items()},
              "ema": {name: parallel.whole(average) for name, average in zip(parameters, ema.average)}}
@@ -109,27 +111,27 @@ def state_of(model, ema, optimizers=()):
 
 
 def restore(state, model, ema, optimizers):
-    """Copy what state_of collected, in the main process, back into all processes."""
+    """Copy the state that state_of collected, and that only the main process has, back into all processes."""
     shapes = on_main(lambda: {name: {key: value.shape for key, value in entries.items()}
                               for name, entries in state["optimizer"].items()})
     moments = states(optimizers)
     for (name, p), average in zip(model.named_parameters(), ema.average):
         parallel.copy_from_main(p, state and state["model"][name])
         parallel.copy_from_main(average, state and state["ema"][name])
-        for key, shape in shapes[name].items():  # moments are shaped, and shared out, as their parameter is
+        for key, shape in shapes[name].items():  # moments have the shape and the sharding of their parameter
             value = torch.zeros_like(p) if shape == p.shape else torch.zeros(shape, device=p.device)
             parallel.copy_from_main(value, state and state["optimizer"][name][key])
             moments[p][key] = value
 
 
 class Tally(NamedTuple):
-    """What is counted between two log lines: 0-dimensional tensors, so that no step waits for a GPU."""
+    """The counts between two log lines: 0-dimensional tensors, so that no step waits for a GPU."""
 
-    nats: torch.Tensor         # sum of the bound over the steps since the last line, without the skipped ones
-    steps: torch.Tensor        # their number
-    skipped: torch.Tensor      # steps skipped in the whole run, because loss or gradient was not finite
-    in_a_row: torch.Tensor     # steps skipped in a row until now
-    most_in_a_row: torch.Tensor  # the largest of these since the last line
+    nats: torch.Tensor         # sum of the bound over the steps since the last line, skipped ones left out
+    steps: torch.Tensor        # number of these steps
+    skipped: torch.Tensor      # steps of the whole run skipped because loss or gradient was not finite
+    in_a_row: torch.Tensor     # steps skipped in a row up to now
+    most_in_a_row: torch.Tensor  # the largest in_a_row since the last line
 
     def count(self, nats, bad):
         """The tally after one more step, which was skipped if `bad`."""
@@ -143,12 +145,12 @@ class Tally(NamedTuple):
         return Tally(zero, zero, self.skipped, self.in_a_row, zero)
 
     def numbers(self):
-        """The same as numbers. This waits for the GPU."""
+        """The tally as Python numbers. This waits for the GPU."""
         return Tally(*torch.stack(self).tolist())
 
 
 class State(NamedTuple):
-    """Where a run stands, beside its weights and its optimisers."""
+    """The state of a run besides its weights and its optimisers."""
 
     step: int
     best_val: float
@@ -157,7 +159,7 @@ class State(NamedTuple):
 
 
 def finite(x):
-    """x, or None if it is infinite or not a number: JSON has neither."""
+    """x, or None if x is infinite or nan, which JSON does not have."""
     return x if math.isfinite(x) else None
 
 
@@ -175,8 +177,10 @@ def add_arguments(parser):
 
 
 def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
-    """The model on its device, as training calls it, with optimisers, average and State: those of a new run, or of the
-    checkpoint to go on from, which is gone from memory on return. And the lock of out_dir, to be kept."""
+    """Set up a new run, or a run that continues from a checkpoint. Returns (net, optimizers, ema, State, lock).
+
+    net is the model on its device, wrapped for training. The checkpoint's memory is freed on return. The caller keeps
+    the lock of out_dir."""
     payload, source, lock = together(lambda: checkpoint.open_run(
         out_dir, args.resume, args.init_from, cfg, meta, model, stop) if parallel.is_main else (None, None, None))
     resumed, copied = on_main(lambda: (payload is not None, source is not None))
@@ -196,7 +200,7 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
 
 
 def compiles(cfg, device):
-    """Whether the model is compiled: on CUDA, if nothing else is said."""
+    """Whether the model is compiled: as cfg.compile says, or by default on CUDA only."""
     return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 
@@ -214,7 +218,7 @@ def main():
     local, micro = share_of_batch(cfg, world)
     out_dir = Path(cfg.out_dir) if cfg.out_dir else configs.run_folder(name)
 
-    # ---- data and model; nothing is written before all of it is found to be in order --------------------------------
+    # ---- data and model; nothing is written before all of it has been checked ---------------------------------------
     meta = together(lambda: load_meta(cfg.dataset, cfg.data_dir))
     main_meta = on_main(lambda: meta)
     together(lambda: check_same_data(meta, main_meta, cfg.dataset, "the main process"))
@@ -227,7 +231,7 @@ def main():
                           (training_bytes(cfg, meta["vocab_size"], local, micro, world if cfg.fsdp else 1), device)):
         together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
     torch.manual_seed(cfg.seed)
-    model = cfg.make_model(meta["vocab_size"])  # on the CPU: the same weights on every device and in every process
+    model = cfg.make_model(meta["vocab_size"])  # made on the CPU: equal weights on every device and in every process
     n_params, flops = model.n_params(), flops_per_token(model, objective, cfg)
     net, optimizers, ema, state, lock = start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop)
     step, best_val, tally, wandb_id = state
@@ -247,7 +251,7 @@ def main():
     def validate():
         """Bits per token of the averaged weights on fixed windows with fixed noise, and the standard error."""
         n = val_data.n
-        # All processes score as many windows, because FSDP's need each other: some windows are scored twice.
+        # All processes score equally many windows, because FSDP needs all of them in every call: some are scored twice.
         mine = [i % n for i in range(rank, n + -n % world, world)]
         nats = torch.zeros(2, n, dtype=torch.float64)
         with ema.applied():
@@ -257,8 +261,8 @@ def main():
         return mean_and_error(total / scored / math.log(2), by_rate(n))
 
     def sample():
-        """One text from the averaged weights, by all processes alike; it continues the validation split's first tokens
-        if the model needs a prefix."""
+        """Draw one text from the averaged weights; all processes do the same. If the model needs a prefix, the text
+        continues the first tokens of the validation split."""
         generator = generator_on(device, cfg.seed)
         given = torch.from_numpy(val_tokens[:cfg.prefix_range[0]].astype("int64"))
         xt = torch.nn.functional.pad(given[None], (0, cfg.seq_len - len(given)), value=objective.mask_id).to(device)
@@ -289,7 +293,7 @@ def main():
            versions=storage.versions())
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
-    first_step, seconds, stopped = step, 0.0, 0         # of this process; seconds of training alone
+    first_step, seconds, stopped = step, 0.0, 0         # of this process; seconds: training only, without validation
     logged, clock = step, time.perf_counter()           # at the last log line
     model.train()
     for parts in stream:
@@ -297,7 +301,7 @@ def main():
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        if cfg.dropout:  # dropout, too, is a function of (seed, step)
+        if cfg.dropout:  # dropout noise, too, follows from the seed and the step
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
         nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype)
         ema.update()
@@ -306,7 +310,7 @@ def main():
         bar.update()
 
         if step % cfg.log_interval == 0 or step == cfg.max_steps:
-            counted, tally = tally.numbers(), tally.next_line()  # waits for the GPU, so the time below is true
+            counted, tally = tally.numbers(), tally.next_line()  # waits for the GPU, so that `elapsed` is right
             elapsed = time.perf_counter() - clock
             clock += elapsed
             seconds += elapsed
@@ -349,7 +353,7 @@ def main():
     stream.close()
     on_main(lambda: log.close())
     parallel.leave()
-    return int(stopped == parallel.LOST_PARENT and step < cfg.max_steps)  # a failure to torchruns on other nodes
+    return int(stopped == parallel.LOST_PARENT and step < cfg.max_steps)  # 1: torchrun on other nodes sees a failure
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prepared data sets: opening them, random crops to train on, windows to evaluate on, prefetching."""
+"""Open prepared data sets, take random crops to train on and windows to evaluate on, and prefetch."""
 
 import json
 import queue
@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 
 
 def load_meta(name, data_dir=""):
-    """The meta.json of a data set. Raises UserError, with the command that makes it, if it is not prepared."""
+    """Return the meta.json of a data set. Raises UserError if it is damaged, or missing (with the remedy)."""
     folder = Path(data_dir or DATA_DIR) / name
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -35,7 +35,7 @@ def load_meta(name, data_dir=""):
 
 
 def check_same_tokens(meta, data_meta, dataset):
-    """Raise UserError unless the checkpoint (meta) and the data set (data_meta) mean the same by a token id."""
+    """Raise UserError unless each token id means the same for the checkpoint (meta) and the data set (data_meta)."""
     strange = sorted(set(data_meta.get("alphabet", "")) - set(meta.get("alphabet", "")))
     if strange and meta["tokenizer"] == "char":
         raise UserError(f"data set {dataset!r} has characters outside the checkpoint's alphabet: "
@@ -48,12 +48,12 @@ def check_same_tokens(meta, data_meta, dataset):
 
 
 def recode(tokens, data_meta, meta, dataset):
-    """Tokens of a data set (data_meta) in the ids of a checkpoint (meta) that knows its symbols, and perhaps more.
+    """Convert tokens of a data set (data_meta) into the ids of a checkpoint (meta), which may know more symbols.
 
-    Raises UserError if there are some that it does not know, or the tokenizer is another one.
+    Raises UserError if the checkpoint does not know all symbols of the data set, or has another tokenizer.
     """
     if meta["tokenizer"] == data_meta["tokenizer"] == "gpt2" and data_meta["vocab_size"] <= meta["vocab_size"]:
-        return tokens  # the checkpoint has padding besides
+        return tokens  # the checkpoint may have padding tokens, too
     ours, theirs = data_meta.get("alphabet", ""), meta.get("alphabet", "")
     if ours == theirs or not ours or not set(ours) <= set(theirs):
         check_same_tokens(meta, data_meta, dataset)
@@ -62,14 +62,14 @@ def recode(tokens, data_meta, meta, dataset):
 
 
 def check_same_data(meta, other, dataset, owner):
-    """Raise UserError unless both meta.json describe the same data: the one read here, and that of `owner`."""
+    """Raise UserError unless the meta.json read here and that of `owner` (other) have the same SHA-256 of the data."""
     if meta["sha256"] != other["sha256"]:
         raise UserError(f"data set {dataset!r} is not the one that {owner} has: copy that one here, or prepare it "
                         "again")
 
 
 def load_split(name, split, seq_len, data_dir=""):
-    """The tokens of one split, memory-mapped, (n,) uint8 or uint16 with n >= seq_len. Raises UserError if fewer."""
+    """Return the tokens of a split, memory-mapped (n,) uint8 or uint16. Raises UserError if n is wrong or < seq_len."""
     meta = load_meta(name, data_dir)
     path = Path(data_dir or DATA_DIR) / name / f"{split}.bin"
     try:
@@ -87,21 +87,26 @@ def load_split(name, split, seq_len, data_dir=""):
 
 
 def gather(tokens, starts, seq_len):
-    """Windows tokens[start : start + seq_len] as (len(starts), seq_len) long."""
+    """Return the windows tokens[start : start + seq_len], (len(starts), seq_len) long."""
     return torch.from_numpy(np.stack([tokens[start:start + seq_len] for start in starts]).astype(np.int64))
 
 
 def random_crops(tokens, seq_len, seed, step, indices, record=1):
-    """Sequences `indices` of the batch of one step: windows that start anywhere, the last possible start included; or
-    at multiples of `record`, the length of an item of the data set."""
+    """Draw the sequences `indices` of the batch of a step: windows with random starts, the last possible one included.
+
+    The starts are multiples of `record`, the length of an item of the data set; 1 means anywhere.
+    """
     last = (len(tokens) - seq_len) // record
     starts = [record * rng(seed, "crop", step, index).integers(0, last, endpoint=True) for index in indices]
     return gather(tokens, starts, seq_len)
 
 
 def move_padding(x0, pad, seed, step, indices):
-    """Put the pads of each item of x0 (N, L) long, all of them together, at a random place of its text: before it,
-    after it, or between two of its tokens, n + 1 places for n tokens, all equally likely. Their order stays."""
+    """Move all pads of each item of x0 (N, L) long, in one run, to a random place of its text.
+
+    A text of n tokens has n + 1 places, all equally likely: before it, after it, or between two of its tokens. The
+    order of its tokens does not change.
+    """
     moved = torch.full_like(x0, pad)
     for row, old, index in zip(moved, x0, indices):
         text = old[old != pad]
@@ -112,7 +117,7 @@ def move_padding(x0, pad, seed, step, indices):
 
 
 def windows(tokens, seq_len, limit=None):
-    """Starts of the non-overlapping windows that fit into the split; with limit, that many, evenly spread."""
+    """Return the starts of the non-overlapping windows of a split; with limit, of at most that many, evenly spread."""
     starts = np.arange(0, len(tokens) - seq_len + 1, seq_len)
     if limit is None or limit >= len(starts):
         return starts
@@ -120,7 +125,7 @@ def windows(tokens, seq_len, limit=None):
 
 
 def prefetch(iterator, depth=4):
-    """Yield from iterator, which runs ahead in a thread by up to depth items. An exception in it is raised here."""
+    """Yield from iterator, which runs ahead in a thread by about depth items. Its exceptions are raised here."""
     items, stop = queue.Queue(depth), threading.Event()
 
     def put(item):

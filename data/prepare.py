@@ -1,8 +1,8 @@
-"""What the prepare_*.py scripts share: downloads with a checksum, reading text files, writing a data set at once.
+"""Functions for the prepare_*.py scripts: download with a checksum, read text files, write a data set at once.
 
 A data set is a folder data/NAME with train.bin, val.bin, test.bin (raw uint8 or uint16 token ids) and meta.json, which
-names the tokenizer. It is built in a temporary folder and renamed when complete, so one that exists is whole. If it is
-made of short items, such as names, meta.json has their length, "record", and the character that fills them up, "pad".
+names the tokenizer. It is built in a temporary folder and renamed when complete, so a data set that exists is whole. If
+it consists of short items, such as names, meta.json has their length, "record", and the character for padding, "pad".
 """
 
 import gzip
@@ -36,13 +36,13 @@ def write_splits(folder, meta, splits):
 
 
 def cut(ids, train, val):
-    """Cut ids into consecutive splits: the fractions `train` and `val`, and the rest for test."""
+    """Cut ids into consecutive splits: the fraction `train`, the fraction `val`, and the rest for test."""
     a, b = round(train * len(ids)), round((train + val) * len(ids))
     return {"train": ids[:a], "val": ids[a:b], "test": ids[b:]}
 
 
 def is_prepared(folder):
-    """True, and a line that says so, if the data set is complete: then there is nothing to do."""
+    """Return True and print a line that says so if the data set is prepared already."""
     if not (folder / "meta.json").exists():
         return False
     meta = load_meta(folder.name, folder.parent)
@@ -52,7 +52,7 @@ def is_prepared(folder):
 
 
 def fetch(url, sha256, file=None):
-    """The bytes behind url, or of a local copy, checked against a SHA-256. Raises UserError if they cannot be had."""
+    """Return the bytes of url or of a local copy. Raises UserError if they are unavailable or have another SHA-256."""
     if file:
         content = read_bytes(file)
     else:
@@ -81,7 +81,7 @@ def read_bytes(path):
 
 
 def read_text(path):
-    """The text of a UTF-8 file; .gz and .xz are decompressed. Raises UserError if it cannot be read or is empty."""
+    """Return the text of a UTF-8 file; decompress .gz and .xz. Raises UserError if it cannot be read or is blank."""
     content = read_bytes(path)
     try:
         if str(path).endswith(".gz"):
@@ -99,9 +99,9 @@ def read_text(path):
 
 
 class DatasetWriter:
-    """Writes a data set into a temporary folder beside its place; leaving the `with` block renames it into place.
+    """Write a data set into a temporary folder beside its place; leaving the `with` block renames the folder.
 
-    append(split, ids) may be called any number of times: nothing is held in memory. After an exception nothing is left.
+    append(split, ids) may be called any number of times and keeps no ids in memory. After an exception nothing is left.
     """
 
     def __init__(self, folder, meta):
@@ -137,7 +137,7 @@ class DatasetWriter:
             error = error or full
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error.filename, str):  # of a write, which names no file
+        if isinstance(error, OSError) and not isinstance(error.filename, str):  # a failed write names no file
             raise UserError(f"cannot write {self.folder}: {error.strerror}; nothing of it is left: make room and run "
                             "this again")
         if isinstance(error, OSError) and kind is None:

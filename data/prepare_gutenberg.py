@@ -1,9 +1,9 @@
 """Prepare `gutenberg`: 154 English books from before 1929 in text8's 27 symbols, a stand-in for text8 of its size.
 
-gutenberg.tsv lists the books, on GitHub at fixed commits. 146 are train (94M characters); the other 8, by authors of
-their own, are val and test, 4 each. Digits are spelled out, and licences, credits, contents and indexes are left out.
-The list has a hash of each book's cleaned text: a book that comes out differently is used all the same, and a line
-names it. These are books, not an encyclopedia: numbers on them do not compare with those on text8.
+gutenberg.tsv lists the books, on GitHub at fixed commits. 146 are train (94M characters). The other 8, by authors who
+are not in train, are val and test, 4 each. Digits are spelled out; licences, credits, contents, indexes are left out.
+The list has a hash of each book's cleaned text. A book with another hash is used all the same, and a line names it.
+These are books, not an encyclopedia: numbers on them do not compare with those on text8.
 
     python data/prepare_gutenberg.py
     python data/prepare_gutenberg.py --file train.txt.xz val.txt.xz    # the cleaned text itself; val is val and test
@@ -36,7 +36,7 @@ LAST = re.compile(r"(?i)\W*(the end|finis)\W*$|.{,60}printed (by|in)")
 
 
 def text_of(source):
-    """The text of a TEI file's body, without notes, or of a Project Gutenberg file, by paragraphs."""
+    """Return the text of a TEI file's body, without notes, or of a Project Gutenberg file, by paragraphs."""
     if body := re.search(r"<body\b.*</body>", source, re.DOTALL):
         return html.unescape(re.sub(r"<note\b.*?</note>|<[^>]*>", " ", body[0], flags=re.DOTALL))
     source = re.split(r"(?s)\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG.*?\*\*\*", source, maxsplit=1)[-1]
@@ -57,14 +57,14 @@ def text_of(source):
 
 
 def is_table(lines):
-    """True for tables, references, initials: too few letters, or page numbers at the end of half the lines or more."""
+    """Detect tables, references, initials: too few letters, or page numbers at the end of half the lines or more."""
     text = " ".join(" ".join(lines).split())
     return (sum(c.isalpha() for c in text) < (0.6 if len(lines) == 1 else 0.42) * len(text)
             or sum(bool(re.search(r"(\.|\s\s)\s*\d{1,3}\s*$", line)) for line in lines) >= len(lines) / 2)
 
 
 def is_prose(paragraph):
-    """True for what ends a table of contents: whole sentences of 50 words or more, most of them in lower case."""
+    """Detect prose, which ends a table of contents: 50 words or more, over 2/3 in lower case, and a sentence end."""
     words = paragraph.split()
     return (len(words) >= 50 and sum(word[0].islower() for word in words) > 2 / 3 * len(words)
             and bool(re.search(r"[.!?]['\")_\u2019\u201d]*$", paragraph)))
@@ -79,15 +79,15 @@ def download(url):
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
                 return response.read().decode("utf-8-sig", errors="replace")
-        except (OSError, http.client.HTTPException) as error:  # the latter: cut off in the middle
+        except (OSError, http.client.HTTPException) as error:  # HTTPException: cut off in the middle
             if getattr(error, "code", None) == 404:
-                return ""  # to be named as a book that differs
+                return ""  # main() then names it as a book that differs
             if last:
                 raise UserError(f"could not download {url} ({error}); try again, or pass --file TRAIN VAL")
 
 
 def cut_books(files, books):
-    """Yield the books out of the cleaned text: TRAIN, and VAL, the books of val and then those of test."""
+    """Yield the books in the cleaned text of two files: TRAIN, and VAL with the books of val, then those of test."""
     for file, splits in zip(files, (["train"], ["val", "test"])):
         text, start = read_text(file).strip(), 0
         sizes = [int(book["characters"]) for book in books if book["split"] in splits]

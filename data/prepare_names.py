@@ -3,10 +3,10 @@
     python data/prepare_names.py
     python data/prepare_names.py --file towns.txt --name towns
 
-A name takes 32 tokens: its letters, then pads, a symbol of the alphabet's own that is no part of the text. Repeated
-names count once, so no split has a name of another: 90 % train, 5 % val, 5 % test, shuffled with a fixed seed. Any
-alphabet will do; names that are longer, or have the pad's character in them, are left out. Then train the config
-`names`, for a list of your own with --dataset=NAME.
+A name takes 32 tokens: its letters, then pads, an extra symbol of the alphabet that is no part of the text. Repeated
+names count once, so the splits share no name. They are 90 % train, 5 % val, 5 % test, shuffled with a fixed seed. Any
+alphabet is possible. Names that are longer, or contain the character of the pad, are left out. Then train the config
+`names`, with --dataset=NAME for a list of your own.
 """
 
 import random
@@ -27,7 +27,7 @@ PAD = "\N{MIDDLE DOT}"
 
 
 def clean(text):
-    """Text, a name per line -> (the different names in it, {why others were left out: how many})."""
+    """Return (the different names of a text, one per line, {why lines were left out: how many})."""
     lines = [line.strip().removeprefix("\ufeff") for line in text.splitlines()]
     full = [line for line in lines if line]
     fit = [line for line in full if len(line) <= RECORD]

@@ -1,8 +1,8 @@
 """Prepare `openwebtext`: 8 million web pages (Gokaslan and Cohen), GPT-2 tokens, 9 billion of them: 18 GB on disk.
 
-Every document is followed by end-of-text. A document goes to train, val or test by a hash of its text, so copies of a
-page stay in one split. Documents stream from disk through a pool of processes: memory use does not grow
-with the corpus.
+Every document is followed by end-of-text. A hash of its text assigns a document to train, val or test, so copies of a
+page stay in one split. Documents stream from disk through a pool of processes, so memory use does not grow with the
+corpus.
 
     python data/prepare_openwebtext.py --num_proc 16
     python data/prepare_openwebtext.py --file shard-*.parquet    # .parquet, .jsonl (field text) or .txt (a line each)
@@ -30,7 +30,7 @@ READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "te
 
 
 def load_documents(files):
-    """The documents as a Hugging Face data set with a column `text`, memory-mapped from its cache."""
+    """Return the documents as a Hugging Face data set with a column `text`, memory-mapped from its cache."""
     require("datasets", "the download of OpenWebText")
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -59,7 +59,7 @@ def start_worker(share):
 
 
 def encode(texts):
-    """Documents -> {split: their tokens, each document followed by end-of-text}."""
+    """Encode documents as {split: tokens}, with end-of-text after each document."""
     tokens = {split: [] for split in SPLITS}
     for text in texts:
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
@@ -79,7 +79,7 @@ def main():
     if is_prepared(folder):
         return
     documents = load_documents(args.file)
-    GPT2Tokenizer()  # fails here, in one line, if the vocabulary cannot be had; and fills the cache for the workers
+    GPT2Tokenizer()  # fails here, in one line, if there is no vocabulary; else fills the cache for the workers
     meta = dict(KNOWN["openwebtext"], name="openwebtext", source=", ".join(args.file) if args.file else SOURCE)
     pool = multiprocessing.get_context("spawn").Pool(args.num_proc, start_worker, (args.held_out,))
     with DatasetWriter(folder, meta) as writer, pool, progress(total=len(documents), unit="doc") as bar:

@@ -1,10 +1,10 @@
-"""Prepare `pydoc`: the English that every full CPython carries, for a first run that needs no download.
+"""Prepare `pydoc`: the English in every full CPython, for a first run that needs no download.
 
-It takes the prose paragraphs of the language reference (pydoc_data.topics) and of the standard library's docstrings
-(parsed with ast; nothing is imported), drops code, grammar and tables, and writes them in text8's 27 symbols. Much of
-it repeats itself, so paragraphs are deduplicated, also those that share most of their phrases with an earlier one, and
-the split into 80 % train, 10 % val, 10 % test goes by a hash of the paragraph. The text differs a little between
-versions of Python: meta.json records which one. With --tokenizer gpt2 the same text becomes `pydoc_gpt2`.
+The text is the prose of the language reference (pydoc_data.topics) and of the standard library's docstrings (parsed
+with ast; nothing is imported), without code, grammar and tables, in text8's 27 symbols. A paragraph is left out if more
+than a quarter of its phrases of 8 words occurred before. The split into 80 % train, 10 % val, 10 % test is by a hash of
+the paragraph. The text differs a little between versions of Python: meta.json records which one. With --tokenizer gpt2
+the same text becomes `pydoc_gpt2`.
 """
 
 import ast
@@ -22,7 +22,7 @@ from cli import UserError, progress, run
 from data.prepare import DatasetWriter, is_prepared, parser
 from data.tokenizer import KNOWN, make_tokenizer, text8_words
 
-PHRASE = 8  # words; two paragraphs that share most phrases of this length are taken for the same
+PHRASE = 8  # words; a paragraph with too many known phrases of this length counts as a repetition
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 
 
@@ -48,7 +48,7 @@ def documents():
 
 
 def is_prose(paragraph):
-    """English sentences, not code, grammar, a table or a signature."""
+    """Detect English sentences, as opposed to code, grammar, a table or a signature."""
     if "::=" in paragraph or ">>>" in paragraph or "==" in paragraph or "--" in paragraph or "()" in paragraph[:20]:
         return False
     letters = sum(c.isalpha() or c.isspace() for c in paragraph)

@@ -1,7 +1,7 @@
 """Prepare `shakespeare`: Tiny Shakespeare (Andrej Karpathy), 1.1 million characters, 65 symbols.
 
-The first 90 % are the training split, the next 5 % val, the last 5 % test. With --alphabet text8 it is brought into
-text8's 27 symbols, as `shakespeare27`.
+The first 90 % are the training split, the next 5 % val, the last 5 % test. With --alphabet text8 the text is converted
+to text8's 27 symbols and becomes `shakespeare27`.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Prepare `text8`: the first 100 million characters of a cleaned English Wikipedia (Matt Mahoney), a to z and space.
 
-Splits at 90 and 95 million characters, as everyone does: 90M train, 5M val, 5M test.
+The splits are the usual ones: the first 90M characters are train, the next 5M val, the last 5M test.
 """
 
 import io

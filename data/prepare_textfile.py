@@ -5,7 +5,7 @@
     python data/prepare_textfile.py train.txt --val val.txt --test test.txt --name mine --alphabet text8
 
 Files are UTF-8, plain, .gz or .xz, and are joined in the order given. Without --val and --test, the last tenth of the
-text becomes val and test, half each. Then train with --dataset=NAME.
+text becomes val and test, half each. To train on the data set, pass --dataset=NAME.
 """
 
 import re
@@ -63,7 +63,7 @@ def main():
 
 
 def encode(text, tokenizer):
-    """Encode chunk by chunk. A chunk ends after a lone line break, where GPT-2's word pattern breaks in any case."""
+    """Encode chunk by chunk. Chunks end after a single line break, where GPT-2's word pattern always splits."""
     lines = re.split(r"(?<=\S\n)(?=\S)", text)
     chunks, size = [[]], 0
     for line in lines:

@@ -1,5 +1,7 @@
-"""The network of SEDD (its "DDiT") and of all who took over its code, MDLM, BD3-LM, Duo, UDLM and RADD: their
-checkpoints in our names and conventions, for model.DiT."""
+"""Translate checkpoints of SEDD's network ("DDiT") into our names and conventions, for model.DiT.
+
+MDLM, BD3-LM, Duo, UDLM and RADD took over that network.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ NAMES = (
 
 
 def shapes_of(rows, D, C, n_layer, time=True, bias=False):
-    """{key: shape} of all parameters, in the order in which they are registered, which is that of unnamed averages."""
+    """Return {key: shape} of all parameters in the order of registration, which averages saved as a list have too."""
     shapes = {"vocab_embed.embedding": (rows, D)}
     if time:
         shapes |= {"sigma_map.mlp.0.weight": (C, 256), "sigma_map.mlp.0.bias": (C,),
@@ -46,7 +48,7 @@ def shapes_of(rows, D, C, n_layer, time=True, bias=False):
 
 
 def averages(payload, state, path):
-    """The moving average as a state dict: Lightning and SEDD save it as a list, in the order of the parameters."""
+    """Return the moving average as a state dict; Lightning and SEDD save a list in the order of the parameters."""
     average = payload.get("ema")
     shadow = average.get("shadow_params") if isinstance(average, dict) else None
     if shadow is None:
@@ -61,7 +63,7 @@ def averages(payload, state, path):
 
 
 def check_names(state, shapes, path):
-    """Raise a UserError that names what is missing, unexpected or of another shape."""
+    """Raise a UserError that names keys which are missing, unexpected or of another shape, if there are any."""
     found = {key: tuple(value.shape) for key, value in state.items()}
     wrong = [f"{key} is missing" if key not in found else f"{key} is unexpected" if key not in shapes else
              f"{key} is {found[key]}, expected {shapes[key]}"
@@ -72,10 +74,10 @@ def check_names(state, shapes, path):
 
 
 def fold(state, n_layer):
-    """Weights of a network that is always told sigma = 0 -> the same function without time conditioning.
+    """Turn weights of a network that is always told sigma = 0 into those of the same function without a time.
 
-    Its shifts, scales and gates are constants, and LN(x) w (1 + scale) + shift is a norm with a bias; a gate is a
-    factor of the rows of what comes before it. Keys and conventions are ours (DiT with norm_bias). In float64.
+    The shifts, scales and gates are then constants. LN(x) w (1 + scale) + shift is a norm with a bias. A gate is a
+    factor of the rows of the layer before it. Keys and conventions are ours (DiT with norm_bias). Computed in float64.
     """
     state = {key: value.double() for key, value in state.items()}
     c = torch.cat((torch.ones(128), torch.zeros(128))).double()  # cos 0 and sin 0
@@ -102,7 +104,7 @@ def fold(state, n_layer):
 
 
 def mask_last(state, mask):
-    """Rows of tokens in our order: the mask's (number `mask`, None if there is none) last, and not in the head."""
+    """Move the mask's row (number `mask`; None: no mask) to the end of the embedding, and drop it from the head."""
     if mask is None:
         return state
     others = [i for i in range(len(state["embed.weight"])) if i != mask]
@@ -110,21 +112,21 @@ def mask_last(state, mask):
                     "head_bias": state["head_bias"][others]}
 
 
-# What a number of rows says about the tokens: (the name of a vocabulary in KNOWN, the mask's row).
+# Number of rows -> (name of the vocabulary in KNOWN, row of the mask).
 WITH_MASK = {28: ("text8", 27), 35: ("text8_framed", 4), 50258: ("openwebtext", 50257), 30522: ("bert", 103)}
 WITHOUT_MASK = {27: ("text8", None), 35: ("text8_framed_uniform", None), 50257: ("openwebtext", None),
                 50258: ("gpt2_padded", None), 30522: ("bert_uniform", None)}
-# The data set of a vocabulary, where that is not its own name.
+# The data set of a vocabulary, where its name differs.
 DATA_OF = {"text8_framed": "text8", "text8_framed_uniform": "text8", "gpt2_padded": "openwebtext", "bert": "lm1b",
            "bert_uniform": "lm1b", "oxen": "names", "oxen_words": "names"}
 OXEN = {99: ("oxen", 98), 98: ("oxen_words", 97), 3: ("ox", 2)}
 
 
 def vocabulary(rows, table, uniform, dataset, data_dir, path):
-    """(meta of the tokens, the mask's row) of a number of rows, of which `table` knows some.
+    """Return (meta of the tokens, the mask's row) for a number of rows; `table` has the known numbers.
 
-    dataset: one that the user names and that has as many tokens, but others than those known for this number, is what
-    the network was trained on. Raises UserError if nothing is known and nothing fits.
+    dataset: the data set that the user names. It takes precedence if it has as many tokens, but not those of `table`.
+    Raises UserError if `table` lacks the number of rows, and dataset is missing or has another number of tokens.
     """
     known, mask = table.get(rows, (None, None if uniform else rows - 1))
     V, theirs = rows - (not uniform), None
@@ -148,15 +150,17 @@ def vocabulary(rows, table, uniform, dataset, data_dir, path):
 
 
 def truth(value):
-    """A setting that is true or false. Raises ValueError, as for a word that is neither."""
+    """Return a setting as a bool. Raises ValueError if it is neither true nor false."""
     if value not in (True, False, "True", "False", "true", "false"):
         raise ValueError(f"{value!r} should be true or false")
     return value in (True, "True", "true")
 
 
 def process_of(name, settings, path):
-    """Fields of Config that say what was trained, for a format and its settings. Raises UserError for what is not known
-    here."""
+    """Return the fields of Config that say how a checkpoint was trained: objective, noise, schedule, conditioning.
+
+    name: the format. settings: as saved with the checkpoint. Raises UserError for settings that are not known here.
+    """
     def refuse(what):
         raise UserError(f"{path} is of {name} with {what}, which is not known here")
 
@@ -192,7 +196,7 @@ def process_of(name, settings, path):
 
 
 def translate(found, name, dataset, overrides, data_dir):
-    """SEDD, Oxen, MDLM, BD3-LM, Duo, UDLM and RADD: one network, told sigma, or nothing."""
+    """Translate SEDD, Oxen, MDLM, BD3-LM, Duo, UDLM or RADD: one network, which is told sigma or no time."""
     payload, settings, path = found
     state = {key: value for key, value in tensors(payload).items() if not BUFFERS.search(key)}
     rows, D = state["vocab_embed.embedding"].shape

@@ -1,13 +1,13 @@
-"""Where checkpoints come from, files, folders and the Hub, and how they are read without executing anything in them.
+"""Find checkpoints in files, folders and on the Hub, and read them without executing anything in them.
 
 torch.load(weights_only=True) builds tensors and plain containers, and refuses all else. Lightning's checkpoints also
-hold the run's settings and its tokenizer, as objects of omegaconf, transformers and the like. Here each such class is
-replaced by an inert stand-in, which takes whatever it is given and does nothing; the real modules are never imported.
-That is for the modules in ALLOWED alone. A pickle that asks for anything else is refused before it is read.
+hold the run's settings and its tokenizer, as objects of omegaconf, transformers and the like. An inert stand-in, which
+accepts all arguments and does nothing, replaces each such class; the real modules are never imported. Only classes of
+the modules in ALLOWED have stand-ins. A pickle that asks for anything else is refused before it is read.
 
-Damage: a file of torch.save is a zip archive, with a CRC-32 of each tensor, which torch.load does not compare;
-check_crc does. Files of safetensors, of torch.save before version 1.6, and of a torch that was told to leave the sums
-out (torch.serialization.set_crc32_options) have no checksum: a flipped bit in them is read as another number.
+A file of torch.save is a zip archive with a CRC-32 of each tensor. torch.load does not compare them; check_crc does.
+Some files have no checksum: those of safetensors, of torch.save before version 1.6, and of a torch that left the sums
+out (torch.serialization.set_crc32_options). A flipped bit in them is read as another number.
 """
 
 import json
@@ -25,11 +25,11 @@ from cli import UserError, require
 
 
 class Found(NamedTuple):
-    """What a file, or a folder, holds."""
+    """The contents of a checkpoint file or folder."""
 
     payload: dict   # as saved
-    settings: dict  # of config.json, config.yaml or Lightning's hyper-parameters; {} where there are none
-    path: Path      # of the weights
+    settings: dict  # from config.json, config.yaml or Lightning's hyper-parameters; {} if there are none
+    path: Path      # of the file with the weights
 
 
 WEIGHTS = ("ckpt.pt", "model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.pth", "checkpoint.pth",
@@ -37,7 +37,7 @@ WEIGHTS = ("ckpt.pt", "model.safetensors", "pytorch_model.bin", "checkpoints-met
 
 
 def from_hub(name):
-    """The local folder of hf://owner/name[@revision], downloaded or from the cache. Raises UserError."""
+    """Return the local folder of hf://owner/name[@revision], downloaded or cached. Raises UserError if it has none."""
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if not match:
         raise UserError(f"{name} is no name on the Hub: write hf://owner/name, or hf://owner/name@revision")
@@ -46,7 +46,7 @@ def from_hub(name):
     for patterns in (["*.json", "*.yaml", "*.safetensors"], ["*.bin", "*.pt", "*.pth", "*.ckpt"]):
         try:
             folder = Path(snapshot_download(match[1], revision=match[2], allow_patterns=patterns))
-        except Exception as error:  # of several HTTP libraries, and of the Hub's own
+        except Exception as error:  # from several HTTP libraries, and the Hub's own errors
             kind = type(error).__name__
             reason = {"LocalEntryNotFoundError": "it is not in the cache, and the Hub cannot be reached",
                       "RepositoryNotFoundError": "there is no such repository, or it is private",
@@ -59,7 +59,7 @@ def from_hub(name):
 
 
 def find_weights(folder):
-    """The file with the weights in a folder, or None."""
+    """Return the file with the weights in a folder, or None."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -71,7 +71,7 @@ def find_weights(folder):
 
 
 def read_files(path):
-    """Found for a file or folder. Raises UserError if there is nothing to read, or it cannot be read safely."""
+    """Read a file or folder into Found. Raises UserError if there is no checkpoint, or it cannot be read safely."""
     weights = find_weights(path) if path.is_dir() else path
     if weights is None:
         raise UserError(f"{path} has no checkpoint in it: none of {', '.join(WEIGHTS)}, nor a single file of another "
@@ -85,7 +85,7 @@ def read_files(path):
     else:
         payload = load(weights)
     ours = payload.get("format") if isinstance(payload, dict) else None
-    if isinstance(ours, str) and ours.startswith("discrete-diffusion"):  # it says all itself
+    if isinstance(ours, str) and ours.startswith("discrete-diffusion"):  # ours need no settings beside them
         return Found(payload, {}, weights)
     check_crc(weights)
     lightning = payload.get("hyper_parameters") if isinstance(payload, dict) else None
@@ -95,7 +95,10 @@ def read_files(path):
 
 
 def read_settings(weights):
-    """The settings beside a file of weights, or a folder above it: {} if there are none. Raises UserError."""
+    """Read the settings beside a file of weights, or one folder above checkpoints*/. Returns {} if there are none.
+
+    Raises UserError if they cannot be read.
+    """
     folders = [weights.parent] + [weights.parent.parent] * weights.parent.name.startswith("checkpoints")
     for path in (folder / name for folder in folders for name in ("config.json", ".hydra/config.yaml", "config.yaml")):
         if not path.is_file():
@@ -111,7 +114,7 @@ def read_settings(weights):
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0][:100]}")
         if not isinstance(found, dict):
             raise UserError(f"{path} holds no settings")
-        inner = found.get("config")  # some save it one level down
+        inner = found.get("config")  # some projects save it one level down
         return inner if isinstance(inner, dict) and "format" not in found else found
     return {}
 
@@ -124,7 +127,7 @@ PLAIN = {f"builtins.{kind.__name__}": kind for kind in (dict, list, set, frozens
 
 
 class Inert:
-    """Stands for an object of a class that is not wanted here: keeps its state and has no behaviour."""
+    """Stand-in for an object of a class that is not imported here: it keeps its state and has no behaviour."""
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -139,12 +142,12 @@ class Inert:
 
 
 def a_dict(*args):
-    """Stands for collections.defaultdict and its like, which would call what the file says."""
+    """Stand-in for collections.defaultdict and the like, which would call a function that the file names."""
     return {}
 
 
 def stand_in(name, path):
-    """(replacement, name) for torch.serialization.safe_globals. Raises UserError for what is not on the list."""
+    """Return (replacement, name) for torch.serialization.safe_globals. Raises UserError if it is not in ALLOWED."""
     if name in PLAIN:
         return PLAIN[name], name
     if name.split(".")[0] not in ALLOWED:
@@ -156,14 +159,14 @@ def stand_in(name, path):
 
 
 def load(path):
-    """The contents of a file of torch.save, tensors on the CPU. Raises UserError for what is damaged, or refused."""
+    """Return the contents of a file of torch.save, tensors on the CPU. Raises UserError if it is damaged or refused."""
     try:
         return quietly(path)
-    except Exception as error:  # pickle, zip and zlib errors of many kinds; none of them means anything to a user
+    except Exception as error:  # pickle, zip and zlib errors of many kinds, which mean nothing to a user
         reason = f": {error.strerror}" if isinstance(error, OSError) else ""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no zip file of torch.save, or a pickle that torch.save does not write
+    except Exception:  # not a zip file of torch.save, or a pickle that torch.save does not write
         refuse_plain_pickle(path)
         names = []
     allowed = [stand_in(name, path) for name in names]
@@ -177,7 +180,7 @@ def load(path):
 
 
 def quietly(path):
-    """torch.load without its warnings, which are for programmers."""
+    """Call torch.load without its warnings, which are for programmers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -197,12 +200,14 @@ def check_crc(path):
         raise UserError(f"{path} is damaged ({wrong} does not match its checksum): get it again")
 
 
-LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # begins what torch.save wrote before version 1.6
+LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # begins files that torch.save wrote before version 1.6
 
 
 def globals_of(path):
-    """The names that the pickles at the beginning of a file ask for, found without running them; None if there is no
-    whole pickle."""
+    """Return the names that the pickles at the beginning of a file ask for, without running them.
+
+    Returns None if there is no whole pickle.
+    """
     names, strings, memo, whole = [], [], {}, False
     with open(path, "rb") as file:
         try:
@@ -221,17 +226,17 @@ def globals_of(path):
                     elif isinstance(argument, str):
                         strings.append(argument)
                 whole = True
-        except Exception:  # the end of the pickles, in one of the many ways in which other bytes are none
+        except Exception:  # the end of the pickles; other bytes raise errors of many kinds
             pass
     return names if whole else None
 
 
 def refuse_plain_pickle(path):
-    """Raise a UserError that says what is in a pickle which torch.save did not write; return if the file is none."""
+    """Raise a UserError about a pickle that torch.save did not write; return if the file is no such pickle."""
     try:
         if zipfile.is_zipfile(path) or not path.is_file() or (names := globals_of(path)) is None:
             return
-    except zipfile.BadZipFile:  # a damaged one
+    except zipfile.BadZipFile:  # a damaged archive
         return
     for name in names:
         if not name.startswith("torch."):
@@ -243,13 +248,14 @@ def refuse_plain_pickle(path):
                     "and torch.save its tensors")
 
 
-MOST = 100_000  # objects of settings; theirs are some hundreds
+MOST = 100_000  # objects in settings; those of the projects have some hundreds
 
 
 def settings(node):
-    """What omegaconf's objects hold, as dicts, lists and values, with references such as ${model.length} followed.
+    """Convert omegaconf's objects into dicts, lists and values, and resolve references such as ${model.length}.
 
-    Raises UserError for what is no set of settings: a maze of references to references, or a million of them.
+    Returns {} if they are no dict. Raises UserError for more than MOST objects, each counted once per path to it, or
+    more than 50 levels.
     """
     left = [MOST]
 
@@ -269,7 +275,7 @@ def settings(node):
     root = values(node)
 
     def resolved(value):
-        """A reference's value; None if it leads nowhere, to itself, or to more than a value."""
+        """Return the value of a reference; None if it leads nowhere, in a circle, or to a dict or a list."""
         for _ in range(9):
             match = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
             if not match:
@@ -293,12 +299,12 @@ BUFFERS = re.compile(r"(^|\.)(inv_freq|betas|alpha_bars|sampling_eps_m(in|ax)|li
 
 
 def plain_key(key):
-    """A key without what compilation, data parallelism and wrapper classes put before it."""
+    """Return a key without the prefixes of compilation, data parallelism and wrapper classes."""
     return re.sub(r"^backbone\.", "", key.replace("_orig_mod.", "").replace("module.", ""))
 
 
 def tensors(payload):
-    """The state dict in a payload: {plain key: tensor}. Empty where there is none."""
+    """Return the state dict in a payload, {plain key: tensor}; {} if there is none."""
     if not isinstance(payload, dict):
         return {}
     state = next((payload[key] for key in ("state_dict", "model") if isinstance(payload.get(key), dict)), payload)
@@ -306,7 +312,7 @@ def tensors(payload):
 
 
 def rename(state, names):
-    """Apply the (pattern, replacement) pairs to the plain keys of a state dict, without its buffers."""
+    """Apply the (pattern, replacement) pairs to the plain keys of a state dict, and leave out its buffers."""
     renamed = {}
     for key, value in state.items():
         key = plain_key(key)

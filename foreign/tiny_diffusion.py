@@ -1,7 +1,8 @@
 """The network of tiny-diffusion (github.com/nathan-barry/tiny-diffusion), to train it or to use its checkpoints.
 
-A nanochat-style transformer where model.py has a DiT: the time is a learned vector per step, added once to the tokens;
-RMSNorm without parameters, also of q and k; relu^2; no biases; an output layer of its own. It is called as model.DiT.
+It is a nanochat-style transformer, not the DiT of model.py, but is called in the same way. The time is a learned
+vector per step, added once to the tokens. RMSNorm has no parameters and is also applied to q and k. The MLP has relu^2.
+There are no biases, and the output layer is not tied to the embedding.
 """
 
 import torch
@@ -12,7 +13,7 @@ from model import rotary_tables, rotate
 
 
 def norm(x):
-    """RMSNorm over the channels without parameters, in float32; eps is that of F.rms_norm."""
+    """RMSNorm over the channels without parameters, in float32, with the eps of F.rms_norm."""
     return F.rms_norm(x.float(), x.shape[-1:])
 
 
@@ -39,7 +40,7 @@ class Block(nn.Module):
 
 
 class TinyDiffusion(nn.Module):
-    """Denoiser over V = vocab_size tokens and the mask (id V), which is told the step round(t T) of T."""
+    """Denoiser over V = vocab_size tokens and the mask (id V). It is told the step round(t T) of T."""
 
     @classmethod
     def from_config(cls, config, vocab_size):
@@ -47,7 +48,7 @@ class TinyDiffusion(nn.Module):
 
     @classmethod
     def misfit(cls, config):
-        """What of a Config does not go with this network, in words, or None."""
+        """Say which settings of a Config this network does not support, in words; None if it supports all."""
         objective = config.objective_class
         if config.n_embd % (2 * config.n_head):
             return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
@@ -61,7 +62,7 @@ class TinyDiffusion(nn.Module):
         super().__init__()
         self.vocab_size, self.seq_len = vocab_size, seq_len
         self.embed = nn.Embedding(vocab_size + 1, n_embd)
-        self.time_embed = nn.Embedding(T, n_embd)  # row s - 1 is step s: the first has the fewest masks
+        self.time_embed = nn.Embedding(T, n_embd)  # row s - 1 is step s; step 1 has the fewest masks
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.head = nn.Linear(n_embd, vocab_size, bias=False)
         cos, sin = rotary_tables(seq_len, n_embd // n_head)
@@ -71,7 +72,7 @@ class TinyDiffusion(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Embeddings N(0, 1); matrices normal, std = min(1, sqrt(fan_out/fan_in))/sqrt(fan_in); outputs zero."""
+        """Draw embeddings from N(0, 1), matrices with std = min(1, sqrt(fan_out/fan_in))/sqrt(fan_in); zero outputs."""
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_()
@@ -82,7 +83,7 @@ class TinyDiffusion(nn.Module):
             last.weight.zero_()
 
     def trunk(self, xt, t):
-        """Tokens -> features (B, L, D) in float32, ready for the head."""
+        """Map tokens xt (B, L) at times t (B,) to features (B, L, D) in float32, the input of the head."""
         L = xt.shape[1]
         assert L <= self.seq_len, f"{L} tokens, but the model was built for {self.seq_len}"
         T = self.time_embed.num_embeddings
@@ -93,7 +94,7 @@ class TinyDiffusion(nn.Module):
         return norm(x)
 
     def forward(self, xt, t, where=None):
-        """xt (B, L) long in [0, V], t (B,) in (0, 1] -> logits (B, L, V); (N, V) at the True positions of where."""
+        """Map xt (B, L) long in [0, V], t (B,) in (0, 1] to logits (B, L, V), or (N, V) where `where` is True."""
         x = self.trunk(xt, t)
         return self.head(x if where is None else x[where])
 
@@ -101,7 +102,7 @@ class TinyDiffusion(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def matrices(self):
-        """The matrices of the blocks."""
+        """Return the matrices of the blocks."""
         return list(self.blocks.parameters())
 
     def flops(self, seq_len, predicted=1.0):
@@ -114,19 +115,19 @@ class TinyDiffusion(nn.Module):
 
 
 def swap_halves(weight, n_head):
-    """Exchange the two halves of each head's channels: rows of weight (D, D).
+    """Exchange the two halves of each head's channels, which are rows of weight (D, D).
 
-    tiny-diffusion rotates q and k the other way round, (x1 cos + x2 sin, x2 cos - x1 sin): that is model.rotate of
-    (x2, x1), with its halves exchanged. Neither RMSNorm nor the products of q and k depend on the order of channels.
+    tiny-diffusion rotates q and k in the opposite direction: (x1 cos + x2 sin, x2 cos - x1 sin). This is model.rotate
+    of (x2, x1) with its halves exchanged. RMSNorm and the products of q and k do not depend on the order of channels.
     """
     return weight.unflatten(0, (n_head, 2, -1)).flip(1).flatten(0, 2)
 
 
 def our_weights(state, n_head):
-    """A state dict in our names but tiny-diffusion's conventions -> in ours.
+    """Turn a state dict in our names but tiny-diffusion's conventions into our conventions.
 
-    Its tokens are ASCII codes and 0 is the mask; ours are 0 ... 126 for codes 1 ... 127, then the mask. Its head can
-    predict the mask, and ours cannot. What has a wrong shape stays as it is, for checkpoint.check_fit to name.
+    Its tokens are ASCII codes, and 0 is the mask. Our ids are 0 ... 126 for codes 1 ... 127, then the mask. Its head
+    can predict the mask; ours cannot. Weights of a wrong shape stay as they are, and checkpoint.check_fit names them.
     """
     state = dict(state)
     D = state["embed.weight"].shape[-1]
@@ -141,16 +142,16 @@ def our_weights(state, n_head):
 class StepsUp:
     """The time that tiny-diffusion's own samplers tell the network, to be used in place of an objective's time().
 
-    They count steps upwards, 0, 1, 2, ..., with the last one, T - 1, repeated, and take that for the index of the time
-    embedding; but in training index 0 is the step with the fewest masks. So the network is told of ever more masks
-    while they vanish. Here to reproduce what that project's samples look like.
+    These samplers use 0, 1, 2, ..., then T - 1 again and again, as the index of the time embedding. But in training
+    index 0 is the step with the fewest masks. So the network is told of ever more masks while there are ever fewer.
+    This class is for reproducing samples of that project.
     """
 
     def __init__(self, T):
         self.T, self.step = T, 0
 
     def __call__(self, rate):
-        """rate (B,), which is not looked at -> t (B,) float32, a step later with each call."""
+        """Return t (B,) float32, one step later with each call. rate (B,) gives only the shape and the device."""
         index = min(self.step, self.T - 1)
         self.step += 1
         return torch.full(rate.shape, (index + 1) / self.T, device=rate.device)

@@ -1,5 +1,6 @@
-"""Other projects' checkpoints, translated into ours: what they are, their names and conventions, and what they leave
-unsaid. files.py reads them; ddit.py has the network that most of them share.
+"""Translate other projects' checkpoints into ours: find the format, rename the weights, add what the file leaves out.
+
+files.py reads the checkpoints. ddit.py translates the network that most of them share.
 
     format          project                                      what the network is here
     nanodd          github.com/flukeskywalker/nanoDD             DiT, told the step number; tied head
@@ -8,14 +9,15 @@ unsaid. files.py reads them; ddit.py has the network that most of them share.
                     Diffusion, Hub and local runs
     oxen            github.com/Oxen-AI/Score-Entropy-Discrete-   the same; always masks and scale_by_sigma
                     Diffusion
-    mdlm            github.com/kuleshov-group/mdlm, Hub and      DiT; told sigma, or folded, if that is always 0
+    mdlm            github.com/kuleshov-group/mdlm, Hub and      DiT, told sigma, or folded if sigma is always 0
                     Lightning
-    bd3lm           github.com/kuleshov-group/bd3lms             the same, on the whole sequence
+    bd3lm           github.com/kuleshov-group/bd3lms             the same, without blocks: whole sequences
     duo, udlm       github.com/s-sahoo/duo, kuleshov-group/      DiT, told sigma; uniform noise
                     discrete-diffusion-guidance
     radd            github.com/ML-GSAI/RADD                      DiT without time
 
-Sizes are read from the tensors, never from defaults. The mask comes last here, wherever it was, and is never predicted.
+Sizes are read from the file. Defaults stand in only for the seq_len of nanoDD, if the file lacks it, and for the n_head
+and seq_len of tiny-diffusion. The mask becomes the last token and is never predicted.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from foreign.files import BUFFERS, plain_key, rename, tensors
 from foreign.tiny_diffusion import our_weights
 
 FORMATS = ("nanodd", "tiny-diffusion", "sedd", "oxen", "mdlm", "bd3lm", "duo", "udlm", "radd")
-# What the user may say of a checkpoint, because the file does not, or not for sure.
+# Settings that the user may override, because the file does not hold them reliably.
 UNSAID = {name: ("n_head", "seq_len", "prefix") if name == "tiny-diffusion" else ("seq_len",) for name in FORMATS}
 
 
@@ -64,7 +66,7 @@ TINY_KEYS = {"token_emb.weight", "time_emb.weight", "blocks.0.attn.c_q.weight", 
 
 
 def detect(found):
-    """The format of what was found. Raises UserError that names the nearest ones if it is of none."""
+    """Return the format of what was found. Raises UserError if it is ambiguous, or unknown (naming the nearest)."""
     payload, settings = found.payload, found.settings
     if isinstance(payload, dict) and payload.get("model_cls") == "D3PMAbsorbing":
         return "nanodd"
@@ -98,12 +100,12 @@ def detect(found):
 
 
 def patterns(keys):
-    """Keys with N for all numbers of blocks, without buffers."""
+    """Return the set of plain keys, with N for each number of a block, without buffers."""
     return {re.sub(r"\.\d+\.", ".N.", plain_key(key)) for key in keys if not BUFFERS.search(key)}
 
 
 def unknown(found, state):
-    """The error for a state dict of no known family: the nearest families, and what is first different."""
+    """Return the error for a state dict of no known family; it names the nearest families and the first differences."""
     payload = found.payload
     ours = patterns(state)
     if not ours:
@@ -124,9 +126,9 @@ def unknown(found, state):
 
 
 def translate(found, hints):
-    """Found of another project -> a payload of ours (checkpoint.py), with the format's name under "foreign".
+    """Translate Found of another project into the payload of a checkpoint of ours, with its format under "foreign".
 
-    hints: checkpoint.Hints, what the user says of it. Raises UserError if it is of no known kind.
+    hints: storage.Hints, what the user says of it. Raises UserError if it is of no known format, or damaged.
     """
     try:
         name, overrides = hints.format or detect(found), hints.overrides or {}
@@ -152,7 +154,7 @@ def translate(found, hints):
 
 
 def overrides(text):
-    """An argparse type: n_head=2,seq_len=40 -> {"n_head": 2, "seq_len": 40}; prefix=64 is fixed:64."""
+    """Parse n_head=2,seq_len=40 as {"n_head": 2, "seq_len": 40}, as an argparse type. prefix=64 stands for fixed:64."""
     known, found = sorted({key for keys in UNSAID.values() for key in keys}), {}
     for part in text.split(","):
         key, equals, value = part.partition("=")
@@ -166,11 +168,11 @@ def overrides(text):
 
 
 def nanodd(found, dataset, overrides, data_dir):
-    """nanoDD's ckpt.pt: the same network under other names, fed the step number 1 ... T; the output is tied to the
-    input embedding; EMA weights by ema_pytorch. Its buffers (betas, alpha_bars, inv_freq) follow from T and the sizes.
+    """Translate nanoDD's ckpt.pt: model.DiT under other names, told the step number 1 ... T.
 
-    It has the number of its tokens and not their names: 27 are text8's, 50,257 are GPT-2's, unless dataset, a prepared
-    data set, has as many others; of any other number it must be named.
+    The output is tied to the input embedding. EMA weights are by ema_pytorch. The buffers (betas, alpha_bars, inv_freq)
+    follow from T and the sizes. The file has the number of its tokens but not their names: 27 are text8's, 50,257 are
+    GPT-2's, unless dataset, a prepared data set, has as many others. For any other number, dataset is required.
     """
     payload = found.payload
     args, training = payload["model_args"], payload.get("training_args", {})
@@ -196,12 +198,12 @@ def nanodd(found, dataset, overrides, data_dir):
 
 
 def tiny(found, overrides):
-    """tiny-diffusion's diffusion_model.pt: the bare state dict of another network (tiny_diffusion.py), whose tokens are
-    the codes of characters, as many as the file has rows: 128 are ASCII. Code 0 is the mask.
+    """Translate tiny-diffusion's diffusion_model.pt: the bare state dict of another network (tiny_diffusion.py).
 
-    It says neither n_head nor seq_len nor the length of the prefix that it was trained to continue: these are
-    n_embd / 64, 256 and 16, as in that project's code, unless the user knows better (overrides). There is no moving
-    average, so the weights stand for it, too.
+    Its tokens are the codes of characters, one for each row of the embedding: 128 rows are ASCII. Code 0 is the mask.
+    The file has neither n_head nor seq_len nor the length of the prefix that the network was trained to continue. They
+    are n_embd / 64, 256 and 16, as in that project's code, unless overrides say otherwise. There is no moving average,
+    so the weights are used for it, too.
     """
     payload, path = found.payload, found.path
     other = [key for key, value in payload.items() if not torch.is_tensor(value)]
@@ -217,7 +219,7 @@ def tiny(found, overrides):
     config["prefix"] = f"fixed:{config['prefix']}" if config["prefix"] else "none"
     if "n_head" not in overrides and n_embd != 384:
         note(f"{path} does not say its n_head: taking {config['n_head']}; --override n_head=N if that is wrong")
-    Config(**config)  # n_head must be found to divide n_embd before weights are moved accordingly
+    Config(**config)  # checks that n_head divides n_embd before the weights are rearranged by it
     weights = our_weights(state, config["n_head"])
     V = len(payload["token_emb.weight"]) - 1
     meta = {"name": "ascii" if V == 127 else "codes", "tokenizer": "char", "vocab_size": V,
@@ -236,10 +238,10 @@ TOKEN_NATS = 7.0  # entropy of single GPT-2 tokens in English prose, nats (LOG.m
 
 @torch.no_grad()
 def plausible(model, objective, tokenizer, seq_len, device):
-    """(cross-entropy of every seventh token of an English text given the others, of their frequencies alone), in nats.
+    """Return two cross-entropies in nats for an English text: of the network, and of the token frequencies alone.
 
-    A trained network is far below the frequencies; one whose weights were mixed up is not. In uniform noise the tokens
-    stay, and the network, which must not trust them, is asked at rate 1/7.
+    The network predicts every seventh token given the others. A trained network is far below the frequencies; one whose
+    weights were mixed up is not. With uniform noise the tokens stay as they are, and the network is told a rate of 1/7.
     """
     x0 = torch.from_numpy(tokenizer.encode(ENGLISH).astype("int64"))[:seq_len].to(device)[None]
     where = torch.zeros_like(x0, dtype=torch.bool)
@@ -258,7 +260,7 @@ def plausible(model, objective, tokenizer, seq_len, device):
 
 
 def warn_if_implausible(model, objective, tokenizer, config, device, path):
-    """Say so on stderr if a network of English knows no English. Raises UserError for numbers that are none."""
+    """Warn on stderr if the loss on English text exceeds that of frequencies. Raises UserError if it is not finite."""
     if config.seq_len < 8:
         return
     ce, level = plausible(model, objective, tokenizer, config.seq_len, device)

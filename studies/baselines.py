@@ -1,4 +1,4 @@
-"""Reference points for bits per token: what simple models reach on the same split (`evaluate.py --baselines`)."""
+"""Reference points for bits per token: results of simple models on the same split (`evaluate.py --baselines`)."""
 
 import lzma
 import math
@@ -11,8 +11,8 @@ def ngram_bits(train, test, n, vocab_size):
 
         p_n(x | h) = (count(h x) + types(h) p_{n-1}(x | h')) / (count(h) + types(h)),
 
-    types(h) being the number of different tokens seen after the history h and h' the history without its oldest token
-    (Chen and Goodman 1998, section 2.4). The first tokens of test, whose history is short, get the lower orders.
+    where types(h) is the number of different tokens seen after the history h, and h' is h without its oldest token
+    (Chen and Goodman 1998, section 2.4). The first tokens of test have a short history and are given lower orders.
     """
     p = np.full(len(test), 1 / vocab_size)
     for order in range(1, n + 1):
@@ -31,7 +31,7 @@ def ngram_bits(train, test, n, vocab_size):
 
 
 def windows_as_ints(tokens, order, vocab_size):
-    """All runs of `order` tokens as integers in base vocab_size, (len(tokens) - order + 1,) int64."""
+    """Return all runs of `order` tokens as integers in base vocab_size, (len(tokens) - order + 1,) int64."""
     if vocab_size**order >= 2**63:
         raise ValueError(f"{order}-grams over {vocab_size} tokens do not fit into 64 bits")
     tokens = np.asarray(tokens, dtype=np.int64)
@@ -42,19 +42,19 @@ def windows_as_ints(tokens, order, vocab_size):
 
 
 def look_up(queries, keys, values):
-    """values[i] where queries equal the sorted keys[i], else 0."""
+    """Return values[i] where a query equals keys[i], which are sorted, else 0."""
     i = np.searchsorted(keys, queries).clip(max=len(keys) - 1)
     return np.where(keys[i] == queries, values[i], 0)
 
 
 def lzma_bits(train, test):
-    """Bits per token of test to LZMA that has read train: the compressed size of both, less that of train alone."""
+    """Bits per token of test under LZMA given train: the compressed size of both, minus that of train alone."""
     size = lambda tokens: len(lzma.compress(np.asarray(tokens).tobytes(), preset=9 | lzma.PRESET_EXTREME))
     return 8 * (size(np.concatenate([train, test])) - size(train)) / len(test)
 
 
 def reference_points(train, test, vocab_size):
-    """[(name, bits per token)] of test, for small vocabularies."""
+    """Return [(name, bits per token)] of simple models on test, for small vocabularies."""
     return [
         ("uniform", math.log2(vocab_size)),
         ("unigram", ngram_bits(train, test, 1, vocab_size)),
@@ -65,7 +65,7 @@ def reference_points(train, test, vocab_size):
 
 
 def known_word_share(texts, train_text):
-    """Share of words in texts that occur in train_text. A text's first and last word may be cut; they are left out."""
+    """Share of words in texts that occur in train_text. A text's first and last word may be cut and do not count."""
     known = set(train_text.split())
     words = [word for text in texts for word in text.split()[1:-1]]
     return sum(word in known for word in words) / max(1, len(words))

@@ -1,8 +1,8 @@
-"""What a model's likelihood is made of (`evaluate.py --curve`, `--curse`, `--context`): cross-entropy by mask rate, the
-price of parallel decoding, the worth of context.
+"""Parts of a model's likelihood (`evaluate.py --curve`, `--curse`, `--context`).
 
-measure_* returns rows of numbers in nats. The function of the same name prints, writes and draws them in bits, for a
-subject.Subject; folder is where it writes (by default that of the checkpoint), out where it prints.
+They are the cross-entropy by mask rate, the cost of parallel decoding, and the gain from context. measure_* returns
+rows of numbers in nats. The function of the same name prints, writes and draws them in bits for a subject.Subject.
+folder: where it writes (by default the checkpoint's folder). out: where it prints.
 """
 
 import json
@@ -19,13 +19,13 @@ from storage import digest
 
 
 def some_of(low, high, n):
-    """About n different integers from low to high, both included, half of them evenly spaced, half of them by ratio."""
+    """Return about n different integers from low to high, both included: half evenly spaced, half at even ratios."""
     even, ratio = torch.linspace(low, high, n // 2), torch.logspace(math.log10(low), math.log10(high), n - n // 2)
     return sorted({min(high, max(low, round(x))) for x in torch.cat([even, ratio]).tolist()})
 
 
 def in_bits(rows, *keys):
-    """The rows with these entries turned from nats into bits, and what is no number (an error, if n = 1) into None."""
+    """Convert these entries of rows from nats to bits, and every nan (a standard error for n = 1) to None."""
     bits = [row | {key: row[key] / math.log(2) for key in keys} for row in rows]
     return [{key: None if value != value else value for key, value in row.items()} for row in bits]
 
@@ -37,8 +37,8 @@ def in_bits(rows, *keys):
 def measure_curve(model, objective, data, seed=0, given=0):
     """Cross-entropy at a masked token, given the number k of masks in its window: [{masks: k, mask_rate, ce, stderr}].
 
-    Its mean over k = 1 ... L is the continuous-time bound (Absorbing.exact_k). A network that sees the time is told it
-    as there. given: tokens at the beginning of each window that are never masked; then L counts the others.
+    Its mean over k = 1 ... L is the continuous-time bound (Absorbing.exact_k). The network is told the time as in
+    exact_k. given: tokens at the beginning of each window that are never masked; L counts only the others.
     """
     rows, L = [], data.seq_len - given
     for k in progress(some_of(1, L, 32), desc="mask rates", leave=False):
@@ -56,14 +56,14 @@ def measure_curve(model, objective, data, seed=0, given=0):
 
 
 def area(rows):
-    """Mean of the curve over k = 1 ... L, interpolated linearly between the k that were measured: nats per token."""
+    """Mean of the curve over k = 1 ... L, interpolated linearly between the measured k, in the unit of ce."""
     k = [row["masks"] for row in rows]
     inner = sum((b["masks"] - a["masks"]) * (a["ce"] + b["ce"]) / 2 for a, b in zip(rows, rows[1:]))
     return (inner + (rows[0]["ce"] + rows[-1]["ce"]) / 2) / k[-1]
 
 
 def curve(subject, folder, seed, out):
-    """Cross-entropy by mask rate, of one checkpoint."""
+    """Print, write and draw the cross-entropy of one checkpoint by mask rate."""
     subject.masked_only("--curve")
     path = subject.output(folder, "curve.json")
     rows = in_bits(measure_curve(subject.model, subject.objective(), subject.data, seed,
@@ -89,17 +89,17 @@ def curve(subject, folder, seed, out):
 
 
 def measure_curse(model, objective, data, n_chars, seed=0):
-    """What predicting k tokens at once costs against one by one, all others being visible, nats per character of the k:
+    """Cost of predicting k tokens at once, compared with one by one, all others visible; nats per character of the k.
 
-    [{tokens: k, characters, parallel, sequential, gap, stderr}], means over windows. n_chars: (V,), of each token.
-
-    Both prices come from one pass that reveals a window in random order: when k masks are left, their cross-entropies
-    add up to the parallel price; those of each, when its turn comes, to the sequential one. For the Bayes-optimal
-    network the expected gap is the total correlation of the k tokens given the others.
+    Returns [{tokens: k, characters, parallel, sequential, gap, stderr}], means over windows. n_chars (V,): characters
+    of each token. Both costs come from one pass that reveals a window in random order. The parallel cost is the sum of
+    the cross-entropies of all masks when k are left. The sequential cost is the sum of those of each of the k tokens
+    just before it is revealed. For the Bayes-optimal network the expected gap is the total correlation of the k tokens
+    given the others.
     """
     device = data.device
     ks = sorted({2**i for i in range(data.seq_len.bit_length())} | {data.seq_len})
-    prices = []  # of each batch: (3, len(ks), B)
+    prices = []  # one (3, len(ks), B) for each batch
     for chunk in progress(data.batches(), desc="revealing", leave=False):
         _, v, _ = repeated_uniforms(seed, chunk, data.n, 1, data.seq_len)
         x0, order = data.read(chunk).to(device), v[:, 0].argsort(1).to(device)
@@ -109,7 +109,7 @@ def measure_curse(model, objective, data, n_chars, seed=0):
                 at_once.append(ce.sum(1))
                 each.append(ce[rows, position])
                 size.append((n_chars.to(device)[x0] * masked).sum(1))
-        each = torch.stack(each).flip(0).cumsum(0).flip(0)  # from here to the end
+        each = torch.stack(each).flip(0).cumsum(0).flip(0)  # sum from here to the end
         left = [data.seq_len - k for k in ks]
         prices.append(torch.stack([torch.stack(at_once)[left], each[left], torch.stack(size)[left]]).cpu().double())
     rows = []
@@ -122,7 +122,7 @@ def measure_curse(model, objective, data, n_chars, seed=0):
 
 
 def curse(subjects, folder, seed, out):
-    """The price of parallel decoding, of one checkpoint, or of two that may have different tokens."""
+    """Print, write and draw the cost of parallel decoding for one checkpoint, or two, whose tokens may differ."""
     for subject in subjects:
         subject.masked_only("--curse")
         subject.whole_windows("--curse")
@@ -144,16 +144,17 @@ def curse(subjects, folder, seed, out):
     return {"curse": result}
 
 
-# ---- what context is worth -------------------------------------------------------------------------------------------
+# ---- the gain from context -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def measure_context(model, objective, data, contexts, seed=0, knows_prefixes=False):
-    """The bound of the same tokens after contexts of different lengths: [{context, bits, stderr, gain, gain_stderr}].
+    """Bound of the same tokens given contexts of different lengths: [{context, bits, stderr, gain, gain_stderr}].
 
-    Scored are the last seq_len - max(contexts) tokens of each window, after as many tokens before them as a context
-    has; masks and their rates are the same for all. gain: over the shortest context, window by window. Nats per token.
-    knows_prefixes: the network was trained with a prefix. Another one is told the share of masks among all tokens, not among those scored.
+    All numbers are nats per token. The last seq_len - max(contexts) tokens of each window are scored, given the
+    `context` tokens before them. Masks and mask rates are the same for all contexts. gain: mean decrease of the bound
+    from the shortest context, window by window. knows_prefixes: the network was trained with a prefix, and is told the
+    mask rate of the scored tokens. Any other network is told the mask rate of all tokens.
     """
     most, n, nats = max(contexts), data.n, []
     draw = getattr(objective, objective.reported)
@@ -179,7 +180,7 @@ def measure_context(model, objective, data, contexts, seed=0, knows_prefixes=Fal
 
 
 def context(subject, contexts, folder, seed, out):
-    """What the tokens before a text say about it."""
+    """Print and write the bound of the same tokens after contexts of different lengths."""
     if not subject.config.objective_class.has_mask:
         subject.masked_only("--context")
     if max(contexts) >= subject.data.seq_len:

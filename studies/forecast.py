@@ -1,4 +1,4 @@
-"""What a run will need: bytes on each GPU, and days, from the operations of its config and a stated utilisation.
+"""Estimate the memory per GPU and the days of a run from its config and an assumed utilisation.
 
     python bench.py --estimate d3pm_openwebtext_8gpu --gpu h100
 """
@@ -16,13 +16,13 @@ from parallel import share_of_batch
 # Dense bfloat16 TFLOP/s and GB of memory, from the manufacturer's data sheets.
 GPUS = {"a100": (312, 80), "a100-40": (312, 40), "h100": (989, 80), "h200": (989, 141), "b200": (2250, 180),
         "l40s": (362, 48), "rtx4090": (165, 24), "rtx3090": (71, 24)}
-SPARE = 0.9  # of a GPU's memory can be used: the rest goes to CUDA, temporary buffers and fragmentation
+SPARE = 0.9  # usable share of a GPU's memory; CUDA, temporary buffers and fragmentation take the rest
 
 
 def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
-    """What autograd keeps of n sequences between the forward and the backward pass.
+    """Bytes that autograd keeps for n sequences between the forward and the backward pass.
 
-    masked: the share of masks among their tokens. Returns bytes: each storage once, the parameters not at all.
+    masked: the share of masks among their tokens. Each storage counts once. Parameters do not count.
     """
     model, objective = cfg.make_model(vocab_size).to(device), cfg.make_objective(vocab_size)
     storages, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -34,18 +34,19 @@ def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
     x0 = torch.randint(vocab_size, (n, cfg.seq_len), device=device)
     noise = objective.noise(torch.full((n,), masked, dtype=torch.float64),
                             torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
-    if objective.any_order:  # as many as were asked for, wherever
+    if objective.any_order:  # the exact number of masks, anywhere
         noise = noise._replace(mask=(torch.randperm(x0.numel(), device=device) < masked * x0.numel()).view_as(x0))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype):
-        loss, _ = objective.loss(model, x0, noise)  # kept, or the storages would be used again
+        loss, _ = objective.loss(model, x0, noise)  # keeps the storages from being reused
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
 def activation_bytes(cfg, vocab_size, device, dtype, masked=0.5):
-    """(a, b), so that kept_bytes of n sequences is a + b n, found from one and two of them through one and two blocks.
+    """Return (a, b) such that kept_bytes of n sequences is a + b n.
 
-    It is linear in the number of blocks, too; a are the blocks' weights in bfloat16. With checkpoint_blocks it has
-    besides what is kept of one block, while that is computed again.
+    They follow from one and two sequences through one and two blocks, since kept_bytes is also linear in the number of
+    blocks. a is the size of the blocks' weights in bfloat16. checkpoint_blocks adds what one block keeps while it is
+    computed again.
     """
     def through(n, layers, again=cfg.checkpoint_blocks):
         variant = replace(cfg, n_layer=layers, checkpoint_blocks=again)
@@ -61,13 +62,15 @@ def activation_bytes(cfg, vocab_size, device, dtype, masked=0.5):
 
 
 def fullest(micro):
-    """The largest share of masks in a micro-batch of a long run: five standard deviations above one half, where the
-    mask rates of its sequences are uniform. The memory for logits must do for that one."""
+    """Largest share of masks in a micro-batch of a long run; the memory for logits must suffice for it.
+
+    It is five standard deviations above one half, for mask rates uniform on [0, 1]: 1/2 + 5/sqrt(12 micro), at most 1.
+    """
     return min(1.0, 0.5 + 5 / (12 * micro) ** 0.5)
 
 
 def recomputed(model, flops, cfg, vocab_size):
-    """What --checkpoint_blocks adds to the operations per token: the blocks' forward pass, a third, once more."""
+    """Operations per token that --checkpoint_blocks adds: the forward pass of the blocks again, a third of theirs."""
     if not cfg.checkpoint_blocks:
         return 0
     without, everywhere = model.flops(cfg.seq_len, 0), model.flops(cfg.seq_len)
@@ -76,7 +79,7 @@ def recomputed(model, flops, cfg, vocab_size):
 
 
 def state_bytes(model, cfg):
-    """Weights, gradients, averages and the optimisers' state, in float32."""
+    """Bytes of weights, gradients, averages and the optimisers' state, in float32."""
     return 4 * (3 * model.n_params() + numbers_kept(model, cfg))
 
 
@@ -86,9 +89,10 @@ def spell(days):
 
 
 def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
-    """Print memory and days of a run on `gpus` GPUs of a kind, DDP, without torch.compile, which keeps less.
+    """Print the memory and the days of a run on `gpus` GPUs of a kind, with DDP and without torch.compile.
 
-    Every GPU does all of Muon's operations. Raises UserError for an unknown GPU, and for FSDP, which shares.
+    torch.compile keeps fewer activations. Every GPU does all of Muon's operations. mfu: the assumed utilisation. Raises
+    UserError for an unknown GPU, and for FSDP, which divides the state among GPUs.
     """
     if cfg.fsdp:
         raise UserError("--estimate is for DDP, where each GPU has the whole model: leave out --fsdp")

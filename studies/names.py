@@ -1,7 +1,8 @@
-"""Models of names (data/prepare_names.py): are they names, new ones, of the right lengths; and can a gap in the middle
-hold fewer letters than it has tokens, which is what --padding=random is for. `python demos.py names CKPT` prints it.
+"""Test models of names (data/prepare_names.py): are samples valid, new, and of the right lengths?
 
-An item is a name of the data set with its pads, `record` tokens in all; here a str.
+It also tests whether a gap in the middle can hold fewer letters than it has tokens, which is the purpose of
+--padding=random. `python demos.py names CKPT` prints the results. An item is a str: a name of the data set with its
+pads, `record` tokens in all.
 """
 
 import math
@@ -17,33 +18,35 @@ from sampling import Settings, plain
 
 
 def items_of(ids, meta):
-    """Ids (N, record), of a tensor or array -> N str, pads included."""
+    """Convert ids (N, record), a tensor or array, to N str, pads included."""
     return ["".join(meta["alphabet"][i] for i in row) for row in ids.tolist()]
 
 
 def valid(item, pad):
-    """Whether an item has letters, and all of its pads together."""
+    """Tell whether an item has letters, and all of its pads in one run."""
     return item.strip(pad) != "" and pad * item.count(pad) in item
 
 
 def distribution(lengths):
-    """Lengths -> {length: share}."""
+    """Return the distribution of lengths, {length: share}."""
     return {length: n / len(lengths) for length, n in sorted(Counter(lengths).items())}
 
 
 def total_variation(p, q):
-    """Half of the sum of |p - q|: what share of one distribution has to move to become the other."""
+    """Half of the sum of |p - q|: the share of one distribution that has to move to give the other."""
     return sum(abs(p.get(x, 0) - q.get(x, 0)) for x in p.keys() | q.keys()) / 2
 
 
 def chance(p, n):
-    """The total variation distance from p that n draws from p itself have on average, nearly (shares as normal)."""
+    """Approximate mean total variation distance between p and n draws from p, with shares taken as normal."""
     return sum(math.sqrt(x * (1 - x) / n) for x in p.values()) / math.sqrt(2 * math.pi)
 
 
 def fill(loaded, canvas, seed, device, size=256):
-    """Fill the masks of canvas (N, record) long by the model's own distribution: for a model of masks, the chain in
-    continuous time."""
+    """Fill the masks of canvas (N, record) long with samples of the model, at temperature 1.
+
+    A masked model is sampled with the chain in continuous time (first_hitting).
+    """
     config, generator, filled = loaded.config, generator_on(device, seed), []
     way = Settings("first_hitting") if config.objective_class.any_order else plain(config)
     objective = config.make_objective(loaded.meta["vocab_size"])
@@ -54,7 +57,7 @@ def fill(loaded, canvas, seed, device, size=256):
 
 
 def gaps(held_out, meta, gap):
-    """Names as (N, record) long: their first two letters, `gap` masks, the last letter, and pads, if there is room."""
+    """Convert names to (N, record) long: the first two letters, `gap` masks, the last letter, and pads to the end."""
     ids, mask_id = {c: i for i, c in enumerate(meta["alphabet"])}, meta["vocab_size"]
     canvas = torch.full((len(held_out), meta["record"]), ids[meta["pad"]])
     for row, name in zip(canvas, held_out):
@@ -63,7 +66,7 @@ def gaps(held_out, meta, gap):
 
 
 def lengths_table(title, columns, out):
-    """Print the distributions of two samples of lengths {title: [length]}, the first one the data's, side by side."""
+    """Print the distributions of two samples of lengths, {title: [length]}, side by side; the first is of the data."""
     (_, data), (_, ours) = columns.items()
     shares = {key: distribution(lengths) for key, lengths in columns.items()}
     p, q = shares.values()
@@ -74,7 +77,7 @@ def lengths_table(title, columns, out):
 
 
 def names(args, out=None):
-    """Draw names from a model of names: how many are valid, unique, novel, how long; then fill gaps in known ones."""
+    """Draw names from a model: how many are valid, unique and novel, and how long; then fill gaps in held-out names."""
     out, device = out or sys.stdout, pick_device("auto")
     loaded = load_model(args.checkpoint, device)
     config, meta = loaded.config, loaded.meta

@@ -1,7 +1,7 @@
-"""How good samples are: what a judge, another language model, thinks of them, and how much they repeat themselves.
+"""Measure the quality of samples: their perplexity under a judge, another language model, and their repetition.
 
-A judge alone is easily pleased: text that repeats itself has a low perplexity. So it never stands without the entropy
-and the repetition of the same samples, and the same numbers of real text.
+Perplexity alone can mislead: text that repeats itself has a low one. So it is always reported with the entropy and the
+repetition of the same samples, and with the same numbers of real text.
 """
 
 import csv
@@ -29,7 +29,7 @@ from studies.baselines import known_word_share
 
 
 def unigram_entropy(tokens):
-    """Entropy of the distribution of tokens within one sample, in bits; low if it repeats itself."""
+    """Entropy of the distribution of tokens within one sample, in bits; low if the sample repeats itself."""
     counts = Counter(tokens).values()
     return -sum(count / len(tokens) * math.log2(count / len(tokens)) for count in counts) if tokens else 0.0
 
@@ -39,20 +39,22 @@ def ngrams(words, n):
 
 
 def distinct(texts, n):
-    """Different word n-grams among all of all texts (distinct-n, arXiv 1510.03055); falls with more text. None: no
-    text has n words."""
+    """Share of different word n-grams among those of all texts (distinct-n, arXiv 1510.03055).
+
+    It decreases with more text. None if no text has n words.
+    """
     found = [gram for text in texts for gram in ngrams(text.split(), n)]
     return len(set(found)) / len(found) if found else None
 
 
 def repetition(texts, n):
-    """Word n-grams that occurred before in the same text, among all of them (seq-rep-n, arXiv 1908.04319); or None."""
+    """Share of word n-grams that occurred before in their text (seq-rep-n, arXiv 1908.04319). None: no text has any."""
     found = [ngrams(text.split(), n) for text in texts]
     return 1 - sum(len(set(grams)) for grams in found) / sum(map(len, found)) if any(found) else None
 
 
 def statistics_of(texts, tokenizer, train_text=None):
-    """What can be said of texts without a judge, as a dict."""
+    """Return the statistics of texts that need no judge, as a dict."""
     entropies = [unigram_entropy(tokenizer.encode(text).tolist()) for text in texts]
     found = {"unigram_entropy_bits": sum(entropies) / len(entropies), "distinct_1": distinct(texts, 1),
              "distinct_2": distinct(texts, 2), "repetition_2": repetition(texts, 2)}
@@ -65,7 +67,7 @@ def statistics_of(texts, tokenizer, train_text=None):
 
 
 class Judge:
-    """An autoregressive checkpoint of this project. Texts longer than its window are cut, each piece starting anew."""
+    """An autoregressive checkpoint as a judge. `judged` cuts texts longer than its window into independent pieces."""
 
     def __init__(self, path, device, dtype):
         self.model, config, meta, _ = load_model(path, device)
@@ -87,7 +89,7 @@ class Judge:
 
 
 class TransformersJudge:
-    """A causal language model of Hugging Face's transformers, such as GPT-2; each text begins after its first token."""
+    """A causal language model of Hugging Face's transformers, such as GPT-2. A start token is put before each text."""
 
     def __init__(self, name, device, dtype):
         require("transformers", f"--judge hf://{name}")
@@ -99,7 +101,7 @@ class TransformersJudge:
             raise UserError(f"hf://{name} cannot be loaded as a causal language model: {str(error).splitlines()[0]}")
         config = self.model.config
         self.length = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", 1024)
-        self.length -= 1  # for the token that starts a text
+        self.length -= 1  # for the start token
         start = self.tokenizer.bos_token_id
         if start is None:
             start = self.tokenizer.eos_token_id
@@ -119,7 +121,7 @@ class TransformersJudge:
 
 
 def open_judge(name, device, dtype):
-    """hf://NAME or hf://FOLDER, or the path of an autoregressive checkpoint. Raises UserError if it is neither."""
+    """Open hf://NAME, hf://FOLDER or an autoregressive checkpoint of ours. Raises UserError if it is none of them."""
     if name.startswith("hf://"):
         return TransformersJudge(name.removeprefix("hf://"), device, dtype)
     return Judge(name, device, dtype)
@@ -127,9 +129,10 @@ def open_judge(name, device, dtype):
 
 @torch.no_grad()
 def judged(judge, texts, batch_size=16):
-    """What the judge thinks: perplexity, bits per token of the judge and per character, standard errors over texts.
+    """Return perplexity and bits per token (the judge's tokens) and per character, with standard errors over texts.
 
-    Perplexity is exp of the mean over all tokens of all texts.
+    Perplexity is exp of the mean cross-entropy, in nats, over all tokens of all texts. Raises UserError if all texts
+    are empty, or a likelihood is not finite.
     """
     pieces = [(i, ids[j:j + judge.length]) for i, ids in enumerate(map(judge.encode, texts))
               for j in range(0, len(ids), judge.length)]
@@ -150,7 +153,7 @@ def judged(judge, texts, batch_size=16):
     characters = torch.tensor([len(text) for text in texts], dtype=torch.float64)
     per_token, per_character = nats.sum() / tokens.sum() / math.log(2), nats.sum() / characters.sum() / math.log(2)
 
-    def error(sizes, mean):  # of a ratio of means
+    def error(sizes, mean):  # standard error of a ratio of means
         residual = (nats / math.log(2) - mean * sizes) / sizes.mean()
         return (residual.std() / math.sqrt(len(texts))).item() if len(texts) > 1 else None
 
@@ -163,7 +166,7 @@ def judged(judge, texts, batch_size=16):
 
 
 def read_samples(path):
-    """Texts of a file: what `sample.py --json` printed, or plain text with one sample per line."""
+    """Read texts printed by `sample.py --json`, or one per line of a text file. Raises UserError if that fails."""
     try:
         content = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -174,7 +177,7 @@ def read_samples(path):
     if content.lstrip().startswith("{"):
         try:
             texts = [sample["text"] for sample in json.loads(content)["samples"]]
-            "".join(texts).encode()  # JSON can hold what is no text
+            "".join(texts).encode()  # JSON can hold invalid text
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--samples {path} looks like JSON but is not what sample.py --json prints")
     else:
@@ -185,9 +188,9 @@ def read_samples(path):
 
 
 def draw_samples(subject, objective, given, settings, seed):
-    """Texts that continue the prefixes given (n, c), what a model needs that was trained with one, else c = 0.
+    """Draw texts that continue the prefixes given (n, c); c = 0 if the model was trained without a prefix.
 
-    Returns n texts, the network evaluations that each took on average, and seconds.
+    Returns n texts, the mean number of network evaluations per text, and seconds.
     """
     data, denoiser, texts, start = subject.data, Counted(subject.model), [], time.perf_counter()
     generator, (n, c) = generator_on(data.device, seed), given.shape
@@ -200,11 +203,10 @@ def draw_samples(subject, objective, given, settings, seed):
 
 
 def measure(subject, samples, judge, settings, seed):
-    """Quality of samples, for each of several sampling.Settings, and of as many windows of real text, if there are:
+    """Measure samples of each of several sampling.Settings, and as many windows of real text, if there are so many.
 
-    [{sampler, steps, nfe, ...}].
-
-    samples: their number, or texts. subject: a subject.Subject. judge: of open_judge, or None.
+    Returns [{sampler, steps, nfe, ...}]. samples: their number, or texts. subject: a subject.Subject. judge: from
+    open_judge, or None.
     """
     rows, objective, train_text, data = [], subject.objective(), None, subject.data
     if subject.tokenizer.unit == "char":
@@ -233,8 +235,11 @@ def measure(subject, samples, judge, settings, seed):
 
 
 def samples(subject, samples, settings, judge, folder, seed, out):
-    """Quality of samples against network evaluations. samples: their number, or texts. settings: a list of
-    sampling.Settings, one for each row. judge: of open_judge, or None."""
+    """Print, write and draw the quality of samples by network evaluations.
+
+    samples: their number, or texts. settings: a list of sampling.Settings, one for each row. judge: from open_judge, or
+    None.
+    """
     path = subject.output(folder, "quality.csv")
     if judge and judge.meta and judge.meta.get("alphabet") not in (None, subject.meta.get("alphabet")):
         raise UserError(f"--judge {judge.name} has another alphabet than {subject.path}: its perplexities would mean "

@@ -1,4 +1,4 @@
-"""What a command scores: a checkpoint, and the windows of a text. Shared by evaluate.py and the studies."""
+"""A checkpoint and the windows of a text that a command scores it on, for evaluate.py and the studies."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from storage import Hints
 
 
 class Subject(NamedTuple):
-    """A checkpoint and what it is scored on."""
+    """A checkpoint and the data that it is scored on."""
 
     path: str
     model: torch.nn.Module
@@ -26,18 +26,18 @@ class Subject(NamedTuple):
     step: int
     tokenizer: object
     dataset: str          # name of the data set, or of the text file
-    split: str            # None of a text file
-    where: str            # both in words
+    split: str            # None for a text file
+    where: str            # dataset and split in words
     data_dir: str
     data: Windows
 
     def read_split(self, name):
-        """All tokens of a split of the data set, in the checkpoint's ids."""
+        """Return all tokens of a split of the data set, in the checkpoint's ids."""
         meta = load_meta(self.dataset, self.data_dir)
         return recode(load_split(self.dataset, name, 1, self.data_dir), meta, self.meta, self.dataset)
 
     def output(self, folder, name):
-        """Where a study is written: in folder, or the checkpoint's. Raises UserError if there is no such folder."""
+        """Return the path to write a study to, in folder or the checkpoint's. Raises UserError if there is none."""
         path = Path(self.path)
         if self.path.startswith("hf://") and not folder:
             raise UserError(f"say with --out_dir where to write what is found out about {self.path}")
@@ -64,12 +64,13 @@ class Subject(NamedTuple):
 
 def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, normalised=False, split="val",
                  dataset=None, data_dir="", text=None, seq_len=None, n_tokens=None, n_windows=None):
-    """Load a checkpoint and what to score it on: a split of a data set, or a text file. Raises UserError for what does
-    not fit together.
+    """Load a checkpoint and the data to score it on: a split of a data set, or a text file.
 
-    dataset, data_dir, seq_len: by default those that it was trained with
-    n_tokens: about so many, in windows spread over the split; by default n_windows windows, or all
+    dataset, data_dir, seq_len: by default those of the training
+    n_tokens: about as many tokens, in windows spread over the split; by default n_windows windows, or all
     normalised: score the normalised prediction, where the objective's own is not normalised
+
+    Raises UserError if these do not fit together.
     """
     model, config, meta, step = load_model(path, device, hints, raw)
     seq_len = seq_len or config.seq_len
@@ -104,7 +105,10 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
 
 
 def check_comparable(one, two, named_data):
-    """Raise UserError unless two subjects are scored on the same windows of data that neither was chosen for."""
+    """Raise UserError unless two subjects are scored on the same windows, after the same prefixes.
+
+    Their checkpoints must have been trained on the same data, unless the user named the data (named_data).
+    """
     for key in ("tokenizer", "alphabet", "vocab_size"):
         if one.meta.get(key) != two.meta.get(key):
             raise UserError(f"{one.path} and {two.path} have different data: their {key}s are {one.meta.get(key)!r} "

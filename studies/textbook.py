@@ -1,4 +1,4 @@
-"""D3PM as one writes it first, from the paper: correct and slow. bench.py measures what is won by not doing so.
+"""A direct implementation of D3PM from the paper: correct and slow. bench.py compares its speed with ours.
 
 Every step builds the true and the learned posterior over all K = V + 1 states of all tokens, (B, L, K), in float32.
 """
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 
 def posterior(xt, p_x0, a, a_next, mask_id):
-    """q(x_{s-1} | x_s, x_0), with x_0 given by its probabilities p_x0 (B, L, K): (B, L, K), normalised.
+    """q(x_{s-1} | x_s, x_0), normalised, (B, L, K), for x_0 given by its probabilities p_x0 (B, L, K).
 
-    D3PM, arXiv 2107.03006, eq. 3: the product of q(x_s | x_{s-1}) and q(x_{s-1} | x_0), over its sum. a, a_next (B,):
-    the probability that a token is visible at steps s and s - 1.
+    D3PM, arXiv 2107.03006, eq. 3: q(x_s | x_{s-1}) q(x_{s-1} | x_0) divided by its sum over x_{s-1}. a, a_next (B,):
+    the probability that a token is visible at step s and at step s - 1.
     """
     K = mask_id + 1
     is_mask = F.one_hot(torch.tensor(mask_id, device=xt.device), K).float()
@@ -24,8 +24,10 @@ def posterior(xt, p_x0, a, a_next, mask_id):
 
 
 def loss(model, x0, noise, T, mask_id):
-    """KL(q || p) of one random step, nats per token: what D3PM.loss of diffusion.py is with the linear schedule and
-    without an auxiliary term (arXiv 2107.03006, eq. 1). x0 (B, L), noise: of D3PM.noise."""
+    """KL(q || p) of one random step, nats per token (arXiv 2107.03006, eq. 1). x0 (B, L), noise: from D3PM.noise.
+
+    It equals D3PM.loss of diffusion.py with the linear schedule and without the auxiliary term.
+    """
     s = (noise.t * T).round()
     a, a_next = 1 - s / T, 1 - (s - 1) / T
     xt = torch.where(noise.mask, mask_id, x0)
@@ -37,7 +39,7 @@ def loss(model, x0, noise, T, mask_id):
 
 
 def train_step(model, parts, T, mask_id, optimizer, grad_clip):
-    """One step as tutorials write it, on parts: (x0, noise) of each micro-batch."""
+    """Take one training step as tutorials do. parts: (x0, noise) of each micro-batch."""
     for x0, noise in parts:
         (loss(model, x0, noise, T, mask_id) / len(parts)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -47,8 +49,10 @@ def train_step(model, parts, T, mask_id, optimizer, grad_clip):
 
 @torch.no_grad()
 def sample(objective, model, xt, generator, T=1000):
-    """The reverse chain: in each of T steps the network with its head everywhere, the posterior of all tokens, and a
-    draw from it. A sampler as those of sampling.py, but it yields xt (B, L) alone."""
+    """Sample by the reverse chain: T steps, each with logits and the posterior at all positions, and a draw from it.
+
+    Unlike the samplers of sampling.py, it yields only xt (B, L).
+    """
     for s in range(T, 0, -1):
         t = torch.full((len(xt),), s / T, device=xt.device)
         p_x0 = F.pad(model(xt, t).float().softmax(-1), (0, 1))

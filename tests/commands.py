@@ -1,4 +1,4 @@
-"""What the tests of the command lines share: a small run, how to start it, and how to read what it left."""
+"""Helpers for tests of the command lines: start a small run, wait for it, and read its results."""
 
 import gc
 import json
@@ -21,33 +21,33 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_cond=8", "--seq_len=32
          "--sample_interval=0", "--T=50", "--dataset=tiny", "--eval_interval=10", "--log_interval=1",
          "--peak_tflops=1"]
 
-# Adam turns the sign of a vanishing gradient into a whole step, so rounding grows quickly at a real learning rate.
+# Adam turns the sign of even a tiny gradient into a whole step, so rounding grows quickly at a usual learning rate.
 STEADY = ["--lr=1e-5", "--dropout=0", "--time_sampling=exact_k", "--max_steps=4"]
 
 
 class Result:
-    """How a command ended: exit code, stdout, stderr."""
+    """The result of a command: exit code, stdout, stderr."""
 
     def __init__(self, code, out, err):
         self.code, self.out, self.err = code, out, err
 
 
 def arguments(config, data_dir, out, *extra):
-    """The command line of a small run, for call() or after `python`."""
+    """Return the command line of a small run, to be passed to call() or put after `python`."""
     return [ROOT / "train.py", config, *SMALL, f"--data_dir={data_dir}", f"--out_dir={out}", *extra]
 
 
 def train(call, *args):
-    """A small run in this process; args as for arguments()."""
-    gc.collect()  # a run that failed holds the lock of its folder as long as its traceback, or its process, lives
+    """Do a small run in this process; args as for arguments()."""
+    gc.collect()  # a failed run keeps the lock of its folder while its traceback, or its process, exists
     return call(*map(str, arguments(*args)))
 
 
 def start(*args, n=1, torchrun=None, script=None, **environment):
-    """A small run of n real processes that find each other, as torchrun's workers do; or by torchrun with these flags.
+    """Start a small run of n real processes that connect as torchrun's workers do, or by torchrun itself.
 
-    args as for arguments(); script: to run in place of train.py. Returns the processes, or torchrun's. The stdout and
-    stderr of each are one pipe.
+    args as for arguments(); torchrun: its flags; script: runs in place of train.py; environment: variables.
+    Returns the processes, or [torchrun's process]. The stdout and stderr of each go to one pipe.
     """
     command = [sys.executable, *map(str, arguments(*args))]
     command[1] = str(script or command[1])
@@ -67,7 +67,7 @@ def start(*args, n=1, torchrun=None, script=None, **environment):
 
 
 def finish(processes, timeout=300):
-    """[(exit code, output)] of processes of start(), in their order; those not done by then are killed."""
+    """Return [(exit code, output)] of the processes of start(), in order. After `timeout` seconds they are killed."""
     watchdog = threading.Timer(timeout, lambda: [process.kill() for process in processes])
     watchdog.start()
     try:
@@ -84,7 +84,7 @@ def finish_well(processes):
 
 
 def read_until(process, beginning):
-    """Read a process's output up to the line that begins so; one that does not come in five minutes will not."""
+    """Read a process's output up to the line with this beginning. Raises AssertionError if none comes in 5 minutes."""
     watchdog, lines = threading.Timer(300, process.kill), []
     watchdog.start()
     try:
@@ -98,7 +98,7 @@ def read_until(process, beginning):
 
 
 def children(process):
-    """The ids of a process's children."""
+    """Return the ids of a process's children."""
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     found = listed.read_text() if listed.exists() else subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
@@ -106,7 +106,7 @@ def children(process):
 
 
 def stop_after(monkeypatch, steps, number=signal.SIGTERM):
-    """Have this process get a signal in the middle of its n-th step from now."""
+    """Send this process a signal in the middle of the training step that is number `steps` from now."""
     clip, left = torch.nn.utils.clip_grad_norm_, [steps]
 
     def clip_and_signal(*args):
@@ -127,13 +127,13 @@ def losses(out, key="bits_per_token"):
 
 
 def assert_same_training(one, two, rel=1e-4):
-    """Losses and gradient norms of two runs agree up to rounding."""
+    """Assert that losses and gradient norms of two runs agree up to rounding."""
     for key in ("bits_per_token", "grad_norm"):
         assert len(losses(one, key)) >= 3 and losses(one, key) == pytest.approx(losses(two, key), rel=rel)
 
 
 def assert_identical(one, two):
-    """Two finished runs agree bit for bit: weights, averages, optimiser state, tally, best and logged losses."""
+    """Assert that two finished runs agree bit for bit: weights, averages, optimisers, tally, best and logged losses."""
     one_state, two_state = storage.read(one), storage.read(two)
     for key in ("step", "best_val", "tally", "model", "ema", "optimizer"):
         assert storage.digest(one_state[key]) == storage.digest(two_state[key]), key
@@ -142,7 +142,7 @@ def assert_identical(one, two):
 
 
 def assert_one_line(result, *words):
-    """A refusal: exit code 2 and one line on stderr that has these words."""
+    """Assert that a command was refused: exit code 2, no stdout, one line on stderr that contains these words."""
     assert result.code == 2, result
     assert result.out == "" and result.err.count("\n") == 1 and "Traceback" not in result.err, result.err
     for word in words:

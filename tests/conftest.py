@@ -10,11 +10,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # make test has two workers
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+torch.set_num_threads(1)  # `make test` has two workers
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
-# Real runs, processes and compilers: left out of `make check`, which is for after each edit.
+# Tests with real runs, processes and compilers. `make check`, to be run after each edit, leaves them out.
 SLOW = {"test_runs.py", "test_families.py", "test_bfloat16.py", "test_bench.py"}
 SLOW_TESTS = {"test_hub_offline", "test_a_missing_tokenizer", "test_pydoc", "test_known_entropy"}
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def auto_is_float32():
-    """--dtype=auto means float32 in every test, whatever the CPU can do; test_bfloat16.py asks for bfloat16 by name."""
+    """Make --dtype=auto mean float32 in every test, whatever the CPU; test_bfloat16.py asks for bfloat16 by name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False, raising=False)
         yield
@@ -39,7 +39,7 @@ def auto_is_float32():
 
 @pytest.fixture(scope="session")
 def golden():
-    """Folder of foreign checkpoints with the outputs of their original code, where there is one."""
+    """Folder of foreign checkpoints with the outputs of their original code. Skips if GOLDEN_DIR is not set."""
     if not os.environ.get("GOLDEN_DIR"):
         pytest.skip("GOLDEN_DIR is not set: no foreign checkpoints to compare with")
     return Path(os.environ["GOLDEN_DIR"])
@@ -47,7 +47,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def gpt2():
-    """Skips where GPT-2's vocabulary is neither cached nor downloadable."""
+    """GPT-2's tokenizer. Skips if its vocabulary is neither cached nor downloadable."""
     from cli import UserError
     from data.tokenizer import GPT2Tokenizer
     try:
@@ -58,7 +58,7 @@ def gpt2():
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """Run a script as `python SCRIPT ARGUMENTS` would, in this process: exit code, stdout, stderr."""
+    """Function that runs `python SCRIPT ARGUMENTS` in this process and returns a Result."""
     from commands import Result
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 

@@ -1,7 +1,7 @@
 """A world small enough to enumerate: V = 3 tokens, L = 3 positions, a random distribution over the 27 sequences.
 
-Everything here is written from the definitions (Bayes' rule, matrix products, sums over all states), slowly, and uses
-nothing of diffusion.py or sampling.py: it is what their closed forms are compared with.
+The tests compare the closed forms of diffusion.py and sampling.py with this module. It is slow, follows the definitions
+(Bayes' rule, matrix products, sums over all states) and uses nothing of those two files.
 """
 
 import itertools
@@ -17,7 +17,7 @@ ENTROPY = -(P_DATA * P_DATA.log()).sum().item()
 
 
 def oracle(xt, t=None, where=None):
-    """The Bayes-optimal denoiser: log p(x0_i | the visible tokens of xt), (B, L, V) or (N, V) at where."""
+    """The Bayes-optimal denoiser: log p(x0_i | visible tokens of xt), (B, L, V), or (N, V) where `where` is True."""
     agrees = ((xt[:, None] == SEQUENCES) | (xt[:, None] == MASK)).all(-1)     # (B, 27)
     posterior = agrees * P_DATA
     posterior = posterior / posterior.sum(1, keepdim=True)
@@ -27,7 +27,7 @@ def oracle(xt, t=None, where=None):
 
 
 def random_denoiser(seed, sees_time):
-    """An arbitrary denoiser: smooth in t, different in every state, far from optimal."""
+    """Return an arbitrary denoiser: smooth in t, different in every state, far from optimal."""
     generator = torch.Generator().manual_seed(seed)
     table = 2 * torch.randn(len(STATES), L, V, 2, dtype=torch.float64, generator=generator)
     code = torch.tensor([(V + 1) ** (L - 1 - i) for i in range(L)])
@@ -42,14 +42,14 @@ def random_denoiser(seed, sees_time):
 
 
 def one_step_matrix(keep):
-    """Q (V+1, V+1): a token stays with probability keep, else becomes the mask, which stays."""
+    """Return Q (V+1, V+1): a token stays with probability keep, else becomes the mask; a mask stays."""
     Q = torch.eye(V + 1, dtype=torch.float64) * keep
     Q[:, MASK] += 1 - keep
     return Q
 
 
 def matrices(alphas):
-    """One-step matrices Q_1 ... Q_T of alphas = [alpha_0 = 1, ..., alpha_T], and products Qbar_0 ... Qbar_T."""
+    """Return one-step matrices Q_1 ... Q_T and products Qbar_0 ... Qbar_T for alphas = [alpha_0 = 1, ..., alpha_T]."""
     steps = [one_step_matrix(alphas[s] / alphas[s - 1]) for s in range(1, len(alphas))]
     products = [torch.eye(V + 1, dtype=torch.float64)]
     for Q in steps:
@@ -58,15 +58,15 @@ def matrices(alphas):
 
 
 def posterior(steps, products, s):
-    """q(x_{s-1} = j | x_s = i, x0 = k) by Bayes, (x_s, x0, x_{s-1}); rows of impossible pairs are nan."""
+    """q(x_{s-1} = j | x_s = i, x0 = k) by Bayes' rule, indexed (i, k, j); rows of impossible pairs (i, k) are nan."""
     joint = torch.einsum("kj,ji->ikj", products[s - 1], steps[s - 1])  # q(x_{s-1}=j, x_s=i | x0=k)
     return joint / joint.sum(-1, keepdim=True)
 
 
 def learned_step(model, steps, products, s, T):
-    """p(x_{s-1} | x_s) of a denoiser for every state: (64, L, V+1), per position: q averaged over its prediction of x0.
+    """p(x_{s-1} | x_s) of a denoiser for every state, per position: (64, L, V+1).
 
-    Visible tokens are kept (carry-over).
+    A mask has q averaged over the predicted x0. A visible token is kept (carry-over).
     """
     q = posterior(steps, products, s)
     p_x0 = model(STATES, torch.full((len(STATES),), s / T, dtype=torch.float64)).softmax(-1)   # (64, L, V)
@@ -76,7 +76,7 @@ def learned_step(model, steps, products, s, T):
 
 
 def chain_law(model, alphas):
-    """p_T(x0) of the reverse chain with this denoiser, by summing over every path: (27,)."""
+    """Distribution p_T(x0) of the reverse chain with this denoiser, by summing over every path: (27,)."""
     T = len(alphas) - 1
     steps, products = matrices(alphas)
     law = (STATES == MASK).all(1).double()
@@ -89,7 +89,7 @@ def chain_law(model, alphas):
 
 
 def t_step_bound(model, alphas):
-    """The D3PM bound of every sequence by definition: sum_s E_q KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)), (27,) nats."""
+    """D3PM bound of every sequence by its definition, sum_s E_q KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)): (27,) nats."""
     T = len(alphas) - 1
     steps, products = matrices(alphas)
     total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
@@ -107,10 +107,10 @@ def t_step_bound(model, alphas):
 
 
 def remasking_law(model, grid, sigma):
-    """p(x0) of ReMDM's reverse chain on a grid of mask rates (arXiv 2503.00307), by summing over every path: (27,).
+    """Distribution p(x0) of ReMDM's reverse chain (arXiv 2503.00307) by summing over every path: (27,).
 
-    sigma(r, s, states (64, L)) -> (64, L), the probability of masking a token again, and for masks what their own
-    probability of falling is made of. The network is told the rate.
+    grid: the mask rates. sigma(r, s, states (64, L)) -> (64, L): at a token, the probability that it is masked again;
+    at a mask, the sigma in its probability of being revealed, ((1-s) - (1-sigma)(1-r))/r. The network is told the rate.
     """
     law = (STATES == MASK).all(1).double()
     visible = torch.nn.functional.one_hot(STATES, V + 1).double()
@@ -128,8 +128,10 @@ def remasking_law(model, grid, sigma):
 
 
 def cross_entropy_at(model, rate):
-    """Expected cross-entropy of a masked token when all others are masked at this rate, nats, by summing over
-    sequences and masks; the network sees no time."""
+    """Expected cross-entropy of a masked token, in nats, when each other token is masked at this rate.
+
+    It is a sum over sequences and masks. The network sees no time.
+    """
     total, weight = 0.0, 0.0
     for mask in MASKS:
         k = int(mask.sum())
@@ -137,7 +139,7 @@ def cross_entropy_at(model, rate):
             continue
         log_p = model(torch.where(mask, MASK, SEQUENCES), torch.ones(len(SEQUENCES))).log_softmax(-1)
         ce = -(log_p.gather(-1, SEQUENCES[..., None]).squeeze(-1) * mask).sum(1)
-        probability = rate ** (k - 1) * (1 - rate) ** (L - k)  # of the other masks, one being there
+        probability = rate ** (k - 1) * (1 - rate) ** (L - k)  # of the other masks, given one
         total, weight = total + probability * (P_DATA * ce).sum().item(), weight + probability * k
     return total / weight
 
@@ -148,18 +150,18 @@ ONE_HOT = torch.nn.functional.one_hot(SEQUENCES, V).double()
 
 
 def uniform_matrix(keep):
-    """Q (V, V): a token stays with probability keep, else becomes any of the V tokens, itself included."""
+    """Return Q (V, V): a token stays with probability keep, else becomes any of the V tokens, itself included."""
     return torch.eye(V, dtype=torch.float64) * keep + (1 - keep) / V
 
 
 def uniform_law(alpha):
-    """q(xt | x0), (27 x0, 27 xt)."""
+    """Distribution q(xt | x0): (27 x0, 27 xt)."""
     Q = uniform_matrix(alpha)
     return torch.stack([Q[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)
 
 
 def uniform_oracle(alpha, leave_one_out=True):
-    """p(x0_i | xt) for every xt, (27, L, V) probabilities, where position i of xt is not looked at if leave_one_out."""
+    """p(x0_i | xt) for every xt: (27, L, V) probabilities. With leave_one_out, position i of xt is ignored."""
     Q = uniform_matrix(alpha)
     factors = torch.stack([Q[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)])  # (L, 27 x0, 27 xt)
     found = []
@@ -171,7 +173,7 @@ def uniform_oracle(alpha, leave_one_out=True):
 
 
 def true_scores(alpha):
-    """p_t(xt with y at position i)/p_t(xt) for every xt, (27, L, V)."""
+    """Scores p_t(xt with y at position i)/p_t(xt) for every xt, i and y: (27, L, V)."""
     marginal = P_DATA @ uniform_law(alpha)
     found = torch.empty(len(SEQUENCES), L, V, dtype=torch.float64)
     for i in range(L):
@@ -183,21 +185,23 @@ def true_scores(alpha):
 
 
 def uniform_posterior(alpha_t, alpha_s):
-    """q(x_s = j | x_t = i, x0 = k) by Bayes, (k, i, j)."""
+    """q(x_s = j | x_t = i, x0 = k) by Bayes' rule, indexed (k, i, j)."""
     joint = torch.einsum("kj,ji->kij", uniform_matrix(alpha_s), uniform_matrix(alpha_t / alpha_s))
     return joint / joint.sum(-1, keepdim=True)
 
 
 def uniform_step(x_theta, alpha_t, alpha_s):
-    """p(x_s | x_t) per position for every x_t, (27, L, V), of a network that predicts x_theta (27, L, V):
-    proportional to the sum over x0 of q(x_s, x_t | x0) x_theta(x0) (D3PM, eq. 4)."""
+    """p(x_s | x_t) per position for every x_t, (27, L, V), of a network that predicts x_theta (27, L, V).
+
+    It is proportional to sum_{x0} q(x_s, x_t | x0) x_theta(x0) (D3PM, eq. 4).
+    """
     joint = torch.einsum("kj,ji->kij", uniform_matrix(alpha_s), uniform_matrix(alpha_t / alpha_s))
     p = torch.einsum("nlk,knlj->nlj", x_theta, joint[:, SEQUENCES])
     return p / p.sum(-1, keepdim=True)
 
 
 def uniform_chain_law(steps):
-    """p(x0) of a chain from uniform tokens by steps of uniform_step's kind, (27,)."""
+    """Distribution p(x0) of a chain that starts from uniform tokens: (27,). steps: the results of uniform_step."""
     law = torch.full((len(SEQUENCES),), 1 / len(SEQUENCES), dtype=torch.float64)
     for p in steps:
         law = law @ torch.stack([p[:, i, SEQUENCES[:, i]] for i in range(L)]).prod(0)
@@ -205,7 +209,7 @@ def uniform_chain_law(steps):
 
 
 def uniform_t_step_bound(x_theta, alphas):
-    """sum_s E_q KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)) of every sequence, (27,) nats; x_theta: s -> (27, L, V)."""
+    """Bound sum_s E_q KL(q(x_{s-1}|x_s,x0) || p(x_{s-1}|x_s)) per sequence: (27,) nats. x_theta: s -> (27, L, V)."""
     total = torch.zeros(len(SEQUENCES), dtype=torch.float64)
     for s in range(1, len(alphas)):
         p, q = uniform_step(x_theta(s), alphas[s], alphas[s - 1]), uniform_posterior(alphas[s], alphas[s - 1])
