@@ -1,4 +1,5 @@
-"""bench.py, costs.py, studies/forecast.py, studies/textbook.py: the yardsticks are right; how fast anything is, no test asks."""
+"""bench.py, costs.py, studies/forecast.py, studies/textbook.py: the yardsticks are right. No test asks how fast anything
+is."""
 
 import json
 

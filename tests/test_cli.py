@@ -347,7 +347,7 @@ def test_missing_packages(call, trained, data_dir, tmp_path, monkeypatch, module
 
 
 def test_requirements():
-    """requirements.txt is what the three commands import; every other package that is named is in requirements-all.txt."""
+    """requirements.txt is what the three commands import; every other package in use is in requirements-all.txt."""
     core, more = ({re.match(r"[\w-]+", line)[0].lower() for line in (ROOT / name).read_text().splitlines()
                    if line[:1].isalnum()} for name in ("requirements.txt", "requirements-all.txt"))
     assert core == {"torch", "numpy", "tqdm", "safetensors"} and not core & more

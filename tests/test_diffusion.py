@@ -524,8 +524,8 @@ def test_facts_of_an_objective(key):
     """Each has all facts, and they hold: estimators come in pairs and are methods or orders, the reported one is one of
     them, the samplers exist, and the network has as many tokens as it says."""
     name, noise = key
-    config = Config(n_layer=1, n_head=1, n_embd=4, n_cond=4, seq_len=4, conditioning="none", objective=name, noise=noise,
-                    schedule="loglinear" if name == "sedd" else "cosine")
+    config = Config(n_layer=1, n_head=1, n_embd=4, n_cond=4, seq_len=4, conditioning="none", objective=name,
+                    noise=noise, schedule="loglinear" if name == "sedd" else "cosine")
     objective, model = config.make_objective(5), config.make_model(5)
     assert type(objective) is OBJECTIVES[key] and isinstance(objective.description, str)
     assert model.embed.num_embeddings == 5 + objective.has_mask and model.blocks[0].causal == objective.causal

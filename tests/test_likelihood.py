@@ -1,5 +1,5 @@
-"""likelihood.py and studies/curves.py: chain rules, agreement of estimators, invalid ones, and what the studies measure, on a
-world that can be enumerated."""
+"""likelihood.py and studies/curves.py: chain rules, agreement of estimators, invalid ones, and what the studies measure,
+on a world that can be enumerated."""
 
 import itertools
 import math
@@ -194,7 +194,8 @@ def test_last_batch_of_one_window():
     for measure in (
             lambda size: chain_rule_of(model, MDLM(4), data(size), "random"),
             lambda size: torch.tensor([row["ce"] for row in measure_curve(model, MDLM(4), data(size))]),
-            lambda size: torch.tensor([row["gap"] for row in measure_curse(model, MDLM(4), data(size), torch.ones(4))])):
+            lambda size: torch.tensor([
+                row["gap"] for row in measure_curse(model, MDLM(4), data(size), torch.ones(4))])):
         torch.testing.assert_close(measure(8), measure(100), rtol=1e-4, atol=1e-4)
 
 
@@ -313,8 +314,9 @@ def test_curse_is_the_total_correlation():
 
 
 def test_variance_of_the_reported_bound():
-    """With as many network calls on the same windows, the reported estimator has at most an eighth of the variance of the
-    papers' way, s uniform and tokens masked independently; both have the same mean (T = 1000 is nearly continuous)."""
+    """With as many network calls on the same windows, the reported estimator has at most an eighth of the variance of
+    the papers' way, s uniform and tokens masked independently; both have the same mean (T = 1000 is nearly continuous).
+    """
     model, data = random_network(4, "none", seq_len=16), windows_of(random_text(8, seq_len=16))
     x0, chain, generator = data.read(range(8)).repeat_interleave(8, 0), D3PM(4), torch.Generator().manual_seed(0)
     ours, naive = [], []

@@ -196,8 +196,8 @@ def test_visibility(conditioning):
 
 @torch.no_grad()
 def test_positions():
-    """0, 1, ... is the default; tokens in another order with their own positions give the same logits in that order, for
-    each sequence its own; a text seen twice, at the same positions, is two texts."""
+    """0, 1, ... is the default; tokens in another order with their own positions give the same logits in that order,
+    for each sequence its own; two texts at the same positions, which do not see each other, are two texts."""
     model, (xt, t) = tiny(), batch()
     close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     close(model(xt, t, positions=torch.arange(16)), model(xt, t))
@@ -213,8 +213,8 @@ def test_positions():
 @torch.no_grad()
 @pytest.mark.parametrize("conditioning, causal", [("none", False), ("time", False), ("none", True)])
 def test_the_past_is_remembered(conditioning, causal):
-    """Block after block, with the keys and values of the blocks before, gives the logits of the whole text at once, under
-    the visibility of blocks, or of a causal network; also with blocks of unequal lengths and with `where`."""
+    """Block after block, with the keys and values of the blocks before, gives the logits of the whole text at once,
+    under the visibility of blocks, or of a causal network; also with blocks of unequal lengths and with `where`."""
     model, (xt, t) = tiny(conditioning, causal=causal), batch()
     edges = [0, 4, 8, 16] if not causal else [0, 1, 2, 7, 16]
     block = torch.bucketize(torch.arange(16), torch.tensor(edges[1:-1]), right=True)

@@ -326,8 +326,8 @@ def test_the_time_told_with_context(prefix, most):
         return torch.zeros(int(where.sum()), 27)
 
     tokens, starts = np.random.default_rng(0).integers(0, 27, 24 * 60), np.arange(0, 24 * 59, 24)
-    rows = measure_context(model, MDLM(27), Windows(tokens, starts, 24, 100, torch.device("cpu"), torch.float32), [0, 16],
-                           knows_prefixes=prefix != "none")
+    data = Windows(tokens, starts, 24, 100, torch.device("cpu"), torch.float32)
+    rows = measure_context(model, MDLM(27), data, [0, 16], knows_prefixes=prefix != "none")
     assert told[0].max() > 0.9 and 0.9 * most < told[1].max() <= most and len(told) == 2
     assert all(torch.equal(a, b) for a, b in zip(*seen))
     assert [row["bits"] for row in rows] == pytest.approx([np.log(27)] * 2)

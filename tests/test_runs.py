@@ -571,8 +571,8 @@ def test_what_is_left_of_a_run_is_not_written_over(call, data_dir, tmp_path):
 
 
 def test_other_names_of_a_config(call, data_dir, tmp_path, monkeypatch):
-    """A run begun under one name of a config goes on under another, in the same folder: the config's own, or the one that
-    a run made under another name."""
+    """A run begun under one name of a config goes on under another, in the same folder: the config's own, or the one
+    that a run made under another name."""
     monkeypatch.chdir(tmp_path)
     command = [word for word in map(str, arguments("mdlm_text8_4gpu", data_dir, "", "--max_steps=4"))
                if not word.startswith("--out_dir")]
