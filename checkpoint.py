@@ -22,7 +22,7 @@ from data.tokenizer import make_tokenizer
 from export import export
 from foreign import translate
 from log import parse
-from storage import Hints, add_hints, check_keys, claim, config_of, hints_of, read, read_latest
+from storage import Hints, add_hints, check_finite, check_fit, check_keys, claim, config_of, hints_of, read, read_latest
 
 OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # English data sets of foreign checkpoints
 
@@ -57,7 +57,7 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
         check_same_run(payload, path, cfg, meta)
         for kind in ("model", "ema"):
             check_fit(model, payload[kind], path)
-        check_moments(model, payload["optimizer"], path)
+        check_moments(model, cfg, payload["optimizer"], path)
         if resume == "auto" and path != last and last.exists():
             last.rename(out_dir / "ckpt_damaged.pt")  # else the next save would put it over ckpt_prev.pt
     if init_from and not payload:
@@ -143,33 +143,18 @@ def load_model(path, device, hints=Hints(), raw=False):
     return Loaded(model, config, payload["meta"], payload["step"])
 
 
-def check_finite(weights, path):
-    """Raise UserError unless all weights are finite."""
-    if not all(value.float().isfinite().all() for value in weights.values()):
-        raise UserError(f"the weights in {path} are not finite numbers: take an earlier checkpoint of that run")
-
-
-def check_moments(model, moments, path):
-    """Raise a UserError that names the first parameter whose optimiser state is missing or of another shape."""
+def check_moments(model, cfg, moments, path):
+    """Raise a UserError that names the first parameter whose optimiser state is missing, of another optimiser or of
+    another shape."""
     shapes = {name: value.shape for name, value in model.named_parameters()}
-    possible = [kind.keys for kind in optim.KINDS] + [set()]  # the empty set: before the first step
-    fits = lambda name: name in shapes and name in moments and moments[name].keys() in possible and all(
+    names = {p: name for name, p in model.named_parameters()}
+    keys = {names[p]: kind.keys for kind, parameters in optim.shares(model, cfg) for p in parameters}
+    fits = lambda name: name in shapes and name in moments and moments[name].keys() in (keys[name], set()) and all(
         value.shape == (() if key == "step" else shapes[name]) for key, value in moments[name].items())
     wrong = [name for name in sorted(shapes.keys() | moments.keys()) if not fits(name)]
     if wrong:
         raise UserError(f"the field 'optimizer' in {path} does not fit the model, first at {wrong[0]}; start a new run "
                         f"with --init_from={path}")
-
-
-def check_fit(model, weights, path):
-    """Raise a UserError that names the first differences unless weights have exactly the model's keys and shapes."""
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in weights.items()}
-    wrong = [f"{key}: {found.get(key, 'missing')}, expected {expected.get(key, 'none')}"
-             for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
-    if wrong:
-        raise UserError(f"the weights in {path} do not fit the model: {'; '.join(wrong[:3])}"
-                        + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
 
 
 def main():

@@ -6,10 +6,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+
 from cli import UserError
 from configs import same_run
 from likelihood import plus_minus
-from storage import FORMAT, Hints, config_of, digest, read, versions
+from storage import FORMAT, Hints, check_finite, check_fit, config_of, digest, read, versions
 
 
 def export(checkpoint, folder, results=(), hints=None):
@@ -22,9 +24,10 @@ def export(checkpoint, folder, results=(), hints=None):
     payload, folder = read(checkpoint, hints or Hints()), Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already: name a new folder")
+    with torch.device("meta"):  # shapes alone
+        check_fit(config_of(payload).make_model(payload["meta"]["vocab_size"]), payload["ema"], checkpoint)
+    check_finite(payload["ema"], checkpoint)
     weights = {key: value.contiguous().clone() for key, value in sorted(payload["ema"].items())}
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise UserError(f"the weights in {checkpoint} are not finite: take an earlier checkpoint of that run")
     settings = {field: value for field, value in dataclasses.asdict(config_of(payload)).items()
                 if same_run(field) and field != "data_dir"}
     measured = [read_result(path) for path in results]

@@ -29,6 +29,7 @@ from data.tokenizer import describes_tokens
 from foreign import files, translate
 
 FORMAT = "discrete-diffusion-2"
+MOST = 10**6  # values of a payload; a model of 100 blocks has some 10,000
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -38,11 +39,19 @@ def digest(payload):
     """SHA-256 of the contents of a payload: keys, plain values, and every tensor's type, shape and bytes.
 
     torch.load does not notice flipped bits. A hash of the contents, unlike a hash of the file, can be in the file.
+
+    Raises ValueError for what train.py does not write: more than MOST values, as of lists that contain each other, and
+    tensors that claim to be larger than what is stored of them.
     """
-    sha = hashlib.sha256()
+    sha, left = hashlib.sha256(), [MOST]
 
     def add(value):
+        left[0] -= 1
+        if left[0] < 0:
+            raise ValueError("too many values")
         if isinstance(value, torch.Tensor):
+            if value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError("a tensor without all of its numbers")
             sha.update(f"{value.dtype} {tuple(value.shape)}\0".encode())
             sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         elif isinstance(value, (dict, list, tuple)):
@@ -169,6 +178,8 @@ def read(path, hints=Hints()):
     path = files.from_hub(path) if str(path).startswith("hf://") else Path(path)
     if path.is_dir() and not (path / "ckpt.pt").exists() and previous(path / "ckpt.pt").exists():
         path = previous(path / "ckpt.pt")  # a crash between the two renames of save() left no ckpt.pt
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise UserError(f"{path} is not a file, but a device or a pipe")
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: `python train.py CONFIG` writes out/CONFIG/ckpt.pt")
     if path.is_dir() and files.find_weights(path) is None:
@@ -188,7 +199,7 @@ def read(path, hints=Hints()):
                         "--override")
     try:
         intact = payload.pop("sha256", None) == digest(payload)
-    except (NotImplementedError, RuntimeError, TypeError):  # tensors without contents, or a dict inside itself
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # of digest(), and of strange tensors
         intact = False
     if not intact:
         raise UserError(f"{path} is damaged: its contents do not match their SHA-256")
@@ -199,31 +210,52 @@ def read(path, hints=Hints()):
 def imported(found):
     """The payload of a folder that export() wrote. Raises UserError if the weights have changed since."""
     card = dict(found.settings)
-    if card.pop("weights_sha256", None) != digest(dict(sorted(found.payload.items()))):
+    try:
+        intact = card.pop("weights_sha256", None) == digest(dict(sorted(found.payload.items())))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # not weights by name
+        intact = False
+    if not intact:
         raise UserError(f"{found.path} is damaged: the weights do not match the SHA-256 in config.json")
     payload = card | {"model": found.payload, "ema": found.payload}
     return payload | {"sha256": digest(payload)}
 
 
+def is_floats(x):
+    """Whether x is a tensor of real numbers in one of the usual types."""
+    return torch.is_tensor(x) and x.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_text(x):
+    """Whether x is text of a reasonable length, without control characters and parts of characters."""
+    return isinstance(x, str) and len(x) < 1000 and x.isprintable()
+
+
 def is_weights(x):
     """Whether x is a dict {name: tensor of floats} that is not empty."""
-    return isinstance(x, dict) and len(x) > 0 and all(
-        isinstance(key, str) and torch.is_tensor(value) and value.is_floating_point() for key, value in x.items())
+    return isinstance(x, dict) and len(x) > 0 and all(is_text(key) and is_floats(value) for key, value in x.items())
+
+
+def is_json(x):
+    """Whether x consists of what JSON has."""
+    if isinstance(x, dict):
+        return all(isinstance(key, str) and is_json(value) for key, value in x.items())
+    return all(map(is_json, x)) if isinstance(x, list) else x is None or isinstance(x, (str, bool, int, float))
 
 
 # field -> (function: value -> whether it is valid, description of a valid value). Every checkpoint has the first five.
 FIELDS = {
     "config": (lambda x: isinstance(x, dict) and all(isinstance(key, str) for key in x), "a set of settings"),
-    "meta": (describes_tokens, "a description of its tokens"),
+    "meta": (lambda x: describes_tokens(x) and is_json(x), "a description of its tokens"),
     "model": (is_weights, "tensors of real numbers by name"),
     "ema": (is_weights, "tensors of real numbers by name"),
     "step": (lambda x: type(x) is int and 0 <= x < 2**63, "a whole number from 0 on"),
-    "name": (lambda x: isinstance(x, str), "text"),
+    "name": (is_text, "text"),
     "best_val": (lambda x: type(x) in (int, float) and x == x, "a number"),
-    "tally": (lambda x: torch.is_tensor(x) and x.is_floating_point() and x.shape == (5,) and x.isfinite().all(),
+    "tally": (lambda x: is_floats(x) and x.shape == (5,) and x.isfinite().all(),
               "a tensor of five numbers"),
     "wandb_id": (lambda x: x is None or isinstance(x, str), "text, or nothing"),
-    "optimizer": (lambda x: isinstance(x, dict) and all(entries == {} or is_weights(entries) for entries in x.values()),
+    "optimizer": (lambda x: isinstance(x, dict) and all(
+        is_text(name) and (entries == {} or is_weights(entries)) for name, entries in x.items()),
                   "tensors of real numbers by parameter"),
 }
 
@@ -271,3 +303,20 @@ def config_of(payload):
     if unknown:
         raise UserError(f"the checkpoint has settings unknown to this version: {', '.join(sorted(unknown))}; update")
     return Config(**payload["config"])
+
+
+def check_fit(model, weights, path):
+    """Raise a UserError that names the first differences unless weights have exactly the model's keys and shapes."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in weights.items()}
+    wrong = [f"{key}: {found.get(key, 'missing')}, expected {expected.get(key, 'none')}"
+             for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
+    if wrong:
+        raise UserError(f"the weights in {path} do not fit the model: {'; '.join(wrong[:3])}"
+                        + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+
+
+def check_finite(weights, path):
+    """Raise UserError unless all weights are finite."""
+    if not all(value.float().isfinite().all() for value in weights.values()):
+        raise UserError(f"the weights in {path} are not finite numbers: take an earlier checkpoint of that run")

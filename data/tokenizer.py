@@ -137,8 +137,8 @@ def describes_tokens(meta):
         return False
     size, kind, alphabet, pad, record = (meta.get(key) for key in ("vocab_size", "tokenizer", "alphabet", "pad",
                                                                    "record"))
-    if type(size) is not int or not isinstance(kind, str) or record is not None and (
-            type(record) is not int or record < 1):
+    if type(size) is not int or size > 10**7 or not isinstance(kind, str) or record is not None and (
+            type(record) is not int or not 1 <= record <= 10**7):
         return False
     if kind == "char":
         return (isinstance(alphabet, str) and len(alphabet) == len(set(alphabet)) == size >= 1

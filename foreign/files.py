@@ -66,7 +66,8 @@ def find_weights(folder):
     numbered = list(folder.glob("checkpoints/checkpoint_*.pth"))
     if numbered:
         return max(numbered, key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
-    others = [path for kind in ("safetensors", "ckpt", "pth", "pt", "bin") for path in folder.glob(f"*.{kind}")]
+    others = [path for kind in ("safetensors", "ckpt", "pth", "pt", "bin") for path in folder.glob(f"*.{kind}")
+              if path.is_file()]
     return others[0] if len(others) == 1 else None
 
 
@@ -160,6 +161,7 @@ def stand_in(name, path):
 
 def load(path):
     """Return the contents of a file of torch.save, tensors on the CPU. Raises UserError if it is damaged or refused."""
+    refuse_bomb(path)
     try:
         return quietly(path)
     except Exception as error:  # pickle, zip and zlib errors of many kinds, which mean nothing to a user
@@ -177,6 +179,19 @@ def load(path):
         except Exception as error:
             reason = f": {str(error).splitlines()[0][:100]}"
     raise UserError(f"{path} cannot be read as a checkpoint: truncated, damaged, or another kind of file{reason}")
+
+
+def refuse_bomb(path):
+    """Raise UserError if a zip archive holds much more than the file has bytes. torch.save does not compress."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            held = sum(item.file_size for item in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):  # torch.load will say what it is
+        return
+    if held > 2 * path.stat().st_size + 10**6:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes and claims to hold {held:,}: refused")
 
 
 def quietly(path):

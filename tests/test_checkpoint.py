@@ -1,6 +1,8 @@
 """What a checkpoint of ours may hold: whole files, with the right hash and a field that train.py would not write."""
 
 import math
+import os
+import zipfile
 
 import pytest
 import torch
@@ -62,7 +64,14 @@ SHARED = [  # field, change, words: seen by train, evaluate and sample
     ("step", NEVER, "lacks step"), ("name", 5, "'name' is not text"), ("best_val", "low", "'best_val' is not a number"),
     ("best_val", math.nan, "'best_val' is not a number"), ("tally", [0] * 5, "'tally' is not a tensor of five numbers"),
     ("tally", torch.zeros(4), "'tally'"), ("tally", torch.full((5,), math.nan), "'tally'"),
-    ("wandb_id", 7, "'wandb_id'"),
+    ("wandb_id", 7, "'wandb_id'"), ("name", "x\udcff", "'name' is not text"),
+    ("meta", lambda meta: meta | {"more": torch.zeros(2)}, "'meta' is not a description"),
+    ("meta", lambda meta: meta | {"record": 10**9}, "'meta' is not a description"),
+    ("meta", {"tokenizer": "gpt2", "vocab_size": 10**30}, "'meta' is not a description"),
+    ("ema", first(lambda w: w.to(torch.float8_e5m2)), "'ema' is not tensors of real numbers"),
+    ("ema", lambda weights: {"x\udcff": torch.zeros(2)}, "'ema' is not tensors of real numbers"),
+    ("tally", torch.zeros(5).to(torch.float8_e5m2), "'tally'"),
+    ("optimizer", lambda state: state | {5: {}}, "'optimizer' is not tensors"),
     ("optimizer", [1], "'optimizer' is not tensors"), ("optimizer", {"embed.weight": 3}, "'optimizer' is not tensors"),
     ("optimizer", moments(lambda m: m | {"exp_avg": m["exp_avg"].int()}), "'optimizer' is not tensors"),
 ]
@@ -88,6 +97,7 @@ def test_a_wrong_field_is_named(call, trained, data_dir, tmp_path, field, change
     (lambda state: state | {"more": {}}, "first at more"),
     (moments(lambda m: {"exp_avg": m["exp_avg"]}), "first at embed.weight"),
     (moments(lambda m: m | {"momentum": m["exp_avg"]}), "first at embed.weight"),
+    (moments(lambda m: {"momentum": m["exp_avg"]}), "first at embed.weight"),
     (moments(lambda m: m | {"exp_avg": m["exp_avg"][:1]}), "first at embed.weight"),
     (moments(lambda m: m | {"step": m["exp_avg"]}), "first at embed.weight")])
 def test_optimiser_state_that_does_not_fit(call, trained, data_dir, tmp_path, change, words):
@@ -108,13 +118,44 @@ def test_weights_that_are_no_numbers(call, trained, data_dir, tmp_path):
 
 
 def test_contents_that_cannot_be_hashed(call, trained, tmp_path):
-    """Sparse tensors, tensors without data and a dict inside itself are no contents of ours: damaged, in one line."""
-    cycle = {}
+    """Sparse tensors, tensors without data or with more numbers than are stored, a dict inside itself, and lists of one
+    another are no contents of ours: damaged, in one line, at once."""
+    cycle, shared = {}, [1]
     cycle["again"] = cycle
-    for i, value in enumerate((torch.eye(3).to_sparse(), torch.zeros(3, device="meta"), cycle)):
+    for _ in range(40):
+        shared = [shared, shared]
+    for i, value in enumerate((torch.eye(3).to_sparse(), torch.zeros(3, device="meta"), cycle, shared,
+                               torch.zeros(1).expand(10**12))):
         payload = storage.read(trained) | {"format": storage.FORMAT, "sha256": "0" * 64, "extra": value}
         torch.save(payload, tmp_path / f"{i}.pt")
         assert_one_line(call("sample.py", tmp_path / f"{i}.pt"), f"{i}.pt is damaged")
+
+
+def test_exported_folders_of_other_contents(call, trained, tmp_path):
+    """A folder of our format whose weights are something else is damaged; a checkpoint whose average does not fit its
+    config is not exported."""
+    assert call("checkpoint.py", "export", trained, tmp_path / "good").code == 0
+    for i, weights in enumerate(([1], None, {1: torch.zeros(2), "a": torch.zeros(2)}, {"a": torch.eye(2).to_sparse()})):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "config.json").write_bytes((tmp_path / "good" / "config.json").read_bytes())
+        torch.save(weights, folder / "pytorch_model.bin")
+        assert_one_line(call("sample.py", folder), "damaged" if i else "")
+    out = changed(trained, tmp_path / "other", ema=first(lambda w: w[1:]))
+    assert_one_line(call("checkpoint.py", "export", out, tmp_path / "card"), "do not fit the model")
+    assert not (tmp_path / "card").exists()
+
+
+def test_what_is_no_file(call, tmp_path):
+    """Devices and pipes are refused at once, also in a folder; so is an archive that claims to hold far more than it
+    has."""
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in ("/dev/zero", tmp_path / "pipe.pt"):
+        assert_one_line(call("sample.py", path), "is not a file, but a device or a pipe")
+    assert_one_line(call("sample.py", tmp_path), "no checkpoint at")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data/0", bytes(50_000_000))
+    assert_one_line(call("sample.py", tmp_path / "bomb.pt"), "claims to hold 50,000,000: refused")
 
 
 # ---- memory is predicted before it is taken --------------------------------------------------------------------------
