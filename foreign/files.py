@@ -13,6 +13,7 @@ out (torch.serialization.set_crc32_options). A flipped bit in them is read as an
 import json
 import pickletools
 import re
+import struct
 import warnings
 import zipfile
 import zlib
@@ -181,6 +182,11 @@ def load(path):
     raise UserError(f"{path} cannot be read as a checkpoint: truncated, damaged, or another kind of file{reason}")
 
 
+# What zipfile raises on a damaged archive: its own error, and those of the fields that it believes.
+ZIP_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, OverflowError, RuntimeError, ValueError,
+              struct.error, zlib.error)
+
+
 def refuse_bomb(path):
     """Raise UserError if a zip archive holds much more than the file has bytes. torch.save does not compress."""
     try:
@@ -188,7 +194,7 @@ def refuse_bomb(path):
             return
         with zipfile.ZipFile(path) as archive:
             held = sum(item.file_size for item in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError):  # torch.load will say what it is
+    except ZIP_ERRORS:  # torch.load will say what it is
         return
     if held > 2 * path.stat().st_size + 10**6:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes and claims to hold {held:,}: refused")
@@ -209,7 +215,7 @@ def check_crc(path):
         with zipfile.ZipFile(path) as archive:
             has_sums = any(item.CRC for item in archive.infolist())
             wrong = archive.testzip() if has_sums else None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, zlib.error) as error:
+    except ZIP_ERRORS as error:
         wrong = str(error)
     if wrong:
         raise UserError(f"{path} is damaged ({wrong} does not match its checksum): get it again")

@@ -436,7 +436,9 @@ storage.save({str(out / "ckpt.pt")!r}, payload, keep_previous=True)
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
-    """Each of 400 single-bit flips is either reported by name or changes nothing of the contents."""
+    """Each of 400 single-bit flips anywhere, and each one in the archive's own records, is either reported by name or
+    changes nothing of the contents.
+    """
     path = tmp_path / "ckpt.pt"
     storage.save(path, PAYLOAD)
     whole, contents = path.read_bytes(), storage.digest(storage.read(path))
@@ -460,6 +462,17 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
             pass
     print(f"{noticed} of 400 flips reported; torch.load read {harmful} of them as something else, without a word")
     assert noticed > 20 and harmful > 5
+    first = whole.index(b"PK\x01\x02")  # the list of the archive's files; at the end, where that list lies
+    for bit in [*range(8 * first, 8 * (first + 46)), *range(8 * (len(whole) - 98), 8 * len(whole))]:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            payload = storage.read(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:
+            assert storage.digest(payload) == contents
 
 
 def test_every_kind_of_change_changes_the_hash():
