@@ -35,7 +35,8 @@ from data.tokenizer import KNOWN
 from diffusion import D3PM, MDLM
 from optim import EMA, make_optimizers
 from parallel import share_of_batch
-from sampling import Settings, plain, schedule_grid
+from sampler_settings import default_settings, schedule_grid
+from sampling import Settings
 from studies import textbook
 from studies.forecast import GPUS, estimate
 from train import batches, train_step
@@ -183,7 +184,7 @@ def sampling(training, repeats):
     def sample():
         xt = torch.full((1, training.cfg.seq_len), training.vocab_size, device=training.device)
         with autocast(training.device, training.dtype), torch.compiler.set_stance("force_eager"):
-            for _ in plain(training.cfg)(training.objective, denoiser, xt, generator_on(training.device, 0)):
+            for _ in default_settings(training.cfg)(training.objective, denoiser, xt, generator_on(training.device, 0)):
                 pass
 
     seconds = [timed(sample, training.device) for _ in progress(range(repeats + 1), desc="sampling", leave=False)]

@@ -15,6 +15,16 @@ class State(NamedTuple):
     steps: int = 1    # steps since the State before: above 1 if those in between changed nothing
 
 
+def begin(xt):
+    return State(xt, torch.full(xt.shape, torch.nan, device=xt.device))
+
+
+def with_denoising(grid, last=1e-5):
+    """Pairs of rates (r, s) of a grid that ends in `last` instead of 0, and the step of noise removal from there."""
+    grid = [*grid[:-1], min(last, grid[-2] / 2), 0.0]
+    return list(zip(grid, grid[1:]))
+
+
 class Counted:
     """A denoiser that counts its calls and the sequences in them (nfe: number of function evaluations)."""
 

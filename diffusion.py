@@ -48,6 +48,10 @@ class Schedule(NamedTuple):
         mask is revealed in reverse time."""
         return -self.dalpha(t) / (1 - self.alpha(t))
 
+    def times(self, *rates):
+        """The times at which the noise rates 1 - alpha are these numbers: float64 tensors."""
+        return [self.inverse(torch.tensor(1 - rate, dtype=torch.float64)) for rate in rates]
+
 
 def linear():
     return Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t), lambda a: 1 - a, lambda t: -torch.log1p(-t))

@@ -28,7 +28,7 @@ from data.loader import SPLITS
 from diffusion import WHOLE
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
 from randomness import prefix_lengths
-from sampler_flags import NAMES, add_arguments, cuts, given_flags, settings_of, steps_flag
+from sampler_settings import NAMES, add_arguments, cuts, given_flags, settings_of, steps_flag
 from sampling import SAMPLERS
 from storage import add_hints, hints_of
 from studies.baselines import reference_points

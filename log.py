@@ -11,9 +11,13 @@ log.jsonl has one JSON object per line. Each has "step". The other keys tell its
 import contextlib
 import html
 import json
+import math
 import os
 import shutil
 import sys
+from typing import NamedTuple
+
+import torch
 
 from cli import UserError, note
 
@@ -44,6 +48,42 @@ def read(path):
     if damaged:
         raise UserError(f"{path} is no log of train.py, or a damaged one: line {damaged[0]} has no step")
     return entries
+
+
+def finite(x):
+    """x, or None if x is infinite or nan, which JSON does not have."""
+    return x if math.isfinite(x) else None
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+class Tally(NamedTuple):
+    """The counts between two log lines: 0-dimensional tensors, so that no step waits for a GPU."""
+
+    nats: torch.Tensor         # sum of the bound over the steps since the last line, skipped ones left out
+    steps: torch.Tensor        # number of these steps
+    skipped: torch.Tensor      # steps of the whole run skipped because loss or gradient was not finite
+    in_a_row: torch.Tensor     # steps skipped in a row up to now
+    most_in_a_row: torch.Tensor  # the largest in_a_row since the last line
+
+    def count(self, nats, bad):
+        """The tally after one more step, which was skipped if `bad`."""
+        in_a_row = (self.in_a_row + 1) * bad
+        return Tally(self.nats + torch.where(bad, 0, nats), self.steps + ~bad, self.skipped + bad, in_a_row,
+                     torch.maximum(self.most_in_a_row, in_a_row))
+
+    def next_line(self):
+        """The tally after a log line."""
+        zero = torch.zeros_like(self.nats)
+        return Tally(zero, zero, self.skipped, self.in_a_row, zero)
+
+    def numbers(self):
+        """The tally as Python numbers. This waits for the GPU."""
+        return Tally(*torch.stack(self).tolist())
 
 
 class Log:

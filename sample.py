@@ -27,7 +27,7 @@ from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
 from foreign.tiny_diffusion import StepsUp
 from prompts import canvases, denoise
-from sampler_flags import NAMES, add_arguments, given_flags, settings_of, steps_flag
+from sampler_settings import NAMES, add_arguments, given_flags, settings_of, steps_flag
 from show import History, Screen, gif, html, joined, png
 from storage import add_hints, hints_of
 from studies.baselines import known_word_share

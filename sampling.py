@@ -19,29 +19,21 @@ mask rates, not of times. From rate r to rate s < r a mask is revealed with prob
 is. The schedule says only what time the network is told at a rate (diffusion.Absorbing.time). A sequence that begins
 with given tokens has a smaller share of masks, `start` (B,), and is told the times from there on.
 
-Networks trained on uniform noise (uniform.py) have samplers of their own: ancestral, which is also called analytic, and
-euler. They put random tokens in the place of the masks and draw each of these again in every step. Their grids are
-noise rates.
+Networks trained on uniform noise have samplers of their own, in uniform.py.
 """
 
 import functools
-import math
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from categorical import Draw, State, in_pieces
-from diffusion import make_schedule
-from uniform import posterior
+from categorical import Draw, State, begin, with_denoising
+from uniform import uniform_ancestral, uniform_euler
 
 
 # ---- what the samplers share -----------------------------------------------------------------------------------------
-
-
-def begin(xt):
-    return State(xt, torch.full(xt.shape, torch.nan, device=xt.device))
 
 
 def fill(model, state, where, time, rate, draw):
@@ -229,12 +221,6 @@ def remdm(model, xt, mask_id, time, draw, start, grid, sigma="cap", eta=None):
         yield state
 
 
-def with_denoising(grid, last=1e-5):
-    """Pairs of rates (r, s) of a grid that ends in `last` instead of 0, and the step of noise removal from there."""
-    grid = [*grid[:-1], min(last, grid[-2] / 2), 0.0]
-    return list(zip(grid, grid[1:]))
-
-
 @torch.no_grad()
 def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lambda r, s: 1 - s / r):
     """SEDD's analytic predictor, or Tweedie denoiser (arXiv 2310.16834), with masks.
@@ -261,14 +247,9 @@ def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lamb
         yield state
 
 
-def times_of(schedule, r, s):
-    """The times t > t' at which the mask rates are r and s, float64 tensors."""
-    return (schedule.inverse(torch.tensor(1 - rate, dtype=torch.float64)) for rate in (r, s))
-
-
 def euler_chance(schedule, r, s):
     """(t - t') w(t), w(t) = -alpha'/(1 - alpha): what an Euler step has in place of 1 - s/r."""
-    t, t_next = times_of(schedule, r, s)
+    t, t_next = schedule.times(r, s)
     return ((t - t_next) * schedule.weight(t)).item()
 
 
@@ -281,81 +262,6 @@ def euler(model, xt, mask_id, time, draw, start, grid, objective):
     grid = [r for r, _ in with_denoising(grid)] + [0.0]
     chance = functools.partial(euler_chance, objective.schedule)
     return analytic(model, xt, mask_id, time, draw, start, grid, objective, chance)
-
-
-def noise_at(r, tokens):
-    """sigma (N,) float32 of a noise rate r for tokens (N,)."""
-    return torch.full(tokens.shape, -math.log1p(-r) if r < 1 else math.inf, device=tokens.device)
-
-
-@torch.no_grad()
-def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
-    """Random tokens in place of the masks of xt (B, L), drawn anew for each pair of noise rates (r, s), from the
-    weights step(x, logits (N, V), tokens (N,), r, s) -> (N, V), where x (N, V) is the network's prediction. The others
-    never change. Yields States. Their p is the probability that the network gives the token as that of the clean text.
-    With z = xt, and q(z | x0 = y) = (1 - r) [y = z] + r/V (uniform.py), this is by Bayes
-
-        p(x0 = y | xt) = x[y] q(z | y) / sum over all tokens of the same
-                       = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
-    """
-    free = xt == mask_id
-    rows = free.any(1)
-    noise = (draw.uniform(xt.shape) * mask_id).long().to(xt.device)
-    state = State(torch.where(free, noise, xt), begin(xt).p)
-    for r, s in pairs:
-        if rows.any():
-            t = time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
-            now = state.xt[free]
-            logits, tokens, p = in_pieces(model(state.xt[rows], t[rows], where=free[rows])), [], []
-            for piece, z in zip(logits, now.split([len(piece) for piece in logits])):
-                x = objective.prediction(piece, z, noise_at(r, z)).clamp(min=0)
-                tokens.append(draw.pick(step(x, piece, z, r, s)))
-                at = [x.gather(-1, i[:, None]).squeeze(-1) for i in (tokens[-1], z)]
-                extra = x.shape[-1] * (1 - r)
-                p.append((at[0] * r + at[1] * extra * (tokens[-1] == z)) / (x.sum(-1) * r + at[1] * extra))
-            state = State(state.xt.masked_scatter(free, torch.cat(tokens)), state.p.masked_scatter(free, torch.cat(p)))
-        yield state
-
-
-def uniform_ancestral(model, xt, mask_id, time, draw, start, grid, objective):
-    """The reverse chain of uniform noise: each token from the posterior (uniform.posterior) given what the network
-    predicts (UDLM, arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor; what they make
-    negative counts as 0. Rates above the last one that a score network knows are left out."""
-    most = -math.expm1(-objective.last_sigma)
-    cut = draw.temperature != 1 or draw.top_p < 1 or draw.top_k
-
-    def step(x, logits, now, r, s):
-        if cut:
-            x = draw.cut(x.log(), x / x.sum(-1, keepdim=True))
-            x = x / x.sum(-1, keepdim=True)
-        elif objective.score:
-            x = objective.prediction(logits, now, noise_at(r, now))
-        return posterior(x, now, r, s).clamp(min=0)
-
-    grid = [min(rate, most) for rate in grid]
-    pairs = [(r, s) for r, s in zip(grid, grid[1:]) if r > s]
-    return uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step)
-
-
-def uniform_euler(model, xt, mask_id, time, draw, start, grid, objective):
-    """SEDD's Euler predictor with uniform noise: from time t to t' a token z becomes y with probability
-    (t - t') dsigma/dt s_y / N, s_y the score, and stays with what is left. Then noise removal, as in `euler`."""
-    def step(x, logits, now, r, s):
-        if s == 0:
-            return posterior(objective.prediction(logits, now, noise_at(r, now)), now, r, 0.0).clamp(min=0)
-        return uniform_jumps(objective, logits, now, r, s).clamp(min=0)
-
-    return uniform_chain(model, xt, mask_id, time, draw, with_denoising(grid), objective, step)
-
-
-def uniform_jumps(objective, logits, now, r, s):
-    """Probabilities (N, V) of an Euler step from noise rate r to s, for tokens now (N,) and logits (N, V). That of
-    staying is negative if the step is too long."""
-    t, t_next = times_of(objective.schedule, r, s)
-    dsigma = -objective.schedule.dalpha(t) / objective.schedule.alpha(t).clamp(min=1e-30)
-    jump = ((t - t_next) * dsigma).item() / logits.shape[-1] * objective.log_score(logits, now, noise_at(r, now)).exp()
-    jump = jump.scatter(-1, now[:, None], 0.0)
-    return jump.scatter(-1, now[:, None], 1 - jump.sum(-1, keepdim=True))
 
 
 @torch.no_grad()
@@ -379,69 +285,11 @@ def left_to_right(model, xt, mask_id, time, draw, start):
             yield state
 
 
-# ---- grids of mask rates ---------------------------------------------------------------------------------------------
-
-
-def schedule_grid(schedule, steps):
-    """Steps of equal time: what a schedule (see diffusion.make_schedule) makes of 1 = t_0 > ... > t_n = 0, but the last
-    rate is 0, also of schedules that are not quite clean there."""
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return [*(1 - make_schedule(schedule).alpha(times)).clamp(0, 1).tolist()[:-1], 0.0]
-
-
-def loop_grid(steps, hold=0.1):
-    """ReMDM-loop: 45 % of the steps down to the mask rate `hold`, half of them there, the rest to 0. steps >= 3."""
-    down, still = max(1, round(0.45 * steps)), max(1, round(0.5 * steps))
-    down = min(down, steps - 2)
-    still = min(still, steps - 1 - down)
-    points = lambda a, b, n: torch.linspace(a, b, n + 1, dtype=torch.float64).tolist()
-    return points(1, hold, down) + [hold] * still + points(hold, 0, steps - down - still)[1:]
-
-
-def price(rates, ce, grid):
-    """The bound of a chain on this grid, nats per token: sum of (r - s) CE(r), for CE interpolated at these rates."""
-    return sum((r - s) * c for r, s, c in zip(grid, grid[1:], np.interp(grid, rates, ce)))
-
-
-def cheapest_grid(rates, ce, steps, n_points=256):
-    """The grid of n steps, of the mask rates i/n_points, on which price() is least.
-
-    What is lost by revealing in parallel is the area between a staircase and the curve of cross-entropy CE by mask
-    rate, so steps belong where the curve rises: the optimal schedule of arXiv 2510.25544, whose information profile
-    is this curve, found exactly, by dynamic programming: cost of reaching rate s in n steps = min over r of cost of
-    reaching r in n - 1, plus (r - s) CE(r).
-    """
-    points = np.linspace(0, 1, n_points + 1)
-    step = (points[:, None] - points) * np.interp(points, rates, ce)[:, None]  # [r, s]
-    step[points[:, None] <= points] = np.inf
-    cost, came_from = np.where(points == 1, 0, np.inf), []
-    for _ in range(steps):
-        total = cost[:, None] + step
-        came_from.append(total.argmin(0))
-        cost = total.min(0)
-    i, grid = 0, [0.0]
-    for best in reversed(came_from):
-        i = best[i]
-        grid.append(float(points[i]))
-    return grid[::-1]
-
-
-def enough_steps(rates, ce, loss=0.01, most=256):
-    """The fewest steps whose cheapest grid costs at most (1 + loss) times the area under the curve, or `most`."""
-    area = price(rates, ce, np.linspace(1, 0, 10_001).tolist())
-    low, high = 1, most
-    while low < high:
-        n = (low + high) // 2
-        low, high = (low, n) if price(rates, ce, cheapest_grid(rates, ce, n)) <= (1 + loss) * area else (n + 1, high)
-    return low
-
-
 # ---- a sampler and its settings --------------------------------------------------------------------------------------
 
 
-
 class Sampler(NamedTuple):
-    """A function of this file, and what sampler_flags.py and Settings must know of it."""
+    """A sampler, and what sampler_settings.py and Settings must know of it."""
 
     function: Callable
     flags: tuple = ()            # of the command line that it knows
@@ -490,11 +338,3 @@ class Settings(NamedTuple):
         if sampler.asks_objective:
             options = options | {"objective": objective}
         return sampler.function(model, xt, objective.mask_id, time or objective.time, draw, start, **options)
-
-
-def plain(config):
-    """What a config's model is sampled with where nothing is asked for: the first sampler of its objective, in T steps
-    if it has steps."""
-    name, function = next(iter(config.objective_class.samplers.items()))
-    has_steps = "steps" in SAMPLERS[function].flags
-    return Settings(name, {"grid": schedule_grid(config.schedule, config.T)} if has_steps else {})

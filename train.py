@@ -28,11 +28,11 @@ from data.loader import check_same_data, load_meta, load_split, move_padding, pr
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
-from log import Log
+from log import Log, Tally, duration, finite
 from optim import EMA, clip_gradients, learning_rate, make_optimizers
 from parallel import on_main, share_of_batch, together
 from randomness import give_prefix, prefix_lengths, rng, uniforms
-from sampling import plain
+from sampler_settings import default_settings
 
 
 def records(cfg, meta):
@@ -124,49 +124,13 @@ def restore(state, model, ema, optimizers):
             moments[p][key] = value
 
 
-class Tally(NamedTuple):
-    """The counts between two log lines: 0-dimensional tensors, so that no step waits for a GPU."""
-
-    nats: torch.Tensor         # sum of the bound over the steps since the last line, skipped ones left out
-    steps: torch.Tensor        # number of these steps
-    skipped: torch.Tensor      # steps of the whole run skipped because loss or gradient was not finite
-    in_a_row: torch.Tensor     # steps skipped in a row up to now
-    most_in_a_row: torch.Tensor  # the largest in_a_row since the last line
-
-    def count(self, nats, bad):
-        """The tally after one more step, which was skipped if `bad`."""
-        in_a_row = (self.in_a_row + 1) * bad
-        return Tally(self.nats + torch.where(bad, 0, nats), self.steps + ~bad, self.skipped + bad, in_a_row,
-                     torch.maximum(self.most_in_a_row, in_a_row))
-
-    def next_line(self):
-        """The tally after a log line."""
-        zero = torch.zeros_like(self.nats)
-        return Tally(zero, zero, self.skipped, self.in_a_row, zero)
-
-    def numbers(self):
-        """The tally as Python numbers. This waits for the GPU."""
-        return Tally(*torch.stack(self).tolist())
-
-
-class State(NamedTuple):
+class RunState(NamedTuple):
     """The state of a run besides its weights and its optimisers."""
 
     step: int
     best_val: float
     tally: Tally
     wandb_id: str
-
-
-def finite(x):
-    """x, or None if x is infinite or nan, which JSON does not have."""
-    return x if math.isfinite(x) else None
-
-
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 def add_arguments(parser):
@@ -177,7 +141,7 @@ def add_arguments(parser):
 
 
 def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
-    """Set up a new run, or a run that continues from a checkpoint. Returns (net, optimizers, ema, State, lock).
+    """Set up a new run, or a run that continues from a checkpoint. Returns (net, optimizers, ema, RunState, lock).
 
     net is the model on its device, wrapped for training. The checkpoint's memory is freed on return. The caller keeps
     the lock of out_dir."""
@@ -196,7 +160,7 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
             lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
         restore(payload, model, ema, optimizers)
         ema.updates = step
-    return net, optimizers, ema, State(step, best_val, Tally(*tally.to(device)), wandb_id), lock
+    return net, optimizers, ema, RunState(step, best_val, Tally(*tally.to(device)), wandb_id), lock
 
 
 def compiles(cfg, device):
@@ -267,7 +231,7 @@ def main():
         given = torch.from_numpy(val_tokens[:cfg.prefix_range[0]].astype("int64"))
         xt = torch.nn.functional.pad(given[None], (0, cfg.seq_len - len(given)), value=objective.mask_id).to(device)
         with ema.applied(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            *_, state = plain(cfg)(objective, model, xt, generator, torch.tensor([cfg.seq_len - len(given)]))
+            *_, state = default_settings(cfg)(objective, model, xt, generator, torch.tensor([cfg.seq_len - len(given)]))
         return tokenizer.decode(state.xt[0].tolist())
 
     def save(filename, to_resume):

@@ -1,4 +1,4 @@
-"""Uniform diffusion of text: the noise is random tokens, not masks. The forward process and the training objectives.
+"""Uniform diffusion of text: the noise is random tokens, not masks. The forward process, the objectives, the samplers.
 
 A token stays with probability alpha(t), independently of the others. Otherwise it becomes one of the N = V tokens at
 random, itself included. With alpha = e^-sigma,
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from categorical import State, begin, in_pieces, with_denoising
 from diffusion import WHOLE, Noise, make_schedule
 
 
@@ -259,3 +260,81 @@ class UniformD3PM(Uniform):
     def loss(self, model, x0, noise):
         nelbo = self.nelbo(model, x0, noise)
         return nelbo.mean() / self.T, nelbo.detach()
+
+
+# ---- samplers --------------------------------------------------------------------------------------------------------
+
+
+def noise_at(r, tokens):
+    """sigma (N,) float32 of a noise rate r for tokens (N,)."""
+    return torch.full(tokens.shape, -math.log1p(-r) if r < 1 else math.inf, device=tokens.device)
+
+
+@torch.no_grad()
+def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
+    """Random tokens in place of the masks of xt (B, L), drawn anew for each pair of noise rates (r, s), from the
+    weights step(x, logits (N, V), tokens (N,), r, s) -> (N, V), where x (N, V) is the network's prediction. The others
+    never change. Yields States. Their p is the probability that the network gives the token as that of the clean text.
+    With z = xt, and q(z | x0 = y) = (1 - r) [y = z] + r/V (uniform.py), this is by Bayes
+
+        p(x0 = y | xt) = x[y] q(z | y) / sum over all tokens of the same
+                       = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
+    """
+    free = xt == mask_id
+    rows = free.any(1)
+    noise = (draw.uniform(xt.shape) * mask_id).long().to(xt.device)
+    state = begin(torch.where(free, noise, xt))
+    for r, s in pairs:
+        if rows.any():
+            t = time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
+            now = state.xt[free]
+            logits, tokens, p = in_pieces(model(state.xt[rows], t[rows], where=free[rows])), [], []
+            for piece, z in zip(logits, now.split([len(piece) for piece in logits])):
+                x = objective.prediction(piece, z, noise_at(r, z)).clamp(min=0)
+                tokens.append(draw.pick(step(x, piece, z, r, s)))
+                at = [x.gather(-1, i[:, None]).squeeze(-1) for i in (tokens[-1], z)]
+                extra = x.shape[-1] * (1 - r)
+                p.append((at[0] * r + at[1] * extra * (tokens[-1] == z)) / (x.sum(-1) * r + at[1] * extra))
+            state = State(state.xt.masked_scatter(free, torch.cat(tokens)), state.p.masked_scatter(free, torch.cat(p)))
+        yield state
+
+
+def uniform_ancestral(model, xt, mask_id, time, draw, start, grid, objective):
+    """The reverse chain of uniform noise: each token from the posterior (uniform.posterior) given what the network
+    predicts (UDLM, arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor; what they make
+    negative counts as 0. Rates above the last one that a score network knows are left out."""
+    most = -math.expm1(-objective.last_sigma)
+    cut = draw.temperature != 1 or draw.top_p < 1 or draw.top_k
+
+    def step(x, logits, now, r, s):
+        if cut:
+            x = draw.cut(x.log(), x / x.sum(-1, keepdim=True))
+            x = x / x.sum(-1, keepdim=True)
+        elif objective.score:
+            x = objective.prediction(logits, now, noise_at(r, now))
+        return posterior(x, now, r, s).clamp(min=0)
+
+    grid = [min(rate, most) for rate in grid]
+    pairs = [(r, s) for r, s in zip(grid, grid[1:]) if r > s]
+    return uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step)
+
+
+def uniform_euler(model, xt, mask_id, time, draw, start, grid, objective):
+    """SEDD's Euler predictor with uniform noise: from time t to t' a token z becomes y with probability
+    (t - t') dsigma/dt s_y / N, s_y the score, and stays with what is left. Then noise removal, as in `euler`."""
+    def step(x, logits, now, r, s):
+        if s == 0:
+            return posterior(objective.prediction(logits, now, noise_at(r, now)), now, r, 0.0).clamp(min=0)
+        return uniform_jumps(objective, logits, now, r, s).clamp(min=0)
+
+    return uniform_chain(model, xt, mask_id, time, draw, with_denoising(grid), objective, step)
+
+
+def uniform_jumps(objective, logits, now, r, s):
+    """Probabilities (N, V) of an Euler step from noise rate r to s, for tokens now (N,) and logits (N, V). That of
+    staying is negative if the step is too long."""
+    t, t_next = objective.schedule.times(r, s)
+    dsigma = -objective.schedule.dalpha(t) / objective.schedule.alpha(t).clamp(min=1e-30)
+    jump = ((t - t_next) * dsigma).item() / logits.shape[-1] * objective.log_score(logits, now, noise_at(r, now)).exp()
+    jump = jump.scatter(-1, now[:, None], 0.0)
+    return jump.scatter(-1, now[:, None], 1 - jump.sum(-1, keepdim=True))

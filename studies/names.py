@@ -14,7 +14,8 @@ import torch
 from checkpoint import load_model
 from cli import UserError, generator_on, pick_device, progress, table
 from data.loader import check_same_tokens, load_meta, load_split
-from sampling import Settings, plain
+from sampler_settings import default_settings
+from sampling import Settings
 
 
 def items_of(ids, meta):
@@ -48,7 +49,7 @@ def fill(loaded, canvas, seed, device, size=256):
     A masked model is sampled with the chain in continuous time (first_hitting).
     """
     config, generator, filled = loaded.config, generator_on(device, seed), []
-    way = Settings("first_hitting") if config.objective_class.any_order else plain(config)
+    way = Settings("first_hitting") if config.objective_class.any_order else default_settings(config)
     objective = config.make_objective(loaded.meta["vocab_size"])
     for xt in progress(canvas.split(size), desc="sampling", leave=False):
         *_, state = way(objective, loaded.model, xt.to(device), generator)

@@ -1,5 +1,5 @@
-"""bench.py, costs.py, studies/forecast.py, studies/textbook.py: the yardsticks are right. No test asks how fast anything
-is."""
+"""bench.py, costs.py, studies/forecast.py, studies/textbook.py: the yardsticks are right. No test asks how fast
+anything is."""
 
 import json
 
@@ -59,15 +59,15 @@ def test_textbook_loss_is_ours():
 
 
 def test_textbook_sampler_draws_from_the_model():
-    """20,000 draws of 4 steps with the Bayes-optimal denoiser have the law of that chain, summed over all paths."""
+    """20,000 draws of 4 steps with the Bayes-optimal denoiser follow that chain, whose paths are summed."""
     n = 20_000
     xt = torch.full((n, world.L), world.MASK)
     generator = torch.Generator().manual_seed(0)
     for xt in textbook.sample(D3PM(world.MASK), lambda x, t: world.oracle(x), xt, generator, T=4):
         pass
     counts = torch.bincount((xt * torch.tensor([9, 3, 1])).sum(1), minlength=27)
-    law = world.chain_law(world.oracle, [1 - i / 4 for i in range(5)])
-    assert (counts / n - law).abs().sum() / 2 < 0.02
+    expected = world.chain_distribution(world.oracle, [1 - i / 4 for i in range(5)])
+    assert (counts / n - expected).abs().sum() / 2 < 0.02
 
 
 # ---- bench.py --------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from data.loader import SPLITS
 from diffusion import MDLM, make_schedule
 from foreign import ddit, files
 from model import DiT
-from sampling import euler_chance, uniform_jumps
-from uniform import Uniform, posterior
+from sampling import euler_chance
+from uniform import Uniform, posterior, uniform_jumps
 
 CPU = torch.device("cpu")
 

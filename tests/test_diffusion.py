@@ -149,12 +149,12 @@ def test_d3pm_estimates_its_definition(schedule, sees_time):
 
 @pytest.mark.parametrize("schedule", SCHEDULE_NAMES)
 def test_t_step_bound_is_a_bound_on_its_own_sampler(schedule):
-    """The T-step bound of every sequence is at least -log p_T(x0) under the enumerated law of the reverse chain."""
+    """The T-step bound of every sequence is at least -log p_T(x0) under the enumerated reverse chain."""
     for model in (world.oracle, world.random_denoiser(2, sees_time=True)):
         objective = D3PM(MASK, T, schedule)
-        law = world.chain_law(model, alphas(schedule, T))
-        assert law.sum().item() == pytest.approx(1)
-        slack = exact_mean(model, objective, d3pm_draws(objective)) + law.log()
+        expected = world.chain_distribution(model, alphas(schedule, T))
+        assert expected.sum().item() == pytest.approx(1)
+        slack = exact_mean(model, objective, d3pm_draws(objective)) + expected.log()
         assert slack.min() > -1e-5 and slack.max() > 1e-3
 
 

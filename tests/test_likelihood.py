@@ -1,4 +1,4 @@
-"""likelihood.py and studies/curves.py: chain rules, agreement of estimators, invalid ones, and what the studies measure,
+"""likelihood.py and studies/curves.py: chain rules, agreement of estimators, invalid ones, and the studies' numbers,
 on a world that can be enumerated."""
 
 import itertools

@@ -13,7 +13,8 @@ import torch
 
 from diffusion import D3PM, MDLM, SEDD, Absorbing, make_schedule
 from randomness import uniforms
-from sampling import Settings, price
+from sampler_settings import bound_on_grid
+from sampling import Settings
 from uniform import Uniform, UniformD3PM, posterior, prior_kl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +176,7 @@ def test_infinitely_many_steps():
         bound = sum((a[s - 1] - a[s]) / (1 - a[s]) * masked_sum(1 - a[s], ce) for s in range(1, T + 1))
         assert bound == pytest.approx(L * sum((a[s - 1] - a[s]) * C(1 - a[s], ce) for s in range(1, T + 1)))
         rates = (1 - a).tolist()
-        assert bound / L == pytest.approx(price(rates, [C(r, ce) for r in rates], rates[::-1]))
+        assert bound / L == pytest.approx(bound_on_grid(rates, [C(r, ce) for r in rates], rates[::-1]))
 
 
 def test_optimal_network_costs_more_at_higher_rates():

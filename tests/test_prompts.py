@@ -12,7 +12,7 @@ import torch
 
 import checkpoint
 import configs
-import sampling
+import sampler_settings
 import storage
 from cli import UserError
 from commands import ROOT, assert_one_line, log, train
@@ -351,14 +351,14 @@ def test_the_curve_of_a_model_that_needs_a_prefix():
 def test_the_sample_during_training_is_told_all(call, data_dir, tmp_path, monkeypatch):
     """At its start all of what follows the prefix is masked: time 1."""
     sizes = []
-    recorded = sampling.plain
+    recorded = sampler_settings.default_settings
 
     def watch(cfg):
         settings = recorded(cfg)
         return lambda objective, model, xt, generator, size: sizes.append((size.item(), (xt != 27).sum().item())) or (
             settings(objective, model, xt, generator, size))
 
-    monkeypatch.setattr(sampling, "plain", watch)
+    monkeypatch.setattr(sampler_settings, "default_settings", watch)
     assert train(call, "mdlm_text8", data_dir, tmp_path / "out", "--prefix=fixed:8", "--max_steps=2",
                  "--sample_interval=2").code == 0
     assert sizes == [(24, 8)]

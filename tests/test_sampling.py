@@ -1,6 +1,6 @@
-"""sampling.py against enumerated laws: every sampler must follow its own Markov chain, exactly, or its rule, by hand.
+"""sampling.py against enumeration: every sampler must follow its own Markov chain, exactly, or its rule, by hand.
 
-`pytest tests/test_sampling.py -k follows -rP` prints how far samples are from their laws (total variation).
+`pytest tests/test_sampling.py -k follows -rP` prints how far samples are from their distributions (total variation).
 """
 
 import itertools
@@ -14,8 +14,8 @@ import configs
 import world
 from categorical import Draw, entropy, inverse_cdf
 from diffusion import MDLM, Absorbing, AutoRegressive, make_schedule
-from sampling import (SIGMAS, Settings, ancestral, cheapest_grid, enough_steps, entropy_bound, first_hitting,
-                      left_to_right, loop_grid, plain, price, remdm, schedule_grid, threshold, topk)
+from sampler_settings import best_grid, bound_on_grid, default_settings, enough_steps, loop_grid, schedule_grid
+from sampling import SIGMAS, Settings, ancestral, entropy_bound, first_hitting, left_to_right, remdm, threshold, topk
 from world import MASK, L, V
 
 TIME = MDLM(MASK).time
@@ -46,13 +46,13 @@ def counts_of(x0):
     return torch.bincount((x0 * torch.tensor([V**2, V, 1])).sum(1), minlength=V**L).double()
 
 
-def chi_square_excess(counts, law):
-    """How many standard deviations Pearson's statistic lies above its mean, if counts (n,) are drawn from law (n,).
+def chi_square_excess(counts, expected):
+    """How many standard deviations Pearson's statistic lies above its mean, if counts (n,) follow expected (n,).
 
     Cells that expect fewer than 20 are put together. Prints the total variation, too.
     """
-    print(f"total variation {0.5 * (counts / counts.sum() - law).abs().sum():.4f}, {int(counts.sum()):,} samples")
-    expected = counts.sum() * law
+    print(f"total variation {0.5 * (counts / counts.sum() - expected).abs().sum():.4f}, {int(counts.sum()):,} samples")
+    expected = counts.sum() * expected
     small = expected < 20
     if small.any():
         counts, expected = (torch.cat([x[~small], x[small].sum()[None]]) for x in (counts, expected))
@@ -70,25 +70,26 @@ def alphas(grid):
 @pytest.mark.parametrize("schedule, steps, sees_time", [("linear", 1, False), ("linear", 2, True), ("linear", 4, False),
                                                         ("cosine", 3, True), ("cosine", 5, False)])
 def test_ancestral_follows_its_chain(schedule, steps, sees_time):
-    """30,000 samples follow the enumerated law of the reverse chain; it is not the data's, and the test can tell."""
+    """30,000 samples follow the enumerated reverse chain; its distribution is not the data's, and the test can tell."""
     model = world.random_denoiser(1, sees_time) if sees_time else world.oracle
-    law = world.chain_law(model, make_schedule(schedule).alpha(torch.arange(steps + 1).double() / steps).tolist())
+    alphas = make_schedule(schedule).alpha(torch.arange(steps + 1).double() / steps).tolist()
+    expected = world.chain_distribution(model, alphas)
     x0 = states_of(ancestral, model, masks(30_000), schedule_grid(schedule, steps), time=MDLM(MASK, schedule).time)[-1]
     assert chi_square_excess(counts_of(x0), world.P_DATA) > 10
-    assert chi_square_excess(counts_of(x0), law) < 4
+    assert chi_square_excess(counts_of(x0), expected) < 4
 
 
 def test_ancestral_follows_any_grid():
     """An uneven grid: its own enumerated chain, not that of even steps."""
     grid = [1, 0.7, 0.65, 0.2, 0]
     x0 = states_of(ancestral, world.oracle, masks(30_000), grid)[-1]
-    assert chi_square_excess(counts_of(x0), world.chain_law(world.oracle, alphas([1, 0.75, 0.5, 0.25, 0]))) > 5
-    assert chi_square_excess(counts_of(x0), world.chain_law(world.oracle, alphas(grid))) < 4
+    assert chi_square_excess(counts_of(x0), world.chain_distribution(world.oracle, alphas([1, 0.75, 0.5, 0.25, 0]))) > 5
+    assert chi_square_excess(counts_of(x0), world.chain_distribution(world.oracle, alphas(grid))) < 4
 
 
 def test_many_steps_approach_the_data():
     """With the Bayes-optimal denoiser, the total variation between p_T and the data shrinks like 1/T."""
-    distance = [0.5 * (world.chain_law(world.oracle, [1 - s / T for s in range(T + 1)])
+    distance = [0.5 * (world.chain_distribution(world.oracle, [1 - s / T for s in range(T + 1)])
                        - world.P_DATA).abs().sum().item()
                 for T in (4, 8, 16)]
     assert distance[0] > 1.7 * distance[1] > 1.7**2 * distance[2] > 0
@@ -142,22 +143,22 @@ def test_first_hitting_follows_the_data_given_tokens(given):
     """A template: with the Bayes-optimal denoiser, the samples follow the data given its tokens, wherever they are."""
     xt = torch.tensor([[MASK if token is None else token for token in given]]).expand(30_000, L)
     agrees = ((world.SEQUENCES == xt[0]) | (xt[0] == MASK)).all(1)
-    law = world.P_DATA * agrees
+    expected = world.P_DATA * agrees
     counts = counts_of(states_of(first_hitting, world.oracle, xt)[-1])
     assert counts[~agrees].sum() == 0
-    assert chi_square_excess(counts[agrees], (law / law.sum())[agrees]) < 4
+    assert chi_square_excess(counts[agrees], (expected / expected.sum())[agrees]) < 4
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_first_hitting_follows_the_time(schedule):
-    """A network that sees the time: the limit of many steps of the ancestral chain, whose law is enumerated."""
+    """A network that sees the time: the limit of many steps of the ancestral chain, which is enumerated."""
     model, objective = world.random_denoiser(1, sees_time=True), MDLM(MASK, schedule)
     x0 = states_of(first_hitting, model, masks(30_000), time=objective.time)[-1]
-    steps = 300
-    law = world.chain_law(model, objective.schedule.alpha(torch.arange(steps + 1).double() / steps).tolist())
-    blind = world.chain_law(lambda xt, t: model(xt, torch.ones_like(t)), [1 - s / 50 for s in range(51)])
+    alphas = objective.schedule.alpha(torch.arange(301).double() / 300).tolist()
+    expected = world.chain_distribution(model, alphas)
+    blind = world.chain_distribution(lambda xt, t: model(xt, torch.ones_like(t)), [1 - s / 50 for s in range(51)])
     assert chi_square_excess(counts_of(x0), blind) > 10
-    assert chi_square_excess(counts_of(x0), law) < 4
+    assert chi_square_excess(counts_of(x0), expected) < 4
 
 
 # ---- remasking -------------------------------------------------------------------------------------------------------
@@ -177,10 +178,11 @@ def test_remdm_follows_its_chain(sigma, eta, grid, rule):
     """30,000 samples follow the enumerated chain with remasking, which is another one than without."""
     model = world.random_denoiser(1, sees_time=True)
     x0 = states_of(remdm, model, masks(30_000), grid, sigma, eta)[-1]
-    law = world.remasking_law(model, grid, lambda r, s, states: torch.full(states.shape, rule(r, s)).double())
-    assert chi_square_excess(counts_of(x0), world.remasking_law(
+    expected = world.remasking_distribution(
+        model, grid, lambda r, s, states: torch.full(states.shape, rule(r, s)).double())
+    assert chi_square_excess(counts_of(x0), world.remasking_distribution(
         model, grid, lambda r, s, states: torch.zeros(states.shape).double())) > 6
-    assert chi_square_excess(counts_of(x0), law) < 4
+    assert chi_square_excess(counts_of(x0), expected) < 4
 
 
 def test_remdm_conf_follows_its_chain():
@@ -195,8 +197,8 @@ def test_remdm_conf_follows_its_chain():
         return torch.nan_to_num(0.9 * most(r, s) * (-p[torch.arange(L), states]).softmax(1))  # nothing revealed: 0
 
     x0 = states_of(remdm, model, masks(30_000), grid, "conf", 0.9)[-1]
-    law = world.remasking_law(model, grid, sigma)
-    assert chi_square_excess(counts_of(x0), law) < 4
+    expected = world.remasking_distribution(model, grid, sigma)
+    assert chi_square_excess(counts_of(x0), expected) < 4
     halfway = states_of(remdm, model, masks(30_000), grid[:3] + [0.4], "conf", 0.9)  # r = s: masks return, none falls
     sure = (halfway[1][:, 2] == 0) & (halfway[1][:, 1] == 0)
     gone = lambda i: (halfway[2][sure][:, i] == MASK).double().mean()
@@ -386,11 +388,11 @@ def test_the_time_of_a_template():
     assert 0.5 > told[0][0] > told[1][0] > told[2][0] > told[3][0] > 0
 
 
-def test_plain():
+def test_default_settings():
     """What training and bench.py sample with: T steps of the model's own schedule, or left to right."""
     config = configs.replace(configs.demo(), T=3, schedule="cosine")
-    assert plain(config).options["grid"] == pytest.approx([1, math.cos(math.pi / 6), 0.5, 0])
-    states = list(plain(config)(MDLM(MASK, "cosine"), world.oracle, masks(2), generator()))
+    assert default_settings(config).options["grid"] == pytest.approx([1, math.cos(math.pi / 6), 0.5, 0])
+    states = list(default_settings(config)(MDLM(MASK, "cosine"), world.oracle, masks(2), generator()))
     assert len(states) == 3 and (states[-1].xt != MASK).all()
 
 
@@ -438,11 +440,11 @@ def test_cuts_follow_their_definition(cut, kept):
     """temperature, top_k and top_p, in this order; what is told of a token is its uncut probability."""
     p = torch.tensor([0.3, 0.05, 0.5, 0.15])
     tokens, told = draw(**cut)(p.log().expand(20_000, 4))
-    law = torch.tensor([kept[1], kept[3], kept[0], kept[2]]).double()
+    expected = torch.tensor([kept[1], kept[3], kept[0], kept[2]]).double()
     counts = torch.bincount(tokens, minlength=4).double()
-    assert (counts[law == 0] == 0).all() and torch.allclose(told, p[tokens])
-    if (law > 0).sum() > 1:
-        assert chi_square_excess(counts[law > 0], (law / law.sum())[law > 0]) < 4
+    assert (counts[expected == 0] == 0).all() and torch.allclose(told, p[tokens])
+    if (expected > 0).sum() > 1:
+        assert chi_square_excess(counts[expected > 0], (expected / expected.sum())[expected > 0]) < 4
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 27, 50_257])
@@ -491,13 +493,13 @@ def test_float32_gumbel_noise_cuts_the_tail():
 # ---- grids -----------------------------------------------------------------------------------------------------------
 
 
-def test_price_is_the_bound_of_a_chain():
-    """The price of a grid, from the cross-entropies at its rates, is the enumerated bound of its chain."""
+def test_bound_on_grid_is_the_bound_of_a_chain():
+    """bound_on_grid, from the cross-entropies at the rates of a grid, is the enumerated bound of its chain."""
     grid = [1, 0.7, 0.4, 0.1, 0]
     model = world.random_denoiser(1, sees_time=False)
     ce = [world.cross_entropy_at(model, rate) for rate in grid]
     bound = (world.P_DATA * world.t_step_bound(model, alphas(grid))).sum().item() / L
-    assert price(grid[::-1], ce[::-1], grid) == pytest.approx(bound, rel=1e-9)
+    assert bound_on_grid(grid[::-1], ce[::-1], grid) == pytest.approx(bound, rel=1e-9)
 
 
 @pytest.mark.parametrize("curve", [lambda r: 3 * r**2, lambda r: np.sqrt(r), lambda r: 1 + 0.3 * np.sin(9 * r)])
@@ -505,28 +507,28 @@ def test_cheapest_grid(curve):
     """No grid of as many steps is cheaper, of all that there are on 12 points; an even one is dearer."""
     rates = np.linspace(0, 1, 13)
     for steps in (1, 2, 4):
-        best = cheapest_grid(rates, curve(rates), steps, n_points=12)
+        best = best_grid(rates, curve(rates), steps, n_points=12)
         assert len(best) == steps + 1 and best[0] == 1 and best[-1] == 0
-        prices = [price(rates, curve(rates), [1, *sorted(inner, reverse=True), 0])
+        bounds = [bound_on_grid(rates, curve(rates), [1, *sorted(inner, reverse=True), 0])
                   for inner in itertools.combinations(rates[1:-1].tolist(), steps - 1)]
-        assert price(rates, curve(rates), best) == pytest.approx(min(prices), rel=1e-12)
+        assert bound_on_grid(rates, curve(rates), best) == pytest.approx(min(bounds), rel=1e-12)
     fine = np.linspace(0, 1, 257)
-    assert (price(fine, fine**4, cheapest_grid(fine, fine**4, 16))
-            < price(fine, fine**4, schedule_grid("linear", 16)) - 0.005)
+    assert (bound_on_grid(fine, fine**4, best_grid(fine, fine**4, 16))
+            < bound_on_grid(fine, fine**4, schedule_grid("linear", 16)) - 0.005)
 
 
 def test_cheapest_grid_is_dense_where_the_curve_rises():
     """In the limit the density of steps is proportional to the root of the slope (arXiv 2510.25544): for CE = r^3 that
     is r, so that half of the steps lie above sqrt(1/2)."""
     fine = np.linspace(0, 1, 257)
-    grid = cheapest_grid(fine, fine**3, 40)
+    grid = best_grid(fine, fine**3, 40)
     assert sum(r >= math.sqrt(0.5) for r in grid) == pytest.approx(20, abs=1)
 
 
 def test_enough_steps():
-    """The fewest whose price is within 1 % of the area: one fewer is not enough."""
+    """The fewest whose bound is within 1 % of the area: one fewer is not enough."""
     rates = np.linspace(0, 1, 33)
     ce = 0.5 + 3 * rates**2
-    n, area = enough_steps(rates, ce), price(rates, ce, np.linspace(1, 0, 10_001).tolist())
-    enough, fewer = (price(rates, ce, cheapest_grid(rates, ce, steps)) for steps in (n, n - 1))
+    n, area = enough_steps(rates, ce), bound_on_grid(rates, ce, np.linspace(1, 0, 10_001).tolist())
+    enough, fewer = (bound_on_grid(rates, ce, best_grid(rates, ce, steps)) for steps in (n, n - 1))
     assert enough <= 1.01 * area < fewer

@@ -1,4 +1,4 @@
-"""SEDD's predictors and the samplers of uniform noise, against enumerated laws built from rate matrices."""
+"""SEDD's predictors and the samplers of uniform noise, against enumerated distributions built from rate matrices."""
 
 import math
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import world
-from categorical import Draw
+from categorical import Draw, with_denoising
 from configs import OBJECTIVES
 from diffusion import MDLM, SEDD, Absorbing, make_schedule
-from sampling import SAMPLERS, Settings, ancestral, schedule_grid, with_denoising
+from sampler_settings import schedule_grid
+from sampling import SAMPLERS, Settings, ancestral
 from test_sampling import chi_square_excess, counts_of, masks
 from uniform import Uniform, UniformD3PM
 from world import MASK, P_DATA, SEQUENCES, STATES, L, V
@@ -29,13 +30,13 @@ def tweedie(scores, states, rates, dsigma):
     return torch.einsum("nly,yz->nlz", scores, back) * forth[:, states].permute(1, 2, 0)
 
 
-def law_of(steps, states, first):
+def distribution_of(steps, states, first):
     """p(x0) of a chain: steps (n, L, K) unnormalised, from the distribution `first` over the states (n, L)."""
-    law = first
+    expected = first
     for p in steps:
         p = p / p.sum(-1, keepdim=True)
-        law = law @ torch.stack([p[:, i, states[:, i]] for i in range(L)]).prod(0)
-    return law
+        expected = expected @ torch.stack([p[:, i, states[:, i]] for i in range(L)]).prod(0)
+    return expected
 
 
 def sample(objective, model, settings, xt=None, seed=0):
@@ -88,11 +89,12 @@ def test_analytic_follows_tweedie(scaled):
         dsigma = math.log((1 - s) / (1 - r))
         return tweedie(scores, STATES, ABSORBING, dsigma)
 
-    law = law_of(masked_steps(model, objective, list(zip(GRID, GRID[1:])), step), STATES, ALL_MASKS)[FINISHED]
-    assert law.sum().item() == pytest.approx(1)
+    steps = masked_steps(model, objective, list(zip(GRID, GRID[1:])), step)
+    expected = distribution_of(steps, STATES, ALL_MASKS)[FINISHED]
+    assert expected.sum().item() == pytest.approx(1)
     counts = counts_of(sample(objective, model, Settings("analytic", {"grid": GRID})))
-    assert chi_square_excess(counts, law) < 4
-    assert chi_square_excess(counts_of(sample(objective, model, Settings("ancestral", {"grid": GRID}))), law) > 10
+    assert chi_square_excess(counts, expected) < 4
+    assert chi_square_excess(counts_of(sample(objective, model, Settings("ancestral", {"grid": GRID}))), expected) > 10
 
 
 @pytest.mark.parametrize("schedule", ["loglinear", "geometric:0.05:3"])
@@ -112,26 +114,27 @@ def test_euler_follows_its_steps(schedule):
         p[..., MASK] = 1 - p[..., :V].sum(-1)
         return p.clamp(min=0)
 
-    law = law_of(masked_steps(model, objective, with_denoising(grid), step), STATES, ALL_MASKS)[FINISHED]
+    expected = distribution_of(masked_steps(model, objective, with_denoising(grid), step), STATES, ALL_MASKS)[FINISHED]
     counts = counts_of(sample(objective, model, Settings("euler", {"grid": grid})))
-    assert chi_square_excess(counts, law) < 4
+    assert chi_square_excess(counts, expected) < 4
 
 
 @pytest.mark.parametrize("schedule", ["linear", "loglinear"])
 def test_euler_analytic_and_ancestral_are_one(schedule):
     """Of normalised predictions and log-linear noise all three reveal with probability (t - s)/t.
 
-    Draw for draw the same tokens by analytic and Euler, but for the noise removal at the end, and the law of ancestral.
+    Draw for draw the same tokens by analytic and Euler, but for the noise removal at the end. Their distribution is
+    that of ancestral.
     """
     grid = schedule_grid(schedule, 4)
     objective = MDLM(MASK, schedule)
     model = world.random_denoiser(2, sees_time=True)
     one, two = (sample(objective, model, Settings(name, {"grid": grid})) for name in ("analytic", "euler"))
     assert (one == two).all(1).double().mean() > 0.99
-    law = world.chain_law(lambda xt, t: model(xt, objective.time(1 - objective.schedule.alpha(t))),
+    expected = world.chain_distribution(lambda xt, t: model(xt, objective.time(1 - objective.schedule.alpha(t))),
                           [1 - rate for rate in reversed(grid)])
     for x0 in (one, two, sample(objective, model, Settings("ancestral", {"grid": grid}))):
-        assert chi_square_excess(counts_of(x0), law) < 4
+        assert chi_square_excess(counts_of(x0), expected) < 4
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "geometric:0.01:6"])
@@ -139,11 +142,11 @@ def test_analytic_is_ancestral_for_every_schedule(schedule):
     """Of normalised predictions: both follow the enumerated chain; Euler's steps are others."""
     grid, objective = schedule_grid(schedule, 3), MDLM(MASK, schedule)
     model = world.random_denoiser(5, sees_time=True)
-    law = world.chain_law(model, [1 - rate for rate in reversed(grid)])
+    expected = world.chain_distribution(model, [1 - rate for rate in reversed(grid)])
     counts = {name: counts_of(sample(objective, model, Settings(name, {"grid": grid})))
               for name in ("analytic", "ancestral", "euler")}
-    assert chi_square_excess(counts["analytic"], law) < 4 and chi_square_excess(counts["ancestral"], law) < 4
-    assert chi_square_excess(counts["euler"], law) > 10
+    assert chi_square_excess(counts["analytic"], expected) < 4 and chi_square_excess(counts["ancestral"], expected) < 4
+    assert chi_square_excess(counts["euler"], expected) > 10
 
 
 def test_given_tokens_stay():
@@ -184,16 +187,16 @@ def test_uniform_ancestral_follows_its_chain(objective):
                  for r, s in zip(grid, grid[1:])]
         x0 = sample(objective, network_at(objective, predict), Settings("ancestral", {"grid": grid}))
         counts = counts_of(x0)
-        assert chi_square_excess(counts, world.uniform_chain_law(steps)) < 4
+        assert chi_square_excess(counts, world.uniform_chain_distribution(steps)) < 4
         assert chi_square_excess(counts, P_DATA) > 10
 
 
 def test_uniform_chain_approaches_the_data():
-    """With the leave-one-out predictor the chain's law tends to the data; with p(x0_i | xt) it stalls."""
+    """With the leave-one-out predictor the chain's distribution tends to the data; with p(x0_i | xt) it stalls."""
     def distance(T, **options):
         steps = [world.uniform_step(world.uniform_oracle(1 - s / T, **options), 1 - s / T, 1 - (s - 1) / T)
                  for s in range(T, 0, -1)]
-        return 0.5 * (world.uniform_chain_law(steps) - P_DATA).abs().sum().item()
+        return 0.5 * (world.uniform_chain_distribution(steps) - P_DATA).abs().sum().item()
     assert distance(8) > 1.7 * distance(16) > 1.7**2 * distance(32)
     assert distance(32, leave_one_out=False) > 5 * distance(32)
 
@@ -221,11 +224,11 @@ def test_uniform_scores_follow_tweedie(consistent):
             exact = world.uniform_step(random_prediction(told).softmax(-1), 1 - r, 1 - s)
             torch.testing.assert_close(p / p.sum(-1, keepdim=True), exact, rtol=1e-4, atol=1e-6)
         steps.append(p)
-    law = law_of(steps, SEQUENCES, UNIFORM_START)
+    expected = distribution_of(steps, SEQUENCES, UNIFORM_START)
     model = network_at(objective, predict)
     for name in ("analytic", "ancestral"):
         samples = sample(objective, model, Settings(name, {"grid": [1.0, *grid[1:]]}))
-        assert chi_square_excess(counts_of(samples), law) < 4
+        assert chi_square_excess(counts_of(samples), expected) < 4
 
 
 @pytest.mark.parametrize("score", [True, False])
@@ -250,9 +253,9 @@ def test_uniform_euler_follows_its_steps(score):
         p = (t - time_of(s)) * -noise.dalpha(t) / noise.alpha(t) / V * scores.exp()
         p = p.scatter(-1, SEQUENCES[..., None], 0.0)
         steps.append(p.scatter(-1, SEQUENCES[..., None], (1 - p.sum(-1, keepdim=True)).clamp(min=0)))
-    law = law_of(steps, SEQUENCES, UNIFORM_START)
+    expected = distribution_of(steps, SEQUENCES, UNIFORM_START)
     x0 = sample(objective, network_at(objective, random_prediction), Settings("euler", {"grid": grid}))
-    assert chi_square_excess(counts_of(x0), law) < 4
+    assert chi_square_excess(counts_of(x0), expected) < 4
 
 
 def test_rates_that_a_score_network_does_not_know():

@@ -31,7 +31,7 @@ def at_rate(rate, weight=1.0, t=None):
 def expected(objective, model, rate, weight=1.0, t=None):
     """E over xt of the nelbo of every sequence, nats per sequence, (27,)."""
     nats = objective.nelbo(model, EVERY_X0, at_rate(rate, weight, t)).double().view(N_SEQUENCES, -1) * L
-    return (world.uniform_law(1 - rate) * nats).sum(1)
+    return (world.uniform_distribution(1 - rate) * nats).sum(1)
 
 
 def quadrature(n=60):
@@ -156,7 +156,7 @@ def test_bound_of_true_scores_that_end_early():
     """Where noise stops far from uniform, the prior term makes it a bound: the entropy and KL(q(x_1) || uniform)."""
     objective = Uniform(V, "geometric:0.001:1.5", score=True)
     nats = bound(objective, lambda rate: network(world.true_scores(1 - rate).log()))
-    last = P_DATA @ world.uniform_law(math.exp(-1.5))
+    last = P_DATA @ world.uniform_distribution(math.exp(-1.5))
     extra = (last * (last * N_SEQUENCES).log()).sum().item()
     assert extra > 0.01 and (P_DATA @ nats).item() == pytest.approx(ENTROPY + extra, abs=1e-3)
 
@@ -216,9 +216,9 @@ def test_d3pm_is_its_definition(schedule):
                         for s in range(1, T + 1))
             torch.testing.assert_close(total, world.uniform_t_step_bound(x_theta, alphas), rtol=1e-4, atol=1e-4)
         gaps.append((P_DATA * total).sum().item() - ENTROPY)
-        law = world.uniform_chain_law([world.uniform_step(x_theta(s), alphas[s], alphas[s - 1])
-                                       for s in range(T, 0, -1)])
-        assert law.sum().item() == pytest.approx(1) and (total + law.log()).min() > -1e-4  # a bound on its own sampler
+        p = world.uniform_chain_distribution([world.uniform_step(x_theta(s), alphas[s], alphas[s - 1])
+                                              for s in range(T, 0, -1)])
+        assert p.sum().item() == pytest.approx(1) and (total + p.log()).min() > -1e-4  # a bound on its own sampler
     assert gaps[0] > gaps[1] > gaps[2] > 1e-3
 
 
@@ -278,7 +278,7 @@ def test_training_reaches_the_optimum():
     rate = 0.5
     table = torch.zeros(N_SEQUENCES, L, V, requires_grad=True)
     optimizer, objective = torch.optim.Adam([table], lr=0.1), Uniform(V, "linear")
-    weights = (P_DATA[:, None] * world.uniform_law(1 - rate)).flatten()
+    weights = (P_DATA[:, None] * world.uniform_distribution(1 - rate)).flatten()
     for _ in range(300):
         nats = objective.nelbo(network(table), EVERY_X0, at_rate(rate))
         optimizer.zero_grad()

@@ -75,17 +75,17 @@ def learned_step(model, steps, products, s, T):
     return torch.where((STATES == MASK)[..., None], p, visible)
 
 
-def chain_law(model, alphas):
+def chain_distribution(model, alphas):
     """Distribution p_T(x0) of the reverse chain with this denoiser, by summing over every path: (27,)."""
     T = len(alphas) - 1
     steps, products = matrices(alphas)
-    law = (STATES == MASK).all(1).double()
+    state_probs = (STATES == MASK).all(1).double()
     for s in range(T, 0, -1):
         p = learned_step(model, steps, products, s, T)                         # (64, L, V+1)
         transition = torch.stack([p[:, i, STATES[:, i]] for i in range(L)]).prod(0)  # (64 from, 64 to)
-        law = law @ transition
+        state_probs = state_probs @ transition
     finished = (STATES != MASK).all(1)
-    return law[finished]
+    return state_probs[finished]
 
 
 def t_step_bound(model, alphas):
@@ -106,13 +106,13 @@ def t_step_bound(model, alphas):
     return total
 
 
-def remasking_law(model, grid, sigma):
+def remasking_distribution(model, grid, sigma):
     """Distribution p(x0) of ReMDM's reverse chain (arXiv 2503.00307) by summing over every path: (27,).
 
     grid: the mask rates. sigma(r, s, states (64, L)) -> (64, L): at a token, the probability that it is masked again;
     at a mask, the sigma in its probability of being revealed, ((1-s) - (1-sigma)(1-r))/r. The network is told the rate.
     """
-    law = (STATES == MASK).all(1).double()
+    state_probs = (STATES == MASK).all(1).double()
     visible = torch.nn.functional.one_hot(STATES, V + 1).double()
     for r, s in zip(grid, grid[1:]):
         remask = sigma(r, s, STATES)[..., None]
@@ -122,9 +122,9 @@ def remasking_law(model, grid, sigma):
         from_token = (1 - remask) * visible
         from_token[..., MASK] += remask[..., 0]
         p = torch.where((STATES == MASK)[..., None], from_mask, from_token)    # (64, L, V+1)
-        law = law @ torch.stack([p[:, i, STATES[:, i]] for i in range(L)]).prod(0)
+        state_probs = state_probs @ torch.stack([p[:, i, STATES[:, i]] for i in range(L)]).prod(0)
     finished = (STATES != MASK).all(1)
-    return law[finished]
+    return state_probs[finished]
 
 
 def cross_entropy_at(model, rate):
@@ -154,7 +154,7 @@ def uniform_matrix(keep):
     return torch.eye(V, dtype=torch.float64) * keep + (1 - keep) / V
 
 
-def uniform_law(alpha):
+def uniform_distribution(alpha):
     """Distribution q(xt | x0): (27 x0, 27 xt)."""
     Q = uniform_matrix(alpha)
     return torch.stack([Q[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)
@@ -174,7 +174,7 @@ def uniform_oracle(alpha, leave_one_out=True):
 
 def true_scores(alpha):
     """Scores p_t(xt with y at position i)/p_t(xt) for every xt, i and y: (27, L, V)."""
-    marginal = P_DATA @ uniform_law(alpha)
+    marginal = P_DATA @ uniform_distribution(alpha)
     found = torch.empty(len(SEQUENCES), L, V, dtype=torch.float64)
     for i in range(L):
         for y in range(V):
@@ -200,12 +200,12 @@ def uniform_step(x_theta, alpha_t, alpha_s):
     return p / p.sum(-1, keepdim=True)
 
 
-def uniform_chain_law(steps):
+def uniform_chain_distribution(steps):
     """Distribution p(x0) of a chain that starts from uniform tokens: (27,). steps: the results of uniform_step."""
-    law = torch.full((len(SEQUENCES),), 1 / len(SEQUENCES), dtype=torch.float64)
+    state_probs = torch.full((len(SEQUENCES),), 1 / len(SEQUENCES), dtype=torch.float64)
     for p in steps:
-        law = law @ torch.stack([p[:, i, SEQUENCES[:, i]] for i in range(L)]).prod(0)
-    return law
+        state_probs = state_probs @ torch.stack([p[:, i, SEQUENCES[:, i]] for i in range(L)]).prod(0)
+    return state_probs
 
 
 def uniform_t_step_bound(x_theta, alphas):
@@ -216,5 +216,6 @@ def uniform_t_step_bound(x_theta, alphas):
         for n, x0 in enumerate(SEQUENCES):
             for i in range(L):
                 qi = q[x0[i], SEQUENCES[:, i]]
-                total[n] += uniform_law(alphas[s])[n] @ torch.where(qi > 0, qi * (qi / p[:, i]).log(), 0.0).sum(-1)
+                kl = torch.where(qi > 0, qi * (qi / p[:, i]).log(), 0.0).sum(-1)
+                total[n] += uniform_distribution(alphas[s])[n] @ kl
     return total

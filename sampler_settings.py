@@ -1,4 +1,4 @@
-"""The command lines of samplers, for sample.py and evaluate.py: flags -> sampling.Settings."""
+"""The settings of a sampler: command-line flags -> sampling.Settings, and the grids of mask rates that they ask for."""
 
 import argparse
 import contextlib
@@ -6,10 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from cli import UserError, number
 from configs import OBJECTIVES
 from diffusion import SCHEDULES, make_schedule
-from sampling import SAMPLERS, SIGMAS, Settings, cheapest_grid, enough_steps, loop_grid, schedule_grid
+from sampling import SAMPLERS, SIGMAS, Settings
 from storage import digest
 
 NAMES = list(dict.fromkeys(name for objective in OBJECTIVES.values() if not objective.causal
@@ -134,7 +137,7 @@ def make_grid(steps, grid, config, checkpoint, model, sigma):
     steps = enough_steps(rates, ce) if steps in (None, "auto") else steps
     if steps > 256:
         raise UserError(f"--grid auto is for few steps, 256 at most, not {steps}")
-    return cheapest_grid(rates, ce, steps)
+    return best_grid(rates, ce, steps)
 
 
 def read_curve(checkpoint, model):
@@ -158,3 +161,69 @@ def read_curve(checkpoint, model):
     if weights != digest(model.state_dict()):
         raise UserError(f"{path} is of other weights than {checkpoint}: {again}")
     return rates, ce
+
+
+# ---- grids of mask rates ---------------------------------------------------------------------------------------------
+
+
+def schedule_grid(schedule, steps):
+    """Steps of equal time: what a schedule (see diffusion.make_schedule) makes of 1 = t_0 > ... > t_n = 0, but the last
+    rate is 0, also of schedules that are not quite clean there."""
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return [*(1 - make_schedule(schedule).alpha(times)).clamp(0, 1).tolist()[:-1], 0.0]
+
+
+def loop_grid(steps, hold=0.1):
+    """ReMDM-loop: 45 % of the steps down to the mask rate `hold`, half of them there, the rest to 0. steps >= 3."""
+    down, still = max(1, round(0.45 * steps)), max(1, round(0.5 * steps))
+    down = min(down, steps - 2)
+    still = min(still, steps - 1 - down)
+    points = lambda a, b, n: torch.linspace(a, b, n + 1, dtype=torch.float64).tolist()
+    return points(1, hold, down) + [hold] * still + points(hold, 0, steps - down - still)[1:]
+
+
+def bound_on_grid(rates, ce, grid):
+    """The bound of a chain on this grid, nats per token: sum of (r - s) CE(r), for CE interpolated at these rates."""
+    return sum((r - s) * c for r, s, c in zip(grid, grid[1:], np.interp(grid, rates, ce)))
+
+
+def best_grid(rates, ce, steps, n_points=256):
+    """The grid of n steps, of the mask rates i/n_points, on which bound_on_grid() is least.
+
+    What is lost by revealing in parallel is the area between a staircase and the curve of cross-entropy CE by mask
+    rate, so steps belong where the curve rises: the optimal schedule of arXiv 2510.25544, whose information profile
+    is this curve, found exactly, by dynamic programming: cost of reaching rate s in n steps = min over r of cost of
+    reaching r in n - 1, plus (r - s) CE(r).
+    """
+    points = np.linspace(0, 1, n_points + 1)
+    step = (points[:, None] - points) * np.interp(points, rates, ce)[:, None]  # [r, s]
+    step[points[:, None] <= points] = np.inf
+    cost, came_from = np.where(points == 1, 0, np.inf), []
+    for _ in range(steps):
+        total = cost[:, None] + step
+        came_from.append(total.argmin(0))
+        cost = total.min(0)
+    i, grid = 0, [0.0]
+    for best in reversed(came_from):
+        i = best[i]
+        grid.append(float(points[i]))
+    return grid[::-1]
+
+
+def enough_steps(rates, ce, loss=0.01, most=256):
+    """The fewest steps whose best grid has a bound of at most (1 + loss) times the area under the curve, or `most`."""
+    area = bound_on_grid(rates, ce, np.linspace(1, 0, 10_001).tolist())
+    low, high = 1, most
+    while low < high:
+        n = (low + high) // 2
+        enough = bound_on_grid(rates, ce, best_grid(rates, ce, n)) <= (1 + loss) * area
+        low, high = (low, n) if enough else (n + 1, high)
+    return low
+
+
+def default_settings(config):
+    """What a config's model is sampled with where nothing is asked for: the first sampler of its objective, in T steps
+    if it has steps."""
+    name, function = next(iter(config.objective_class.samplers.items()))
+    has_steps = "steps" in SAMPLERS[function].flags
+    return Settings(name, {"grid": schedule_grid(config.schedule, config.T)} if has_steps else {})
