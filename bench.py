@@ -67,6 +67,8 @@ def add_arguments(parser):
 class Training:
     """The work of train.py between two log lines."""
 
+    naive = False
+
     def __init__(self, name, cfg, vocab_size, device, dtype):
         self.name, self.cfg, self.device, self.dtype = name, replace(cfg, max_steps=10**9), device, dtype
         self.vocab_size = vocab_size
@@ -95,6 +97,8 @@ class Training:
 
 class Naive(Training):
     """Training of the same network by the code of studies/textbook.py, with AdamW in float32, not compiled."""
+
+    naive = True
 
     def __init__(self, name, cfg, vocab_size, device, dtype):
         super().__init__(name, replace(cfg, compile=False, optimizer="adamw"), vocab_size, device, torch.float32)
@@ -201,7 +205,7 @@ def throughput(trainings, repeats, compare):
             taken = timed(training.step, device)
             if repeat >= 0:
                 seconds[training].append(taken)
-                if not isinstance(training, Naive):
+                if not training.naive:
                     shares[training].append(split(training))
     rows = []
     for training in trainings:
@@ -212,7 +216,7 @@ def throughput(trainings, repeats, compare):
                "dtype": str(training.dtype).removeprefix("torch."), "compiled": training.compiled,
                "step_seconds": step, "tokens_per_second": rate, "flops_per_token": training.flops,
                "activation_bytes": measured_bytes(training)}
-        if isinstance(training, Naive):
+        if training.naive:
             ours = rows[-1]
             ours["ratio"] = ours["tokens_per_second"] / rate
             ours["activation_ratio"] = row["activation_bytes"] and ours["activation_bytes"] / row["activation_bytes"]

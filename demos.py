@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from checkpoint import load_model
 from cli import ArgumentParser, UserError, named, number, require, run, table
 from data.tokenizer import CharTokenizer, make_tokenizer
-from diffusion import MDLM, SCHEDULES, SEDD, make_schedule
+from diffusion import MDLM, SCHEDULES, make_schedule
 from plot import panels
 from prompts import encode
 from randomness import give_prefix, uniforms
 from show import piece
 from storage import Hints
 from studies.names import names
-from uniform import Uniform, UniformD3PM
+from uniform import Uniform
 
 BIT = math.log(2)  # nats
 ASCII = "".join(map(chr, range(32, 127)))
@@ -125,19 +125,17 @@ def masked_terms(objective, logits, x0, noise, weight):
     entropy = dsigma * ((log_q.exp() * r).sum(-1) - r * (log_q_x0 + r.log()) + r * (r.log() - 1))
     columns = {"p(token)": (-ce).exp(), "CE": ce / BIT, "weight x CE": weight * ce / BIT,
                "score entropy": entropy / BIT}
-    if isinstance(objective, SEDD):
+    if objective.normalised:
         columns |= {"Z": log_z.exp(), "penalty": weight * (log_z.exp() - 1 - log_z) / BIT}
     return columns
 
 
 def uniform_terms(objective, logits, x0, noise, weight):
     """The cost of every token under uniform noise, in bits: logits (L, N), UniformNoise -> {column: (L,) float64}."""
-    chain = isinstance(objective, UniformD3PM)
-    inputs = logits[None], x0[None], objective.corrupt(x0[None], noise.token)
-    cost = (objective.step_kl(*inputs, (noise.t * objective.T).round()) if chain
-            else objective.cost(*inputs, noise.sigma))[0].double() / BIT
-    name = "KL" if chain else "score entropy / dsigma"
-    return {name: cost, f"weight x {name}" if chain else "score entropy": weight * cost}
+    cost = objective.position_costs(logits[None], x0[None], noise)[0].double() / BIT
+    if objective.T:
+        return {"KL": cost, "weight x KL": weight * cost}
+    return {"score entropy / dsigma": cost, "score entropy": weight * cost}
 
 
 @torch.no_grad()
@@ -154,7 +152,7 @@ def loss(args):
     xt = objective.corrupt(x0[None], noise[0])
     hit = noise.token[0] >= 0 if uniform else noise.mask[0]
     alpha, dsigma = schedule.alpha(t).item(), (-schedule.dalpha(t) / schedule.alpha(t)).item()
-    meaning = (f"of one of T = {config.T:,} steps" if config.objective == "d3pm" else "dsigma/dt" if uniform else
+    meaning = (f"of one of T = {objective.T:,} steps" if objective.T else "dsigma/dt" if uniform else
                "-alpha'(t)/(1 - alpha(t)) = r dsigma/dt, what a nat at a mask counts")
     print(f"t = {t.item():g}: noise hits a token with probability 1 - alpha = {1 - alpha:.4f}, {hit.sum()} of {n}\n"
           f"sigma = -log alpha = {schedule.sigma(t).item():.4f} nats, dsigma/dt = {dsigma:.4f}, "
@@ -172,9 +170,9 @@ def loss(args):
           + (f", with {prior:.2f} for the noise that is left at the end (uniform.prior_kl)" if prior > 0.005 else ""))
     say("Nothing shows which tokens are noise, so all of them cost something." if uniform else
         """The scores are s = r q, and q sums to Z, not to 1. So score entropy is weight x CE and a penalty, weight x
-        (Z - 1 - log Z), which normalising q would save.""" if isinstance(objective, SEDD) else
+        (Z - 1 - log Z), which normalising q would save.""" if objective.normalised else
         """Visible tokens cost nothing: they are kept. SEDD's score entropy of the scores s = r p is the same number as
-        weight x CE, because p sums to 1""" + (", up to the size of a step." if config.objective == "d3pm" else "."))
+        weight x CE, because p sums to 1""" + (", up to the size of a step." if objective.T else "."))
     (u, v), (w, _) = (uniforms(args.seed, step, range(args.draws), args.draws, L, False) for step in (1, 2))
     print(f"\n{args.draws} other draws of time and noise, in bits per token:")
     ways = {"t uniform on (0, 1]": lambda u, v, w: objective.noise(u, v),

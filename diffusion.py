@@ -156,6 +156,7 @@ class Absorbing:
     reported: the estimator whose bound is reported
     normalised: the objective whose bound the normalised prediction has, if this one's prediction is not normalised
     everywhere: the loss asks for logits at all positions, visible ones included
+    T: the number of steps, or None in continuous time
 
     from_config(config, vocab_size): the objective of a Config
     misfit(config): what of a Config does not go with this objective, in words, or None
@@ -164,7 +165,7 @@ class Absorbing:
     """
 
     description = "predicts masked tokens"
-    has_mask, causal, any_order, everywhere, normalised = True, False, True, False, None
+    has_mask, causal, any_order, everywhere, normalised, T = True, False, True, False, None, None
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
     estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"

@@ -85,7 +85,7 @@ class Uniform:
     """
 
     description = "was trained on random tokens"
-    has_mask, causal, any_order, everywhere, normalised = False, False, False, True, None
+    has_mask, causal, any_order, everywhere, normalised, T = False, False, False, True, None, None
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
 
@@ -173,10 +173,14 @@ class Uniform:
         d_x0 = log_s.gather(-1, x0[..., None]).squeeze(-1) + log_rho
         return (usual.exp() * excess(d).sum(-1) + torch.where(same, 0.0, excess(d_x0) / log_rho.exp())) / N
 
+    def position_costs(self, logits, x0, noise):
+        """What the bound counts at each position, without its weight: logits (B, L, N), x0 (B, L) -> nats (B, L)."""
+        return self.cost(logits, x0, self.corrupt(x0, noise.token), noise.sigma)
+
     def nelbo(self, model, x0, noise):
         """Estimate the bound of each sequence by one sample of the noise: x0 (B, L) -> nats per token (B,)."""
-        xt = self.corrupt(x0, noise.token)
-        return noise.weight * self.cost(model(xt, noise.t), x0, xt, noise.sigma).mean(1) + self.prior
+        costs = self.position_costs(model(self.corrupt(x0, noise.token), noise.t), x0, noise)
+        return noise.weight * costs.mean(1) + self.prior
 
     def loss(self, model, x0, noise):
         """The loss to minimise, a scalar, and the bound (B,), nats per token, detached."""
@@ -253,9 +257,8 @@ class UniformD3PM(Uniform):
         possible = q > 0
         return torch.where(possible, q * excess(torch.where(possible, p.log() - q.log(), 0.0)), p).sum(-1)
 
-    def nelbo(self, model, x0, noise):
-        xt = self.corrupt(x0, noise.token)
-        return noise.weight * self.step_kl(model(xt, noise.t), x0, xt, (noise.t * self.T).round()).mean(1)
+    def position_costs(self, logits, x0, noise):
+        return self.step_kl(logits, x0, self.corrupt(x0, noise.token), (noise.t * self.T).round())
 
     def loss(self, model, x0, noise):
         nelbo = self.nelbo(model, x0, noise)
