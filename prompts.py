@@ -105,12 +105,12 @@ def n_given(xt, mask_id):
     return torch.where(masked.any(1), masked.int().argmax(1), xt.shape[1])
 
 
-def denoise(settings, objective, model, canvas, config, context, generator, clock=None):
+def denoise(settings, objective, model, canvas, config, context, generator):
     """Fill the masks of a canvas (B, N), which may be longer than the model's window, block by block.
 
     Yields the State of the whole canvas after each step. The time that a network is told follows from the share of
     masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens of the
-    block. clock() makes a function that replaces objective.time in one block.
+    block.
     """
     state = State(canvas, torch.full(canvas.shape, torch.nan, device=canvas.device))
     for a, b in blocks(canvas.shape[1], config.seq_len, context):
@@ -118,7 +118,7 @@ def denoise(settings, objective, model, canvas, config, context, generator, cloc
         if not (xt == objective.mask_id).any():
             continue
         size = None if config.prefix == "none" else (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
-        for part in settings(objective, model, xt, generator, size, clock and clock()):
+        for part in settings(objective, model, xt, generator, size):
             joined = [torch.cat((whole[:, :a], piece, whole[:, b:]), 1) for whole, piece in (
                 (state.xt, part.xt), (state.p, torch.where(part.p.isnan(), p, part.p)))]
             state = State(*joined, part.steps)

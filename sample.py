@@ -25,7 +25,6 @@ from cli import (ArgumentParser, UserError, autocast, generator_on, named, note,
 from costs import check_fits
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
-from foreign.tiny_diffusion import StepsUp
 from prompts import canvases, denoise
 from sampler_settings import NAMES, add_arguments, given_flags, settings_of, steps_flag
 from show import History, Screen, gif, html, joined, png
@@ -75,8 +74,6 @@ def parse_args():
     p.add_argument("--data_dir", default="",
                    help="folder of data sets, for --known_words (default: the one trained on)")
     add_hints(p)
-    p.add_argument("--time_order", choices=("right", "original"), default="right",
-                   help="original: feed tiny-diffusion's network the steps in the wrong direction, as its code does")
     p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one there is)")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
@@ -142,8 +139,6 @@ def check(args, config):
     if config.objective_class.causal and (args.suffix or args.template or args.infill):
         raise UserError(f"{args.checkpoint} is autoregressive and sees only what is on the left: it can continue a "
                         "--prefix, but --suffix, --template and --infill need a masked model")
-    if args.time_order == "original" and config.architecture != "tiny_diffusion":
-        raise UserError("--time_order original is the mistake of tiny-diffusion's own code, and for its networks alone")
     if args.show and args.show_intermediate:
         raise UserError("--show or --show_intermediate, not both")
 
@@ -176,11 +171,10 @@ def main():
     if uniform and not every and not sys.stderr.isatty():
         every = -(-settings.steps // 10)  # with masks, Screen itself chooses the states
     screen = Screen(objective.mask_id, tokenizer, every) if watching else None
-    clock = (lambda: StepsUp(config.T)) if args.time_order == "original" else None
     denoiser, generator, start = Counted(model), generator_on(device, args.seed), time.perf_counter()
     n_masks = args.batch_size * sum(prompt.count(objective.mask_id) for prompt in prompts)
     fill = lambda canvas: denoise(settings, objective, denoiser, canvas.to(device), config, args.context or 0,
-                                  generator, clock)
+                                  generator)
     with (autocast(device, pick_dtype(device, args.dtype)),
           progress(total=None if uniform else n_masks, desc="sampling", unit="step" if uniform else "token",
                    leave=False, show=not screen) as bar):
@@ -202,7 +196,7 @@ def main():
                             for b, (text, tokens) in enumerate(zip(texts, samples))],
                 "sampler": settings.sampler, "steps": history.steps, **options,
                 "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
-                "context": args.context, "time_order": args.time_order, "nfe": denoiser.nfe, "seconds": seconds,
+                "context": args.context, "nfe": denoiser.nfe, "seconds": seconds,
                 "tokens_per_second": n_masks / seconds, "seed": args.seed, "checkpoint": args.checkpoint}), flush=True)
         else:
             print("\n\n".join(texts), flush=True)

@@ -137,21 +137,3 @@ def our_weights(state, n_head):
     state["embed.weight"] = state["embed.weight"].roll(-1, 0)
     state["head.weight"] = state["head.weight"][1:]
     return state
-
-
-class StepsUp:
-    """The time that tiny-diffusion's own samplers tell the network, to be used in place of an objective's time().
-
-    These samplers use 0, 1, 2, ..., then T - 1 again and again, as the index of the time embedding. But in training
-    index 0 is the step with the fewest masks. So the network is told of ever more masks while there are ever fewer.
-    This class is for reproducing samples of that project.
-    """
-
-    def __init__(self, T):
-        self.T, self.step = T, 0
-
-    def __call__(self, rate):
-        """Return t (B,) float32, one step later with each call. rate (B,) gives only the shape and the device."""
-        index = min(self.step, self.T - 1)
-        self.step += 1
-        return torch.full(rate.shape, (index + 1) / self.T, device=rate.device)

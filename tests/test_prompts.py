@@ -239,7 +239,7 @@ def test_bad_requests(call, trained, tmp_path):
             (["--temperature=-1"], "outside"), (["--top_p=0"], "outside"), (["--top_k=0"], "outside"),
             (["--show", "--show_intermediate"], "not both"),
             (["--html", tmp_path / "no" / "x"], "in no existing folder"),
-            (["--time_order=original"], "tiny-diffusion"), (["--override", "n_head=2"], "leave out --override"),
+            (["--override", "n_head=2"], "leave out --override"),
             (["--context=-1"], "outside"), (["--sampler=remdm", "--sigma=loop", "--grid=1,0.5,0"], "grid of its own"),
             (["--temperature=1e-38"], "is below 0.001"), (["--prefix=\udcff"], "no valid text"),
             (["--template=a{" + "9" * 5000 + "}"], "is no blank"),
@@ -388,35 +388,6 @@ def test_a_model_that_needs_a_prefix(call, data_dir, tmp_path):
                          ("some:3", "neither"), ("uniform:0:-3", "neither")):
         assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "bad", f"--prefix={value}"), words)
     assert_one_line(train(call, "d3pm_text8", data_dir, tmp_path / "bad", "--prefix=fixed:8"), "lambda_ce")
-
-
-# ---- tiny-diffusion's recorded runs ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("run, flags", [
-    ("topk1", ["--sampler=topk", "--k=1"]), ("topk4", ["--sampler=topk", "--k=4"]),
-    ("conf90", ["--sampler=threshold", "--threshold=0.9"]), ("conf40", ["--sampler=threshold", "--threshold=0.4"])])
-def test_tiny_diffusion_runs(run, flags, golden, sample, tmp_path):
-    """Greedy runs of the original code with a context: the same tokens, revealed at the same steps, as many calls; in
-    the right order of time they are others."""
-    from safetensors.torch import load_file
-    folder = golden / "tiny_diffusion"
-    expected = load_file(folder / "expected.safetensors")
-    contexts = ["".join(map(chr, row)) for row in expected["sample.context"].tolist()]
-    escaped = [re.sub(r"([_{}\\])", r"\\\1", text) for text in contexts]
-    (tmp_path / "t.txt").write_text("".join(text + "{32}\n" for text in escaped))
-    go = lambda *more: sample("--infill", tmp_path / "t.txt", "--temperature=0", *flags, *more,
-                              "--override=n_head=2,seq_len=40", path=folder / "diffusion_model.pt")
-    found = go("--time_order=original")
-    tokens = torch.tensor([one["tokens"] for one in found["samples"]]) + 1  # their ids are codes
-    steps = torch.tensor([one["steps"] for one in found["samples"]]) - 1    # they count from 0, -1: given
-    assert torch.equal(tokens, expected[f"sample.{run}.ctx.tokens"])
-    assert torch.equal(steps, expected[f"sample.{run}.ctx.step"])
-    assert found["nfe"] == expected[f"sample.{run}.ctx.n_forward"]
-    assert [one["tokens"] for one in go()["samples"]] != [one["tokens"] for one in found["samples"]]
-    (tmp_path / "t.txt").write_text(40 * (escaped[0] + "{32}\n"))  # more than go together: each batch starts anew
-    again = go("--time_order=original")["samples"]
-    assert len(again) == 40 and all(one["tokens"] == found["samples"][0]["tokens"] for one in again)
 
 
 def test_overrides():

@@ -342,7 +342,7 @@ def test_remdm_remasks_in_a_template(settings):
 
 
 def test_only_what_is_drawn_is_asked_and_timed():
-    """The clock of a run (tiny_diffusion.StepsUp) ticks once for each call of the network."""
+    """The function that is given as `time` is called once for each call of the network."""
     calls, ticks = [], []
     model = lambda xt, t, where: calls.append(1) or torch.zeros(int(where.sum()), V)
 

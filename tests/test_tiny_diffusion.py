@@ -9,12 +9,14 @@ import torch.nn.functional as F
 
 import checkpoint
 import storage
+from categorical import Counted
 from cli import UserError
 from commands import assert_one_line, losses, train
 from configs import Config
 from diffusion import D3PM
 from foreign import translate
-from foreign.tiny_diffusion import StepsUp, TinyDiffusion, swap_halves
+from foreign.tiny_diffusion import TinyDiffusion, swap_halves
+from sampling import Settings
 from test_interop import nanodd_payload, small_model
 
 CPU = torch.device("cpu")
@@ -215,12 +217,39 @@ def test_time_and_what_it_is_told():
     assert seen == [list(range(T)), [0, 0, 1, T - 1]]
 
 
-def test_steps_up():
-    """Index 0, 1, 2, ... whatever the rate, and the last one again and again; the type is that of objective.time."""
-    time, rate = StepsUp(3), torch.ones(2, dtype=torch.float64)
-    told = [time(rate) for _ in range(5)]
-    assert all(t.shape == (2,) and t.dtype == torch.float32 for t in told)
-    assert [[round(3 * t) - 1 for t in ts.tolist()] for ts in told] == [[0, 0], [1, 1], [2, 2], [2, 2], [2, 2]]
+@pytest.mark.parametrize("run, settings", [
+    ("topk1", Settings("topk", {"k": 1})), ("topk4", Settings("topk", {"k": 4})),
+    ("conf90", Settings("threshold", {"threshold": 0.9})), ("conf40", Settings("threshold", {"threshold": 0.4}))])
+def test_golden_runs(run, settings, golden):
+    """Greedy runs of the original code with a context: the same tokens, revealed at the same steps, as many calls.
+
+    That code feeds its network the time in the wrong direction: the index of the step, 0, 1, 2, ..., T - 1, T - 1, ...,
+    where 0 was trained as the step with the fewest masks. In the right direction the tokens are others.
+    """
+    from safetensors.torch import load_file
+    expected = load_file(golden / "tiny_diffusion" / "expected.safetensors")
+    model, config, meta, _ = loaded(golden / "tiny_diffusion" / "diffusion_model.pt",
+                                    overrides={"n_head": 2, "seq_len": 40})
+    objective = config.make_objective(meta["vocab_size"])
+    context = ours(expected["sample.context"])
+    canvas = F.pad(context, (0, 32), value=objective.mask_id)
+
+    def wrong_direction():
+        index = iter(range(10**6))
+        return lambda rate: torch.full(rate.shape, (min(next(index), config.T - 1) + 1) / config.T)
+
+    def go(time):
+        denoiser, revealed, xt = Counted(model), torch.full_like(canvas, -1), canvas
+        states = settings._replace(temperature=0.0)(objective, denoiser, canvas, torch.Generator(), time=time)
+        for step, state in enumerate(states):
+            revealed[xt != state.xt], xt = step, state.xt
+        return xt, revealed, denoiser.nfe
+
+    tokens, steps, nfe = go(wrong_direction())
+    assert torch.equal(tokens + 1, expected[f"sample.{run}.ctx.tokens"])  # their ids are codes
+    assert torch.equal(steps, expected[f"sample.{run}.ctx.step"])
+    assert nfe == expected[f"sample.{run}.ctx.n_forward"]
+    assert not torch.equal(go(None)[0], tokens)
 
 
 def test_flops():
