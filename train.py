@@ -24,7 +24,7 @@ import storage
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
                  require, run)
 from costs import check_fits, flops_per_token, training_bytes, weight_bytes
-from data.loader import check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, windows
+from data.loader import check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, records, windows
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
@@ -33,19 +33,6 @@ from optim import EMA, clip_gradients, learning_rate, make_optimizers
 from parallel import on_main, share_of_batch, together
 from randomness import give_prefix, prefix_lengths, rng, uniforms
 from sampler_settings import default_settings
-
-
-def records(cfg, meta):
-    """(length of an item, id of the pad), or (1, None) if the data set is one long text.
-
-    Raises UserError if the config does not fit the data set."""
-    record, pad = meta.get("record", 1), meta.get("pad")
-    if record not in (1, cfg.seq_len):
-        raise UserError(f"data set {cfg.dataset!r} has items of {record} tokens each: use --seq_len={record}")
-    if cfg.padding == "random" and pad is None:
-        raise UserError(f"padding=random moves the pads of items, such as names, and data set {cfg.dataset!r} has "
-                        "none: use --padding=end")
-    return record, None if pad is None else meta["alphabet"].index(pad)
 
 
 def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, pad=None):

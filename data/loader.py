@@ -91,6 +91,19 @@ def gather(tokens, starts, seq_len):
     return torch.from_numpy(np.stack([tokens[start:start + seq_len] for start in starts]).astype(np.int64))
 
 
+def records(cfg, meta):
+    """(length of an item, id of the pad), or (1, None) if the data set is one long text.
+
+    Raises UserError if the config does not fit the data set."""
+    record, pad = meta.get("record", 1), meta.get("pad")
+    if record not in (1, cfg.seq_len):
+        raise UserError(f"data set {cfg.dataset!r} has items of {record} tokens each: use --seq_len={record}")
+    if cfg.padding == "random" and pad is None:
+        raise UserError(f"padding=random moves the pads of items, such as names, and data set {cfg.dataset!r} has "
+                        "none: use --padding=end")
+    return record, None if pad is None else meta["alphabet"].index(pad)
+
+
 def random_crops(tokens, seq_len, seed, step, indices, record=1):
     """Draw the sequences `indices` of the batch of a step: windows with random starts, the last possible one included.
 

@@ -10,12 +10,12 @@ import torch
 from commands import assert_one_line, train
 from configs import Config
 from data import prepare_names
-from data.loader import load_meta, load_split, move_padding, random_crops
+from data.loader import load_meta, load_split, move_padding, random_crops, records
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM
 from show import piece
 from studies import names
-from train import batches, records
+from train import batches
 
 PAD = prepare_names.PAD
 SMALL = ["--dataset=names", "--n_layer=1", "--n_embd=16", "--n_head=2", "--max_steps=2", "--batch_size=8",
