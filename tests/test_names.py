@@ -166,7 +166,7 @@ def test_distances():
     """total_variation is the largest difference of probabilities; chance is what draws from p itself have."""
     p, q = {1: 0.5, 2: 0.25, 3: 0.25}, {1: 0.25, 2: 0.25, 4: 0.5}
     assert names.total_variation(p, q) == 0.5 and names.total_variation(p, p) == 0
-    assert names.expected([3, 1, 3, 3]) == {1: 0.25, 3: 0.75}
+    assert names.distribution([3, 1, 3, 3]) == {1: 0.25, 3: 0.75}
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(500, list(p.values()), size=2000) / 500
     mean = np.abs(drawn - list(p.values())).sum(1).mean() / 2
