@@ -35,6 +35,7 @@ from data.tokenizer import KNOWN
 from diffusion import D3PM, MDLM
 from optim import EMA, make_optimizers
 from parallel import share_of_batch
+from prompts import denoise
 from sampler_settings import default_settings, schedule_grid
 from sampling import Settings
 from studies import textbook
@@ -188,7 +189,8 @@ def sampling(training, repeats):
     def sample():
         xt = torch.full((1, training.cfg.seq_len), training.vocab_size, device=training.device)
         with autocast(training.device, training.dtype), torch.compiler.set_stance("force_eager"):
-            for _ in default_settings(training.cfg)(training.objective, denoiser, xt, generator_on(training.device, 0)):
+            for _ in denoise(default_settings(training.cfg), training.objective, denoiser, xt, training.cfg, 0,
+                             generator_on(training.device, 0)):
                 pass
 
     seconds = [timed(sample, training.device) for _ in progress(range(repeats + 1), desc="sampling", leave=False)]
@@ -315,10 +317,10 @@ class Timed(Counted):
         super().__init__(model)
         self.device, self.seconds = device, 0.0
 
-    def __call__(self, xt, t, where=None):
+    def __call__(self, xt, t, where=None, **more):
         synchronize(self.device)
         start = time.perf_counter()
-        logits = super().__call__(xt, t, where)
+        logits = super().__call__(xt, t, where, **more)
         synchronize(self.device)
         self.seconds += time.perf_counter() - start
         return logits

@@ -31,10 +31,15 @@ class Counted:
     def __init__(self, model):
         self.model, self.nfe, self.sequences = model, 0, 0
 
-    def __call__(self, xt, t, where=None):
+    def __call__(self, xt, t, where=None, **more):
         self.nfe += 1
         self.sequences += len(xt)
-        return self.model(xt, t, where)
+        return self.model(xt, t, where, **more)
+
+    def remember(self, xt, t, **more):
+        self.nfe += 1
+        self.sequences += len(xt)
+        return self.model.remember(xt, t, **more)
 
 
 def in_pieces(logits):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from block_diffusion import BlockDiffusion
 from cli import ArgumentParser, UserError
 from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
 from foreign.tiny_diffusion import TinyDiffusion
@@ -20,7 +21,8 @@ from model import DiT
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
 # A new objective or network gets a name here and a file of its own (diffusion.Absorbing lists what it must have).
-OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): SEDD, ("ar", "mask"): AutoRegressive,
+OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): SEDD,
+              ("block", "mask"): BlockDiffusion, ("ar", "mask"): AutoRegressive,
               ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD}
 NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion}
 
@@ -64,8 +66,11 @@ class Config:
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower",
                                       same_run=False)
     # objective
-    objective: str = setting("d3pm", "d3pm (T steps), mdlm (continuous time), sedd (score entropy) or ar (left to "
-                             "right, no diffusion)", tuple(dict.fromkeys(name for name, _ in OBJECTIVES)))
+    objective: str = setting("d3pm", "d3pm (T steps), mdlm (continuous time), sedd (score entropy), block (mdlm in "
+                             "blocks, from left to right) or ar (left to right, no diffusion)",
+                             tuple(dict.fromkeys(name for name, _ in OBJECTIVES)))
+    block_size: int = setting(0, "objective=block: tokens per block, a divisor of seq_len")
+    rate_range: str = setting("0:1", "objective=block: lowest and highest mask rate in training, such as 0.3:0.8")
     noise: str = setting("mask", "what noise makes of a token: the mask, or a random token (then mdlm is UDLM)",
                          tuple(dict.fromkeys(noise for _, noise in OBJECTIVES)))
     T: int = setting(1000, "steps of d3pm, and steps of sampling where no other number is asked for")
@@ -147,6 +152,8 @@ class Config:
             raise UserError(f"noise={self.noise} goes with objective={others}, and not with {self.objective}")
         if self.optimizer == "muon" and self.fsdp:
             raise UserError("optimizer=muon needs whole matrices: not with --fsdp")
+        if self.objective != "block" and (self.block_size or self.rate_range != "0:1"):
+            raise UserError("block_size and rate_range belong to objective=block")
         for part in (self.network, self.objective_class):
             if misfit := part.misfit(self):
                 raise UserError(misfit)
@@ -354,12 +361,33 @@ def ar_openwebtext_8gpu():
     return ar_twin(d3pm_openwebtext_8gpu())
 
 
+def block_twin(config, block_size, **settings):
+    """Block diffusion with the same data, size and optimisation: exactly k masks in each block, no time conditioning."""
+    return replace(config, objective="block", block_size=block_size, conditioning="none", lambda_ce=0.0,
+                   time_sampling="exact_k", grad_clip=1.0, **settings)
+
+
+def bd3_demo():
+    """block diffusion where demo has masked diffusion: blocks of 8 characters, from left to right"""
+    return block_twin(demo(), 8)
+
+
+def bd3_shakespeare():
+    """block diffusion where mdlm_shakespeare has MDLM, blocks of 16 characters"""
+    return block_twin(mdlm_shakespeare(), 16)
+
+
+def bd3_openwebtext_8gpu():
+    """block diffusion where mdlm_openwebtext_8gpu has MDLM, blocks of 16 tokens; --init_from its checkpoint"""
+    return block_twin(mdlm_openwebtext_8gpu(), 16, batch_size=512, micro_batch_size=16, max_steps=150_000, lr=3e-4)
+
+
 CONFIGS = {function.__name__: function for function in (
     demo, names,
     d3pm_shakespeare, d3pm_text8, d3pm_text8_8gpu, d3pm_openwebtext_8gpu, mdlm_shakespeare, shakespeare_context,
     mdlm_text8, mdlm_text8_8gpu, mdlm_openwebtext_8gpu, d3pm_mini, mdlm_mini_fast, prose, mdlm_text8_fast_8gpu,
     mdlm_openwebtext_fast_8gpu, sedd_text8, sedd_openwebtext_8gpu, udlm_text8, ar_demo, ar_shakespeare, ar_text8,
-    ar_openwebtext_8gpu,
+    ar_openwebtext_8gpu, bd3_demo, bd3_shakespeare, bd3_openwebtext_8gpu,
 )}
 # nanoDD's names for the same settings: the number of accumulation steps follows from the number of GPUs.
 ALIASES = {"d3pm_text8_4gpu": "d3pm_text8", "d3pm_openwebtext_32gpu": "d3pm_openwebtext_8gpu",

@@ -64,7 +64,8 @@ def flops_per_token(model, objective, cfg):
     """Floating-point operations of a training step per token; the head counts only where logits are computed."""
     if objective.everywhere:
         return model.flops(cfg.seq_len)
-    noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True))
+    noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True,
+                                       times=objective.times(cfg.seq_len)))
     return model.flops(cfg.seq_len, noise.mask.float().mean().item())
 
 

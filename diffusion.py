@@ -150,6 +150,8 @@ class Absorbing:
     has_mask: the noise makes masks, so the network has one token more than the vocabulary
     causal: the network sees only tokens on the left
     any_order: the network predicts any masked tokens from any visible ones, as samplers and studies of masks need it
+    both_sides: a token sees the text on its right, too, so that blanks in the middle of a text can be filled
+    block_size: tokens of a block, if blocks are predicted from left to right (block_diffusion.py); else 0
     samplers: {what --sampler calls it: its name in sampling.SAMPLERS}; the first one is the default
     estimators: {method (u, v, w) -> Noise that estimates the bound with a finite variance: another one that estimates
         the same number}; w (B,) decides the time where the mask leaves it open
@@ -161,11 +163,13 @@ class Absorbing:
     from_config(config, vocab_size): the objective of a Config
     misfit(config): what of a Config does not go with this objective, in words, or None
     noise(u, v): the Noise to train on
+    times(L): how many numbers u the noise of a text of L tokens needs; if more than one, u is (B, times)
     loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
     """
 
     description = "predicts masked tokens"
-    has_mask, causal, any_order, everywhere, normalised, T = True, False, True, False, None, None
+    has_mask, causal, any_order, both_sides, everywhere, normalised, T, block_size = (
+        True, False, True, True, False, None, None, 0)
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
     estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
@@ -185,13 +189,20 @@ class Absorbing:
         """What the network is told when a share `rate` of the tokens is expected to be masked: (B,) -> (B,) float32."""
         return self.schedule.inverse(1 - rate).float()
 
+    def times(self, L):
+        return 1
+
     def corrupt(self, x0, mask):
         """What the network sees of x0 (B, L)."""
         return torch.where(mask, self.mask_id, x0)
 
+    def predict(self, model, x0, noise):
+        """The logits (N, V) of the N masked positions of x0 (B, L)."""
+        return model(self.corrupt(x0, noise.mask), noise.t, where=noise.mask)
+
     def masked_ce(self, model, x0, noise):
         """The cross-entropy at masked positions, 0 at visible ones: x0 (B, L) -> nats (B, L)."""
-        logits = model(self.corrupt(x0, noise.mask), noise.t, where=noise.mask)
+        logits = self.predict(model, x0, noise)
         ce = self.cost(logits, x0[noise.mask], per_token(noise.t, noise.mask))
         return torch.zeros(x0.shape, device=ce.device).masked_scatter(noise.mask, ce)
 
@@ -437,7 +448,7 @@ class AutoRegressive(Absorbing):
     """
 
     description = "is autoregressive"
-    causal, any_order, everywhere = True, False, True
+    causal, any_order, both_sides, everywhere = True, False, False, True
     samplers = {"left_to_right": "left_to_right"}
     estimators, reported = {"chain_rule": "l2r"}, "chain_rule"  # l2r: one prefix at a time (likelihood.chain_rule)
 

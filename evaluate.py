@@ -90,6 +90,8 @@ def parse_args():
     how.add_argument("--normalised", action="store_true",
                      help="sedd: score the normalised prediction, a tighter bound than the score entropy trained with")
     how.add_argument("--T", type=number(int, 1, 10**7), help="steps of the T-step bound (default: the checkpoint's)")
+    how.add_argument("--block_size", type=number(int, 1),
+                     help="score as block diffusion with blocks of so many tokens (default: as trained)")
     how.add_argument("--repeats", type=number(int, 1, 10**4), default=1,
                      help="draws of the noise per window (default 1)")
     how.add_argument("--baselines", action="store_true",
@@ -163,7 +165,8 @@ def nats_of(subject, estimator, args):
         objective = subject.objective()
         subject.whole_windows("the likelihood along an order")
         if not objective.causal:
-            subject.masked_only("--order")
+            if not objective.block_size:
+                subject.masked_only("--order")
         elif estimator != "l2r":
             raise UserError(f"{subject.path} {objective.description} and knows one order: --order l2r")
         return (chain_rule_of(subject.model, objective, subject.data, estimator, args.seed, show=True),
@@ -175,13 +178,18 @@ def nats_of(subject, estimator, args):
                   + ("" if prefix == "none" else f", given a prefix ({prefix})"))
 
 
+def order_of(subject, args):
+    """The order of a subject's windows by mask rate, for mean_and_error, or None."""
+    return by_rate(subject.data.n, args.seed, args.repeats, subject.objective().times(subject.data.seq_len))
+
+
 def likelihood(subject, estimator, args):
     """(nats per token of each window, the line to print, the fields of the JSON object)."""
     start, data = time.perf_counter(), subject.data
     nats, method = nats_of(subject, estimator, args)
     if not nats.isfinite().all():
         raise UserError(f"{subject.path} gives no finite likelihood: its weights are broken, or predict zero somewhere")
-    bits, error = mean_and_error(nats / math.log(2), by_rate(len(nats), args.seed, args.repeats))
+    bits, error = mean_and_error(nats / math.log(2), order_of(subject, args))
     unit = subject.tokenizer.unit
     given = prefix_lengths((0, 0) if estimator in ORDERS else subject.config.prefix_range, args.seed, 0,
                            range(data.n))
@@ -210,9 +218,9 @@ def agree(mean, error):
     return abs(mean) <= LIMIT * error or abs(mean) < ROUNDING
 
 
-def difference(one, two, args):
-    """Mean of one - two in bits, and its standard error; one and two are nats (n,) of the same windows."""
-    return mean_and_error((one - two) / math.log(2), by_rate(len(one), args.seed, args.repeats))
+def difference(one, two, subject, args):
+    """Mean of one - two in bits, and its standard error; one and two are nats (n,) of the windows of a subject."""
+    return mean_and_error((one - two) / math.log(2), order_of(subject, args))
 
 
 def score(args, open_subject, out):
@@ -241,7 +249,7 @@ def score(args, open_subject, out):
     print(line, file=out)
     if args.check:
         second_nats, line, second = likelihood(one, second_of(one, estimator), args)
-        mean, error = difference(nats, second_nats, args)
+        mean, error = difference(nats, second_nats, one, args)
         verdict = agree(mean, error)
         print(f"{line}\ndifference {mean:.4f} {plus_minus(error)}: they {'agree' if verdict else 'DISAGREE'} "
               f"(more than {max(LIMIT * error, ROUNDING):.4f} would have been noticed)", file=out)
@@ -259,7 +267,7 @@ def compare(one, two, args, out):
     if set(estimators) == {"t_step", "exact_k"} and all(s.config.objective_class.any_order for s in (one, two)):
         estimators = ["exact_k", "exact_k"]  # d3pm against mdlm: the bound that both have
     scored = [likelihood(subject, estimator, args) for subject, estimator in zip((one, two), estimators)]
-    mean, error = difference(scored[1][0], scored[0][0], args)
+    mean, error = difference(scored[1][0], scored[0][0], one, args)
     for subject, (_, line, _) in zip((one, two), scored):
         print(f"{subject.path}: {line}", file=out)
     print(f"{two.path} less {one.path}: {mean:+.4f} {plus_minus(error)} bits per {one.tokenizer.unit}, "
@@ -317,9 +325,9 @@ def main():
     dtype = pick_dtype(device, args.dtype)
     out = sys.stderr if args.json else sys.stdout
     mode = next((mode for mode in ("curve", "curse", "context", "samples") if getattr(args, mode)), None)
-    if mode and (args.estimator or args.T or args.repeats > 1 or args.baselines or args.normalised):
-        raise UserError("--estimator, --T, --repeats, --normalised and --baselines belong to the bound, not to "
-                        f"--{mode}")
+    if mode and (args.estimator or args.T or args.repeats > 1 or args.baselines or args.normalised or args.block_size):
+        raise UserError("--estimator, --T, --repeats, --normalised, --block_size and --baselines belong to the bound, "
+                        f"not to --{mode}")
     if mode == "samples" and args.text:
         raise UserError("--samples are compared with the data set: leave out --text")
     if mode != "samples" and (args.judge or args.sampler or given_flags(args, args.steps) or cuts(args)):
@@ -335,7 +343,7 @@ def main():
     def opened(path):
         return open_subject(path, device, dtype, args.batch_size, hints_of(args), args.raw, args.normalised, args.split,
                             args.dataset, args.data_dir, args.text, args.seq_len, args.n_tokens,
-                            n_windows=256 if mode in ("curve", "curse", "context") else None)
+                            block_size=args.block_size, n_windows=256 if mode in ("curve", "curse", "context") else None)
 
     if mode == "curve":
         result = curve(opened(args.checkpoint), args.out_dir, args.seed, out)

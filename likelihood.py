@@ -63,12 +63,12 @@ class Windows(NamedTuple):
         return gather(self.tokens, self.starts[chunk], self.seq_len)
 
 
-def by_rate(n, seed=0, repeats=1):
+def by_rate(n, seed=0, repeats=1, times=1):
     """The order that sorts bound()'s values by the mask rate of their windows, for mean_and_error.
 
-    None if repeats > 1: then every window has rates from all over (0, 1], and the values have no such trend.
+    None if a window has several rates, from all over (0, 1]: then the values have no such trend.
     """
-    return torch.from_numpy(strata(seed, n)).argsort() if repeats == 1 else None
+    return torch.from_numpy(strata(seed, n)).argsort() if repeats == times == 1 else None
 
 
 @torch.no_grad()
@@ -89,9 +89,9 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
         for i in range(0, len(mine), size):
             chunk = mine[i:i + size]
             x0 = data.read(chunk).repeat_interleave(repeats, 0)
-            u, v, w = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len)
+            u, v, w = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len, objective.times(data.seq_len))
             v = give_prefix(v, prefix_lengths(prefix_range, seed, 0, chunk))
-            noise = draw(u.flatten(), v.flatten(0, 1), w.flatten())
+            noise = draw(u.flatten(0, 1), v.flatten(0, 1), w.flatten(0, 1))
             for x, part in zip(x0.split(data.batch_size), noise.split(data.batch_size)):
                 with autocast(data.device, data.dtype):
                     nelbo = objective.nelbo(model, x.to(data.device), part.to(data.device))
@@ -145,7 +145,20 @@ def chain_rule(model, objective, x0, order, v=None):
     This is not a bound but the exact negative log-likelihood. Every order defines another model (DUEL, arXiv
     2603.01367). Orders: 'l2r'; 'random', sorted by v (B, L); 'confidence'. The order 'confidence' depends on visible
     tokens alone, so the probabilities of all sequences still sum to one.
+
+    Block diffusion reveals the tokens of each block in this order, given the clean blocks before: all blocks at once.
     """
+    if n := objective.block_size:
+        def blocks_beside_clean(xt, t, where):  # of (B L/n, n)
+            return model(xt.view(x0.shape), t.repeat_interleave(n).view(x0.shape), where=where.view(x0.shape), clean=x0)
+
+        v = v if v is None else v.reshape(-1, n)
+        return order_nats(blocks_beside_clean, objective, x0.reshape(-1, n), order, v).view(len(x0), -1).mean(1)
+    return order_nats(model, objective, x0, order, v)
+
+
+def order_nats(model, objective, x0, order, v):
+    """chain_rule of texts without blocks."""
     B, L = x0.shape
     if order != "confidence":
         order = torch.arange(L).expand(B, L) if order == "l2r" else v.argsort(1)

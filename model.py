@@ -4,11 +4,14 @@ It maps noisy tokens xt (B, L) and their time t to logits over clean tokens. It 
 is one more token, the time is one more input, and the objective and the sampler interpret the logits.
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -25,8 +28,8 @@ class LayerNorm(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x * (1 + scale) + shift in float32: in bfloat16 the sum 1 + scale would lose a small scale."""
-    return x * (1 + scale.float()) + shift
+    """x * (1 + scale) + shift in float32: in bfloat16 the sum 1 + scale would lose a small scale. None: x itself."""
+    return x if scale is None else x * (1 + scale.float()) + shift
 
 
 def rotary_tables(seq_len, head_dim, base=10000.0):
@@ -61,10 +64,12 @@ class TimeEmbedding(nn.Module):
         return F.silu(c[:, None] if t.dim() == 1 else c)
 
 
-def token_shift(x, causal=False):
+def token_shift(x, causal=False, before=None, first=None, last=None):
     """Take a quarter of the channels of x (B, L, D) from the token on the left, a quarter from the one on the right.
 
     causal: the second quarter comes from the second token to the left instead.
+    before (B, L or 1, D/4): the left neighbours' quarter for the tokens at which first (L,) is True.
+    last (L,): True for the tokens that have no neighbour on the right.
 
     This is RWKV's token shift (arXiv 2305.13048) in both directions and without parameters. It shows each token its
     neighbours at no cost; small networks need long training to find them by attention.
@@ -72,14 +77,94 @@ def token_shift(x, causal=False):
     left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
     left = F.pad(left, (0, 0, 1, 0))[:, :-1]
     right = F.pad(right, (0, 0, 2, 0))[:, :-2] if causal else F.pad(right, (0, 0, 0, 1))[:, 1:]
+    if before is not None:
+        left = torch.where(first[:, None], before, left)
+    if last is not None:
+        right = right.masked_fill(last[:, None], 0)
     return torch.cat((left, right, here), dim=-1)
+
+
+class Past(NamedTuple):
+    """What a transformer block keeps of the P tokens before: nothing else of them reaches the tokens that follow."""
+
+    keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
+    values: torch.Tensor           # (B, heads, P, head_dim)
+    to_attention: torch.Tensor = None  # (B, P, D/4), what token_shift takes of the input of the attention
+    to_mlp: torch.Tensor = None        # (B, P, D/4), and of the input of the MLP
+
+    def of_rows(self, rows):
+        """The past of some sequences, which a (B,) bool selects."""
+        return Past(*(x if x is None else x[rows] for x in self))
+
+
+class Layout(NamedTuple):
+    """Where L tokens stand, and what they see: each other, and the P tokens of the past, which come first.
+
+    visible: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or
+        FlexAttention's BlockMask for the same. None: all tokens, or with a causal network those on the left.
+    positions: (L,) or (B, L) long, the tokens' positions in the text. None: those after the past.
+    first, last: for token_shift, (L,) bool: the tokens whose left neighbour is of the past, and those without a right
+        neighbour. beside_clean: the past is the clean text of these tokens, so the left neighbour of the token at
+        position i is the token i - 1 of the past; else it is the last token of the past.
+    """
+
+    visible: torch.Tensor = None
+    positions: torch.Tensor = None
+    first: torch.Tensor = None
+    last: torch.Tensor = None
+    beside_clean: bool = False
+
+
+def visibility(sees, L, n, device):
+    """The bool (L, n) of a function sees(row, column); on CUDA the BlockMask, which skips tiles that nothing sees."""
+    if device.type == "cuda" and L >= 128:
+        return create_block_mask(lambda batch, head, row, column: sees(row, column), None, None, L, n, device=device)
+    return sees(torch.arange(L, device=device)[:, None], torch.arange(n, device=device))
+
+
+@functools.lru_cache(maxsize=64)
+def layout_of_blocks(L, P, size, device):
+    """The Layout of L tokens after P others, in blocks of `size` tokens: a token sees its block and those before.
+
+    The neighbour on the left may be of the block before. The neighbour on the right may not be of the block after.
+    """
+    visible = None if P % size + L <= size else visibility(lambda i, j: j // size <= (P + i) // size, L, P + L, device)
+    here = P + torch.arange(L, device=device)
+    return Layout(visible, here, here == P, here % size == size - 1)
+
+
+@functools.lru_cache(maxsize=64)
+def layout_beside_clean(L, size, device):
+    """The Layout of L noisy tokens whose past is the clean text itself, P = L, at the same positions.
+
+    A token sees the noisy tokens of its own block, and the clean tokens of the blocks before (BD3-LM, arXiv
+    2503.09573, appendix B.6).
+    """
+    def sees(i, j):
+        return torch.where(j < L, j // size < i // size, (j - L) // size == i // size)
+
+    here = torch.arange(L, device=device)
+    return Layout(visibility(sees, L, 2 * L, device), here, here % size == 0, here % size == size - 1, True)
+
+
+@functools.cache
+def compiled_flex_attention():
+    return torch.compile(flex_attention)
+
+
+def attend(q, k, v, visible, causal):
+    """Attention of q (B, heads, L, head_dim) to k and v (B, heads, P + L, head_dim). visible: as in Layout."""
+    if isinstance(visible, BlockMask):
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+        return flex(q, k, v, block_mask=visible)
+    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal and visible is None)
 
 
 def at_positions(at, B, L, *features):
     """Pick each of the features (B or 1, L or 1, D) at positions `at` (N,) of all B L: (N, D). at=None: unchanged."""
     if at is None:
         return features
-    return [x.expand(B, L, -1).flatten(0, 1).index_select(0, at) for x in features]
+    return [x if x is None else x.expand(B, L, -1).flatten(0, 1).index_select(0, at) for x in features]
 
 
 class Block(nn.Module):
@@ -87,8 +172,7 @@ class Block(nn.Module):
 
     def __init__(self, n_embd, n_head, n_cond, dropout, shift_tokens=False, causal=False, norm_bias=False):
         super().__init__()
-        self.n_head, self.dropout, self.causal = n_head, dropout, causal
-        self.neighbours = (lambda x: token_shift(x, causal)) if shift_tokens else lambda x: x
+        self.n_head, self.dropout, self.causal, self.shift_tokens = n_head, dropout, causal, shift_tokens
         self.norm1 = LayerNorm(n_embd, norm_bias)
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.attn_out = nn.Linear(n_embd, n_embd, bias=False)
@@ -97,43 +181,59 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * n_embd, n_embd)
         self.modulation = nn.Linear(n_cond, 6 * n_embd) if n_cond else None
 
-    def attention(self, x, cos, sin, visible=None, past=None, keep=None):
-        """Attention of x (B, L, D) -> (B, L, D). visible: as in DiT.forward. past: (keys, values) of this block.
+    def neighbours(self, h, layout=Layout(), before=None):
+        """token_shift of h (B, L, D), if the block has it. before: what Past keeps of the tokens before, or None."""
+        if not self.shift_tokens:
+            return h
+        if before is not None:
+            before = F.pad(before, (0, 0, 1, 0))[:, :-1] if layout.beside_clean else before[:, -1:]
+        return token_shift(h, self.causal, before, layout.first, layout.last)
 
-        keep: a list. The (keys, values) of all tokens, those of the past first, are appended to it.
-        """
-        B, L, D = x.shape
-        # q, k, v: (B, heads, L, D/heads)
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-            if self.causal and visible is None:
-                visible = torch.ones(L, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - L)
-        if keep is not None:
-            keep.append((k, v))
-        x = F.scaled_dot_product_attention(q, k, v, visible, is_causal=self.causal and visible is None)
-        return self.attn_out(x.transpose(1, 2).reshape(B, L, D))
+    def heads(self, h, cos, sin):
+        """Queries, keys and values of h (B, L, D), the first two rotated: (B, heads, L, D/heads) each."""
+        B, L, D = h.shape
+        q, k, v = self.qkv(h).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def attention(self, q, k, v, visible=None):
+        """The output (B, L, D) of attention to keys and values of the past and these tokens."""
+        x = attend(q, k, v, visible, self.causal)
+        return self.attn_out(x.transpose(1, 2).flatten(2))
 
     def mlp(self, x):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
-    def forward(self, x, c, cos, sin, at=None, visible=None, past=None, keep=None):
-        """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D), or (N, D) at the positions `at` of all B L.
+    def forward(self, x, c, cos, sin, layout=Layout(), at=None, past=None, keep=False):
+        """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D), or (N, D) at the positions `at` (N,) of all B L.
 
         With `at`, the MLP, two thirds of a block's weights, runs at these positions alone. It is for the last block:
-        nothing reads its output at other positions.
+        nothing reads its output at other positions. past: Past of the tokens before. keep: also return Past of the
+        past and these tokens; if `at` is empty, as little as possible is computed for it.
         """
-        (B, L, _), drop = x.shape, lambda x: F.dropout(x, self.dropout, self.training)
-        attend = lambda h: drop(self.attention(self.neighbours(h), cos, sin, visible, past, keep))
-        if self.modulation is None:
-            x = x + attend(self.norm1(x))
-            x, h = at_positions(at, B, L, x, self.neighbours(self.norm2(x)))
-            return x + drop(self.mlp(h))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
-        x = x + gate1 * attend(modulate(self.norm1(x), shift1, scale1))
-        x, h, gate2 = at_positions(at, B, L, x, self.neighbours(modulate(self.norm2(x), shift2, scale2)), gate2)
-        return x + gate2 * drop(self.mlp(h))
+        (B, L, D), drop = x.shape, lambda x: F.dropout(x, self.dropout, self.training)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (None,) * 6 if self.modulation is None else self.modulation(c).chunk(6, dim=-1))
+        h1 = modulate(self.norm1(x), shift1, scale1)
+        q, k, v = self.heads(self.neighbours(h1, layout, past and past.to_attention), cos, sin)
+        if past is not None:
+            k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
+        if keep and at is not None and len(at) == 0 and not self.shift_tokens:
+            return None, Past(k, v)
+        y = drop(self.attention(q, k, v, layout.visible))
+        x = x + (y if gate1 is None else gate1 * y)
+        h2 = modulate(self.norm2(x), shift2, scale2)
+        near = self.neighbours(h2, layout, past and past.to_mlp)
+        x, near, gate2 = at_positions(at, B, L, x, near, gate2)
+        y = drop(self.mlp(near))
+        x = x + (y if gate2 is None else gate2 * y)
+        if not keep:
+            return x
+        if not self.shift_tokens:
+            return x, Past(k, v)
+        shifted = [h[..., :D // 4] for h in (h1, h2)]
+        if past is not None:
+            shifted = [torch.cat(pair, 1) for pair in zip(past[2:], shifted)]
+        return x, Past(k, v, *shifted)
 
     def matrices(self):
         """The matrices of the block, without that of the time conditioning."""
@@ -143,12 +243,14 @@ class Block(nn.Module):
         """The layers that make the block the identity if they are zero: its gates, or its two output layers."""
         return [self.attn_out, self.mlp_out] if self.modulation is None else [self.modulation]
 
-    def flops(self, seq_len, predicted=1.0):
+    def flops(self, seen, predicted=1.0, attends=True):
         """Floating-point operations of a training step per token: 2 per weight forward, 4 backward, and attention's.
 
-        predicted: the share of tokens that the MLP runs on."""
+        seen: keys per token. predicted: the share of tokens that the MLP runs on. attends: False if keys and values are
+        all that is computed, which takes the query's product along."""
         qkv, attn_out, mlp_in, mlp_out = (weight.numel() for weight in self.matrices())
-        return 6 * (qkv + attn_out + predicted * (mlp_in + mlp_out)) + 12 * seq_len * self.attn_out.out_features
+        return 6 * (qkv + attends * attn_out + predicted * (mlp_in + mlp_out)) + (
+            12 * attends * seen * self.attn_out.out_features)
 
 
 class DiT(nn.Module):
@@ -157,7 +259,8 @@ class DiT(nn.Module):
     clock: t -> the number whose sinusoids the time embedding takes (configs.clock has some by name). None: a plain
     pre-norm transformer without time. tied: the head's weights are the tokens' embeddings; else the head has its own
     weights, zero at first. head_bias, norm_bias: biases that other projects' networks have. shift_tokens: see
-    token_shift. causal: no token sees those on its right (for the autoregressive baseline).
+    token_shift. causal: no token sees those on its right (for the autoregressive baseline). block_size: a token sees
+    the tokens of its block and of the blocks before (for block diffusion); 0: all tokens. No weight depends on it.
     """
 
     @classmethod
@@ -165,7 +268,7 @@ class DiT(nn.Module):
         objective = config.objective_class
         return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.n_cond,
                    config.dropout, config.clock, objective.has_mask, config.tied, config.head_bias, config.norm_bias,
-                   config.shift_tokens, config.checkpoint_blocks, objective.causal)
+                   config.shift_tokens, config.checkpoint_blocks, objective.causal, config.block_size)
 
     @classmethod
     def misfit(cls, config):
@@ -175,10 +278,10 @@ class DiT(nn.Module):
 
     def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, n_cond=128, dropout=0.0, clock=None,
                  mask=True, tied=True, head_bias=False, norm_bias=False, shift_tokens=False, checkpoint_blocks=False,
-                 causal=False):
+                 causal=False, block_size=0):
         super().__init__()
         self.vocab_size, self.seq_len, self.checkpoint_blocks = vocab_size, seq_len, checkpoint_blocks
-        self.shift_tokens = shift_tokens
+        self.shift_tokens, self.causal, self.block_size = shift_tokens, causal, block_size
         n_cond = n_cond if clock else 0
         self.embed = nn.Embedding(vocab_size + mask, n_embd)
         self.time_embed = TimeEmbedding(n_cond, clock) if n_cond else None
@@ -211,28 +314,42 @@ class DiT(nn.Module):
         if self.modulation is not None:
             self.modulation.weight.zero_()
 
-    def angles(self, positions, L, past=None):
-        """cos and sin at the tokens' positions (L,) or (B, L). By default the positions continue after the past."""
-        if positions is None:
-            first = 0 if past is None else past[0][0].shape[2]
-            assert first + L <= self.seq_len, f"{first + L} tokens, but the model was built for {self.seq_len}"
-            return self.cos[first:first + L], self.sin[first:first + L]
+    def layout(self, L, past=None, visible=None, positions=None, beside_clean=False):
+        """The Layout of L tokens after the past. Raises ValueError if token_shift would look back from the past."""
+        P, device = 0 if past is None else past[0].keys.shape[2], self.cos.device
+        assert positions is not None or P + L <= self.seq_len, (
+            f"{P + L} tokens, but the model was built for {self.seq_len}")
+        if self.block_size and visible is None and positions is None:
+            return (layout_beside_clean(L, self.block_size, device) if beside_clean
+                    else layout_of_blocks(L, P, self.block_size, device))
+        here = P + torch.arange(L, device=device)
+        if P and self.shift_tokens:
+            raise ValueError("shift_tokens mixes a token with its neighbours, which the past keeps only for blocks")
+        if P and self.causal and visible is None:
+            visible = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)
+        return Layout(visible, here if positions is None else positions)
+
+    def angles(self, positions):
+        """cos and sin at positions (L,) or (B, L), as rotate() takes them."""
         tables = self.cos[positions], self.sin[positions]
         return tables if positions.dim() == 1 else [table[:, None] for table in tables]  # the same for all heads
 
-    def trunk(self, xt, t, at=None, visible=None, positions=None, past=None, keep=None):
-        """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L."""
-        if past is not None and self.shift_tokens:
-            raise ValueError("shift_tokens mixes a token with its neighbours, which the past does not keep")
-        B, L = xt.shape
-        x, (cos, sin) = self.embed(xt).float(), self.angles(positions, L, past)
-        c = None if self.time_embed is None else self.time_embed(t)
+    def trunk(self, xt, t, layout=None, at=None, past=None, keep=False):
+        """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L.
+
+        keep: return the Past of each block instead, of the past and these tokens."""
+        (B, L), layout = xt.shape, layout or self.layout(xt.shape[1], past)
+        x, (cos, sin) = self.embed(xt).float(), self.angles(layout.positions)
+        c, pasts = None if self.time_embed is None else self.time_embed(t), []
         for i, block in enumerate(self.blocks):
-            inputs = (x, c, cos, sin, at if block is self.blocks[-1] else None, visible, past and past[i], keep)
-            if self.checkpoint_blocks and self.training:
-                x = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                x = block(*inputs)
+            inputs = (x, c, cos, sin, layout, at if block is self.blocks[-1] else None, past and past[i], keep)
+            x = (checkpoint(block, *inputs, use_reentrant=False) if self.checkpoint_blocks and self.training
+                 else block(*inputs))
+            if keep:
+                x, kept = x
+                pasts.append(kept)
+        if keep:
+            return pasts
         x = self.norm(x)
         if self.modulation is not None:
             x = modulate(x, *at_positions(at, B, L, *self.modulation(c).chunk(2, dim=-1)))
@@ -243,30 +360,34 @@ class DiT(nn.Module):
         weight = self.embed.weight[:self.vocab_size] if self.head_weight is None else self.head_weight
         return F.linear(x, weight, self.head_bias)
 
-    def forward(self, xt, t, where=None, visible=None, positions=None, past=None):
+    def forward(self, xt, t, where=None, visible=None, positions=None, past=None, clean=None):
         """xt (B, L) long in [0, V], t (B,) or (B, L) in (0, 1] -> logits (B, L, V).
 
         where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. For 50,000 tokens
             the head is a third of the work, and nothing reads its logits at visible tokens.
-        visible: bool, True where the token of a row sees the token of a column; the columns of the past come first.
-            (L, P + L), or (B, 1, L, P + L) for each sequence. Default: all tokens, or with `causal` those on the left.
-        positions: (L,) or (B, L) long, the tokens' positions in the text, below seq_len. Default: 0, 1, ..., or the
-            next ones after the past.
-        past: what remember() returned for the P tokens before these. Raises ValueError with shift_tokens, because the
-            shift mixes tokens on both sides of the border.
+        visible, positions: as in Layout. With block_size both follow from the blocks.
+        past: what remember() returned for the P tokens before these.
+        clean: (B, L) long, with block_size: the text of which xt is the noisy version. Every block of xt sees the clean
+            blocks before it, so one call scores all blocks.
+        Raises ValueError if more than seq_len tokens are given, and with shift_tokens and a past, unless there are
+        blocks: the shift mixes tokens on both sides of the border.
         """
         at = None if where is None else where.flatten().nonzero().squeeze(1)
-        return self.head(self.trunk(xt, t, at, visible, positions, past))
+        if clean is not None and xt.shape[1] > self.block_size:
+            past = self.remember(clean, torch.zeros_like(t if t.dim() == 1 else t[:, 0]))
+            layout = self.layout(xt.shape[1], beside_clean=True)
+        else:
+            layout = self.layout(xt.shape[1], past, visible, positions)
+        return self.head(self.trunk(xt, t, layout, at, past))
 
     def remember(self, xt, t, visible=None, positions=None, past=None):
         """Keys and values of the past and of tokens xt (B, L) after it: the `past` for calls on the tokens that follow.
 
-        Returns a list of (keys, values) for each block, (B, heads, P + L, head_dim) each. They equal those of one call
-        on all tokens, provided that these tokens see none of those that follow.
+        Returns a list with the Past of each block. They equal those of one call on all tokens, provided that these
+        tokens see none of those that follow. The last block computes keys and values only (unless shift_tokens).
         """
-        keep = []
-        self.trunk(xt, t, torch.empty(0, dtype=torch.long, device=xt.device), visible, positions, past, keep)
-        return keep
+        nowhere = torch.empty(0, dtype=torch.long, device=xt.device)
+        return self.trunk(xt, t, self.layout(xt.shape[1], past, visible, positions), nowhere, past, keep=True)
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
@@ -282,5 +403,9 @@ class DiT(nn.Module):
         arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either.
         """
         *others, last = self.blocks
-        head = 6 * predicted * self.vocab_size * self.embed.embedding_dim
-        return sum(block.flops(seq_len) for block in others) + last.flops(seq_len, predicted) + head
+        beside_clean = 0 < self.block_size < seq_len  # then the clean text is read first, and seen by the noisy one
+        seen = seq_len * (1 + beside_clean)
+        total = sum(block.flops(seen) for block in others) + last.flops(seen, predicted)
+        if beside_clean:
+            total += sum(block.flops(seq_len) for block in others) + last.flops(seq_len, 0, self.shift_tokens)
+        return total + 6 * predicted * self.vocab_size * self.embed.embedding_dim

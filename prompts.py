@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from block_diffusion import finish, in_blocks
 from categorical import State
 from cli import UserError
 from data.prepare import read_text
@@ -105,21 +106,28 @@ def n_given(xt, mask_id):
     return torch.where(masked.any(1), masked.int().argmax(1), xt.shape[1])
 
 
-def denoise(settings, objective, model, canvas, config, context, generator):
-    """Fill the masks of a canvas (B, N), which may be longer than the model's window, block by block.
+def denoise(settings, objective, model, canvas, config, context, generator, end=None):
+    """Fill the masks of a canvas (B, N), which may be longer than the model's window, window by window.
 
     Yields the State of the whole canvas after each step. The time that a network is told follows from the share of
     masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens of the
-    block.
+    window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not None.
+    A further window of it begins with whole blocks, so context is rounded down to a multiple of the block size.
     """
+    given, size, context = canvas != objective.mask_id, None, context - context % (objective.block_size or 1)
     state = State(canvas, torch.full(canvas.shape, torch.nan, device=canvas.device))
     for a, b in blocks(canvas.shape[1], config.seq_len, context):
         xt, p = state.xt[:, a:b], state.p[:, a:b]
         if not (xt == objective.mask_id).any():
             continue
-        size = None if config.prefix == "none" else (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
-        for part in settings(objective, model, xt, generator, size):
+        if config.prefix != "none":
+            size = (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
+        for part in (in_blocks(settings, objective, model, xt, generator, end) if objective.block_size
+                     else settings(objective, model, xt, generator, size)):
             joined = [torch.cat((whole[:, :a], piece, whole[:, b:]), 1) for whole, piece in (
                 (state.xt, part.xt), (state.p, torch.where(part.p.isnan(), p, part.p)))]
             state = State(*joined, part.steps)
+            yield state
+        if objective.block_size and end is not None and b < canvas.shape[1]:
+            state = state._replace(xt=finish(state.xt, given, end, objective.mask_id), steps=0)
             yield state

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from block_diffusion import Rereader, cut
 from categorical import Counted
 from checkpoint import load_model
 from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
@@ -74,6 +75,8 @@ def parse_args():
     p.add_argument("--data_dir", default="",
                    help="folder of data sets, for --known_words (default: the one trained on)")
     add_hints(p)
+    p.add_argument("--no_cache", action="store_true",
+                   help="block diffusion: read all earlier blocks again in every network call, to compare")
     p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one there is)")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
@@ -136,9 +139,12 @@ def check(args, config):
     if args.gif or args.png:
         require("PIL", "a picture")
         require("matplotlib", "a picture")  # its colours, and a font
-    if config.objective_class.causal and (args.suffix or args.template or args.infill):
-        raise UserError(f"{args.checkpoint} is autoregressive and sees only what is on the left: it can continue a "
-                        "--prefix, but --suffix, --template and --infill need a masked model")
+    objective = config.objective_class
+    if not objective.both_sides and (args.suffix or args.template or args.infill):
+        raise UserError(f"{args.checkpoint} {objective.description}, and sees only what is on the left: it can "
+                        "continue a --prefix, but --suffix, --template and --infill need a masked model")
+    if args.no_cache and not config.block_size:
+        raise UserError("--no_cache is for block diffusion: no other model keeps keys and values")
     if args.show and args.show_intermediate:
         raise UserError("--show or --show_intermediate, not both")
 
@@ -171,17 +177,20 @@ def main():
     if uniform and not every and not sys.stderr.isatty():
         every = -(-settings.steps // 10)  # with masks, Screen itself chooses the states
     screen = Screen(objective.mask_id, tokenizer, every) if watching else None
-    denoiser, generator, start = Counted(model), generator_on(device, args.seed), time.perf_counter()
+    denoiser, generator, began = Counted(model), generator_on(device, args.seed), time.perf_counter()
     n_masks = args.batch_size * sum(prompt.count(objective.mask_id) for prompt in prompts)
-    fill = lambda canvas: denoise(settings, objective, denoiser, canvas.to(device), config, args.context or 0,
-                                  generator)
+    network = Rereader(denoiser) if args.no_cache else denoiser
+    end = tokenizer.end if objective.block_size and config.padding == "end" else None
+    fill = lambda canvas: denoise(settings, objective, network, canvas.to(device), config, args.context or 0,
+                                  generator, end)
     with (autocast(device, pick_dtype(device, args.dtype)),
           progress(total=None if uniform else n_masks, desc="sampling", unit="step" if uniform else "token",
                    leave=False, show=not screen) as bar):
         history = fill_all(prompts, args.batch_size, objective.mask_id, fill, bar, screen, by_step=uniform)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     samples = [history.state(b, history.steps) for b in range(len(history.start))]
-    texts = [tokenizer.decode(tokens) for tokens in samples]
+    texts = [tokenizer.decode(tokens if end is None else cut(tokens, start, end))
+             for tokens, start in zip(samples, history.start)]
     steps = f"{settings.steps} steps, " if settings.steps else ""
     title = f"{args.checkpoint}: {settings.sampler}, {steps}{denoiser.nfe} network calls"
     files = ((args.out, lambda: "".join(text + "\n" for text in texts)),

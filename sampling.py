@@ -36,21 +36,30 @@ from uniform import uniform_ancestral, uniform_euler
 # ---- what the samplers share -----------------------------------------------------------------------------------------
 
 
+def of_rows(model, past=None):
+    """The denoiser that runs `model` only for the sequences in which `where` has any position.
+
+    past: of all B sequences, what model.remember() returned for the tokens before (model.DiT)."""
+    def denoiser(xt, t, where):
+        rows = where.any(1)
+        more = {} if past is None else {"past": past if rows.all() else [block.of_rows(rows) for block in past]}
+        return model(xt[rows], t[rows], where=where[rows], **more)
+
+    return denoiser
+
+
 def fill(model, state, where, time, rate, draw):
-    """Draw the masks at where (B, L), when the mask rates are (B,). The network runs for the sequences that have any,
-    its head at these positions."""
-    rows = where.any(1)
-    if not rows.any():
+    """Draw the masks at where (B, L), when the mask rates are (B,)."""
+    if not where.any():
         return state
-    tokens, p = draw(model(state.xt[rows], time(rate).to(where.device)[rows], where=where[rows]))
+    tokens, p = draw(model(state.xt, time(rate).to(where.device), where=where))
     return State(state.xt.masked_scatter(where, tokens), state.p.masked_scatter(where, p))
 
 
 def propose(model, state, masked, t, draw, by_entropy=False):
     """Draw all masks. Returns that State, and how sure the network is of each (B, L), -inf where nothing is masked: the
     probability of the token drawn, or minus the entropy of all tokens there."""
-    rows = masked.any(1)
-    logits = model(state.xt[rows], t.to(masked.device)[rows], where=masked[rows])
+    logits = model(state.xt, t.to(masked.device), where=masked)
     tokens, p, *entropies = draw(logits, by_entropy)
     proposed = State(state.xt.masked_scatter(masked, tokens), state.p.masked_scatter(masked, p))
     sure = -entropies[0] if by_entropy else p
@@ -234,9 +243,8 @@ def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lamb
     for r, s in zip(grid, grid[1:]):
         masked = state.xt == mask_id
         if masked.any():
-            rows = masked.any(1)
             t = time(start * r).to(xt.device)
-            logits = model(state.xt[rows], t[rows], where=masked[rows])
+            logits = model(state.xt, t, where=masked)
             z = objective.log_prediction(logits, t[:, None].expand_as(masked)[masked]).exp().sum(-1)
             tokens, p = draw(logits)
             factor = torch.zeros(xt.shape, device=xt.device).masked_scatter(masked, z) * chance(r, s)
@@ -273,14 +281,11 @@ def left_to_right(model, xt, mask_id, time, draw, start):
     """
     state = begin(xt)
     for i in range(xt.shape[1]):
-        rows = xt[:, i] == mask_id
-        if rows.any():
-            seen = F.pad(state.xt[rows, :i], (1, 0), value=mask_id)
-            last = torch.zeros_like(seen, dtype=torch.bool)
-            last[:, i] = True
-            tokens, p = draw(model(seen, torch.ones(len(seen), device=xt.device), where=last))
-            here = torch.zeros_like(xt, dtype=torch.bool)
-            here[rows, i] = True
+        here = torch.zeros_like(xt, dtype=torch.bool)
+        here[:, i] = xt[:, i] == mask_id
+        if here.any():
+            seen = F.pad(state.xt[:, :i], (1, 0), value=mask_id)
+            tokens, p = draw(model(seen, torch.ones(len(seen), device=xt.device), where=here[:, :i + 1]))
             state = State(state.xt.masked_scatter(here, tokens), state.p.masked_scatter(here, p))
             yield state
 
@@ -328,13 +333,14 @@ class Settings(NamedTuple):
         """How many, where that is known beforehand and does not depend on the text; else None."""
         return len(self.options["grid"]) - 1 if self.options.get("grid") else None
 
-    def __call__(self, objective, model, xt, generator, size=None, time=None):
+    def __call__(self, objective, model, xt, generator, size=None, time=None, past=None):
         """An iterator over the States from xt (B, L) on. size (B,): how many tokens of each sequence noise could have
-        hit, by default all; time: rate (B,) -> what the network is told, by default what it was trained with."""
+        hit, by default all; time: rate (B,) -> what the network is told, by default what it was trained with; past:
+        what model.remember() returned for the tokens before xt."""
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
         size = xt.shape[1] if size is None else size.cpu()
         start, options = (xt == objective.mask_id).sum(1).cpu().double() / size, self.options
         sampler = SAMPLERS[objective.samplers[self.sampler]]
         if sampler.asks_objective:
             options = options | {"objective": objective}
-        return sampler.function(model, xt, objective.mask_id, time or objective.time, draw, start, **options)
+        return sampler.function(of_rows(model, past), xt, objective.mask_id, time or objective.time, draw, start, **options)

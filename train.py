@@ -31,6 +31,7 @@ from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from log import Log, Tally, duration, finite
 from optim import EMA, clip_gradients, learning_rate, make_optimizers
 from parallel import on_main, share_of_batch, together
+from prompts import denoise
 from randomness import give_prefix, prefix_lengths, rng, uniforms
 from sampler_settings import default_settings
 
@@ -43,7 +44,8 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, p
         x0 = random_crops(tokens, cfg.seq_len, cfg.seed, step, indices, record)
         if cfg.padding == "random" and pad is not None:  # bench.py trains on random tokens, without pads
             x0 = move_padding(x0, pad, cfg.seed, step, indices)
-        u, v = uniforms(cfg.seed, step, indices, cfg.batch_size, cfg.seq_len, cfg.time_sampling != "uniform")
+        u, v = uniforms(cfg.seed, step, indices, cfg.batch_size, cfg.seq_len, cfg.time_sampling != "uniform",
+                        objective.times(cfg.seq_len))
         v = give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, step, indices))
         noise = objective.noise(u, v)
         if pin:
@@ -209,16 +211,15 @@ def main():
             nats[0, mine] = bound(model, objective, val_data, mine, prefix_range=cfg.prefix_range)
         nats[1, mine] = 1
         total, scored = parallel.total(nats)
-        return mean_and_error(total / scored / math.log(2), by_rate(n))
+        return mean_and_error(total / scored / math.log(2), by_rate(n, times=objective.times(cfg.seq_len)))
 
     def sample():
         """Draw one text from the averaged weights; all processes do the same. If the model needs a prefix, the text
         continues the first tokens of the validation split."""
-        generator = generator_on(device, cfg.seed)
         given = torch.from_numpy(val_tokens[:cfg.prefix_range[0]].astype("int64"))
         xt = torch.nn.functional.pad(given[None], (0, cfg.seq_len - len(given)), value=objective.mask_id).to(device)
         with ema.applied(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            *_, state = default_settings(cfg)(objective, model, xt, generator, torch.tensor([cfg.seq_len - len(given)]))
+            *_, state = denoise(default_settings(cfg), objective, model, xt, cfg, 0, generator_on(device, cfg.seed))
         return tokenizer.decode(state.xt[0].tolist())
 
     def save(filename, to_resume):

@@ -85,7 +85,8 @@ class Uniform:
     """
 
     description = "was trained on random tokens"
-    has_mask, causal, any_order, everywhere, normalised, T = False, False, False, True, None, None
+    has_mask, causal, any_order, both_sides, everywhere, normalised, T, block_size = (
+        False, False, False, True, True, None, None, 0)
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
 
@@ -109,6 +110,9 @@ class Uniform:
     def time(self, rate):
         """The time that the network is told at a noise rate: (B,) -> (B,) float32."""
         return self.schedule.inverse(1 - rate).float()
+
+    def times(self, L):
+        return 1
 
     def corrupt(self, x0, token):
         """The input of the network, xt, for x0 (B, L)."""
@@ -284,14 +288,13 @@ def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
                        = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
     """
     free = xt == mask_id
-    rows = free.any(1)
     noise = (draw.uniform(xt.shape) * mask_id).long().to(xt.device)
     state = begin(torch.where(free, noise, xt))
     for r, s in pairs:
-        if rows.any():
+        if free.any():
             t = time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
             now = state.xt[free]
-            logits, tokens, p = in_pieces(model(state.xt[rows], t[rows], where=free[rows])), [], []
+            logits, tokens, p = in_pieces(model(state.xt, t, where=free)), [], []
             for piece, z in zip(logits, now.split([len(piece) for piece in logits])):
                 x = objective.prediction(piece, z, noise_at(r, z)).clamp(min=0)
                 tokens.append(draw.pick(step(x, piece, z, r, s)))

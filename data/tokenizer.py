@@ -36,6 +36,7 @@ KNOWN = {
 class CharTokenizer:
     """One token per character of a fixed alphabet; ids are positions in it.
 
+    end, of all tokenizers: the id of the token that ends a text, or None.
     pad: the character of the alphabet, or None, that fills items up to their length and is no part of the text.
     """
 
@@ -44,6 +45,7 @@ class CharTokenizer:
     def __init__(self, alphabet, pad=None):
         self.alphabet, self.vocab_size, self.pad = alphabet, len(alphabet), pad
         self.ids = {ord(character): i for i, character in enumerate(alphabet)}
+        self.end = alphabet.index(pad) if pad else None
 
     def encode(self, text):
         """Convert a str to (n,) uint16. Raises UserError that names any characters outside the alphabet."""
@@ -68,7 +70,7 @@ class GPT2Tokenizer:
     """GPT-2's byte-level BPE by tiktoken: 50,256 tokens and end-of-text (id 50256)."""
 
     unit = "token"
-    end_of_text = 50256
+    end = end_of_text = 50256
 
     def __init__(self, vocab_size=50257):
         """vocab_size is more than 50,257 if a model has extra tokens, such as padding, which are no text."""
@@ -100,7 +102,7 @@ class BertTokenizer:
     """BERT's WordPiece (bert-base-uncased) by transformers: lower case, words and parts of words."""
 
     unit = "token"
-    mask = 103
+    mask, end = 103, None
 
     def __init__(self, vocab_size=30522):
         """vocab_size is 30,522, or one less: then [MASK] is the mask of the noise, and is left out of the tokens."""

@@ -227,9 +227,10 @@ def translate(found, name, dataset, overrides, data_dir):
     weights = [mask_last(rename(kind, NAMES), mask) for kind in (raw, averages(payload, raw, path))]
     if process["conditioning"] == "none" and time:
         weights = [fold(kind, n_layer) for kind in weights]
-    if name == "bd3lm" and settings.get("block_size", seq_len) not in (seq_len, f"{seq_len}"):
-        note(f"{path} was trained to write blocks of {settings['block_size']} tokens one after the other; here it "
-             "sees and fills whole sequences, which it was not trained for")
+    if name == "bd3lm" and int(settings.get("block_size", seq_len)) < int(seq_len):
+        if process["conditioning"] != "none":
+            raise UserError(f"{path} is told one time for all of its blocks, which is not known here")
+        config |= dict(objective="block", block_size=int(settings["block_size"]), time_sampling="stratified")
     step = payload.get("global_step", payload.get("step", 0))
     return dict(name=name, config=config, meta=meta, model=weights[0], ema=weights[1],
                 step=step if isinstance(step, int) else 0)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from cli import UserError, note, number
 from configs import Config
 from data.tokenizer import KNOWN
+from diffusion import Noise
 from foreign import ddit
 from foreign.files import BUFFERS, plain_key, rename, tensors
 from foreign.tiny_diffusion import our_weights
@@ -251,7 +252,7 @@ def plausible(model, objective, tokenizer, seq_len, device):
         sigma = torch.full(x0.shape, -math.log(6 / 7), device=device)
         logits = objective.prediction(model(x0, t), x0, sigma).clamp(min=1e-9).log()[where]
     else:
-        logits = model(torch.where(where, objective.mask_id, x0), t, where=where)
+        logits = objective.predict(model, x0, Noise(where, t, t))
     ce = F.cross_entropy(logits.float(), x0[where]).item()
     if tokenizer.unit != "char":
         return ce, TOKEN_NATS

@@ -14,6 +14,7 @@ import torch
 from checkpoint import load_model
 from cli import UserError, generator_on, pick_device, progress, table
 from data.loader import check_same_tokens, load_meta, load_split
+from prompts import denoise
 from sampler_settings import default_settings
 from sampling import Settings
 
@@ -52,7 +53,7 @@ def fill(loaded, canvas, seed, device, size=256):
     way = Settings("first_hitting") if config.objective_class.any_order else default_settings(config)
     objective = config.make_objective(loaded.meta["vocab_size"])
     for xt in progress(canvas.split(size), desc="sampling", leave=False):
-        *_, state = way(objective, loaded.model, xt.to(device), generator)
+        *_, state = denoise(way, objective, loaded.model, xt.to(device), config, 0, generator)
         filled.append(state.xt.cpu())
     return torch.cat(filled)
 

@@ -22,6 +22,7 @@ from data.loader import gather, windows
 from data.tokenizer import make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
 from plot import picture
+from prompts import denoise
 from studies.baselines import known_word_share
 
 
@@ -197,7 +198,7 @@ def draw_samples(subject, objective, given, settings, seed):
     for i in progress(range(0, n, data.batch_size), desc=f"{settings.sampler} {settings.steps or ''}", leave=False):
         xt = torch.nn.functional.pad(given[i:i + data.batch_size], (0, data.seq_len - c), value=objective.mask_id)
         with autocast(data.device, data.dtype):
-            *_, state = settings(objective, denoiser, xt.to(data.device), generator, torch.tensor([data.seq_len - c]))
+            *_, state = denoise(settings, objective, denoiser, xt.to(data.device), subject.config, 0, generator)
         texts += [subject.tokenizer.decode(sample) for sample in state.xt.tolist()]
     return texts, denoiser.sequences / n, time.perf_counter() - start
 

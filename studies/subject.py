@@ -63,12 +63,13 @@ class Subject(NamedTuple):
 
 
 def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, normalised=False, split="val",
-                 dataset=None, data_dir="", text=None, seq_len=None, n_tokens=None, n_windows=None):
+                 dataset=None, data_dir="", text=None, seq_len=None, n_tokens=None, n_windows=None, block_size=None):
     """Load a checkpoint and the data to score it on: a split of a data set, or a text file.
 
     dataset, data_dir, seq_len: by default those of the training
     n_tokens: about as many tokens, in windows spread over the split; by default n_windows windows, or all
     normalised: score the normalised prediction, where the objective's own is not normalised
+    block_size: score as block diffusion with blocks of so many tokens (models of objective=mdlm or block)
 
     Raises UserError if these do not fit together.
     """
@@ -82,6 +83,14 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
         if not config.objective_class.normalised:
             raise UserError(f"--normalised is for score entropy with masks, and {path} has another objective")
         config = replace(config, objective=config.objective_class.normalised)
+    if block_size:
+        if (config.objective, config.noise) not in (("mdlm", "mask"), ("block", "mask")):
+            raise UserError(f"--block_size is for models of objective=mdlm or block, and {path} has "
+                            f"objective={config.objective} with noise={config.noise}")
+        config = replace(config, objective="block", block_size=block_size, prefix="none")
+        model.block_size = block_size  # no weight depends on it
+    if config.block_size and seq_len % config.block_size:
+        raise UserError(f"--seq_len={seq_len} is no multiple of the block size of {path}, {config.block_size}")
     tokenizer = make_tokenizer(meta)
     if text and dataset and "sha256" in meta:
         raise UserError("--text is scored instead of a data set: leave out --dataset")

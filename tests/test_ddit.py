@@ -14,10 +14,11 @@ import torch.nn.functional as F
 
 import checkpoint
 import storage
+from block_diffusion import BlockDiffusion
 from data.loader import SPLITS
-from diffusion import MDLM, make_schedule
+from diffusion import MDLM, Noise, make_schedule
 from foreign import ddit, files
-from model import DiT
+from model import DiT, layout_beside_clean, layout_of_blocks
 from sampling import euler_chance
 from uniform import Uniform, posterior, uniform_jumps
 
@@ -297,52 +298,40 @@ def test_mdlm_lightning(load, kind):
           atol=1e-5, rtol=1e-4)
 
 
-def block_mask(L, size):
-    """Which tokens of [x_t | x_0], 2L in all, see which: (2L, 2L) bool, rows look.
-
-    The mask is BD3-LM's (arXiv 2503.09573, appendix B.6). Noisy tokens see their own noisy block and the clean blocks
-    before it; clean ones their own and earlier clean ones.
-    """
-    block, clean = torch.arange(2 * L) % L // size, torch.arange(2 * L) >= L
-    query, key, from_clean, to_clean = block[:, None], block[None], clean[:, None], clean[None]
-    return ((query == key) & (from_clean == to_clean) | (query > key) & ~from_clean & to_clean
-            | (query > key) & from_clean & to_clean)
-
-
 @pytest.mark.parametrize("size", [4, 16])
 def test_bd3lm_blocks(load, size):
-    """The folded network with BD3-LM's block attention, in training ([x_t | x_0]) and in sampling (block-causal), there
-    also block by block, with the keys and values of the blocks before.
+    """The folded network as a block diffusion model, in training (their [x_t | x_0] is our `clean`) and in sampling,
+    there also with the keys and values of the blocks before.
 
-    Logits, likelihoods, NELBO per token with a time per block, losses, reverse steps.
+    What a token sees, logits, likelihoods, NELBO per token with a time per block, losses, gradients, reverse steps.
     """
     model, objective, arrays = load(f"bd3lm/hf_block{size}")
     arrays, x0 = {key.removeprefix(f"block{size}."): value for key, value in arrays.items()}, arrays["x0"]
-    L = x0.shape[1]
-    assert torch.equal(block_mask(L, size), arrays["attn_mask"])
+    L, cpu = x0.shape[1], torch.device("cpu")
+    assert type(objective) is BlockDiffusion and objective.block_size == model.block_size == size
+    noisy, clean = (layout.visible for layout in (layout_beside_clean(L, size, cpu), layout_of_blocks(L, 0, size, cpu)))
+    theirs = arrays["attn_mask"]  # of [x_t | x_0]; our past, the clean text, comes first
+    assert torch.equal(torch.cat((noisy[:, L:], noisy[:, :L]), 1), theirs[:L])
+    assert torch.equal(torch.cat((torch.zeros_like(clean), clean), 1), theirs[L:])
     xt, t = arrays["x_t"], arrays["t"]
-    positions = torch.arange(L).repeat(2)
-
-    def log_p(xt):
-        noisy_first = torch.zeros(len(xt), 2 * L, dtype=torch.bool)
-        noisy_first[:, :L] = True
-        logits = model(torch.cat((xt, x0), 1), t, noisy_first, block_mask(L, size), positions)
-        return logits.view(len(xt), L, -1)
-
-    close(log_p(xt), arrays["hf_logits"][..., :27])
-    close(log_p(xt), arrays["dit_logits"][..., :27])
+    logits = model(xt, t, clean=x0)
+    close(logits, arrays["hf_logits"][..., :27])
+    close(logits, arrays["dit_logits"][..., :27])
     masked = xt == 27
-    close(log_p(xt)[masked].log_softmax(-1), arrays["log_x_theta"][masked][:, :27])
+    close(logits[masked].log_softmax(-1), arrays["log_x_theta"][masked][:, :27])
     xt = torch.cat((x0[:, :1], xt[:, 1:]), 1)  # the first token is given
     masked = xt == 27
-    nelbo = torch.zeros(xt.shape).masked_scatter(masked, objective.cost(log_p(xt)[masked], x0[masked], t) / t[masked])
-    close(nelbo, arrays["nelbo_per_token"], atol=1e-5, rtol=1e-4)
-    close(nelbo.sum() / nelbo.numel(), arrays["loss_train"], atol=0, rtol=1e-4)
-    close(nelbo[:, 1:].mean(), arrays["loss_eval"], atol=0, rtol=1e-4)
+    noise = Noise(masked, t, 1 / t)
+    close(noise.weight * objective.masked_ce(model, x0, noise), arrays["nelbo_per_token"], atol=1e-5, rtol=1e-4)
+    nelbo = objective.nelbo(model, x0, noise)
+    close(nelbo.mean(), arrays["loss_train"], atol=0, rtol=1e-4)
+    close(nelbo.mean() * L / (L - 1), arrays["loss_eval"], atol=0, rtol=1e-4)
+    grads = gradients(model, objective.nelbo(model, x0, noise).mean())
+    close(grads["blocks.0.qkv.weight"], arrays["grad.blocks.0.attn_qkv.weight"], atol=1e-6, rtol=1e-3)
+    close(grads["head_bias"], arrays["grad.output_layer.linear.bias"][:27], atol=1e-6, rtol=1e-3)
 
     x = arrays["sample.x"]
-    causal = (torch.arange(x.shape[1])[:, None] // size) >= (torch.arange(x.shape[1])[None] // size)
-    logits, past = model(x, t, visible=causal), None
+    logits, past = model(x, t), None
     for block in x.split(size, 1)[:-1]:
         past = model.remember(block, t, past=past)
     close(model(x[:, -size:], t, past=past), logits[:, -size:])
@@ -354,11 +343,6 @@ def test_bd3lm_blocks(load, size):
         p = logits[:, -size:][last].softmax(-1)
         both = torch.cat((p * dt / r, torch.full((len(p), 1), 1 - dt / r)), -1)
         close(both, arrays[f"sample.{where}.q_xs"][last], atol=5e-5, rtol=0)
-
-
-def test_block_sizes_are_said(load, capsys):
-    load("bd3lm/hf_block4")
-    assert "trained to write blocks of 4 tokens" in capsys.readouterr().err
 
 
 # ---- Duo -------------------------------------------------------------------------------------------------------------
@@ -423,7 +407,7 @@ def test_duo_lightning(load, kind):
                                   "sedd_oxen", "mdlm/hf", "mdlm_lightning", "bd3lm/hf_block4", "bd3lm/hf_block16",
                                   "duo/hf", "duo_lightning", "nanodd", "tiny_diffusion"])
 def test_every_folder_samples_and_scores(call, golden, data_dir, tmp_path, name):
-    """`sample.py FOLDER` and `evaluate.py FOLDER`, with an infilled text; a line says that these weights are random."""
+    """`sample.py FOLDER` and `evaluate.py FOLDER`, with a prompt; a line says that these weights are random."""
     more = ["--data_dir", data_dir]
     if name == "sedd_oxen":
         symbols = "abcdefghijklmnopqrstuvwxyz '-"  # nobody knows what its 29 tokens are
@@ -435,7 +419,8 @@ def test_every_folder_samples_and_scores(call, golden, data_dir, tmp_path, name)
         more = ["--data_dir", tmp_path, "--dataset", "mine"]
     if name == "tiny_diffusion":
         more += ["--override", "n_head=2,seq_len=40,prefix=8"]
-    result = call("sample.py", golden / name, "--steps=4", "--template=the {12}", *more)
+    prompt = ["--prefix=the ", "--length=16"] if name.startswith("bd3lm") else ["--template=the {12}"]
+    result = call("sample.py", golden / name, "--steps=4", *prompt, *more)
     assert result.code == 0 and result.out.startswith("the ") and len(result.out) == 17, result.err
     if name != "sedd_oxen":
         assert "look wrong, or untrained" in result.err

@@ -525,7 +525,8 @@ def test_facts_of_an_objective(key):
     them, the samplers exist, and the network has as many tokens as it says."""
     name, noise = key
     config = Config(n_layer=1, n_head=1, n_embd=4, n_cond=4, seq_len=4, conditioning="none", objective=name,
-                    noise=noise, schedule="loglinear" if name == "sedd" else "cosine")
+                    noise=noise, schedule="loglinear" if name == "sedd" else "cosine",
+                    block_size=2 if name == "block" else 0)
     objective, model = config.make_objective(5), config.make_model(5)
     assert type(objective) is OBJECTIVES[key] and isinstance(objective.description, str)
     assert model.embed.num_embeddings == 5 + objective.has_mask and model.blocks[0].causal == objective.causal
@@ -533,13 +534,15 @@ def test_facts_of_an_objective(key):
     for estimator, other in objective.estimators.items():
         assert callable(getattr(objective, estimator)) and other != estimator
         assert objective.estimators.get(other) == estimator or other in ORDERS
-    u, v = torch.rand(3, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    times = objective.times(4)
+    assert times == (4 // objective.block_size if objective.block_size else 1) and model.block_size == config.block_size
+    u, v = torch.rand(3, *[times] * (times > 1), dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
     noise = objective.noise(u, v)
     asked = []
 
-    def network(xt, t, where=None):
+    def network(xt, t, where=None, **more):
         asked.append(where is None or bool(where.all()))
-        return model(xt, t, where)
+        return model(xt, t, where, **more)
 
     loss, nelbo = objective.loss(network, torch.randint(5, (3, 4)), noise)
     assert loss.dim() == 0 and nelbo.shape == (3,) and asked == [objective.everywhere]

@@ -15,7 +15,8 @@ import world
 from categorical import Draw, entropy, inverse_cdf
 from diffusion import MDLM, Absorbing, AutoRegressive, make_schedule
 from sampler_settings import best_grid, bound_on_grid, default_settings, enough_steps, loop_grid, schedule_grid
-from sampling import SIGMAS, Settings, ancestral, entropy_bound, first_hitting, left_to_right, remdm, threshold, topk
+from sampling import (SIGMAS, Settings, ancestral, entropy_bound, first_hitting, left_to_right, of_rows, remdm,
+                      threshold, topk)
 from world import MASK, L, V
 
 TIME = MDLM(MASK).time
@@ -125,7 +126,7 @@ def test_the_network_is_asked_only_for_what_is_revealed():
         asked.append((t[0].item(), int(where.sum())))
         return torch.zeros(int(where.sum()), V)
 
-    states_of(ancestral, model, masks(2, 5), schedule_grid("linear", 100))
+    states_of(ancestral, of_rows(model), masks(2, 5), schedule_grid("linear", 100))
     assert sum(n for _, n in asked) == 2 * 5 and len(asked) <= 10
     assert [t for t, _ in asked] == sorted((t for t, _ in asked), reverse=True)
     assert all(abs(t * 100 - round(t * 100)) < 1e-4 and t > 0 for t, _ in asked)

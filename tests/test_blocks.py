@@ -1,0 +1,606 @@
+"""block_diffusion.py on worlds that can be enumerated: the bound, its two ends, its estimators, samplers, the cache.
+
+The world here has V = 2 tokens and L = 4 positions, so blocks of 1, 2 and 4 tokens.
+"""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import configs
+from block_diffusion import (BlockDiffusion, Rereader, cut, finish, in_blocks, mask_count_probabilities,
+                             read_rate_range)
+from categorical import Counted
+from commands import assert_one_line, log, losses, train
+from configs import Config
+from diffusion import MDLM
+from likelihood import chain_rule
+from model import Block, DiT, attend, layout_beside_clean, layout_of_blocks
+from prompts import denoise
+from randomness import repeated_uniforms, uniforms
+from sampler_settings import loop_grid, schedule_grid
+from sampling import Settings
+from test_sampling import chi_square_excess
+
+V, L, MASK = 2, 4, 2
+TEXTS = torch.tensor(list(itertools.product(range(V), repeat=L)))                       # (16, L)
+P_DATA = (2 * torch.randn(V**L, dtype=torch.float64, generator=torch.Generator().manual_seed(3))).softmax(0)
+SIZES = (1, 2, 4)
+
+
+class World:
+    """A denoiser for blocks of n tokens. rule: (clean tokens before (B, P), noisy block (B, n)) -> log p (B, n, V).
+
+    It has the network's three ways to be called: on all blocks beside the clean text, on the block after the past, and
+    on the clean text before and the noisy block together.
+    """
+
+    def __init__(self, n, rule):
+        self.n, self.rule = n, rule
+
+    def __call__(self, xt, t, where=None, past=None, clean=None):
+        n = self.n
+        if past is not None:
+            log_p = self.rule(past[0].xt, xt)
+        elif clean is not None:
+            log_p = torch.cat([self.rule(clean[:, :a], xt[:, a:a + n]) for a in range(0, xt.shape[1], n)], 1)
+        else:
+            log_p = torch.cat([self.rule(xt[:, :a], xt[:, a:a + n]) for a in range(0, xt.shape[1], n)], 1)
+        return log_p if where is None else log_p[where]
+
+    def remember(self, xt, t, past=None):
+        return Rereader(None).remember(xt, t, past)
+
+
+def optimum(before, block):
+    """log p(x_i | clean tokens before, visible tokens of the block), by Bayes' rule over all texts."""
+    seen = torch.cat((before, block), 1)
+    agrees = ((seen[:, None] == TEXTS[:, :seen.shape[1]]) | (seen[:, None] == MASK)).all(-1)   # (B, 16)
+    posterior = agrees * P_DATA
+    one_hot = F.one_hot(TEXTS[:, before.shape[1]:seen.shape[1]], V).double()
+    return (torch.einsum("bk,kiv->biv", posterior, one_hot) / posterior.sum(1)[:, None, None]).log()
+
+
+def arbitrary(before, block):
+    """A fixed function of all that a block may see, far from the optimum."""
+    seen = torch.cat((before, block), 1).double()
+    code = (seen * torch.tensor([1.0, 2.7, 7.1, 19.3])[:seen.shape[1]].double()).sum(1, keepdim=True)
+    place = torch.arange(block.shape[1]) + before.shape[1]
+    return torch.stack((torch.sin(code * 1.3 + place), torch.cos(code * 0.7 + 2 * place)), -1).mul(2).log_softmax(-1)
+
+
+def in_order(rule, n, x, orders):
+    """log p(x (L,)) if the tokens of each block of n are revealed in the order of `orders` (one for each block)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for a, order in zip(range(0, L, n), orders):
+        block = torch.full((1, n), MASK)
+        for i in order:
+            total = total + rule(x[None, :a], block)[0, i, x[a + i]]
+            block[0, i] = x[a + i]
+    return total
+
+
+def block_orders(n):
+    """All ways to order the tokens of each block."""
+    return list(itertools.product(itertools.permutations(range(n)), repeat=L // n))
+
+
+def bound_of(rule, n):
+    """The bound by definition, the mean over orders of -log p(text revealed in it), for all texts: (16,) nats."""
+    return torch.stack([-torch.stack([in_order(rule, n, x, orders) for orders in block_orders(n)]).mean()
+                        for x in TEXTS])
+
+
+def likelihood_of(rule, n):
+    """-log of the mean over orders, which is what first_hitting samples from: (16,) nats."""
+    found = [torch.stack([in_order(rule, n, x, orders) for orders in block_orders(n)]) for x in TEXTS]
+    return torch.stack([math.log(len(p)) - p.logsumexp(0) for p in found])
+
+
+def all_noise(n):
+    """u (N, L/n) and v (N, L) on which exact_k takes each number of masks and each order of tokens equally often."""
+    one = [((k + 0.5) / n, [(i + 0.5) / n for i in ranks])
+           for k in range(n) for ranks in itertools.permutations(range(n))]
+    rows = list(itertools.product(one, repeat=L // n))
+    return (torch.tensor([[u for u, _ in row] for row in rows], dtype=torch.float64),
+            torch.tensor([sum((v for _, v in row), []) for row in rows], dtype=torch.float64))
+
+
+# ---- the bound -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("rule", [optimum, arbitrary])
+def test_bound_by_enumeration(n, rule):
+    """The mean of exact_k over all its draws is the mean over all orders; it is at least the likelihood of the model,
+    and equal to it for n = 1. With the optimum, it is the entropy of the data for every n."""
+    objective, model = BlockDiffusion(MASK, n), World(n, rule)
+    u, v = all_noise(n)
+    noise = objective.exact_k(u, v)
+    assert noise.t.shape == noise.weight.shape == noise.mask.shape == v.shape
+    found = torch.stack([objective.nelbo(model, x.expand(len(v), -1), noise).double().mean() for x in TEXTS]) * L
+    bound, nll = bound_of(rule, n), likelihood_of(rule, n)
+    torch.testing.assert_close(found, bound, rtol=1e-5, atol=1e-5)
+    assert (bound >= nll - 1e-9).all()
+    if n == 1:
+        torch.testing.assert_close(bound, nll)
+    elif rule is arbitrary:
+        assert (bound - nll).max() > 0.05
+    if rule is optimum:
+        torch.testing.assert_close(bound, -P_DATA.log())
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_estimators_agree(n):
+    """20,000 draws of exact_k, of continuous and of the training noise have the mean of the enumerated bound."""
+    rule, N = arbitrary, 20_000
+    model, bound = World(n, rule), bound_of(rule, n)
+    u, v, w = (x[:, 0] for x in repeated_uniforms(0, range(N), N, 1, L, times=max(2, L // n)))
+    u, w = (x if L // n > 1 else x[:, 0] for x in (u, w))
+    x = TEXTS[torch.arange(N) % 16]
+    expected = bound[torch.arange(N) % 16] / L
+    plain = BlockDiffusion(MASK, n, time_sampling="stratified")
+    for noise, tolerance in ((plain.exact_k(u, v), 4), (plain.continuous(u, v, w), 4)):
+        error = plain.nelbo(model, x, noise).double() - expected
+        assert error.mean().abs() < tolerance * error.std() / N**0.5 + 1e-6  # of one token there is no noise
+    noise = plain.noise(u * 0.9 + 0.1, v)  # of rates in (0.1, 1]: 1/t has no finite variance
+    clipped = BlockDiffusion(MASK, n, time_sampling="stratified", rate_range=(0.1, 1.0))
+    again = clipped.noise(u, v)
+    assert torch.equal(noise.mask, again.mask) and torch.equal(noise.t, again.t)
+    torch.testing.assert_close(noise.weight, 1 / again.t)
+
+
+def test_the_ends():
+    """Blocks of L tokens: MDLM's loss, bound and gradients, with the same network and noise. Blocks of one: what the
+    chain rule from left to right gives, whatever u and v are."""
+    g = torch.Generator().manual_seed(0)
+    x0, v = torch.randint(27, (6, 16), generator=g), torch.rand(6, 16, dtype=torch.float64, generator=g)
+    for sampling, weighting in itertools.product(("uniform", "exact_k"), ("nelbo", "simple")):
+        u = torch.rand(6, dtype=torch.float64, generator=g)
+        results = []
+        for objective, size in ((MDLM(27, "linear", sampling, weighting), 0),
+                                (BlockDiffusion(27, 16, "linear", sampling, weighting), 16)):
+            model = network(block_size=size)
+            loss, nelbo = objective.loss(model, x0, objective.noise(u, v))
+            loss.backward()
+            results.append((loss, nelbo, *[p.grad for p in model.parameters()]))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+    model, objective = network(block_size=1).eval(), BlockDiffusion(27, 1)
+    with torch.no_grad():
+        nelbo = objective.nelbo(model, x0, objective.exact_k(torch.rand(6, 16, dtype=torch.float64), v))
+        torch.testing.assert_close(nelbo, chain_rule(model, objective, x0, "l2r"), rtol=1e-5, atol=1e-5)
+        one = [F.cross_entropy(model(F.pad(x0[:, :i], (0, 1), value=27), torch.ones(6))[:, -1], x0[:, i],
+                               reduction="none") for i in range(16)]
+        torch.testing.assert_close(nelbo, torch.stack(one, 1).mean(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_chain_rule_in_blocks(n):
+    """Orders within blocks: from left to right, random, and by confidence: probabilities that sum to one."""
+    objective, model = BlockDiffusion(MASK, n), World(n, arbitrary)
+    left = torch.stack([in_order(arbitrary, n, x, [range(n)] * (L // n)) for x in TEXTS])
+    torch.testing.assert_close(chain_rule(model, objective, TEXTS, "l2r").double() * L, -left, rtol=1e-5, atol=1e-5)
+    v = torch.rand(1, L, generator=torch.Generator().manual_seed(1)).expand(16, -1)
+    orders = [v[0, a:a + n].argsort().tolist() for a in range(0, L, n)]
+    mixed = torch.stack([in_order(arbitrary, n, x, orders) for x in TEXTS])
+    torch.testing.assert_close(chain_rule(model, objective, TEXTS, "random", v).double() * L, -mixed, rtol=1e-5,
+                               atol=1e-5)
+    sure = chain_rule(model, objective, TEXTS, "confidence").double() * L
+    assert torch.exp(-sure).sum().item() == pytest.approx(1, abs=1e-5)
+    if n == L:
+        assert not torch.allclose(sure, -left, atol=1e-3)
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, low, high", [(1, 0.0, 1.0), (4, 0.0, 1.0), (4, 0.45, 0.95), (16, 0.3, 0.8),
+                                          (64, 0.5, 1.0)])
+def test_mask_counts(n, low, high):
+    """Probabilities of 0 ... n masks against a fine sum over rates; all are positive and reached by training noise."""
+    p = mask_count_probabilities(n, low, high)
+    r = low + (high - low) * (torch.arange(20_000, dtype=torch.float64)[:, None] + 0.5) / 20_000
+    brute = torch.stack([(math.comb(n, k) * r**k * (1 - r)**(n - k)).mean() for k in range(n + 1)])
+    torch.testing.assert_close(p, brute, rtol=1e-5, atol=1e-12)
+    assert (p > 0).all() and p.sum().item() == pytest.approx(1)
+    if (low, high) == (0, 1):
+        torch.testing.assert_close(p, torch.full_like(p, 1 / (n + 1)))
+
+
+@pytest.mark.parametrize("low, high", [(0.45, 0.95), (0.3, 0.8), (0.0, 0.6)])
+def test_clipped_noise(low, high):
+    """Every number of masks is drawn, as often as it should be, at rates in the range; the reported bound, weighted by
+    1/(k p(k)), is that of the full range, while the loss has weights 1/r: the paper's, over the range alone."""
+    n, N, rule = 4, 40_000, arbitrary
+    objective = BlockDiffusion(MASK, n, time_sampling="stratified", rate_range=(low, high))
+    generator = torch.Generator().manual_seed(0)
+    u = (torch.arange(N, dtype=torch.float64) + 0.5) / N
+    v = torch.rand(N, n, dtype=torch.float64, generator=generator)
+    noise = objective.noise(u, v)
+    counts = torch.bincount(noise.mask.sum(1), minlength=n + 1)
+    assert (counts > 0).all() and chi_square_excess(counts, mask_count_probabilities(n, low, high)) < 4
+    assert low <= noise.t.min() and noise.t.max() <= high + 1e-6
+    model, x = World(n, rule), TEXTS[torch.arange(N) % 16]
+    loss, nelbo = objective.loss(model, x, noise)
+    error = nelbo.double() - bound_of(rule, n)[torch.arange(N) % 16] / L
+    assert error.mean().abs() < 4 * error.std() / N**0.5
+    ce = objective.masked_ce(model, x, noise)
+    assert loss.item() == pytest.approx((ce.sum(1) / noise.t[:, 0] / L).mean().item(), rel=1e-5)
+    assert not torch.allclose(noise.weight, 1 / noise.t, rtol=0.1)
+
+
+def test_times_are_spread_over_blocks_but_not_tied_to_places():
+    """One u in each of B L/n equal intervals of a batch; over many batches each block has each interval equally often.
+    Times in order, as in the original, would make the estimate biased if the model differs by place."""
+    B, times = 2, 4
+    seen = torch.zeros(times, B * times)
+    for step in range(2000):
+        u, v = uniforms(5, step, range(B), B, 8, stratified=True, times=times)
+        assert u.shape == (B, times) and v.shape == (B, 8)
+        interval = torch.ceil(u * B * times).long() - 1
+        assert interval.flatten().sort().values.tolist() == list(range(B * times))
+        for b in range(times):
+            seen[b] += torch.bincount(interval[:, b], minlength=B * times)
+    assert chi_square_excess(seen.flatten(), torch.full((times * B * times,), 1 / seen.numel()).double()) < 4
+    some = uniforms(5, 7, [1], B, 8, stratified=True, times=times)
+    whole = uniforms(5, 7, range(B), B, 8, stratified=True, times=times)
+    assert all(torch.equal(a, b[1:]) for a, b in zip(some, whole))
+    u, v, w = repeated_uniforms(3, range(5), 5, 2, 8, times=times)
+    assert u.shape == w.shape == (5, 2, times) and v.shape == (5, 2, 8)
+    for repeat in range(2):
+        assert (torch.ceil(u[:, repeat] * 20).long() - 1).flatten().sort().values.tolist() == list(range(20))
+    again = repeated_uniforms(3, [4, 2], 5, 2, 8, times=times)
+    assert all(torch.equal(a, b[[4, 2]]) for a, b in zip(again, (u, v, w)))
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+
+def network(conditioning="none", seq_len=16, **kwargs):
+    """A small network without a parameter at its initial zero."""
+    torch.manual_seed(0)
+    model = DiT(vocab_size=27, seq_len=seq_len, n_layer=2, n_head=2, n_embd=16, n_cond=8,
+                clock=configs.clock(conditioning, T=10), **kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def texts(n, seed=1):
+    """Noisy and clean texts, times of blocks, each for a token: xt, x0 (4, 16) long, t (4, 16)."""
+    g = torch.Generator().manual_seed(seed)
+    x0 = torch.randint(27, (4, 16), generator=g)
+    t = torch.rand(4, 16 // n, generator=g).repeat_interleave(n, 1)
+    return torch.where(torch.rand(4, 16, generator=g) < t, 27, x0), x0, t
+
+
+KINDS = [(conditioning, shift) for conditioning in ("none", "time") for shift in (False, True)]
+
+
+@pytest.mark.parametrize("n", [1, 4, 8])
+@pytest.mark.parametrize("conditioning, shift", KINDS)
+def test_three_ways_to_call_are_one(conditioning, shift, n):
+    """All blocks beside the clean text in one call, as in training; each block with its cache, as in sampling; and
+    each with the clean text before it read again: the same logits, and the same gradients of their sum."""
+    xt, x0, t = texts(n)
+    found = []
+    for way in ("beside", "cache", "again"):
+        model = network(conditioning, block_size=n, shift_tokens=shift)
+        if way == "beside":
+            logits = model(xt, t, clean=x0)
+        else:
+            past, blocks, memory = None, [], model if way == "cache" else Rereader(model)
+            for a in range(0, 16, n):
+                where = torch.ones(4, n, dtype=torch.bool)
+                blocks.append(memory(xt[:, a:a + n], t[:, a], where=where, past=past).view(4, n, 27))
+                past = memory.remember(x0[:, a:a + n], torch.zeros(4), past=past)
+            logits = torch.cat(blocks, 1)
+        logits.logsumexp(-1).sum().backward()
+        found.append((logits.detach(), [p.grad for p in model.parameters()]))
+    for other in found[1:]:
+        torch.testing.assert_close(other[0], found[0][0], rtol=1e-5, atol=1e-5)
+        for a, b in zip(other[1], found[0][1]):
+            assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5
+
+
+def test_one_text_of_noisy_and_clean_tokens():
+    """BD3-LM's own form, x_t and x_0 beside each other as one text of 2 L tokens under one mask, gives the same."""
+    n, (xt, x0, t) = 4, texts(4)
+    block, clean = torch.arange(32) % 16 // n, torch.arange(32) >= 16
+    sees = (block[:, None] == block) & (clean[:, None] == clean) | (block[:, None] > block) & clean
+    logits = network()(torch.cat((xt, x0), 1), t[:, 0], visible=sees, positions=torch.arange(16).repeat(2))
+    torch.testing.assert_close(network(block_size=n)(xt, t, clean=x0), logits[:, :16], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning, shift", KINDS)
+def test_nothing_leaks_from_later_blocks(conditioning, shift):
+    """Logits of block b stay the same to the last bit, whatever its own clean tokens and all later tokens are; they
+    change with the clean tokens before, and with the noisy tokens of the block itself."""
+    n, (xt, x0, t) = 4, texts(4)
+    model = network(conditioning, block_size=n, shift_tokens=shift).eval()
+    before = model(xt, t, clean=x0)
+    for b in range(4):
+        a, e = b * n, (b + 1) * n
+        later_clean, later_noisy = x0.clone(), xt.clone()
+        later_clean[:, a:] = (later_clean[:, a:] + 1) % 27
+        later_noisy[:, e:] = (later_noisy[:, e:] + 1) % 28
+        later_noisy[:, :a] = (later_noisy[:, :a] + 1) % 28
+        assert torch.equal(model(later_noisy, t, clean=later_clean)[:, a:e], before[:, a:e])
+        if b:
+            earlier = x0.clone()
+            earlier[:, a - 1] = (earlier[:, a - 1] + 1) % 27
+            assert ((model(xt, t, clean=earlier) - before)[:, a:e].abs().amax((1, 2)) > 1e-5).all()
+        own = xt.clone()
+        own[:, e - 1] = (own[:, e - 1] + 1) % 28
+        assert (model(own, t, clean=x0) - before)[:, a].abs().max() > 1e-4
+
+
+def test_neighbours_of_blocks():
+    """The left neighbour of a noisy token is of its block, or the last clean token of the block before; the right one
+    of its block. The numbers are those of positions, 100 more for clean tokens, 0 for none."""
+    layout = layout_beside_clean(6, 3, torch.device("cpu"))
+    assert layout.positions.tolist() == [0, 1, 2, 3, 4, 5]
+    block = Block(4, 1, 0, 0.0, shift_tokens=True)
+    number = lambda *numbers: torch.tensor(numbers).float()[None, :, None].expand(1, -1, 4)
+    found = block.neighbours(number(1, 2, 3, 4, 5, 6), layout, number(101, 102, 103, 104, 105, 106)[..., :1])
+    assert found[0].T.int().tolist() == [[0, 1, 2, 103, 4, 5], [2, 3, 0, 5, 6, 0], *[[1, 2, 3, 4, 5, 6]] * 2]
+    layout = layout_of_blocks(4, 3, 3, torch.device("cpu"))  # after 3 others; the last block is short
+    assert layout.positions.tolist() == [3, 4, 5, 6]
+    found = block.neighbours(number(4, 5, 6, 7), layout, number(101, 102, 103)[..., :1])
+    assert found[0].T.int().tolist() == [[103, 4, 5, 6], [5, 6, 0, 0], *[[4, 5, 6, 7]] * 2]
+
+
+@torch.no_grad()
+def test_flex_attention():
+    """FlexAttention's block mask and SDPA's mask see the same: training's two layouts, compiled for this device."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    n, size = 32, 4
+    q, k, v = torch.randn(3, 2, 2, 2 * n, 16, generator=torch.Generator().manual_seed(0))
+    for layout, sees, keys in (
+            (layout_of_blocks(n, 0, size, torch.device("cpu")), lambda b, h, i, j: j // size <= i // size, n),
+            (layout_beside_clean(n, size, torch.device("cpu")), lambda b, h, i, j: torch.where(
+                j < n, j // size < i // size, (j - n) // size == i // size), 2 * n)):
+        mask = create_block_mask(sees, None, None, n, keys, device="cpu")
+        expected = attend(q[:, :, :n], k[:, :, :keys], v[:, :, :keys], layout.visible, False)
+        found = flex_attention(q[:, :, :n], k[:, :, :keys], v[:, :, :keys], block_mask=mask)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flops_of_blocks():
+    """PyTorch's own counter finds what flops() says for a training step beside the clean text."""
+    from torch.utils.flop_counter import FlopCounterMode
+    for shift in (False, True):
+        model = network(seq_len=64, block_size=8, shift_tokens=shift)
+        g = torch.Generator().manual_seed(0)
+        x0, where = torch.randint(27, (4, 64), generator=g), torch.rand(4, 64, generator=g) < 0.5
+        with (FlopCounterMode(display=False) as counter,
+              torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
+            model(torch.where(where, 27, x0), torch.rand(4, 64), where, clean=x0).sum().backward()
+        expected = model.flops(64, where.float().mean().item()) * 4 * 64
+        assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+GRID = [1.0, 0.7, 0.3, 0.0]
+ALL = [Settings("ancestral", {"grid": schedule_grid("cosine", 6)}), Settings("first_hitting"),
+       Settings("topk", {"grid": schedule_grid("linear", 3)}), Settings("topk", {"k": 2}), Settings("threshold"),
+       Settings("entropy_bound", {"gamma": 0.5}),
+       Settings("remdm", {"grid": schedule_grid("linear", 7), "sigma": "cap"}),
+       Settings("remdm", {"grid": loop_grid(7), "sigma": "loop"})]
+
+
+def chain_of(rule, n, grid):
+    """p(text) of the ancestral chain on a grid in each block, by summing over all its paths: (16,)."""
+    states = torch.tensor(list(itertools.product(range(V + 1), repeat=n)))
+    total = torch.ones(len(TEXTS), dtype=torch.float64)
+    for a in range(0, L, n):
+        for before in TEXTS[:, :a].unique(dim=0) if a else [TEXTS[0, :0]]:
+            log_p = rule(before.expand(len(states), -1), states)
+            p = (states == MASK).all(1).double()
+            for r, s in zip(grid, grid[1:]):
+                shown = (1 - s / r) * log_p.exp()                                              # (S, n, V)
+                stay = torch.full((*shown.shape[:2], 1), s / r, dtype=torch.float64)
+                step = torch.where((states == MASK)[..., None], torch.cat((shown, stay), -1),
+                                   F.one_hot(states, V + 1).double())
+                p = p @ torch.stack([step[:, i, states[:, i]] for i in range(n)]).prod(0)
+            for row in (TEXTS[:, :a] == before).all(1).nonzero().flatten().tolist():
+                total[row] *= p[(states == TEXTS[row, a:a + n]).all(1)].item()
+    return total
+
+
+def counts_of(texts):
+    return torch.bincount((texts * 2 ** torch.arange(L - 1, -1, -1)).sum(1), minlength=V**L)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_samplers_follow_their_chains(n):
+    """20,000 texts by ancestral and by first_hitting, block by block, against enumeration; they are two distributions,
+    except for n = 1. With the optimum, first_hitting draws from the data."""
+    N, objective = 20_000, BlockDiffusion(MASK, n)
+
+    def sample(settings, rule):
+        *_, state = in_blocks(settings, objective, World(n, rule), torch.full((N, L), MASK),
+                              torch.Generator().manual_seed(0))
+        assert (state.xt != MASK).all() and (state.p > 0).all()
+        return counts_of(state.xt)
+
+    chain, limit = chain_of(arbitrary, n, GRID), torch.exp(-likelihood_of(arbitrary, n))
+    assert chain.sum().item() == pytest.approx(1) and limit.sum().item() == pytest.approx(1)
+    counts = sample(Settings("ancestral", {"grid": GRID}), arbitrary)
+    assert chi_square_excess(counts, chain) < 4 and (n == 1 or chi_square_excess(counts, limit) > 10)
+    assert chi_square_excess(sample(Settings("first_hitting"), arbitrary), limit) < 4
+    assert chi_square_excess(sample(Settings("first_hitting"), optimum), P_DATA) < 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.sampler)
+@pytest.mark.parametrize("conditioning, shift", [("none", True), ("time", False)])
+def test_the_cache_changes_nothing(settings, conditioning, shift):
+    """With and without it: the same tokens from the same random numbers, and the same probabilities to 1e-5. Prompts
+    end anywhere, one is longer than a block, and the text is no multiple of the block size."""
+    n, model = 4, network(conditioning, seq_len=24, block_size=4, shift_tokens=shift).eval()
+    xt = torch.full((5, 22), 27)
+    for row, given in enumerate((0, 3, 4, 9, 21)):
+        xt[row, :given] = torch.randint(27, (given,), generator=torch.Generator().manual_seed(row))
+    objective, runs = BlockDiffusion(27, n), []
+    for network_ in (model, Rereader(model)):
+        runs.append(list(in_blocks(settings, objective, network_, xt, torch.Generator().manual_seed(4))))
+    assert len(runs[0]) == len(runs[1])
+    for cached, again in zip(*runs):
+        assert torch.equal(cached.xt, again.xt) and cached.xt.shape == xt.shape
+        torch.testing.assert_close(cached.p, again.p, rtol=1e-4, atol=1e-5, equal_nan=True)
+    last = runs[0][-1]
+    assert (last.xt != 27).all() and torch.equal(last.xt[xt != 27], xt[xt != 27])
+    assert torch.equal(last.p.isnan(), xt != 27)
+    for state in runs[0]:  # left to right: no token is written while a mask is left in a block before
+        open_ = (state.xt == 27).view(5, -1)
+        first = torch.where(open_.any(1), open_.int().argmax(1), 22) // n * n + n
+        later = (torch.arange(22) >= first.min()) & (xt == 27)
+        assert (state.xt[later] == 27).all()
+
+
+@torch.no_grad()
+def test_calls_of_the_network():
+    """A block is remembered once, after it is full, and counted; a prompt of several blocks in one call; nothing for
+    the last block. A text that has its end token costs no more calls."""
+    model, objective, sizes = network(block_size=4).eval(), BlockDiffusion(27, 4), []
+
+    class Watched(Counted):
+        def __call__(self, xt, t, where=None, **more):
+            sizes.append(("call", len(xt), xt.shape[1], more["past"][0].keys.shape[2] if "past" in more else 0))
+            return super().__call__(xt, t, where, **more)
+
+        def remember(self, xt, t, **more):
+            sizes.append(("remember", len(xt), xt.shape[1]))
+            return super().remember(xt, t, **more)
+
+    watched, xt = Watched(model), torch.full((2, 16), 27)
+    xt[:, :9] = 5
+    *_, state = in_blocks(Settings("topk", {"k": 4}), objective, watched, xt, torch.Generator().manual_seed(0))
+    assert sizes == [("remember", 2, 8), ("call", 2, 4, 8), ("remember", 2, 4), ("call", 2, 4, 12)]
+    assert watched.nfe == 4
+    end = state.xt[0, 10].item()
+    sizes.clear()
+    *_, stopped = in_blocks(Settings("topk", {"k": 4}), objective, watched, xt, torch.Generator().manual_seed(0), end)
+    ended = ((state.xt[:, 9:12] == end).any(1)).tolist()
+    assert ended[0] and (stopped.xt[0, 12:] == end).all() and torch.equal(stopped.xt[:, :12], state.xt[:, :12])
+    assert stopped.p[0, 12:].isnan().all()
+    assert sizes[3:] == ([] if all(ended) else [("call", 1, 4, 12)])
+
+
+def test_ends():
+    """`end` counts where it was written, not where it was given."""
+    xt = torch.tensor([[7, 1, 9, 9], [2, 7, 9, 9], [2, 3, 9, 9]])
+    given = torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4])
+    assert finish(xt, given, 7, 9).tolist() == [[7, 1, 9, 9], [2, 7, 7, 7], [2, 3, 9, 9]]
+    assert cut([7, 1, 4, 7, 7], [7, 1, 9, 9, 9], 7) == [7, 1, 4] and cut([7, 1], [7, 9], 7) == [7, 1]
+
+
+@torch.no_grad()
+def test_longer_than_the_window():
+    """A further window begins with whole blocks of the text before; with context 6 and blocks of 4 with one of them.
+    What is written there is what a canvas with these 4 tokens would get; ends go on over windows."""
+    model, config = network(block_size=4).eval(), Config(
+        objective="block", block_size=4, seq_len=16, n_layer=2, n_head=2, n_embd=16, conditioning="none")
+    objective, way = BlockDiffusion(27, 4), Settings("topk", {"k": 2}, temperature=0.0)
+    *_, state = denoise(way, objective, model, torch.full((2, 24), 27), config, 6, torch.Generator())
+    window = F.pad(state.xt[:, 12:16], (0, 8), value=27)
+    *_, second = in_blocks(way, objective, model, window, torch.Generator())
+    assert torch.equal(second.xt, state.xt[:, 12:])
+    end = state.xt[0, 13].item()
+    *_, stopped = denoise(way, objective, model, torch.full((2, 40), 27), config, 6, torch.Generator(), end)
+    assert (stopped.xt[0, 16:] == end).all() and (stopped.xt != 27).all()
+
+
+# ---- configs and commands --------------------------------------------------------------------------------------------
+
+
+def test_rate_ranges():
+    assert read_rate_range("0.3:0.8") == (0.3, 0.8)
+    for text in ("", "0.5", "0.8:0.3", "0:2", "-1:1", "a:b", "0.1:0.2:0.3", "nan:1"):
+        with pytest.raises(ValueError):
+            read_rate_range(text)
+
+
+BLOCK = ["--objective=block", "--block_size=8"]
+
+
+def test_trains_and_resumes(call, data_dir, tmp_path):
+    """A run of the tiny config: losses fall; a resumed run ends as one without interruption; the log's bound is finite;
+    DiT's checkpointing of activations changes nothing."""
+    train_ = lambda name, *flags: train(call, "mdlm_text8", data_dir, tmp_path / name, *BLOCK, "--shift_tokens", *flags)
+    assert train_("whole", "--max_steps=8").code == 0
+    assert train_("parts", "--max_steps=8", "--checkpoint_interval=3").code == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    again = train_("again", "--max_steps=8", "--checkpoint_blocks")
+    assert again.code == 0
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_commands(call, data_dir, tmp_path):
+    """evaluate.py with --check, orders, --block_size, of MDLM too; sample.py with and without cache, prompts, windows,
+    pictures in the terminal; what does not go is one line."""
+    out = tmp_path / "out"
+    assert train(call, "mdlm_text8", data_dir, out, *BLOCK, "--max_steps=4", "--sample_interval=4").code == 0
+    assert any("sample" in line for line in log(out))
+    score = lambda *flags: call("evaluate.py", out, "--json", "--data_dir", data_dir, *flags)
+    found = {name: json.loads(score(*flags).out)["bits_per_token"] for name, flags in (
+        ("bound", ()), ("many", ("--repeats=64",)), ("l2r", ("--order=l2r",)), ("ones", ("--block_size=1",)),
+        ("ones l2r", ("--block_size=1", "--repeats=2")), ("whole", ("--block_size=32",)))}
+    assert found["ones"] == pytest.approx(found["ones l2r"], abs=1e-5) and found["bound"] != found["whole"]
+    assert found["bound"] == pytest.approx(found["many"], abs=0.2)
+    assert score("--check", "--block_size=2", "--seq_len=8").code == 0
+    sample = lambda *flags: call("sample.py", out, "--json", *flags)
+    for flags in (("--batch_size=3",), ("--prefix=abcdefghij",), ("--length=70", "--context=11"), ("--length=13",),
+                  ("--sampler=first_hitting", "--show"), ("--sampler=remdm", "--steps=9"),
+                  ("--sampler=threshold", "--html", tmp_path / "page.html")):
+        cached, again = sample(*flags), sample("--no_cache", *flags)
+        assert cached.code == again.code == 0, cached.err + again.err
+        one, two = (json.loads(result.out) for result in (cached, again))
+        assert [s["tokens"] for s in one["samples"]] == [s["tokens"] for s in two["samples"]]
+        assert one["nfe"] >= two["nfe"]
+    assert (tmp_path / "page.html").stat().st_size > 1000
+    mdlm = tmp_path / "mdlm"
+    assert train(call, "mdlm_text8", data_dir, mdlm, "--max_steps=2").code == 0
+    whole = json.loads(call("evaluate.py", mdlm, "--json", "--data_dir", data_dir).out)["bits_per_token"]
+    same = json.loads(call("evaluate.py", mdlm, "--block_size=32", "--json", "--data_dir", data_dir).out)
+    assert same["bits_per_token"] == pytest.approx(whole, abs=1e-4)
+    for result, words in (
+            (sample("--suffix=ab"), "sees only what is on the left"),
+            (sample("--template=a__"), "sees only what is on"),
+            (sample("--sampler=euler"), "--sampler euler"), (sample("--steps=auto"), "--steps N"),
+            (call("sample.py", mdlm, "--no_cache"), "block diffusion"),
+            (score("--block_size=5"), "divides seq_len"), (score("--curve"), "is for masked models"),
+            (score("--curse"), "is for masked models"), (score("--seq_len=20"), "no multiple of the block size"),
+            (call("evaluate.py", out, "--curve", "--block_size=4", "--data_dir", data_dir), "belong to the bound")):
+        assert_one_line(result, words)
+    bad = lambda *flags: train(call, "mdlm_text8", data_dir, tmp_path / "bad", *flags)
+    for flags, words in (
+            (("--objective=block",), "a block_size that divides"),
+            (("--objective=block", "--block_size=5"), "5 does not"),
+            (("--block_size=4",), "belong to objective=block"),
+            ((*BLOCK, "--noise=uniform"), "noise=uniform goes with"), ((*BLOCK, "--prefix=fixed:8"), "use prefix=none"),
+            ((*BLOCK, "--rate_range=0.9:0.2"), "is not like 0.3:0.8"),
+            ((*BLOCK, "--rate_range=0.3:0.8", "--time_sampling=exact_k"), "rate_range needs"),
+            ((*BLOCK, "--lambda_ce=1"), "lambda_ce"), ((*BLOCK, "--architecture=tiny_diffusion"), "tiny_diffusion")):
+        assert_one_line(bad(*flags), words)
+        assert not (tmp_path / "bad").exists()
+
+
+def test_from_mdlm_to_blocks(call, data_dir, tmp_path):
+    """The paper's two stages: MDLM first, then --init_from with blocks; a line says that the objective changes."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(call, "mdlm_text8", data_dir, first, "--max_steps=4").code == 0
+    result = train(call, "mdlm_text8", data_dir, second, *BLOCK, "--max_steps=4", "--init_from", first)
+    assert result.code == 0 and "objective=mdlm, now block" in result.err
+    clipped = train(call, "mdlm_text8", data_dir, tmp_path / "third", *BLOCK, "--max_steps=4", "--init_from", first,
+                    "--rate_range=0.3:0.8", "--time_sampling=stratified")
+    assert clipped.code == 0 and all(math.isfinite(line.get("bits_per_token", 0)) for line in log(tmp_path / "third"))
