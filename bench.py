@@ -1,11 +1,11 @@
 """Measure training throughput, memory and sampling time of configs, on random tokens: no data needed.
 
-    python bench.py demo                                  where a step's time goes, and what of the machine is used
-    python bench.py demo mdlm_mini_fast --repeats 5       several, in alternation
-    python bench.py d3pm_text8 --compare naive            against D3PM as one writes it first (studies/textbook.py)
+    python bench.py demo                                  the time of each part of a step, and the utilisation (MFU)
+    python bench.py demo mdlm_mini_fast --repeats 5       several configs, timed in alternation
+    python bench.py d3pm_text8 --compare naive            compared with a simple D3PM (studies/textbook.py)
     python bench.py demo --scaling scaling.png            cost per token by size, length and batch
-    python bench.py demo --samplers                       the samplers, against the naive one
-    python bench.py --estimate d3pm_text8_8gpu --gpu h100 memory and days of a run somewhere else
+    python bench.py demo --samplers                       the samplers, compared with the naive one
+    python bench.py --estimate d3pm_text8_8gpu --gpu h100 memory and days of a run on other GPUs
 
 Timings that are compared alternate in one process, except those of --scaling, which run one after the other. Results
 are medians over the repeats after a warm-up. The last line is JSON.
@@ -45,21 +45,22 @@ from train import batches, train_step
 
 def add_arguments(parser):
     parser.add_argument("--repeats", type=number(int, 1),
-                        help="timed optimiser steps, and samples (default 10)")
+                        help="number of timed optimiser steps, and of timed samples (default 10)")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--compare", choices=("naive",), help="also time D3PM as one writes it first: float32, eager, "
-                      "with full posteriors; lambda_ce is 0 then")
-    mode.add_argument("--scaling", type=named, metavar="PNG", help="a table and a plot of the cost per token, instead")
-    mode.add_argument("--samplers", action="store_true", help="compare the samplers, batches of 8, instead")
-    mode.add_argument("--estimate", action="store_true", help="predict memory and days, instead of timing anything")
-    parser.add_argument("--first", type=number(int, 1), help="with --samplers: only the first so many steps of each")
-    parser.add_argument("--gpu", type=named, help=f"with --estimate: {', '.join(GPUS)} (default h100)")
-    parser.add_argument("--gpus", type=number(int, 1), help="with --estimate: how many (default: as the config's name "
-                        "says, or 1)")
+    mode.add_argument("--compare", choices=("naive",), help="also time a simple implementation of D3PM (float32, "
+                      "not compiled, with full posteriors); sets lambda_ce=0")
+    mode.add_argument("--scaling", type=named, metavar="PNG", help="measure the cost per token by width, length "
+                      "and batch size, and plot it")
+    mode.add_argument("--samplers", action="store_true", help="time the samplers, with batches of 8")
+    mode.add_argument("--estimate", action="store_true", help="predict the memory and the days of a run")
+    parser.add_argument("--first", type=number(int, 1), help="steps to run of each of --samplers (default: all)")
+    parser.add_argument("--gpu", type=named, help=f"GPU of --estimate: {', '.join(GPUS)} (default h100)")
+    parser.add_argument("--gpus", type=number(int, 1), help="number of GPUs of --estimate (default: from the config's "
+                        "name, else 1)")
     parser.add_argument("--mfu", type=number(float, 1e-3, 1),
-                        help="with --estimate: the utilisation to assume (default 0.4)")
-    parser.add_argument("--vocab_size", type=number(int, 2, 10**6), help="default: that of the config's data set, or "
-                        "27 if that is not prepared")
+                        help="utilisation (MFU) that --estimate assumes (default 0.4)")
+    parser.add_argument("--vocab_size", type=number(int, 2, 10**6), help="number of tokens in the vocabulary "
+                        "(default: that of the config's data set, or 27 if it is unknown)")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

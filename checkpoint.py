@@ -160,12 +160,13 @@ def check_moments(model, cfg, moments, path):
 def main():
     p = ArgumentParser(description=__doc__)
     p.add_argument("command", choices=["export"], help="write a folder with safetensors, settings and a model card")
-    p.add_argument("checkpoint", type=named, help="a file, a folder or hf://owner/name; of any project")
-    p.add_argument("folder", type=named, help="to write, new")
+    p.add_argument("checkpoint", type=named,
+                   help="checkpoint of this or another project: a file, a folder or hf://owner/name")
+    p.add_argument("folder", type=named, help="new folder to write")
     p.add_argument("--results", type=named, nargs="+", default=[], metavar="JSON",
-                   help="what `evaluate.py CKPT --json > JSON` said, for the model card")
-    p.add_argument("--dataset", help="data set of a foreign checkpoint that does not name it")
-    p.add_argument("--data_dir", default="", help="folder of data sets")
+                   help="files with the output of `evaluate.py CKPT --json`, for the model card")
+    p.add_argument("--dataset", help="data set of another project's checkpoint, if it does not name it")
+    p.add_argument("--data_dir", default="", help="folder that has the data sets (default: data/)")
     add_hints(p)
     args = p.parse_args()
     export(args.checkpoint, args.folder, args.results, hints_of(args))

@@ -42,81 +42,85 @@ MOST = {"seq_len": 10**7, "n_layer": 10**4, "n_head": 10**4, "n_embd": 10**6, "n
 @dataclass(frozen=True)
 class Config:
     # data
-    dataset: str = setting("text8", "data set: a folder of data_dir made by data/prepare_*.py")
-    data_dir: str = setting("", "folder of data sets; empty: data/ of this repository", same_run=False)
+    dataset: str = setting("text8", "name of the data set: a folder in data_dir that data/prepare_*.py made")
+    data_dir: str = setting("", "folder that has the data sets; empty: data/ of this repository", same_run=False)
     seq_len: int = setting(256, "tokens per sequence")
-    prefix: str = setting("none", "first tokens that are given, out of the loss: none, fixed:64, or uniform:0:128")
-    padding: str = setting("end", "where the pads of the data set's items, such as names, go in training: to the end, "
-                           "or, all together, to a random place of the text", ("end", "random"))
+    prefix: str = setting("none", "number of first tokens that are given and not in the loss: none, fixed:64, or "
+                         "uniform:0:128 (random)")
+    padding: str = setting("end", "place of the pads of an item (such as a name) in training: at the end, or all "
+                           "together at a random place in the text", ("end", "random"))
     # model
-    architecture: str = setting("dit", "the network: dit (model.py) or tiny-diffusion's, which has no n_cond",
+    architecture: str = setting("dit", "network: dit (model.py), or that of tiny-diffusion, which does not use n_cond",
                                 tuple(NETWORKS))
-    n_layer: int = setting(12, "transformer blocks")
-    n_head: int = setting(12, "attention heads")
-    n_embd: int = setting(768, "width")
+    n_layer: int = setting(12, "number of transformer blocks")
+    n_head: int = setting(12, "number of attention heads")
+    n_embd: int = setting(768, "width of the network: features per token")
     n_cond: int = setting(128, "width of the time conditioning")
     dropout: float = setting(0.0, "dropout probability on the two residual branches of a block")
-    conditioning: str = setting("step", "what the model is told of the time: nothing, t, the step of T, the total "
-                                "noise sigma = -log alpha, or always the same",
+    conditioning: str = setting("step", "input of the time conditioning: nothing, the time t, the step in 1 ... T, "
+                                "the total noise sigma = -log alpha(t), or a constant",
                                 ("none", "time", "step", "sigma", "constant"))
-    tied: bool = setting(True, "the head's weights are the tokens' embeddings")
-    head_bias: bool = setting(False, "the head has a bias")
-    norm_bias: bool = setting(False, "the layer norms have a bias")
-    shift_tokens: bool = setting(False, "give every token half of its features from its neighbours: learns sooner")
+    tied: bool = setting(True, "use the token embeddings as the weights of the head (the output layer)")
+    head_bias: bool = setting(False, "add a bias to the head")
+    norm_bias: bool = setting(False, "add a bias to the layer norms")
+    shift_tokens: bool = setting(False, "take half of the features of a token from its neighbours; speeds up learning")
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower",
                                       same_run=False)
     # objective
-    objective: str = setting("d3pm", "d3pm (T steps), mdlm (continuous time), sedd (score entropy), block (mdlm in "
-                             "blocks, from left to right) or ar (left to right, no diffusion)",
+    objective: str = setting("d3pm", "training objective: d3pm (T steps), mdlm (continuous time), sedd (score entropy), "
+                             "block (mdlm in blocks, from left to right) or ar (autoregressive)",
                              tuple(dict.fromkeys(name for name, _ in OBJECTIVES)))
-    block_size: int = setting(0, "objective=block: tokens per block, a divisor of seq_len")
-    rate_range: str = setting("0:1", "objective=block: lowest and highest mask rate in training, such as 0.3:0.8")
-    noise: str = setting("mask", "what noise makes of a token: the mask, or a random token (then mdlm is UDLM)",
+    block_size: int = setting(0, "number of tokens in a block, a divisor of seq_len; objective=block only")
+    rate_range: str = setting("0:1", "lowest and highest mask rate in training, such as 0.3:0.8; objective=block only")
+    noise: str = setting("mask", "kind of noise: tokens become the mask, or random tokens (mdlm is then UDLM)",
                          tuple(dict.fromkeys(noise for _, noise in OBJECTIVES)))
-    T: int = setting(1000, "steps of d3pm, and steps of sampling where no other number is asked for")
-    lambda_ce: float = setting(0.0, "d3pm: weight of the auxiliary cross-entropy at all positions")
-    schedule: str = setting("linear", f"noise schedule alpha(t): {', '.join(SCHEDULES)}, these two also with their "
-                            "numbers, such as loglinear:0.001 and geometric:0.0001:20")
-    scale_by_sigma: bool = setting(True, "sedd, noise=mask: the network's scores are relative to alpha/(1 - alpha)")
-    time_sampling: str = setting("uniform", "how training draws the time of each sequence; exact_k: mdlm only",
-                                 ("uniform", "stratified", "exact_k"))
-    weighting: str = setting("nelbo", "mdlm: how the loss weights a masked token: as the bound does, or all the same",
+    T: int = setting(1000, "steps of objective=d3pm and conditioning=step; default number of sampling steps")
+    lambda_ce: float = setting(0.0, "weight of the auxiliary cross-entropy at all positions; d3pm only")
+    schedule: str = setting("linear", f"noise schedule alpha(t): {', '.join(SCHEDULES)}; or with parameters: "
+                            "loglinear:0.001, geometric:0.0001:20")
+    scale_by_sigma: bool = setting(True, "multiply the network's scores by alpha/(1 - alpha); sedd with masks only")
+    time_sampling: str = setting("uniform", "how training draws the time of each sequence; exact_k: not for d3pm or "
+                                 "uniform noise", ("uniform", "stratified", "exact_k"))
+    weighting: str = setting("nelbo", "loss weight of a masked token: as in the bound, or (mdlm only) the same for all",
                              ("nelbo", "simple"))
     # optimisation
-    batch_size: int = setting(1024, "sequences per optimiser step, over all GPUs")
-    micro_batch_size: int = setting(256, "most sequences on one GPU at a time; accumulation follows", same_run=False)
-    max_steps: int = setting(500_000, "optimiser steps")
-    optimizer: str = setting("adamw", "adamw for all, or muon (optim.py) for the blocks' matrices", ("adamw", "muon"))
+    batch_size: int = setting(1024, "sequences per optimiser step, on all GPUs together")
+    micro_batch_size: int = setting(256, "maximum number of sequences in a pass of one GPU; gradients are accumulated",
+                                    same_run=False)
+    max_steps: int = setting(500_000, "number of optimiser steps")
+    optimizer: str = setting("adamw", "adamw for all weights, or muon (optim.py) for the matrices of the blocks",
+                             ("adamw", "muon"))
     lr: float = setting(1e-3, "peak learning rate")
     min_lr: float = setting(1e-5, "learning rate at max_steps")
-    lr_decay: str = setting("cosine", "how the learning rate falls to min_lr", ("cosine", "linear"))
-    warmup_steps: int = setting(2500, "steps of linear warm-up")
+    lr_decay: str = setting("cosine", "shape of the decay of the learning rate to min_lr", ("cosine", "linear"))
+    warmup_steps: int = setting(2500, "steps of linear warm-up of the learning rate")
     beta1: float = setting(0.9, "AdamW's first decay rate")
     beta2: float = setting(0.98, "AdamW's second decay rate")
     weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only")
-    grad_clip: float = setting(0.1, "largest gradient norm; 0: no clipping")
-    ema_decay: float = setting(0.9999, "decay per step of the weights' moving average, which is what gets evaluated")
-    seed: int = setting(1, "of weights, data order, noise and dropout")
+    grad_clip: float = setting(0.1, "maximum gradient norm; larger gradients are scaled down; 0: no clipping")
+    ema_decay: float = setting(0.9999, "decay per step of the moving average (EMA) of the weights, used to evaluate")
+    seed: int = setting(1, "random seed of the weights, data order, noise and dropout")
     # run
     eval_interval: int = setting(2500, "steps between validations", same_run=False)
-    eval_sequences: int = setting(2048, "validation sequences, spread evenly over the split", same_run=False)
-    sample_interval: int = setting(10_000, "steps between printed samples; 0: never", same_run=False)
+    eval_sequences: int = setting(2048, "maximum number of validation sequences, spread evenly over the split",
+                                  same_run=False)
+    sample_interval: int = setting(10_000, "steps between printed samples; 0: no samples", same_run=False)
     checkpoint_interval: int = setting(2500, "steps between checkpoints", same_run=False)
     log_interval: int = setting(50, "steps between log lines", same_run=False)
-    out_dir: str = setting("", "folder of checkpoints and log.jsonl; empty: out/CONFIG", same_run=False)
-    device: str = setting("auto", "cuda, mps or cpu; auto: the first one there is", same_run=False)
-    dtype: str = setting("auto", "of matrix products; auto: bfloat16 where it is fast",
+    out_dir: str = setting("", "folder for the checkpoints and log.jsonl; empty: out/CONFIG", same_run=False)
+    device: str = setting("auto", "device: cuda, mps or cpu; auto: the first one that is available", same_run=False)
+    dtype: str = setting("auto", "number format of matrix products; auto: bfloat16 where it is fast, else float32",
                          ("auto", "bfloat16", "float32"), same_run=False)
-    compile: bool = setting(None, "torch.compile the model; default: on CUDA only", same_run=False)
-    fsdp: bool = setting(False, "share one model out over the processes (FSDP) instead of copying it to each (DDP)",
+    compile: bool = setting(None, "compile the model with torch.compile; default: only on CUDA", same_run=False)
+    fsdp: bool = setting(False, "split the model over the processes (FSDP) instead of copying it to each (DDP)",
                          same_run=False)
-    max_skipped: int = setting(20, "stop when this many steps in a row had a loss or gradient that was not finite",
+    max_skipped: int = setting(20, "stop after this many steps in a row whose loss or gradient is not finite",
                                same_run=False)
-    timeout_minutes: float = setting(10.0, "minutes after which a process that does not answer is given up",
+    timeout_minutes: float = setting(10.0, "minutes without an answer from a process after which the run stops",
                                      same_run=False)
-    peak_tflops: float = setting(0.0, "of one device, for the utilisation (MFU); 0: measured at the start",
+    peak_tflops: float = setting(0.0, "peak TFLOP/s of one device, for the utilisation (MFU); 0: measured at the start",
                                  same_run=False)
-    wandb: bool = setting(False, "log to Weights & Biases, too", same_run=False)
+    wandb: bool = setting(False, "also log to Weights & Biases", same_run=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -201,7 +205,7 @@ def clock(conditioning, T=1000, schedule="linear"):
 
 
 def demo():
-    """English of Python's documentation, 27 symbols: about 4 minutes on 2 CPU cores (`make demo`)"""
+    """MDLM on the text of Python's documentation, 27 symbols: about 4 minutes on 2 CPU cores (`make demo`)"""
     return Config(
         dataset="pydoc", seq_len=128, n_layer=4, n_head=4, n_embd=128, conditioning="none", shift_tokens=True,
         objective="mdlm", time_sampling="exact_k", weighting="simple",
@@ -212,7 +216,7 @@ def demo():
 
 
 def names():
-    """names of 32 letters at most, which can be filled in without saying how long: 3 minutes on 2 CPU cores"""
+    """MDLM on names of up to 32 letters; fills gaps of unknown length: 3 minutes on 2 CPU cores"""
     return replace(
         demo(), dataset="names", seq_len=32, padding="random", batch_size=64, micro_batch_size=64, max_steps=1000,
         sample_interval=500, checkpoint_interval=500,
@@ -229,17 +233,17 @@ def d3pm_shakespeare():
 
 
 def d3pm_text8():
-    """absorbing D3PM on text8, nanoDD's hyperparameters: 1,024 x 256 characters per step, 92M parameters"""
+    """absorbing D3PM on text8, with nanoDD's hyperparameters: 1,024 x 256 characters per step, 92M parameters"""
     return Config(dataset="text8", dropout=0.025, lambda_ce=0.05)
 
 
 def d3pm_text8_8gpu():
-    """the same, 128 sequences per GPU"""
+    """as d3pm_text8, with micro-batches of 128 sequences"""
     return replace(d3pm_text8(), micro_batch_size=128)
 
 
 def d3pm_openwebtext_8gpu():
-    """absorbing D3PM on OpenWebText, nanoDD's: 1,024 x 1,024 GPT-2 tokens per step, 131M parameters; 32 per GPU"""
+    """nanoDD's D3PM on OpenWebText: 1,024 x 1,024 GPT-2 tokens per step, 131M parameters; micro-batches of 32"""
     return Config(dataset="openwebtext", seq_len=1024, lambda_ce=0.05, lr=6e-4, micro_batch_size=32)
 
 
@@ -253,32 +257,32 @@ def mdlm_twin(config):
 
 
 def mdlm_shakespeare():
-    """MDLM (continuous time, no time conditioning) where d3pm_shakespeare has D3PM"""
+    """as d3pm_shakespeare, with MDLM (continuous time, no time conditioning) instead of D3PM"""
     return mdlm_twin(d3pm_shakespeare())
 
 
 def shakespeare_context():
-    """masked diffusion that continues 64 of 256 characters of Shakespeare, after tiny-diffusion, 11M parameters"""
+    """MDLM on Tiny Shakespeare: continues 64 given characters with 192 more, like tiny-diffusion; 11M parameters"""
     return replace(mdlm_shakespeare(), prefix="fixed:64", weighting="simple", max_steps=20_000)
 
 
 def mdlm_text8():
-    """MDLM where d3pm_text8 has D3PM, 85M parameters"""
+    """as d3pm_text8, with MDLM instead of D3PM; 85M parameters"""
     return mdlm_twin(d3pm_text8())
 
 
 def mdlm_text8_8gpu():
-    """the same, 128 sequences per GPU"""
+    """as mdlm_text8, with micro-batches of 128 sequences"""
     return mdlm_twin(d3pm_text8_8gpu())
 
 
 def mdlm_openwebtext_8gpu():
-    """MDLM where d3pm_openwebtext_8gpu has D3PM, 124M parameters"""
+    """as d3pm_openwebtext_8gpu, with MDLM instead of D3PM; 124M parameters"""
     return mdlm_twin(d3pm_openwebtext_8gpu())
 
 
 def d3pm_mini():
-    """nanoDD's recipe at 1.3M parameters on Gutenberg prose, 32 x 128 characters per step: what mdlm_mini_fast beats"""
+    """nanoDD's recipe on Gutenberg books, 32 x 128 characters per step, 1.3M parameters; baseline of mdlm_mini_fast"""
     return Config(
         dataset="gutenberg", seq_len=128, n_layer=4, n_head=4, n_embd=128, dropout=0.025, lambda_ce=0.05,
         batch_size=32, micro_batch_size=32, max_steps=1000, warmup_steps=100, ema_decay=0.99,
@@ -294,12 +298,12 @@ def fast_twin(config, **settings):
 
 
 def mdlm_mini_fast():
-    """the fast recipe where d3pm_mini has nanoDD's"""
+    """as d3pm_mini, with the fast recipe instead of nanoDD's (docs/speed.md); 0.8M parameters"""
     return fast_twin(d3pm_mini(), lr=6e-3, min_lr=3e-5, batch_size=16, micro_batch_size=16, max_steps=2000)
 
 
 def prose():
-    """the model in pretrained/: English prose, 27 symbols, 1.8M parameters; hours on 2 CPU cores"""
+    """the model in pretrained/: Gutenberg books, 27 symbols, 1.8M parameters; about 2 hours on 2 CPU cores"""
     return replace(
         mdlm_mini_fast(), seq_len=256, n_head=6, n_embd=192, lr=5e-3, max_steps=9_000, ema_decay=0.999,
         sample_interval=500, log_interval=100,
@@ -307,17 +311,17 @@ def prose():
 
 
 def mdlm_text8_fast_8gpu():
-    """the fast recipe where mdlm_text8_8gpu has AdamW, 85M parameters; never run at this size"""
+    """as mdlm_text8_8gpu, with the fast recipe (docs/speed.md); 85M parameters; never run at this size"""
     return fast_twin(d3pm_text8_8gpu())
 
 
 def mdlm_openwebtext_fast_8gpu():
-    """the fast recipe where mdlm_openwebtext_8gpu has AdamW, 124M parameters; never run at this size"""
+    """as mdlm_openwebtext_8gpu, with the fast recipe (docs/speed.md); 124M parameters; never run at this size"""
     return fast_twin(d3pm_openwebtext_8gpu())
 
 
 def sedd_text8():
-    """SEDD (score entropy) with masks on text8, 512 x 256 characters per step, that project's hyperparameters"""
+    """SEDD (score entropy) with masks on text8, with its authors' hyperparameters: 512 x 256 characters per step"""
     return Config(
         dataset="text8", objective="sedd", schedule="loglinear", conditioning="sigma", tied=False, head_bias=True,
         time_sampling="stratified", dropout=0.1, batch_size=512, micro_batch_size=256, max_steps=1_000_000, lr=3e-4,
@@ -326,12 +330,12 @@ def sedd_text8():
 
 
 def sedd_openwebtext_8gpu():
-    """SEDD on OpenWebText, 512 x 1,024 GPT-2 tokens per step, 170M parameters; 32 per GPU"""
+    """as sedd_text8, on OpenWebText: 512 x 1,024 GPT-2 tokens per step, 170M parameters; micro-batches of 32"""
     return replace(sedd_text8(), dataset="openwebtext", seq_len=1024, micro_batch_size=32)
 
 
 def udlm_text8():
-    """UDLM: noise of random characters instead of masks, continuous time; else as sedd_text8"""
+    """as sedd_text8, with UDLM: continuous time, and noise of random characters instead of masks"""
     return replace(sedd_text8(), objective="mdlm", noise="uniform")
 
 
@@ -342,22 +346,22 @@ def ar_twin(config):
 
 
 def ar_demo():
-    """autoregressive where demo has masked diffusion"""
+    """as demo, but autoregressive"""
     return ar_twin(demo())
 
 
 def ar_shakespeare():
-    """autoregressive where d3pm_shakespeare has D3PM"""
+    """as d3pm_shakespeare, but autoregressive"""
     return ar_twin(d3pm_shakespeare())
 
 
 def ar_text8():
-    """autoregressive where d3pm_text8 has D3PM, 85M parameters"""
+    """as d3pm_text8, but autoregressive; 85M parameters"""
     return ar_twin(d3pm_text8())
 
 
 def ar_openwebtext_8gpu():
-    """autoregressive where d3pm_openwebtext_8gpu has D3PM, 124M parameters"""
+    """as d3pm_openwebtext_8gpu, but autoregressive; 124M parameters"""
     return ar_twin(d3pm_openwebtext_8gpu())
 
 

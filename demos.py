@@ -2,7 +2,7 @@
 
     python demos.py caesar "uploading large datasets" -n 1                     # why tokens need a noise of their own
     python demos.py perturb "applying diffusion to text is kind of crazy" -t 0.35
-    python demos.py loss "the function returns a list" -m out/demo -t 0.5      # what a network pays for one noisy text
+    python demos.py loss "the function returns a list" -m out/demo -t 0.5      # the cost of each token of a noisy text
     python demos.py noise --out noise.png                                      # the schedules
     python demos.py names out/names -n 1000                                    # does a model of names write names?
 
@@ -69,7 +69,7 @@ def caesar(args):
 
 
 def perturb(args):
-    """Noise a text to time t, and show which tokens move, and to what."""
+    """Add the noise of time t to a text, and show which tokens change, and into what."""
     x0, tokenizer, loaded = open_text(args)
     kind = args.noise or (loaded.config.noise if loaded else "mask")
     name = args.schedule or (loaded.config.schedule if loaded else "linear")
@@ -140,7 +140,7 @@ def uniform_terms(objective, logits, x0, noise, weight):
 
 @torch.no_grad()
 def loss(args):
-    """Show the cost of each token of a text that is noised to time t: one sample of the bound."""
+    """Add the noise of time t to a text, and show the cost of each token: one sample of the bound."""
     x0, tokenizer, loaded = open_text(args)
     x0, given = prepared(x0, loaded)
     model, config, L, uniform = loaded.model, loaded.config, len(x0), not loaded.config.objective_class.has_mask
@@ -188,7 +188,7 @@ def loss(args):
 
 
 def noise(args):
-    """Print a table of the noise schedules, and draw alpha(t), sigma(t) and the weight of a masked token's CE."""
+    """Print a table of the noise schedules, and draw alpha(t), sigma(t) and the loss weight of a masked token."""
     require("matplotlib", "a picture")
     schedules = {name: make_schedule(name) for name in [*SCHEDULES, *([args.schedule] if args.schedule else [])]}
     what = {"alpha": ("alpha(t), P(a token stays)", lambda s, t: s.alpha(t)),
@@ -219,20 +219,20 @@ def schedule(text):
 
 
 FLAGS = {
-    "text": dict(type=named, metavar="TEXT"),
-    "checkpoint": dict(metavar="CKPT", help="a model of names: a file, or a folder with ckpt.pt"),
-    "-n": dict(type=number(int, -10**6, 10**6), default=1, help="what is added to each id (default 1)"),
+    "text": dict(type=named, metavar="TEXT", help="text to show the demo with"),
+    "checkpoint": dict(metavar="CKPT", help="checkpoint of a model of names: a file, or a folder with ckpt.pt"),
+    "-n": dict(type=number(int, -10**6, 10**6), default=1, help="number to add to each id (default 1)"),
     "-t": dict(type=number(float, 1e-6, 1), default=0.5, help="time, in (0, 1] (default 0.5)"),
-    "--noise": dict(choices=("mask", "uniform"), help="default: the checkpoint's, or mask"),
-    "--schedule": dict(type=schedule, help=f"{', '.join(SCHEDULES)}, or like geometric:0.0001:20"),
-    "--seed": dict(type=number(int, 0, 2**63 - 1), default=0, help="of all that is random (default 0)"),
-    "-m --model": dict(type=named, metavar="CKPT", help="a checkpoint: a file, or a folder with ckpt.pt"),
-    "--dataset": dict(help="of a foreign checkpoint that does not name it: text8 or openwebtext"),
-    "--draws": dict(type=number(int, 2, 10**5), default=64, help="draws of the noise of the estimate (default 64)"),
-    "--out": dict(type=Path, default=Path("noise.png"), metavar="FILE", help="picture (default noise.png)"),
-    "-n --samples": dict(type=number(int, 1, 10**6), default=1000, help="names to draw (default 1000)"),
-    "--gap": dict(type=number(int, 1), help="tokens of the gap in held-out names (default: all but three)"),
-    "--data_dir": dict(default="", help="folder of data sets (default: the one trained on)"),
+    "--noise": dict(choices=("mask", "uniform"), help="kind of noise (default: the checkpoint's, or mask)"),
+    "--schedule": dict(type=schedule, help=f"noise schedule: {', '.join(SCHEDULES)}, or like geometric:0.0001:20"),
+    "--seed": dict(type=number(int, 0, 2**63 - 1), default=0, help="random seed (default 0)"),
+    "-m --model": dict(type=named, metavar="CKPT", help="checkpoint: a file, or a folder with ckpt.pt"),
+    "--dataset": dict(help="data set of another project's checkpoint, if it does not name it: text8 or openwebtext"),
+    "--draws": dict(type=number(int, 2, 10**5), default=64, help="number of draws of time and noise (default 64)"),
+    "--out": dict(type=Path, default=Path("noise.png"), metavar="FILE", help="picture to write (default noise.png)"),
+    "-n --samples": dict(type=number(int, 1, 10**6), default=1000, help="number of names to draw (default 1000)"),
+    "--gap": dict(type=number(int, 1), help="tokens in the gap of held-out names (default: all but three)"),
+    "--data_dir": dict(default="", help="folder that has the data sets (default: as in training)"),
 }
 DEMOS = {  # name -> (function, its flags)
     "caesar": (caesar, ("text", "-n", "-m --model", "--dataset")),

@@ -6,8 +6,8 @@
     python evaluate.py out/demo --order confidence             # the exact likelihood along an order of reveals
     python evaluate.py out/demo --text book.txt                # any text, zero-shot
     python evaluate.py out/demo --curve                        # cross-entropy by mask rate
-    python evaluate.py out/demo --curse                        # what decoding in parallel costs
-    python evaluate.py out/demo --context 0,16,64              # what is known of the text before it is worth
+    python evaluate.py out/demo --curse                        # the cost of decoding in parallel
+    python evaluate.py out/demo --context 0,16,64              # how much the text before helps
     python evaluate.py out/demo --samples 64 --steps 8,32,128 --judge out/ar_demo
 
 The result of a masked model is an upper bound on its -log2 p(x), averaged over non-overlapping windows of the whole
@@ -73,57 +73,60 @@ def samplers(text):
 
 def parse_args():
     p = ArgumentParser(description=__doc__)
-    p.add_argument("checkpoint", help="a file, a folder or hf://owner/name; of other projects, too")
-    p.add_argument("other", nargs="?", type=named, help="another checkpoint to compare with")
-    data = p.add_argument_group("on what")
-    data.add_argument("--split", choices=SPLITS, help="default: val")
-    data.add_argument("--dataset", help="data set to score on (default: the one that the checkpoint was trained on)")
-    data.add_argument("--data_dir", default="", help="folder of data sets (default: the one trained on)")
-    data.add_argument("--text", type=named, metavar="FILE", help="score this text (plain, .gz or .xz) instead")
-    data.add_argument("--seq_len", type=number(int, 1), help="tokens per window (default: as trained; not more)")
+    p.add_argument("checkpoint", help="checkpoint of this or another project: a file, a folder or hf://owner/name")
+    p.add_argument("other", nargs="?", type=named, help="second checkpoint, to compare with the first")
+    data = p.add_argument_group("data")
+    data.add_argument("--split", choices=SPLITS, help="split to score (default: val)")
+    data.add_argument("--dataset", help="data set to score (default: the one of the training)")
+    data.add_argument("--data_dir", default="", help="folder that has the data sets (default: as in training)")
+    data.add_argument("--text", type=named, metavar="FILE", help="text to score instead of a split (plain, .gz or .xz)")
+    data.add_argument("--seq_len", type=number(int, 1), help="tokens per window (default, maximum: as in training)")
     data.add_argument("--n_tokens", type=number(int, 1),
-                      help="about this many tokens, in windows spread over the split (default: all of it; for --curve, "
-                           "--curse and --context 256 windows)")
-    how = p.add_argument_group("likelihood")
+                      help="approximate number of tokens to score, in windows spread over the split (default: all of "
+                           "it; 256 windows for --curve, --curse and --context)")
+    how = p.add_argument_group("estimate of the likelihood")
     how.add_argument("--estimator", choices=[name for name in ESTIMATORS if name != "chain_rule"],
-                     help="default: t_step for d3pm, exact_k for other masked models, rates for uniform noise")
+                     help="estimator of the bound (default: t_step for d3pm, exact_k for other masked models, rates "
+                          "for other models with uniform noise)")
     how.add_argument("--normalised", action="store_true",
-                     help="sedd: score the normalised prediction, a tighter bound than the score entropy trained with")
+                     help="score the normalised prediction of sedd with masks: a tighter bound than score entropy")
     how.add_argument("--T", type=number(int, 1, 10**7), help="steps of the T-step bound (default: the checkpoint's)")
     how.add_argument("--block_size", type=number(int, 1),
                      help="score as block diffusion with blocks of so many tokens (default: as trained)")
     how.add_argument("--repeats", type=number(int, 1, 10**4), default=1,
-                     help="draws of the noise per window (default 1)")
+                     help="number of draws of the noise per window (default 1)")
     how.add_argument("--baselines", action="store_true",
-                     help="also n-grams and lzma on the same split (character data)")
-    modes = p.add_argument_group("instead of the bound").add_mutually_exclusive_group()
+                     help="also score n-gram models and lzma on the same split (character data only)")
+    modes = p.add_argument_group("other measurements, instead of the bound").add_mutually_exclusive_group()
     modes.add_argument("--check", action="store_true",
-                       help="estimate the bound in two ways; exit code 1 if they disagree beyond their errors")
+                       help="use two estimators of the bound; exit code 1 if they differ by more than their errors")
     modes.add_argument("--order", choices=ORDERS,
-                       help="the exact likelihood when tokens are revealed one by one in this order; slow")
-    modes.add_argument("--curve", action="store_true", help="cross-entropy by mask rate; writes curve.json, curve.png")
+                       help="compute the exact likelihood of revealing the tokens one by one in this order (slow)")
+    modes.add_argument("--curve", action="store_true",
+                       help="measure the cross-entropy by mask rate; writes curve.json and curve.png")
     modes.add_argument("--curse", action="store_true",
-                       help="price of predicting tokens in parallel; writes curse.json, curse.png")
+                       help="measure the cost of predicting tokens in parallel; writes curse.json and curse.png")
     modes.add_argument("--context", type=lengths, metavar="0,16,64",
-                       help="bits of the same text after so many tokens of context; writes context.json")
+                       help="measure the bits of a text after these numbers of context tokens; writes context.json")
     modes.add_argument("--samples", type=samples_flag, metavar="N|FILE",
-                       help="quality of N samples, or of those in FILE; writes quality.csv (N: and quality.png)")
-    q = p.add_argument_group("--samples")
+                       help="measure the quality of N new samples, or of those in FILE; writes quality.csv, and for N "
+                            "quality.png")
+    q = p.add_argument_group("flags of --samples")
     q.add_argument("--judge", type=named, metavar="CKPT|hf://NAME",
-                   help="autoregressive checkpoint, or model of transformers, that reads the samples")
+                   help="judge that scores the samples: an autoregressive checkpoint, or a model of transformers")
     q.add_argument("--steps", type=several_steps,
-                   help="steps of sampling, such as 8,32,auto (default: the config's T)")
+                   help="numbers of sampling steps, such as 8,32,auto (default: the config's T)")
     q.add_argument("--sampler", type=samplers,
-                   help=f"of {', '.join(NAMES)}, several with commas (default ancestral)")
+                   help=f"samplers, separated by commas, of {', '.join(NAMES)} (default: ancestral)")
     add_arguments(p)
     add_hints(p)
-    p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
+    p.add_argument("--raw", action="store_true", help="use the raw weights instead of their moving average")
     p.add_argument("--batch_size", type=number(int, 1), default=32, help="windows per network call (default 32)")
-    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the noise (default 0)")
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one there is)")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed of the noise (default 0)")
+    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one that is available)")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-                   help="default: bfloat16 where fast")
-    p.add_argument("--out_dir", type=Path, help="folder of what is written (default: the checkpoint's)")
+                   help="number format of matrix products (default: bfloat16 where it is fast, else float32)")
+    p.add_argument("--out_dir", type=Path, help="folder to write files to (default: the checkpoint's)")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = p.parse_args()
     if args.text and args.split:

@@ -16,11 +16,12 @@ AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training
 
 def parse_args():
     p = ArgumentParser(description=__doc__)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a log.jsonl")
-    p.add_argument("--out", type=Path, default=Path("curves.png"), metavar="FILE", help="default: curves.png")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or its log.jsonl")
+    p.add_argument("--out", type=Path, default=Path("curves.png"), metavar="FILE",
+                   help="PNG file to write (default: curves.png)")
     p.add_argument("--x", choices=AXES, default="tokens", help="horizontal axis (default: tokens)")
-    p.add_argument("--log_x", action="store_true", help="logarithmic horizontal axis")
-    p.add_argument("--from_step", type=number(int, 0), default=0, help="leave out what comes before (default 0)")
+    p.add_argument("--log_x", action="store_true", help="use a logarithmic horizontal axis")
+    p.add_argument("--from_step", type=number(int, 0), default=0, help="first step to draw (default 0)")
     return p.parse_args()
 
 

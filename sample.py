@@ -1,7 +1,7 @@
 """Generate text with a checkpoint, of any length: from nothing, from a prompt or into blanks. Watch it emerge.
 
     python sample.py                                                   # watch text emerge: the model in pretrained/
-    python sample.py out/demo --show                                   # yours
+    python sample.py out/demo --show                                   # the same with your model
     python sample.py out/demo --batch_size 4 --steps 64 --seed 7 --out samples.txt
     python sample.py out/demo --sampler entropy_bound --gamma 0.5 --temperature 0.8 --html denoising.html
     python sample.py out/demo --prefix "the function returns " --suffix " of the list"
@@ -41,46 +41,49 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "prose"
 def parse_args():
     p = ArgumentParser(description=__doc__)
     p.add_argument("checkpoint", nargs="?", type=named, default=str(PRETRAINED),
-                   help="a file, a folder or hf://owner/name; of other projects, too (default: the model that comes "
-                   "with the repository)")
+                   help="checkpoint of this or another project: a file, a folder or hf://owner/name (default: the "
+                   "model in pretrained/)")
     p.add_argument("--batch_size", type=number(int, 1, 10**5), default=1,
-                   help="number of samples of each prompt (default 1)")
-    p.add_argument("--sampler", choices=NAMES, help="default: ancestral")
-    p.add_argument("--steps", type=steps_flag, help="of ancestral, topk, remdm: a number, or auto, as many as the "
-                   "model's curve asks for (evaluate.py --curve); default: the config's T")
-    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same samples (default 0)")
+                   help="number of samples for each prompt (default 1)")
+    p.add_argument("--sampler", choices=NAMES, help="method of sampling (default: ancestral)")
+    p.add_argument("--steps", type=steps_flag, help="number of steps of ancestral, topk, remdm, analytic and euler; "
+                   "auto: chosen from the curve of evaluate.py --curve (default: the config's T)")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0,
+                   help="random seed (default 0); the same seed gives the same samples")
     add_arguments(p)
     q = p.add_argument_group("prompts")
     q.add_argument("--prefix", type=named, metavar="TEXT", help="begin with TEXT")
     q.add_argument("--suffix", type=named, metavar="TEXT", help="end with TEXT")
-    q.add_argument("--length", type=number(int, 1, 10**7), help="tokens in all (default: the length trained on)")
+    q.add_argument("--length", type=number(int, 1, 10**7),
+                   help="number of tokens, the prompt included (default: the length in training)")
     q.add_argument("--context", type=number(int, 0), metavar="N",
-                   help="for longer text: each further block continues the last N tokens of the one before")
+                   help="write longer text in blocks: each continues the last N tokens of the block before")
     q.add_argument("--template", type=named, metavar="TEXT",
-                   help=r'fill the blanks of TEXT: ____ is four tokens, {12} twelve; \_ \{ \} \\ \n for _ { } \ and a '
-                   "new line")
-    q.add_argument("--infill", type=named, metavar="FILE", help="fill many templates, one on each line of FILE")
-    q = p.add_argument_group("to look at")
+                   help=r"fill the blanks of TEXT: ____ is four tokens, {12} is twelve; write _ { } \ and a new line "
+                   r"as \_ \{ \} \\ \n")
+    q.add_argument("--infill", type=named, metavar="FILE", help="fill the templates in FILE, one per line")
+    q = p.add_argument_group("output")
     q.add_argument("--show", action="store_true", help="show the denoising of the first sample as it happens")
     q.add_argument("--show_intermediate", type=number(int, 1), nargs="?", const=1, metavar="N",
                    help="print every N-th state of the first sample (default: every one)")
     q.add_argument("--html", type=Path, metavar="FILE", help="write a page that plays the denoising of all samples")
-    q.add_argument("--gif", type=Path, metavar="FILE", help="write the first sample's denoising as a moving picture")
-    q.add_argument("--png", type=Path, metavar="FILE", help="write moments of the same as a picture")
-    q.add_argument("--out", type=Path, metavar="FILE", help="write the samples to FILE as well, one after the other")
+    q.add_argument("--gif", type=Path, metavar="FILE", help="write the denoising of the first sample as a moving GIF")
+    q.add_argument("--png", type=Path, metavar="FILE", help="write some states of the first sample as a picture")
+    q.add_argument("--out", type=Path, metavar="FILE", help="also write the samples to FILE, one after the other")
     q.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     q.add_argument("--known_words", action="store_true",
-                   help="also report the share of words known from the training data")
-    p.add_argument("--dataset", help="data set of a foreign checkpoint that does not name it: text8, or one of yours")
+                   help="also report the share of words that occur in the training data")
+    p.add_argument("--dataset",
+                   help="data set of another project's checkpoint, if it does not name it: text8, or one of yours")
     p.add_argument("--data_dir", default="",
-                   help="folder of data sets, for --known_words (default: the one trained on)")
+                   help="folder that has the data sets, for --known_words (default: as in training)")
     add_hints(p)
     p.add_argument("--no_cache", action="store_true",
-                   help="block diffusion: read all earlier blocks again in every network call, to compare")
-    p.add_argument("--raw", action="store_true", help="the raw weights instead of their moving average")
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one there is)")
+                   help="block diffusion: read all earlier blocks again in each network call, for comparison")
+    p.add_argument("--raw", action="store_true", help="use the raw weights instead of their moving average")
+    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one that is available)")
     p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-                   help="default: bfloat16 where fast")
+                   help="number format of matrix products (default: bfloat16 where it is fast, else float32)")
     return p.parse_args(sys.argv[1:] or ["--show", "--temperature=0.8"])
 
 

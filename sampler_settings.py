@@ -54,20 +54,22 @@ def steps_flag(text):
 
 def add_arguments(parser):
     """Add the flags of samplers, for sample.py and evaluate.py, except --sampler and --steps."""
-    p = parser.add_argument_group("samplers")
-    p.add_argument("--grid", type=grid_flag, help="mask rates of the steps: linear, cosine, 1,0.8,0.3,0, or auto, "
-                   "where the model's curve (evaluate.py --curve) rises (default: the model's schedule)")
-    p.add_argument("--k", type=number(int, 1), help="topk: tokens per step, instead of --steps")
-    p.add_argument("--threshold", type=number(float, 0, 1), help="threshold: probability that is enough (default 0.9)")
-    p.add_argument("--gamma", type=number(float, 0), help="entropy_bound: nats per step (default 0.1)")
-    p.add_argument("--sigma", choices=SIGMAS, help="remdm: rule of remasking (default cap)")
-    p.add_argument("--eta", type=number(float, 0, 1), help="remdm: how much ("
+    p = parser.add_argument_group("settings of the sampler")
+    p.add_argument("--grid", type=grid_flag, help="mask rates of the steps: a schedule such as cosine, rates such as "
+                   "1,0.8,0.3,0, or auto: chosen from the curve of evaluate.py --curve (default: the model's schedule)")
+    p.add_argument("--k", type=number(int, 1), help="tokens that topk reveals per step, instead of --steps and --grid")
+    p.add_argument("--threshold", type=number(float, 0, 1),
+                   help="probability at which the sampler threshold reveals a token (default 0.9)")
+    p.add_argument("--gamma", type=number(float, 0), help="limit of nats per step of entropy_bound: the entropies of "
+                   "its tokens, without the largest, have at most this sum (default 0.1)")
+    p.add_argument("--sigma", choices=SIGMAS, help="rule by which remdm masks tokens again (default cap)")
+    p.add_argument("--eta", type=number(float, 0, 1), help="strength of the remasking of remdm (default: "
                    + ", ".join(f"{rule} {eta}" for rule, eta in SIGMAS.items()) + ")")
-    p.add_argument("--temperature", type=temperature_flag, help="of the tokens; below 1: likelier ones, less variety; "
-                   "0: the likeliest one (default 1: the model's own distribution)")
+    p.add_argument("--temperature", type=temperature_flag, help="temperature of the token distribution; below 1: "
+                   "likelier tokens, less variety; 0: the likeliest token (default 1)")
     p.add_argument("--top_p", type=number(float, 1e-6, 1),
-                   help="only the fewest tokens that have this probability together (default 1)")
-    p.add_argument("--top_k", type=number(int, 1), help="only so many likeliest tokens (default: all)")
+                   help="draw only from the fewest tokens that together have this probability (default 1)")
+    p.add_argument("--top_k", type=number(int, 1), help="draw only from this many likeliest tokens (default: all)")
 
 
 def given_flags(args, steps):

@@ -161,9 +161,9 @@ class Hints(NamedTuple):
 def add_hints(parser):
     """Add the flags --format and --override, for a command that reads foreign checkpoints."""
     parser.add_argument("--format", choices=translate.FORMATS,
-                        help="what a foreign checkpoint is (default: as it looks)")
+                        help="format of another project's checkpoint (default: detected from the file)")
     parser.add_argument("--override", type=translate.overrides, metavar="KEY=N,...",
-                        help="what a foreign checkpoint does not say, such as n_head=2,seq_len=40")
+                        help="settings that another project's checkpoint lacks, such as n_head=2,seq_len=40")
 
 
 def hints_of(args):

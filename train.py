@@ -124,9 +124,10 @@ class RunState(NamedTuple):
 
 def add_arguments(parser):
     parser.add_argument("--resume", type=named, metavar="CKPT|auto",
-                        help="continue a run; auto: that of out_dir, if there is one")
+                        help="checkpoint of the run to continue; auto: the last one in out_dir, if there is one")
     parser.add_argument("--init_from", type=named, metavar="CKPT",
-                        help="start from the averaged weights of another run (fine-tuning), unless --resume finds one")
+                        help="checkpoint whose averaged weights a new run starts from (fine-tuning); ignored if "
+                        "--resume finds a run")
 
 
 def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):

@@ -101,8 +101,8 @@ def cut_books(files, books):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--file", nargs=2, metavar=("TRAIN", "VAL"), help="local copies of the cleaned text, .txt, .gz or "
-                   ".xz, instead of downloads")
+    p.add_argument("--file", nargs=2, metavar=("TRAIN", "VAL"), help="local files with the cleaned text (.txt, .gz or "
+                   ".xz) to use instead of downloads")
     args = p.parse_args()
     folder = args.data_dir / "gutenberg"
     if is_prepared(folder):

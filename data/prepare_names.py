@@ -39,7 +39,7 @@ def clean(text):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--file", help="a list of your own, or a local copy instead of a download; UTF-8, plain, .gz or .xz")
+    p.add_argument("--file", help="file to use instead of a download: UTF-8 text, plain, .gz or .xz")
     p.add_argument("--name", default="names", help="name of the data set (default: names)")
     args = p.parse_args()
     if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):

@@ -70,10 +70,11 @@ def encode(texts):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--file", nargs="+", metavar="FILE", help="local files instead of a download")
-    p.add_argument("--num_proc", type=number(int, 1), default=os.cpu_count(), help="processes (default: one per core)")
+    p.add_argument("--file", nargs="+", metavar="FILE", help="local files to use instead of a download")
+    p.add_argument("--num_proc", type=number(int, 1), default=os.cpu_count(),
+                   help="number of processes (default: one per core)")
     p.add_argument("--held_out", type=number(float, 0, 0.5), default=0.0005, metavar="SHARE",
-                   help="share of documents in val, and in test (default 0.0005: about 4.5M tokens each)")
+                   help="share of documents for val, and for test (default 0.0005: about 4.5M tokens each)")
     args = p.parse_args()
     folder = args.data_dir / "openwebtext"
     if is_prepared(folder):

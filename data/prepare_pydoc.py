@@ -73,7 +73,7 @@ def hash_of(words):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="default: char")
+    p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="kind of tokens (default: char)")
     args = p.parse_args()
     name = "pydoc" if args.tokenizer == "char" else "pydoc_gpt2"
     folder = args.data_dir / name

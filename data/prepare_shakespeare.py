@@ -19,9 +19,9 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--file", help="a local copy instead of a download")
-    p.add_argument("--alphabet", choices=("own", "text8"), default="own", help="its own 65 symbols (default), or "
-                   "text8's 27")
+    p.add_argument("--file", help="local copy to use instead of a download")
+    p.add_argument("--alphabet", choices=("own", "text8"), default="own", help="symbols of the text: its own 65 "
+                   "(default), or text8's 27")
     args = p.parse_args()
     name = "shakespeare27" if args.alphabet == "text8" else "shakespeare"
     folder = args.data_dir / name

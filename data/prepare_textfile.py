@@ -29,9 +29,9 @@ def main():
     p.add_argument("--name", required=True, help="name of the data set")
     p.add_argument("--val", type=named, metavar="FILE", help="text to validate on; needs --test")
     p.add_argument("--test", type=named, metavar="FILE", help="text to test on; needs --val")
-    p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="default: char")
+    p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="kind of tokens (default: char)")
     p.add_argument("--alphabet", choices=("own", "text8"), default="own",
-                   help="of char: the text's own symbols (default), or text8's 27, into which the text is brought")
+                   help="symbols of --tokenizer char: the text's own (default), or text8's 27 (the text is converted)")
     args = p.parse_args()
     if bool(args.val) != bool(args.test):
         p.error("--val and --test go together")

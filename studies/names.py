@@ -79,7 +79,7 @@ def lengths_table(title, columns, out):
 
 
 def names(args, out=None):
-    """Draw names from a model: how many are valid, unique and novel, and how long; then fill gaps in held-out names."""
+    """Draw names from a model; count the valid, unique, novel ones and their letters; fill gaps in held-out names."""
     out, device = out or sys.stdout, pick_device("auto")
     loaded = load_model(args.checkpoint, device)
     config, meta = loaded.config, loaded.meta
