@@ -333,7 +333,7 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, ba
     first: run only this many steps of each. This shows what a step costs outside the network, but not the whole time.
     """
     if not objective.any_order:
-        raise UserError(f"--samplers compares those of masked models, and {name} is none: choose a masked config")
+        raise UserError(f"--samplers needs a masked model, and {name} is not one: choose a masked config")
     chain = {"grid": schedule_grid(cfg.schedule, cfg.T)}
     ways = {"naive, 1000 steps": textbook.sample, f"ancestral, {cfg.T} steps": Settings("ancestral", chain),
             "first_hitting": Settings("first_hitting"), "topk, k = 4": Settings("topk", {"k": 4}),
@@ -383,9 +383,9 @@ def main():
     size = lambda cfg: args.vocab_size or data_set(cfg)["vocab_size"]
     (name, cfg), *more = chosen
     if args.first and not args.samplers:
-        raise UserError("--first goes with --samplers")
+        raise UserError("--first needs --samplers")
     if not args.estimate and (args.gpu or args.gpus or args.mfu):
-        raise UserError("--gpu, --gpus and --mfu go with --estimate")
+        raise UserError("--gpu, --gpus and --mfu need --estimate")
     if args.estimate and args.repeats:
         raise UserError("--estimate times nothing: leave out --repeats")
     repeats = args.repeats or 10
@@ -398,7 +398,8 @@ def main():
         require("matplotlib", "--scaling")
         folder = os.path.dirname(os.path.abspath(args.scaling))
         if not os.path.isdir(folder) or os.path.isdir(args.scaling):
-            raise UserError(f"--scaling {args.scaling} is {'a' if os.path.isdir(folder) else 'in no existing'} folder")
+            what = "a folder" if os.path.isdir(folder) else "in a folder that does not exist"
+            raise UserError(f"--scaling {args.scaling} is {what}")
         scaling(name, cfg, size(cfg), device, dtype, repeats, args.scaling)
     elif args.samplers:
         check_fits(weight_bytes(cfg, size(cfg)), device, name, "use a smaller model")
@@ -408,9 +409,9 @@ def main():
         trainings = []
         for name, cfg in chosen:
             if args.compare and cfg.objective_class not in (D3PM, MDLM):
-                raise UserError(f"--compare is for d3pm and mdlm with masks, and {name} is neither")
+                raise UserError(f"--compare is only for d3pm and mdlm with masks, and {name} is neither")
             if args.compare and (cfg.schedule != "linear" or cfg.prefix != "none"):
-                raise UserError("--compare needs --schedule=linear and --prefix=none, as studies/textbook.py has them")
+                raise UserError("--compare needs --schedule=linear and --prefix=none, as studies/textbook.py does")
             cfg = replace(cfg, lambda_ce=0.0) if args.compare else cfg
             trainings.append(Training(name, cfg, size(cfg), device, dtype))
             if args.compare:

@@ -59,7 +59,7 @@ def inverse_cdf(p, u):
     the rounding. Raises UserError if p is not finite.
     """
     if not p.sum().isfinite():
-        raise UserError("the network gives numbers that are not finite: its weights are broken")
+        raise UserError("the outputs of the network are not finite: its weights are damaged")
 
     def find(weights, u):
         total = weights.double().cumsum(-1)

@@ -42,7 +42,7 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
     last = out_dir / "ckpt.pt"
     holds_run = any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.jsonl"))
     if not resume and holds_run:
-        raise UserError(f"{out_dir} holds a run already: --resume auto continues it, --out_dir puts this one elsewhere")
+        raise UserError(f"{out_dir} already holds a run: continue it with --resume auto, or choose another --out_dir")
     path, payload, source = None, None, None
     if resume == "auto":
         path, payload = read_latest(out_dir)
@@ -52,7 +52,7 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
         path, payload = Path(resume), read(resume)
         folder = path if path.is_dir() else path.parent
         if holds_run and folder.resolve() != out_dir.resolve():
-            raise UserError(f"{out_dir} holds another run than {path}: choose another --out_dir")
+            raise UserError(f"{out_dir} already holds a run, and {path} is not part of it: choose another --out_dir")
     if payload:
         check_same_run(payload, path, cfg, meta)
         for kind in ("model", "ema"):
@@ -78,9 +78,9 @@ def check_nothing_is_lost(out_dir, cfg):
     with contextlib.suppress(UserError):  # the step of a damaged ckpt_best.pt is unknown
         came_to = max(came_to, read(best)["step"])
     if came_to > cfg.checkpoint_interval:
-        start = f"--init_from={best} starts a new one from the best validation" if best.exists() else "begin a new one"
-        raise UserError(f"the run in {out_dir} was at step {came_to:,}, and both ckpt.pt and ckpt_prev.pt are gone: "
-                        f"put one of them back, or, with another --out_dir, {start}")
+        start = f" and --init_from={best} (the best validation)" if best.exists() else ""
+        raise UserError(f"the run in {out_dir} reached step {came_to:,}, but its ckpt.pt and ckpt_prev.pt are missing: "
+                        f"put one of them back, or start a new run with another --out_dir{start}")
     note(f"the run in {out_dir} has no checkpoint yet: it begins again at step 0")
 
 
@@ -90,23 +90,24 @@ def check_same_function(source, cfg, path):
     differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
     other = differ(("n_head", "shift_tokens", "architecture"))
     if other:
-        raise UserError(f"the weights in {path} are of another network: {', '.join(other)}")
+        raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
     other = differ(("objective", "noise", "conditioning", *(["schedule"] if cfg.conditioning == "sigma" else [])))
     if other:
-        note(f"the weights in {path} were trained with {'; '.join(other)}")
+        note(f"the weights in {path} were trained with other settings: {'; '.join(other)}")
 
 
 def check_same_run(payload, path, cfg, meta):
     """Raise a UserError that names the differences, unless payload is of a run with this config on this data."""
     if "optimizer" not in payload:
-        raise UserError(f"{path} has no optimiser state to resume from; start a new run with --init_from={path}")
+        raise UserError(f"{path} has no optimiser state to resume from: start a new run with --init_from={path}")
     check_keys(payload, ("best_val", "tally", "wandb_id"), path)
     check_keys(payload["meta"], ("sha256",), path)
     before, now = dataclasses.asdict(config_of(payload)), dataclasses.asdict(cfg)
     changed = [f"{key} (was {before[key]!r}, now {now[key]!r})" for key in now
                if same_run(key) and before[key] != now[key]]
     if changed:
-        raise UserError(f"{path} is of another run: {', '.join(changed)}; start a new one with --init_from={path}")
+        raise UserError(f"{path} is of another run: {', '.join(changed)}; use its settings, or start a new run with "
+                        f"--init_from={path}")
     check_same_tokens(payload["meta"], meta, cfg.dataset)
     check_same_data(meta, payload["meta"], cfg.dataset, f"the run of {path}")
 
@@ -130,7 +131,7 @@ def load_model(path, device, hints=Hints(), raw=False):
     payload = read(path, hints)
     config, vocab_size = config_of(payload), payload["meta"]["vocab_size"]
     for where in map(torch.device, ("cpu", device)):
-        check_fits(weight_bytes(config, vocab_size), where, f"the model of {path}", "use a machine with more")
+        check_fits(weight_bytes(config, vocab_size), where, f"the model of {path}", "use a machine with more memory")
     model = config.make_model(vocab_size)
     weights = payload["model"] if raw else payload["ema"]
     check_fit(model, weights, path)
@@ -153,8 +154,8 @@ def check_moments(model, cfg, moments, path):
         value.shape == (() if key == "step" else shapes[name]) for key, value in moments[name].items())
     wrong = [name for name in sorted(shapes.keys() | moments.keys()) if not fits(name)]
     if wrong:
-        raise UserError(f"the field 'optimizer' in {path} does not fit the model, first at {wrong[0]}; start a new run "
-                        f"with --init_from={path}")
+        raise UserError(f"the field 'optimizer' in {path} does not fit the model (first difference: {wrong[0]}): start "
+                        f"a new run with --init_from={path}")
 
 
 def main():
@@ -170,8 +171,8 @@ def main():
     add_hints(p)
     args = p.parse_args()
     export(args.checkpoint, args.folder, args.results, hints_of(args))
-    note(f"{args.folder} is ready: `python sample.py {args.folder}` reads it, `hf upload OWNER/NAME {args.folder}` "
-         "shares it")
+    note(f"{args.folder} is ready: read it with `python sample.py {args.folder}`, share it with `hf upload OWNER/NAME "
+         f"{args.folder}`")
 
 
 if __name__ == "__main__":

@@ -87,13 +87,13 @@ def run(main):
     except Exception as error:
         if rank is None and isinstance(error, (MemoryError, RuntimeError)) and (
                 isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
-            note(f"{name}: out of memory: use a smaller --batch_size")
+            note(f"{name}: out of memory: use a smaller --micro_batch_size (train.py) or --batch_size")
             sys.exit(1)
         if rank is None:
             raise
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             reason = str(error).split("] ", 1)[-1].splitlines()[0][:100]
-            note(f"{name}: process {rank} has lost another one, which ended, or did not answer in time ({reason})")
+            note(f"{name}: process {rank} lost another process, which ended or did not answer in time ({reason})")
         else:
             traceback.print_exc()
         code = 1
@@ -113,7 +113,7 @@ def run(main):
 def named(text):
     """An argparse type: text that is not empty. (`--resume "$UNSET"` gives empty text.)"""
     if not text:
-        raise argparse.ArgumentTypeError("is empty")
+        raise argparse.ArgumentTypeError("the value is empty")
     return text
 
 
@@ -137,7 +137,7 @@ def pick_device(name="auto"):
         name = next(kind for kind in count if count[kind])
     match = re.fullmatch(r"(cuda|mps|cpu)(?::(0|[1-9]\d{0,4}))?", name, re.ASCII)  # the same names as torch.device
     if not match or int(match[2] or 0) >= count[match[1]]:
-        raise UserError(f"device {name!r} is not available here; use --device=cpu or leave it out")
+        raise UserError(f"device {name!r} is not available here: use --device=cpu, or leave out --device")
     return torch.device(name)
 
 

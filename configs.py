@@ -127,9 +127,9 @@ class Config:
             value, choices = getattr(self, field.name), field.metadata["choices"]
             right = {int: int, float: (int, float), str: str, bool: (bool, type(None))}[field.type]
             if not isinstance(value, right) or isinstance(value, bool) and field.type is not bool:
-                raise UserError(f"{field.name}={value!r} should be of type {field.type.__name__}")
+                raise UserError(f"{field.name}={value!r} must be of type {field.type.__name__}")
             if choices and value not in choices:
-                raise UserError(f"{field.name}={value!r} is none of {', '.join(choices)}")
+                raise UserError(f"{field.name}={value!r} is unknown: choose one of {', '.join(choices)}")
             least = 1 if field.name in COUNTS else 0
             if field.type in (int, float) and not least <= value < float("inf"):
                 raise UserError(f"{field.name}={value} must be "
@@ -137,27 +137,28 @@ class Config:
             if field.name in MOST and value > MOST[field.name]:
                 raise UserError(f"{field.name}={value:,} is above the limit of {MOST[field.name]:,}")
         if not 0 < self.timeout_minutes <= 1e6:
-            raise UserError("timeout_minutes must be above 0, and a million at most")
+            raise UserError("timeout_minutes must be above 0 and at most a million")
         try:
             make_schedule(self.schedule)
         except ValueError:
-            raise UserError(f"schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}, nor like loglinear:0.001 "
-                            "or geometric:0.0001:20")
+            raise UserError(f"schedule={self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}, or give "
+                            "parameters, as in loglinear:0.001 or geometric:0.0001:20")
         if self.schedule in WHOLE and self.conditioning == "sigma":
-            raise UserError(f"sigma is infinite at the end of schedule={self.schedule}: use loglinear or geometric")
+            raise UserError(f"conditioning=sigma needs a finite sigma, and schedule={self.schedule} ends at an "
+                            "infinite one: use loglinear or geometric")
         if self.seed >= 2**63:
             raise UserError("seed must be below 2**63")
         if self.prefix_range[1] >= self.seq_len:
-            raise UserError(f"prefix={self.prefix} leaves nothing of seq_len={self.seq_len}")
+            raise UserError(f"prefix={self.prefix} leaves nothing to predict of seq_len={self.seq_len}: shorten it")
         if not (self.dropout < 1 and self.ema_decay < 1 and self.beta1 < 1 and self.beta2 < 1):
             raise UserError("dropout, ema_decay, beta1 and beta2 must be below 1")
         if (self.objective, self.noise) not in OBJECTIVES:
             others = " or ".join(name for name, noise in OBJECTIVES if noise == self.noise)
-            raise UserError(f"noise={self.noise} goes with objective={others}, and not with {self.objective}")
+            raise UserError(f"noise={self.noise} does not work with objective={self.objective}: use {others}")
         if self.optimizer == "muon" and self.fsdp:
-            raise UserError("optimizer=muon needs whole matrices: not with --fsdp")
+            raise UserError("optimizer=muon needs whole matrices, and --fsdp splits them: leave out one of the two")
         if self.objective != "block" and (self.block_size or self.rate_range != "0:1"):
-            raise UserError("block_size and rate_range belong to objective=block")
+            raise UserError("block_size and rate_range need objective=block")
         for part in (self.network, self.objective_class):
             if misfit := part.misfit(self):
                 raise UserError(misfit)
@@ -184,7 +185,7 @@ class Config:
             fewest, most = (int(numbers[0]), int(numbers[-1])) if numbers else (0, 0)
             if fewest <= most:
                 return fewest, most
-        raise UserError(f"prefix={self.prefix!r} is neither none nor like fixed:64 or uniform:0:128")
+        raise UserError(f"prefix={self.prefix!r} is not valid: use none, or numbers as in fixed:64 or uniform:0:128")
 
     def make_model(self, vocab_size):
         return self.network.from_config(self, vocab_size)
@@ -449,12 +450,12 @@ def from_command_line(script, description, add_arguments, several=False):
         sys.exit(0)
     args = p.parse_args()
     if not args.config:
-        raise UserError("name a config first, one of " + ", ".join(CONFIGS))
+        raise UserError("no config is named: add one of " + ", ".join(CONFIGS))
     for name in args.config:
         if name not in CONFIGS:
             raise UserError(f"unknown config {name!r}: choose one of {', '.join(CONFIGS)}")
     if len(args.config) > 1 and not several:
-        raise UserError(f"one config at a time, not {' and '.join(args.config)}")
+        raise UserError(f"name one config at a time, not {' and '.join(args.config)}")
     overrides = {key: value for key, value in vars(args).items() if key in Config.__dataclass_fields__}
     configs = [(name, replace(CONFIGS[name](), **overrides)) for name in args.config]
     return (configs, args) if several else (*configs[0], args)

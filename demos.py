@@ -39,7 +39,7 @@ ASCII = "".join(map(chr, range(32, 127)))
 def open_text(args):
     """TEXT as ids (L,) long, the tokenizer, and the checkpoint given by -m (checkpoint.Loaded), or None."""
     if args.dataset and not args.model:
-        raise UserError("--dataset says what a checkpoint was trained on: name one by -m CKPT, or leave it out")
+        raise UserError("--dataset needs a checkpoint: name one with -m CKPT, or leave out --dataset")
     loaded = load_model(args.model, torch.device("cpu"), Hints(args.dataset)) if args.model else None
     others = "".join(sorted(set(args.text) - set(ASCII)))
     tokenizer = make_tokenizer(loaded.meta) if loaded else CharTokenizer(ASCII + others)
@@ -97,10 +97,10 @@ def perturb(args):
 def prepared(x0, loaded):
     """Ids (L,) padded as in the checkpoint's training data, (L',), and how many are given. Raises UserError."""
     if not loaded:
-        raise UserError("loss asks a network what it thinks: name one by -m CKPT")
+        raise UserError("the demo loss needs a network: name a checkpoint with -m CKPT")
     config, meta, given = loaded.config, loaded.meta, loaded.config.prefix_range[0]
     if config.objective_class.causal:
-        raise UserError("the checkpoint is autoregressive: it knows no noise, so no t; its loss is evaluate.py's")
+        raise UserError("the checkpoint is autoregressive and has no time t: use evaluate.py for its loss")
     if len(x0) > config.seq_len:
         raise UserError(f"TEXT has {len(x0)} tokens, more than the {config.seq_len} of the model: shorten it")
     if len(x0) <= given:
@@ -214,7 +214,8 @@ def schedule(text):
     try:
         make_schedule(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SCHEDULES)}, nor like geometric:0.0001:20")
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose one of {', '.join(SCHEDULES)}, or give "
+                                         "parameters, as in geometric:0.0001:20")
     return text
 
 

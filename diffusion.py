@@ -177,9 +177,9 @@ class Absorbing:
     @classmethod
     def misfit(cls, config):
         if config.lambda_ce:
-            return "lambda_ce belongs to objective=d3pm"
+            return "lambda_ce is only for objective=d3pm: use lambda_ce=0"
         if config.weighting == "simple":
-            return "weighting=simple belongs to objective=mdlm"
+            return "weighting=simple is only for objective=mdlm: use weighting=nelbo"
 
     def __init__(self, mask_id, schedule="linear"):
         self.mask_id = mask_id
@@ -286,14 +286,14 @@ class D3PM(Absorbing):
     @classmethod
     def misfit(cls, config):
         if config.schedule not in WHOLE:
-            return (f"objective=d3pm goes all the way from text to noise, and schedule={config.schedule} does not: use "
-                    + " or ".join(WHOLE))
+            return (f"objective=d3pm needs a schedule from alpha = 1 to 0, which schedule={config.schedule} is not: "
+                    f"use {' or '.join(WHOLE)}")
         if config.time_sampling == "exact_k":
-            return "time_sampling=exact_k estimates the continuous-time bound: use objective=mdlm with it"
+            return "time_sampling=exact_k is for the continuous-time bound: use it with objective=mdlm"
         if config.prefix != "none" and config.lambda_ce:
-            return "lambda_ce counts visible tokens, and a prefix is out of the loss: use lambda_ce=0 with it"
+            return "lambda_ce adds a loss at all tokens, and a prefix has none: use lambda_ce=0 with a prefix"
         if config.weighting == "simple":
-            return "weighting=simple belongs to objective=mdlm"
+            return "weighting=simple is only for objective=mdlm: use weighting=nelbo"
 
     def noise(self, u, v):
         """s uniform on 1 ... T (if u is uniform on (0, 1]); tokens masked independently. u (B,), v (B, L) -> Noise."""
@@ -366,7 +366,7 @@ class MDLM(Absorbing):
     @classmethod
     def misfit(cls, config):
         if config.lambda_ce:
-            return "lambda_ce belongs to objective=d3pm"
+            return "lambda_ce is only for objective=d3pm: use lambda_ce=0"
 
     def noise(self, u, v):
         """As time_sampling says. u (B,), v (B, L) -> Noise."""
@@ -417,7 +417,8 @@ class SEDD(MDLM):
     @classmethod
     def misfit(cls, config):
         if config.schedule in WHOLE and not config.scale_by_sigma:
-            return f"sigma is infinite at the end of schedule={config.schedule}: use loglinear or geometric"
+            return (f"scale_by_sigma=False needs a finite sigma, and schedule={config.schedule} ends at an infinite "
+                    "one: use loglinear or geometric")
         return Absorbing.misfit(config)
 
     def log_odds(self, t):
@@ -459,7 +460,7 @@ class AutoRegressive(Absorbing):
     @classmethod
     def misfit(cls, config):
         if config.conditioning != "none":
-            return "objective=ar has no time: use conditioning=none with it"
+            return "objective=ar has no time: use conditioning=none"
         return super().misfit(config)
 
     def noise(self, u, v):

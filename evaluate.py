@@ -67,7 +67,7 @@ def samplers(text):
     """An argparse type: names of samplers, separated by commas."""
     unknown = [name for name in text.split(",") if name not in NAMES]
     if unknown:
-        raise UserError(f"--sampler {unknown[0]!r} is none of {', '.join(NAMES)}")
+        raise UserError(f"--sampler {unknown[0]!r} is unknown: choose from {', '.join(NAMES)}")
     return text.split(",")
 
 
@@ -143,16 +143,16 @@ def pick_estimator(subject, args):
     objective = subject.objective()
     estimator = args.estimator or ("t_step" if args.T else objective.reported)
     if args.T and not estimator.startswith("t_step"):
-        raise UserError(f"--T belongs to the T-step bound, not to --estimator {estimator}")
+        raise UserError(f"--T is for the T-step bound, not for --estimator {estimator}: leave out one of the two")
     if objective.causal and estimator != objective.reported:
-        raise UserError(f"{subject.path} {objective.description}: its likelihood is exact; leave out --estimator and "
-                        "--T")
+        raise UserError(f"{subject.path} {objective.description}, so its likelihood is exact: leave out --estimator "
+                        "and --T")
     if estimator.startswith("t_step"):
         if subject.config.schedule not in WHOLE:
-            raise UserError(f"{subject.path} has schedule={subject.config.schedule}, which does not go all the way "
-                            "from text to noise, and hence no T-step bound: leave out --T and --estimator")
+            raise UserError(f"the T-step bound needs a schedule from alpha = 1 to 0, which schedule="
+                            f"{subject.config.schedule} of {subject.path} is not: leave out --T and --estimator")
     elif estimator not in objective.estimators:
-        raise UserError(f"--estimator {estimator} is not for {subject.path}: choose "
+        raise UserError(f"--estimator {estimator} does not work with {subject.path}: choose "
                         f"{' or '.join(objective.estimators)}")
     return estimator
 
@@ -171,7 +171,7 @@ def nats_of(subject, estimator, args):
             if not objective.block_size:
                 subject.masked_only("--order")
         elif estimator != "l2r":
-            raise UserError(f"{subject.path} {objective.description} and knows one order: --order l2r")
+            raise UserError(f"{subject.path} {objective.description} and has only one order: use --order l2r")
         return (chain_rule_of(subject.model, objective, subject.data, estimator, args.seed, show=True),
                 f"negative log-likelihood, order {estimator}")
     objective, prefix = subject.objective(estimator, args.T), subject.config.prefix
@@ -191,7 +191,7 @@ def likelihood(subject, estimator, args):
     start, data = time.perf_counter(), subject.data
     nats, method = nats_of(subject, estimator, args)
     if not nats.isfinite().all():
-        raise UserError(f"{subject.path} gives no finite likelihood: its weights are broken, or predict zero somewhere")
+        raise UserError(f"the likelihood of {subject.path} is not finite: its weights are damaged, or it predicts 0")
     bits, error = mean_and_error(nats / math.log(2), order_of(subject, args))
     unit = subject.tokenizer.unit
     given = prefix_lengths((0, 0) if estimator in ORDERS else subject.config.prefix_range, args.seed, 0,
@@ -230,22 +230,22 @@ def score(args, open_subject, out):
     """Score one checkpoint, or compare two, by the bound or along an order. With --check: two estimates of one."""
     one = open_subject(args.checkpoint)
     if args.baselines and (args.n_tokens or args.text or args.seq_len or args.other):
-        raise UserError("--baselines are scored on the whole split, beside one checkpoint: leave out --n_tokens, "
-                        "--text and --seq_len")
+        raise UserError("--baselines needs the whole split and one checkpoint: leave out --n_tokens, --text, --seq_len "
+                        "and the second checkpoint")
     if args.baselines and one.meta["tokenizer"] != "char":
-        raise UserError("--baselines is for character data")
+        raise UserError("--baselines works only with character data")
     if args.order and (args.estimator or args.T or args.repeats > 1):
         raise UserError("--order is exact and has no noise: leave out --estimator, --T and --repeats")
     if args.other:
         if args.check:
-            raise UserError("--check is for one checkpoint")
+            raise UserError("--check takes one checkpoint, not two")
         two = open_subject(args.other)
         check_comparable(one, two, args.dataset or args.text)
         return compare(one, two, args, out)
     if args.check and one.config.objective_class.causal and one.config.prefix != "none":
-        raise UserError(f"--check of an autoregressive model scores whole windows, not after {one.config.prefix}")
+        raise UserError(f"--check of an autoregressive model needs prefix=none, and {one.path} has {one.config.prefix}")
     if args.check and one.data.n < LEAST:
-        raise UserError(f"--check needs at least {LEAST} windows, and here are {one.data.n}: more --n_tokens, a "
+        raise UserError(f"--check needs at least {LEAST} windows, and there are {one.data.n}: use more --n_tokens, a "
                         "longer text or a shorter --seq_len")
     estimator = args.order or pick_estimator(one, args)
     nats, line, result = likelihood(one, estimator, args)
@@ -315,7 +315,7 @@ def quality(subject, args, out):
     """Measure the quality of samples: the mode --samples."""
     drawn = isinstance(args.samples, int)
     if not drawn and (args.sampler or given_flags(args, args.steps) or cuts(args)):
-        raise UserError("flags of samplers are of no use for samples from a file")
+        raise UserError("--samples FILE draws no samples: leave out the flags of samplers")
     texts = args.samples if drawn else read_samples(args.samples)
     settings = ways(subject, args) if drawn else []
     judge = open_judge(args.judge, subject.data.device, subject.data.dtype) if args.judge else None
@@ -329,16 +329,16 @@ def main():
     out = sys.stderr if args.json else sys.stdout
     mode = next((mode for mode in ("curve", "curse", "context", "samples") if getattr(args, mode)), None)
     if mode and (args.estimator or args.T or args.repeats > 1 or args.baselines or args.normalised or args.block_size):
-        raise UserError("--estimator, --T, --repeats, --normalised, --block_size and --baselines belong to the bound, "
-                        f"not to --{mode}")
+        raise UserError("--estimator, --T, --repeats, --normalised, --block_size and --baselines are for the bound: "
+                        f"leave them out with --{mode}")
     if mode == "samples" and args.text:
-        raise UserError("--samples are compared with the data set: leave out --text")
+        raise UserError("--samples compares with the data set: leave out --text")
     if mode != "samples" and (args.judge or args.sampler or given_flags(args, args.steps) or cuts(args)):
-        raise UserError("--judge and the flags of samplers go with --samples")
+        raise UserError("--judge and the flags of samplers need --samples")
     if args.out_dir and not mode:
-        raise UserError("--out_dir goes with --curve, --curse, --context and --samples, which write files")
+        raise UserError("--out_dir needs --curve, --curse, --context or --samples, which write files: leave it out")
     if args.other and mode not in (None, "curse"):
-        raise UserError(f"--{mode} is for one checkpoint")
+        raise UserError(f"--{mode} takes one checkpoint, not two")
 
     if mode in ("curve", "curse", "samples"):
         require("matplotlib", f"--{mode}, which draws a picture,")

@@ -23,7 +23,7 @@ def export(checkpoint, folder, results=(), hints=None):
     from safetensors.torch import save
     payload, folder = read(checkpoint, hints or Hints()), Path(folder)
     if folder.exists():
-        raise UserError(f"{folder} exists already: name a new folder")
+        raise UserError(f"{folder} already exists: name a new folder")
     with torch.device("meta"):  # shapes alone
         check_fit(config_of(payload).make_model(payload["meta"]["vocab_size"]), payload["ema"], checkpoint)
     check_finite(payload["ema"], checkpoint)
@@ -58,7 +58,7 @@ def read_result(path):
         return {key: result[key] for key in ("bits_per_token", "stderr", "estimator", "dataset", "split", "n_sequences",
                                              "seq_len", "n_tokens")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no result of evaluate.py CKPT --json ({type(error).__name__})")
+        raise UserError(f"{path} is not the output of `evaluate.py CKPT --json` ({type(error).__name__})")
 
 
 def last_validation(path):

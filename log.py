@@ -22,7 +22,7 @@ import torch
 from cli import UserError, note
 
 
-HINT = "make room, then run the same command with --resume auto"
+HINT = "fix the cause, then run the same command with --resume auto"
 
 
 def parse(path):
@@ -46,7 +46,7 @@ def read(path):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
     if damaged:
-        raise UserError(f"{path} is no log of train.py, or a damaged one: line {damaged[0]} has no step")
+        raise UserError(f"{path} is not a log of train.py, or is damaged: line {damaged[0]} has no step")
     return entries
 
 
@@ -100,8 +100,8 @@ class Log:
             entries, damaged = parse(self.path) if self.path.exists() else ([], [])
             if damaged:
                 shutil.copy(self.path, out_dir / "log_damaged.jsonl")
-                note(f"{self.path} has damaged lines, which are left out (first: {damaged[0]}); log_damaged.jsonl is "
-                     "a copy")
+                note(f"{self.path} has damaged lines, which are removed (first: line {damaged[0]}); log_damaged.jsonl "
+                     "is a copy of the old file")
             temporary = self.path.with_name(".log.jsonl.tmp")
             with open(temporary, "w") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step)
@@ -162,8 +162,8 @@ def start_wandb(name, config, run_id):
             raise wandb.Error("no account is set up here (`wandb login`)")
         run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
     except wandb.Error as error:
-        note(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, `wandb sync wandb/offline-run-*` "
-             "uploads it")
+        note(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, upload the log later with `wandb sync "
+             "wandb/offline-run-*`")
         run = wandb.init(**options, mode="offline")
     # A resumed run repeats some steps, and wandb's own step counter cannot go back.
     run.define_metric("*", step_metric="step")

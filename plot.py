@@ -35,9 +35,9 @@ def curves(path, from_step=0):
     try:
         name, training, validation = path.resolve().parent.name, *rows(entries, from_step)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise UserError(f"{path} is no log of train.py: its lines lack numbers")
+        raise UserError(f"{path} is not a log of train.py: numbers are missing in its lines")
     if not training and not validation:
-        raise UserError(f"{path} has no losses{f' from step {from_step:,} on' if from_step else ''} to draw")
+        raise UserError(f"{path} has no losses to draw{f' from step {from_step:,} on' if from_step else ''}")
     return name, training, validation
 
 
@@ -133,7 +133,7 @@ def main():
     require("matplotlib", "a picture")
     args = parse_args()
     if not args.out.resolve().parent.is_dir():
-        raise UserError(f"--out {args.out} is in no existing folder")
+        raise UserError(f"--out {args.out} is in a folder that does not exist")
     runs = [curves(path, args.from_step) for path in args.runs]
     draw(runs, args.out, args.x, args.log_x)
     note(f"{args.out}: {', '.join(name for name, *_ in runs)}")

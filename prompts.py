@@ -33,8 +33,8 @@ def template(text, tokenizer, mask_id, name="--template"):
             continue
         count = match["count"]
         if match["wrong"] or count is not None and not (count.isdecimal() and len(count) < 8):
-            raise UserError(f"{name} {text[:80]!r}: {match[0][:80]!r} is no blank (____ or {{12}}); write {{, }}, _ "
-                            r"and \ as \{, \}, \_ and \\")
+            raise UserError(f"{name} {text[:80]!r}: {match[0][:80]!r} is not a blank (____ or {{12}}); write the "
+                            r"characters { } _ \ as \{ \} \_ \\")
         n = len(match["blanks"] or "") or int(count)
         write()
         plain = ""
@@ -42,7 +42,7 @@ def template(text, tokenizer, mask_id, name="--template"):
     plain += text[end:]
     write()
     if mask_id not in canvas:
-        raise UserError(f"{name} {text[:80]!r} has no blanks: ____ is four tokens, {{12}} is twelve")
+        raise UserError(f"{name} {text[:80]!r} has no blanks: write ____ for four tokens, {{12}} for twelve")
     return canvas
 
 
@@ -51,7 +51,7 @@ def encode(text, tokenizer, name):
     try:
         return tokenizer.encode(text).tolist()
     except UnicodeEncodeError:
-        raise UserError(f"{name} is no valid text: it has bytes that are not UTF-8")
+        raise UserError(f"{name} is not valid text: it has bytes that are not UTF-8")
     except UserError as error:
         raise UserError(f"{name}: {error}")
 
@@ -63,13 +63,13 @@ def canvases(args, seq_len, tokenizer, mask_id):
     canvases longer than seq_len without --context, which says how longer text is continued.
     """
     if (args.template or args.infill) and (args.prefix or args.suffix or args.length):
-        raise UserError("--template and --infill say the whole text: leave out --prefix, --suffix and --length")
+        raise UserError("--template and --infill give the whole text: leave out --prefix, --suffix and --length")
     if args.template and args.infill:
-        raise UserError("--template or --infill, not both")
+        raise UserError("use --template or --infill, not both")
     if args.infill:
         lines = [line.rstrip("\r") for line in read_text(Path(args.infill)).split("\n") if line.strip()]
         if not lines:
-            raise UserError(f"--infill {args.infill} has no templates in it, one per line")
+            raise UserError(f"--infill {args.infill} has no templates: write one per line")
         found = [template(line, tokenizer, mask_id, f"--infill {args.infill}, template {i}")
                  for i, line in enumerate(lines, 1)]
     elif args.template:
@@ -79,15 +79,15 @@ def canvases(args, seq_len, tokenizer, mask_id):
                                                                                  (args.suffix, "--suffix")))
         length = args.length or seq_len
         if len(prefix) + len(suffix) >= length:
-            raise UserError(f"the prompt has {len(prefix) + len(suffix)} tokens, which leaves nothing of {length}: "
-                            f"shorten it, or say a larger --length{'' if args.context else ' and a --context'}")
+            raise UserError(f"the prompt has {len(prefix) + len(suffix)} tokens, which leaves nothing of {length} to "
+                            f"write: shorten it, or use a larger --length{'' if args.context else ' and a --context'}")
         found = [prefix + [mask_id] * (length - len(prefix) - len(suffix)) + suffix]
     longest = max(map(len, found))
     if longest > seq_len and args.context is None:
-        raise UserError(f"{longest} tokens are more than the {seq_len} of the model: shorten the text, or say with "
-                        f"--context how many tokens each further block continues from, such as {seq_len // 4}")
+        raise UserError(f"the text has {longest} tokens, and the model writes {seq_len} at a time: shorten it, or "
+                        f"set --context, the number of tokens that each block continues, such as {seq_len // 4}")
     if args.context is not None and args.context >= seq_len:
-        raise UserError(f"--context {args.context} leaves nothing of the model's {seq_len} tokens")
+        raise UserError(f"--context {args.context} leaves nothing of the model's {seq_len} tokens: use fewer")
     return found
 
 

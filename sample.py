@@ -131,25 +131,25 @@ def check(args, config):
         if path is None:
             continue
         if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"--{flag} {path} is {'a folder' if path.is_dir() else 'in no existing folder'}")
+            raise UserError(f"--{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UserError(f"--{flag} {path} may not be written")
+            raise UserError(f"there is no permission to write --{flag} {path}")
         if path.exists() and not path.is_file():
             continue  # several outputs may go to /dev/null
         if path.resolve() in taken:
-            raise UserError(f"--{flag} {path} is {taken[path.resolve()]}, too: choose another file")
+            raise UserError(f"--{flag} {path} is also {taken[path.resolve()]}: choose another file")
         taken[path.resolve()] = f"--{flag}"
     if args.gif or args.png:
         require("PIL", "a picture")
         require("matplotlib", "a picture")  # its colours, and a font
     objective = config.objective_class
     if not objective.both_sides and (args.suffix or args.template or args.infill):
-        raise UserError(f"{args.checkpoint} {objective.description}, and sees only what is on the left: it can "
-                        "continue a --prefix, but --suffix, --template and --infill need a masked model")
+        raise UserError(f"{args.checkpoint} {objective.description} and sees only the text on the left: it can continue "
+                        "a --prefix, but --suffix, --template and --infill need a masked model")
     if args.no_cache and not config.block_size:
-        raise UserError("--no_cache is for block diffusion: no other model keeps keys and values")
+        raise UserError("--no_cache is for block diffusion, and no other model has a cache: leave it out")
     if args.show and args.show_intermediate:
-        raise UserError("--show or --show_intermediate, not both")
+        raise UserError("use --show or --show_intermediate, not both")
 
 
 def main():
@@ -157,19 +157,19 @@ def main():
     device = pick_device(args.device)
     model, config, meta, _ = load_model(args.checkpoint, device, hints_of(args), args.raw)
     if args.dataset and "sha256" in meta:
-        raise UserError(f"{args.checkpoint} knows its data set: leave out --dataset")
+        raise UserError(f"{args.checkpoint} already names its data set: leave out --dataset")
     check(args, config)
     tokenizer = make_tokenizer(meta)
     objective = config.make_objective(meta["vocab_size"])
     settings = settings_of(args, config, args.checkpoint, model, args.sampler, given_flags(args, args.steps))
     prompts = canvases(args, config.seq_len, tokenizer, objective.mask_id)
     check_fits(RECORD * args.batch_size * sum(map(len, prompts)), torch.device("cpu"),
-               f"--batch_size={args.batch_size} of {sum(map(len, prompts)):,} tokens", "ask for less at a time")
+               f"--batch_size={args.batch_size} x {sum(map(len, prompts)):,} tokens", "ask for fewer tokens at a time")
     if config.prefix.startswith("fixed") and not args.prefix and not args.template and not args.infill:
-        note(f"{args.checkpoint} was trained to continue text ({config.prefix}): without --prefix it begins at a loss")
+        note(f"{args.checkpoint} was trained to continue text ({config.prefix}): without --prefix its text is worse")
     if args.known_words:
         if meta["tokenizer"] != "char":
-            raise UserError("--known_words is for character data")
+            raise UserError("--known_words works only with character data")
         data_dir = args.data_dir or config.data_dir  # not the model's tokenizer, which may have another alphabet
         train_text = make_tokenizer(load_meta(config.dataset, data_dir)).decode(
             load_split(config.dataset, "train", 1, data_dir))

@@ -34,8 +34,8 @@ def grid_flag(text):
     except ValueError:
         rates = []
     if len(rates) < 2 or rates[0] != 1 or rates[-1] != 0 or not all(r > s for r, s in zip(rates, rates[1:])):
-        raise UserError(f"--grid {text!r} is none of {', '.join(SCHEDULES)}, auto, nor falling mask rates from 1 to 0 "
-                        "such as 1,0.8,0.3,0")
+        raise UserError(f"--grid {text!r} is not a grid: use {', '.join(SCHEDULES)}, auto, or mask rates that fall "
+                        "from 1 to 0, such as 1,0.8,0.3,0")
     return rates
 
 
@@ -91,21 +91,21 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     """
     given, cut, objective = dict(flags), cuts(args), config.objective_class
     if objective.causal and (sampler or given):
-        raise UserError(f"{checkpoint} {objective.description}, one step per token: leave out "
+        raise UserError(f"{checkpoint} {objective.description} and takes one step per token: leave out "
                         + ", ".join(f"--{name}" for name in (["sampler"] if sampler else []) + list(given)))
     sampler = sampler or next(iter(objective.samplers))
     if sampler not in objective.samplers:
-        raise UserError(f"--sampler {sampler} is for masks, and {checkpoint} {objective.description}: choose "
+        raise UserError(f"--sampler {sampler} needs a masked model, and {checkpoint} {objective.description}: choose "
                         f"{' or '.join(objective.samplers)}")
     known = SAMPLERS[objective.samplers[sampler]].flags
     if not objective.any_order and "auto" in (flags.get("steps"), flags.get("grid")):
-        raise UserError(f"auto chooses mask rates, and {checkpoint} {objective.description}: say --steps N")
+        raise UserError(f"auto needs a masked model, and {checkpoint} {objective.description}: use --steps N")
     for name in given.keys() - set(known):
         users = [other for other in NAMES if name in SAMPLERS[other].flags]
-        raise UserError(f"--{name} is of no use to --sampler {sampler}: it is for {', '.join(users)}")
+        raise UserError(f"--sampler {sampler} does not use --{name}: leave it out, or use {' or '.join(users)}")
     if cut and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
-        raise UserError(f"--{next(iter(cut))} cuts what tokens are drawn from, and Euler steps of uniform noise draw "
-                        "jumps: use --sampler ancestral")
+        raise UserError(f"--{next(iter(cut))} changes the token distribution, which euler does not use with uniform "
+                        "noise: choose --sampler ancestral")
     given = {flag: value for flag, value in DEFAULTS.items() if flag in known} | given
     if "sigma" in given:
         given.setdefault("eta", SIGMAS[given["sigma"]])
@@ -113,7 +113,7 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     name = grid or ("auto" if steps == "auto" else "")
     if "k" in given:
         if steps or grid:
-            raise UserError("--k says how many tokens a step reveals: leave out --steps and --grid")
+            raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
     elif "steps" in known:
         given["grid"] = make_grid(steps, grid, config, checkpoint, model, given.get("sigma"))
     return Settings(sampler, given, ",".join(map(str, name)) if isinstance(name, list) else name, **cut)
@@ -123,29 +123,29 @@ def make_grid(steps, grid, config, checkpoint, model, sigma):
     """The grid of mask rates that --steps, --grid and remdm's --sigma ask for. Raises UserError."""
     if isinstance(grid, list) and sigma != "loop":
         if steps:
-            raise UserError(f"--grid says all its {len(grid) - 1} steps: leave out --steps")
+            raise UserError(f"--grid already sets {len(grid) - 1} steps: leave out --steps")
         return grid
     if sigma == "loop":
         if grid or steps == "auto":
-            raise UserError("--sigma loop has a grid of its own: leave out --grid, and say --steps N")
+            raise UserError("--sigma loop has its own grid: leave out --grid, and use a number for --steps")
         if (steps or config.T) < 3:
-            raise UserError(f"--sigma loop needs 3 steps at least, not {steps or config.T}")
+            raise UserError(f"--sigma loop needs at least 3 steps, not {steps or config.T}")
         return loop_grid(steps or config.T)
     if steps != "auto" and grid != "auto":
         return schedule_grid(grid or config.schedule, steps or config.T)
     if grid not in (None, "auto"):
-        raise UserError(f"--steps auto chooses the grid, too: leave out --grid {grid}")
+        raise UserError(f"--steps auto also chooses the grid: leave out --grid {grid}")
     rates, ce = read_curve(checkpoint, model)
     steps = enough_steps(rates, ce) if steps in (None, "auto") else steps
     if steps > 256:
-        raise UserError(f"--grid auto is for few steps, 256 at most, not {steps}")
+        raise UserError(f"--grid auto works for at most 256 steps, not {steps}")
     return best_grid(rates, ce, steps)
 
 
 def read_curve(checkpoint, model):
     """(mask rates, cross-entropies) of curve.json beside a checkpoint. Raises UserError if it is of other weights."""
     if checkpoint.startswith("hf://"):
-        raise UserError(f"auto needs a curve beside the checkpoint: download {checkpoint} into a folder first")
+        raise UserError(f"auto needs curve.json beside the checkpoint: download {checkpoint} into a folder first")
     path = Path(checkpoint)
     path = (path if path.is_dir() else path.parent) / "curve.json"
     again = f"run `python evaluate.py {checkpoint} --curve` first"
@@ -154,14 +154,14 @@ def read_curve(checkpoint, model):
         rates, ce = ([float(x) for x in curve[key]] for key in ("mask_rate", "bits_per_token"))
         weights = curve["weights"]
     except FileNotFoundError:
-        raise UserError(f"there is no {path} to choose steps by: {again}")
+        raise UserError(f"auto needs {path}, which does not exist: {again}")
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged, or of another version: {again}")
     if (not len(rates) == len(ce) >= 2 or not all(0 <= x < math.inf for x in ce) or max(ce) == 0
             or not all(0 < a < b <= 1 for a, b in zip(rates, rates[1:]))):
-        raise UserError(f"{path} holds no curve: {again}")
+        raise UserError(f"{path} has no valid curve: {again}")
     if weights != digest(model.state_dict()):
-        raise UserError(f"{path} is of other weights than {checkpoint}: {again}")
+        raise UserError(f"{path} was measured with other weights than those of {checkpoint}: {again}")
     return rates, ce
 
 

@@ -91,8 +91,8 @@ def save(path, payload, keep_previous=False):
             cause = cause.__context__  # torch.save reports a full disk by another kind of error
         if cause is None:
             raise
-        raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are untouched: mend that, then "
-                        "run the same command with --resume auto")
+        raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are unchanged: fix the cause, "
+                        "then run the same command with --resume auto")
 
 
 def versions():
@@ -179,12 +179,12 @@ def read(path, hints=Hints()):
     if path.is_dir() and not (path / "ckpt.pt").exists() and previous(path / "ckpt.pt").exists():
         path = previous(path / "ckpt.pt")  # a crash between the two renames of save() left no ckpt.pt
     if path.exists() and not path.is_dir() and not path.is_file():
-        raise UserError(f"{path} is not a file, but a device or a pipe")
+        raise UserError(f"{path} is a device or a pipe: name a file or a folder")
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: `python train.py CONFIG` writes out/CONFIG/ckpt.pt")
     if path.is_dir() and files.find_weights(path) is None:
         path = path / "ckpt.pt"
-        raise UserError(f"no checkpoint at {path}, nor one of another project beside: `python train.py CONFIG` writes "
+        raise UserError(f"no checkpoint at {path}, nor one of another project: `python train.py CONFIG` writes "
                         "out/CONFIG/ckpt.pt")
     found = files.read_files(path)
     payload, path = found.payload, found.path
@@ -195,8 +195,8 @@ def read(path, hints=Hints()):
         check_fields(payload, path)
         return payload
     if hints.overrides:
-        raise UserError(f"{path} is a checkpoint of this project and knows its {', '.join(hints.overrides)}: leave out "
-                        "--override")
+        raise UserError(f"{path} is a checkpoint of this project and contains its {', '.join(hints.overrides)}: leave "
+                        "out --override")
     try:
         intact = payload.pop("sha256", None) == digest(payload)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):  # of digest(), and of strange tensors
@@ -248,7 +248,7 @@ FIELDS = {
     "meta": (lambda x: describes_tokens(x) and is_json(x), "a description of its tokens"),
     "model": (is_weights, "tensors of real numbers by name"),
     "ema": (is_weights, "tensors of real numbers by name"),
-    "step": (lambda x: type(x) is int and 0 <= x < 2**63, "a whole number from 0 on"),
+    "step": (lambda x: type(x) is int and 0 <= x < 2**63, "an integer of at least 0"),
     "name": (is_text, "text"),
     "best_val": (lambda x: type(x) in (int, float) and x == x, "a number"),
     "tally": (lambda x: is_floats(x) and x.shape == (5,) and x.isfinite().all(),
@@ -289,7 +289,7 @@ def read_latest(out_dir):
                 problems.append(str(error))
                 continue
             for problem in problems:
-                note(f"{problem}; going on from {path}")
+                note(f"{problem}; continuing from {path}")
             return path, payload
     if problems:
         raise UserError("; ".join(problems))
@@ -301,7 +301,8 @@ def config_of(payload):
     known = {field.name for field in dataclasses.fields(Config)}
     unknown = set(payload["config"]) - known
     if unknown:
-        raise UserError(f"the checkpoint has settings unknown to this version: {', '.join(sorted(unknown))}; update")
+        raise UserError(f"the checkpoint has settings unknown to this version: {', '.join(sorted(unknown))}; update "
+                        "the code")
     return Config(**payload["config"])
 
 

@@ -164,7 +164,7 @@ def main():
     rank, world, is_main = parallel.rank, parallel.world, parallel.is_main
     stop = parallel.StopSignals()
     if cfg.fsdp and "RANK" not in os.environ:
-        raise UserError("--fsdp shares one model out over several processes: start them with torchrun")
+        raise UserError("--fsdp splits the model over several processes: start them with torchrun")
     if cfg.wandb:
         require("wandb", "--wandb")
     device = together(lambda: parallel.own_device(cfg.device))
@@ -228,8 +228,8 @@ def main():
 
         def write():
             if not all(weights.isfinite().all() for kind in ("model", "ema") for weights in state[kind].values()):
-                raise UserError(f"the weights are not finite after step {step:,}, and are not saved: the last good "
-                                f"checkpoint in {out_dir} is untouched; try a smaller --lr in a new run")
+                raise UserError(f"the weights are not finite after step {step:,} and were not saved: the last good "
+                                f"checkpoint in {out_dir} is unchanged; try a smaller --lr in a new run")
             log.sync()
             storage.save(out_dir / filename, {
                 "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
@@ -280,7 +280,7 @@ def main():
                    tokens_per_second=rate, mfu=mfu, memory_bytes=memory, seconds_left=left)
             if counted.most_in_a_row >= cfg.max_skipped:
                 raise UserError(f"loss or gradient was not finite in {counted.most_in_a_row:.0f} steps in a row before "
-                                f"step {step + 1:,}: the last good checkpoint in {out_dir} is untouched; try a smaller "
+                                f"step {step + 1:,}: the last good checkpoint in {out_dir} is unchanged; try a smaller "
                                 "--lr in a new run")
         paused = time.perf_counter()
         if step % cfg.eval_interval == 0 or step == cfg.max_steps:

@@ -84,7 +84,7 @@ class Uniform:
     schedule the network is told t = 1. Below the first sigma it is told t = 0, and there is no reconstruction term.
     """
 
-    description = "was trained on random tokens"
+    description = "was trained with uniform noise"
     has_mask, causal, any_order, both_sides, everywhere, normalised, T, block_size = (
         False, False, False, True, True, None, None, 0)
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
@@ -98,8 +98,8 @@ class Uniform:
     def misfit(cls, config):
         if config.prefix != "none" or config.lambda_ce or config.time_sampling == "exact_k" or (
                 config.weighting == "simple"):
-            return ("noise=uniform goes with neither prefix nor lambda_ce nor time_sampling=exact_k nor "
-                    "weighting=simple, which are for masks")
+            return ("noise=uniform needs prefix=none, lambda_ce=0, weighting=nelbo, and time_sampling=uniform or "
+                    "stratified; the other values are for masks")
 
     def __init__(self, vocab_size, schedule="loglinear", score=False):
         self.mask_id, self.score = vocab_size, score
@@ -201,7 +201,8 @@ class UniformSEDD(Uniform):
     @classmethod
     def misfit(cls, config):
         if config.schedule in WHOLE:
-            return f"sigma is infinite at the end of schedule={config.schedule}: use loglinear or geometric"
+            return (f"objective=sedd needs a finite sigma, and schedule={config.schedule} ends at an infinite one: use "
+                    "loglinear or geometric")
         return super().misfit(config)
 
 
@@ -224,8 +225,8 @@ class UniformD3PM(Uniform):
     @classmethod
     def misfit(cls, config):
         if config.schedule not in WHOLE:
-            return (f"objective=d3pm goes all the way from text to noise, and schedule={config.schedule} does not: use "
-                    + " or ".join(WHOLE))
+            return (f"objective=d3pm needs a schedule from alpha = 1 to 0, which schedule={config.schedule} is not: "
+                    f"use {' or '.join(WHOLE)}")
         return super().misfit(config)
 
     def at_step(self, s, v, weight):

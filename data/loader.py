@@ -64,7 +64,7 @@ def recode(tokens, data_meta, meta, dataset):
 def check_same_data(meta, other, dataset, owner):
     """Raise UserError unless the meta.json read here and that of `owner` (other) have the same SHA-256 of the data."""
     if meta["sha256"] != other["sha256"]:
-        raise UserError(f"data set {dataset!r} is not the one that {owner} has: copy that one here, or prepare it "
+        raise UserError(f"data set {dataset!r} is not the same as that of {owner}: copy that one here, or prepare it "
                         "again")
 
 
@@ -99,8 +99,8 @@ def records(cfg, meta):
     if record not in (1, cfg.seq_len):
         raise UserError(f"data set {cfg.dataset!r} has items of {record} tokens each: use --seq_len={record}")
     if cfg.padding == "random" and pad is None:
-        raise UserError(f"padding=random moves the pads of items, such as names, and data set {cfg.dataset!r} has "
-                        "none: use --padding=end")
+        raise UserError(f"padding=random needs items with pads, such as names, and data set {cfg.dataset!r} has "
+                        "no pads: use --padding=end")
     return record, None if pad is None else meta["alphabet"].index(pad)
 
 

@@ -47,7 +47,7 @@ def is_prepared(folder):
         return False
     meta = load_meta(folder.name, folder.parent)
     sizes = ", ".join(f"{split} {meta['sizes'][split]:,}" for split in SPLITS)
-    note(f"{folder} is prepared already ({sizes} tokens); delete it to prepare it again")
+    note(f"{folder} is already prepared ({sizes} tokens); delete it to prepare it again")
     return True
 
 
@@ -90,11 +90,11 @@ def read_text(path):
             content = lzma.decompress(content)
         text = content.decode("utf-8")
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{path} is not a whole compressed file: {error}")
+        raise UserError(f"{path} is not a complete compressed file: {error}")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it first")
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it first")
     if not text.strip():
-        raise UserError(f"{path} holds no text")
+        raise UserError(f"{path} contains no text")
     return text
 
 
@@ -110,7 +110,7 @@ class DatasetWriter:
 
     def __enter__(self):
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} is in the way: it exists and is no data set; move it or take another name")
+            raise UserError(f"{self.folder} exists and is not a data set: move it, or choose another name")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -138,15 +138,15 @@ class DatasetWriter:
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error.filename, str):  # a failed write names no file
-            raise UserError(f"cannot write {self.folder}: {error.strerror}; nothing of it is left: make room and run "
-                            "this again")
+            raise UserError(f"cannot write {self.folder}: {error.strerror}; nothing of it was kept: fix the cause, and "
+                            "run the command again")
         if isinstance(error, OSError) and kind is None:
             raise error
 
     def _finish(self):
         empty = [split for split in SPLITS if not self.sizes[split]]
         if empty:
-            raise UserError(f"the {' and '.join(empty)} split would be empty: the text is too short")
+            raise UserError(f"the {' and '.join(empty)} split would be empty: use a longer text")
         meta = dict(self.meta, dtype=np.dtype(self.dtype).name, sizes=self.sizes,
                     sha256={split: digest.hexdigest() for split, digest in self.hashes.items()})
         (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

@@ -43,15 +43,15 @@ def main():
     p.add_argument("--name", default="names", help="name of the data set (default: names)")
     args = p.parse_args()
     if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
-        p.error(f"--name {args.name!r} is no name for a folder: use letters, digits, _ and -")
+        p.error(f"--name {args.name!r} is not a valid folder name: use letters, digits, _ and -")
     folder = args.data_dir / args.name
     if is_prepared(folder):
         return
     names, left_out = clean(read_text(args.file) if args.file else fetch(URL, SHA256).decode("ascii"))
     counts = ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n)
     if len(names) < 20:
-        raise UserError(f"{args.file} has {len(names)} names of use{f' (left out: {counts})' if counts else ''}, "
-                        "and 20 are the fewest for three splits")
+        raise UserError(f"{args.file} has {len(names)} usable names{f' (left out: {counts})' if counts else ''}, "
+                        "and three splits need at least 20")
     random.Random(1).shuffle(names)
     alphabet = "".join(sorted(set().union(*names))) + PAD
     meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet), "pad": PAD, "record": RECORD,

@@ -39,7 +39,7 @@ def load_documents(files):
             return load_dataset(SOURCE, split="train")
         kinds = {READERS.get(Path(file).suffix) for file in files}
         if None in kinds or len(kinds) > 1:
-            raise UserError(f"--file takes files of one kind: {', '.join(READERS)}")
+            raise UserError(f"--file takes files of one kind, one of {', '.join(READERS)}")
         for file in files:
             if not Path(file).is_file():
                 raise UserError(f"no such file: {file}")
@@ -49,7 +49,7 @@ def load_documents(files):
         raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({reason})"
                         + ("" if files else "; download its parquet files elsewhere and pass --file"))
     if "text" not in documents.column_names:
-        raise UserError(f"{files[0]} has no column `text` but {', '.join(documents.column_names)}")
+        raise UserError(f"{files[0]} has no column `text`, only {', '.join(documents.column_names)}")
     return documents
 
 

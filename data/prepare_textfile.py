@@ -34,11 +34,11 @@ def main():
                    help="symbols of --tokenizer char: the text's own (default), or text8's 27 (the text is converted)")
     args = p.parse_args()
     if bool(args.val) != bool(args.test):
-        p.error("--val and --test go together")
+        p.error("--val and --test need each other: give both or neither")
     if args.tokenizer == "gpt2" and args.alphabet == "text8":
-        p.error("--alphabet text8 goes with --tokenizer char")
+        p.error("--alphabet text8 needs --tokenizer char")
     if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
-        p.error(f"--name {args.name!r} is no name for a folder: use letters, digits, _ and -")
+        p.error(f"--name {args.name!r} is not a valid folder name: use letters, digits, _ and -")
     folder = args.data_dir / args.name
     if is_prepared(folder):
         return

@@ -112,15 +112,15 @@ class BertTokenizer:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")
         except Exception as error:
-            raise UserError("BERT's vocabulary (google-bert/bert-base-uncased) is neither in the Hub's cache nor to be "
-                            f"downloaded ({type(error).__name__}): go online once")
+            raise UserError("BERT's vocabulary (google-bert/bert-base-uncased) is not in the Hub's cache and could not "
+                            f"be downloaded ({type(error).__name__}): go online once")
         self.ids = [i for i in range(30522) if vocab_size == 30522 or i != self.mask]  # ours -> BERT's
 
     def encode(self, text):
         """Convert a str to (n,) uint16. Raises UserError for a [MASK] in it, if that is left out."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.mask in ids and self.mask not in self.ids:
-            raise UserError("'[MASK]' is the mask of the noise, and no text: write a blank")
+            raise UserError("'[MASK]' is the mask of the noise and cannot be in a text: write a blank instead")
         return np.searchsorted(self.ids, np.array(ids, dtype=np.int64)).astype(np.uint16)
 
     def decode(self, ids):

@@ -53,7 +53,7 @@ def averages(payload, state, path):
     shadow = average.get("shadow_params") if isinstance(average, dict) else None
     if shadow is None:
         if "ema" in payload:
-            note(f"{path} has no moving average where one should be, under 'ema': its raw weights stand for it")
+            note(f"{path} has no moving average under 'ema': its raw weights are used instead")
         return state
     if len(shadow) != len(state) or any(a.shape != b.shape for a, b in zip(shadow, state.values())):
         wrong = next((key for (key, b), a in zip(state.items(), shadow) if a.shape != b.shape), "their number")
@@ -69,7 +69,7 @@ def check_names(state, shapes, path):
              f"{key} is {found[key]}, expected {shapes[key]}"
              for key in shapes | found if shapes.get(key) != found.get(key)]
     if wrong:
-        raise UserError(f"{path} is not what its format should be: {'; '.join(wrong[:3])}"
+        raise UserError(f"{path} does not fit its format: {'; '.join(wrong[:3])}"
                         + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
 
 
@@ -141,18 +141,18 @@ def vocabulary(rows, table, uniform, dataset, data_dir, path):
         return (theirs, None if uniform else rows - 1) if theirs and theirs["vocab_size"] == V and not same else (
             meta, mask)
     if not theirs:
-        raise UserError(f"{path} has {V:,} tokens, and does not say which: name the data set that it was trained on, "
-                        "as prepared here, with --dataset")
+        raise UserError(f"{path} has {V:,} tokens, and does not say which: name the prepared data set that it was "
+                        "trained on with --dataset")
     if theirs["vocab_size"] != V:
-        raise UserError(f"{path} has {V:,} tokens and data set {dataset!r} has {theirs['vocab_size']:,}: name the one "
-                        "that it was trained on with --dataset")
+        raise UserError(f"{path} has {V:,} tokens and data set {dataset!r} has {theirs['vocab_size']:,}: name the "
+                        "prepared data set that it was trained on with --dataset")
     return theirs, mask
 
 
 def truth(value):
     """Return a setting as a bool. Raises ValueError if it is neither true nor false."""
     if value not in (True, False, "True", "False", "true", "false"):
-        raise ValueError(f"{value!r} should be true or false")
+        raise ValueError(f"{value!r} must be true or false")
     return value in (True, "True", "true")
 
 
@@ -162,7 +162,7 @@ def process_of(name, settings, path):
     name: the format. settings: as saved with the checkpoint. Raises UserError for settings that are not known here.
     """
     def refuse(what):
-        raise UserError(f"{path} is of {name} with {what}, which is not known here")
+        raise UserError(f"{path} is a checkpoint of {name} with {what}, which is not supported")
 
     algo = settings.get("algo") or settings
     noise = settings.get("noise") or {}
@@ -171,7 +171,7 @@ def process_of(name, settings, path):
                 "geometric": f"geometric:{noise.get('sigma_min')}:{noise.get('sigma_max')}"}.get(kind)
     timed = truth(algo.get("time_conditioning", name in ("duo", "udlm", "sedd", "oxen")))
     if any(truth(algo.get(key, False)) for key in ("causal", "causal_attention")) or not truth(algo.get("adaln", True)):
-        refuse("causal attention, or without modulations")
+        refuse("causal attention or without modulations")
     if name == "oxen":
         return dict(objective="sedd", conditioning="sigma", schedule="loglinear")
     if name == "sedd":
@@ -214,9 +214,9 @@ def translate(found, name, dataset, overrides, data_dir):
     if not n_head:
         raise UserError(f"{path} does not say its number of heads: put its config.json or config.yaml beside it")
     if sizes.get("n_heads", n_head) != n_head:
-        raise UserError(f"{path} has rotary frequencies of {n_head} heads, and settings of {sizes['n_heads']}")
+        raise UserError(f"{path} has rotary frequencies of {n_head} heads, and its settings say {sizes['n_heads']}")
     if not seq_len:
-        raise UserError(f"{path} does not say how long its texts are: --override seq_len=N, such as 1024")
+        raise UserError(f"{path} does not say its sequence length: use --override seq_len=N, such as seq_len=1024")
     process = process_of(name, settings, path)
     uniform = process.get("noise") == "uniform"
     table = WITHOUT_MASK if uniform else OXEN | WITH_MASK if name == "oxen" else WITH_MASK

@@ -41,7 +41,7 @@ def from_hub(name):
     """Return the local folder of hf://owner/name[@revision], downloaded or cached. Raises UserError if it has none."""
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if not match:
-        raise UserError(f"{name} is no name on the Hub: write hf://owner/name, or hf://owner/name@revision")
+        raise UserError(f"{name} is not a name on the Hub: write hf://owner/name or hf://owner/name@revision")
     require("huggingface_hub", f"{name}, which is on the Hub,")
     from huggingface_hub import snapshot_download
     for patterns in (["*.json", "*.yaml", "*.safetensors"], ["*.bin", "*.pt", "*.pth", "*.ckpt"]):
@@ -52,11 +52,11 @@ def from_hub(name):
             reason = {"LocalEntryNotFoundError": "it is not in the cache, and the Hub cannot be reached",
                       "RepositoryNotFoundError": "there is no such repository, or it is private",
                       "RevisionNotFoundError": "there is no such revision",
-                      "GatedRepoError": "its owner wants to be asked first, on its page"}.get(kind, kind)
-            raise UserError(f"{name} could not be had: {reason}; download it elsewhere and pass the folder")
+                      "GatedRepoError": "its owner must give you access: ask for it on its page"}.get(kind, kind)
+            raise UserError(f"{name} could not be downloaded: {reason}; download it elsewhere and pass the folder")
         if find_weights(folder):
             return folder
-    raise UserError(f"{name} has none of the files that weights come in ({', '.join(WEIGHTS[:4])}, ...)")
+    raise UserError(f"{name} has no file of weights with a known name ({', '.join(WEIGHTS[:4])}, ...)")
 
 
 def find_weights(folder):
@@ -76,8 +76,8 @@ def read_files(path):
     """Read a file or folder into Found. Raises UserError if there is no checkpoint, or it cannot be read safely."""
     weights = find_weights(path) if path.is_dir() else path
     if weights is None:
-        raise UserError(f"{path} has no checkpoint in it: none of {', '.join(WEIGHTS)}, nor a single file of another "
-                        "name")
+        raise UserError(f"{path} has no checkpoint: neither one of {', '.join(WEIGHTS)}, nor exactly one other file of "
+                        "weights")
     if weights.suffix == ".safetensors":
         from safetensors.torch import load_file
         try:
@@ -115,7 +115,7 @@ def read_settings(weights):
         except Exception as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0][:100]}")
         if not isinstance(found, dict):
-            raise UserError(f"{path} holds no settings")
+            raise UserError(f"{path} does not contain settings")
         inner = found.get("config")  # some projects save it one level down
         return inner if isinstance(inner, dict) and "format" not in found else found
     return {}
@@ -153,8 +153,8 @@ def stand_in(name, path):
     if name in PLAIN:
         return PLAIN[name], name
     if name.split(".")[0] not in ALLOWED:
-        raise UserError(f"{path} asks for {name}, which is no part of a checkpoint and could run code: refused, and "
-                        "nothing in it was executed")
+        raise UserError(f"{path} asks for {name}, which does not belong in a checkpoint and could run code: the file "
+                        "was refused, and nothing in it was executed")
     if name in ("collections.defaultdict", "collections.OrderedDict", "collections.Counter", "collections.deque"):
         return a_dict, name
     return type(name.rsplit(".", 1)[-1], (Inert,), {}), name
@@ -179,7 +179,7 @@ def load(path):
                 return quietly(path)
         except Exception as error:
             reason = f": {str(error).splitlines()[0][:100]}"
-    raise UserError(f"{path} cannot be read as a checkpoint: truncated, damaged, or another kind of file{reason}")
+    raise UserError(f"{path} cannot be read as a checkpoint: it is truncated, damaged or another kind of file{reason}")
 
 
 # What zipfile raises on a damaged archive: its own error, and those of the fields that it believes.
@@ -197,7 +197,7 @@ def refuse_bomb(path):
     except ZIP_ERRORS:  # torch.load will say what it is
         return
     if held > 2 * path.stat().st_size + 10**6:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes and claims to hold {held:,}: refused")
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes and claims to hold {held:,}: the file was refused")
 
 
 def quietly(path):
@@ -218,7 +218,7 @@ def check_crc(path):
     except ZIP_ERRORS as error:
         wrong = str(error)
     if wrong:
-        raise UserError(f"{path} is damaged ({wrong} does not match its checksum): get it again")
+        raise UserError(f"{path} is damaged (the checksum test failed: {wrong}): get it again")
 
 
 LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # begins files that torch.save wrote before version 1.6
@@ -265,8 +265,8 @@ def refuse_plain_pickle(path):
     with open(path, "rb") as file:
         if LEGACY in file.read(32):
             return
-    raise UserError(f"{path} is a plain pickle, not a file of torch.save, and is not read: where you trust it, load it "
-                    "and torch.save its tensors")
+    raise UserError(f"{path} is a plain pickle, not a file of torch.save, and was not read: if you trust it, load it "
+                    "and save its tensors with torch.save")
 
 
 MOST = 100_000  # objects in settings; those of the projects have some hundreds
@@ -283,7 +283,7 @@ def settings(node):
     def values(node, depth=0):
         left[0] -= 1
         if left[0] < 0 or depth > 50:
-            raise UserError("the settings in the checkpoint are a maze, not settings: refused")
+            raise UserError("the settings in the checkpoint have too many values or levels: the file was refused")
         if isinstance(node, Inert):
             state = node.state if isinstance(node.state, dict) else {}
             node = state.get("_content", state.get("_val"))

@@ -55,8 +55,8 @@ class TinyDiffusion(nn.Module):
         if (config.conditioning != "step" or not objective.has_mask or objective.causal or config.dropout
                 or not config.tied or config.head_bias or config.norm_bias or config.shift_tokens
                 or config.checkpoint_blocks):
-            return ("architecture=tiny_diffusion needs conditioning=step, noise=mask and dropout=0, and knows neither "
-                    "objective=ar nor the settings tied, head_bias, norm_bias, shift_tokens and checkpoint_blocks")
+            return ("architecture=tiny_diffusion needs conditioning=step, noise=mask, dropout=0, no objective=ar, and "
+                    "the defaults of tied, head_bias, norm_bias, shift_tokens and checkpoint_blocks")
 
     def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, T):
         super().__init__()

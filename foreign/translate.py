@@ -86,7 +86,7 @@ def detect(found):
     if named in ("mdlm", "bd3lm", "duo", "udlm", "sedd"):
         return named
     if named:
-        raise UserError(f"{found.path} is of an algorithm that is not known here, {named!r}: --format forces one of "
+        raise UserError(f"{found.path} has the unknown algorithm {named!r}: choose its format with --format, one of "
                         f"{', '.join(FORMATS)}")
     if settings.get("diffusion") == "uniform":
         return "udlm"
@@ -96,8 +96,8 @@ def detect(found):
         return "sedd"
     if isinstance(settings.get("model"), dict):
         return "oxen"
-    raise UserError(f"{found.path} has the tensors of SEDD, MDLM and their kin, and no settings that say of which: put "
-                    "its config.json or config.yaml beside it, or say --format sedd, oxen, mdlm, bd3lm, duo or udlm")
+    raise UserError(f"{found.path} has the tensors of SEDD, MDLM or a similar model, but no settings say which: put "
+                    "its config.json or config.yaml beside it, or use --format sedd, oxen, mdlm, bd3lm, duo or udlm")
 
 
 def patterns(keys):
@@ -111,8 +111,8 @@ def unknown(found, state):
     ours = patterns(state)
     if not ours:
         keys = ", ".join(map(str, list(payload)[:5])) if isinstance(payload, dict) else type(payload).__name__
-        return UserError(f"{found.path} is no checkpoint of this project, nor of any other that is known here "
-                         f"({', '.join(FORMATS)}): it holds {keys}")
+        return UserError(f"{found.path} is not a checkpoint of this project or of another one that is known "
+                         f"({', '.join(FORMATS)}): it contains {keys}")
     parts = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     sedd = patterns(ddit.shapes_of(1, 1, 1, 1))
     nano = {"net." + key.replace("vocab_embed.embedding", "vocab_embed.weight").replace("sigma_map", "c_embed")
@@ -122,8 +122,8 @@ def unknown(found, state):
     near = sorted(families, key=lambda name: -len(families[name] & ours) / len(families[name] | ours))[:2]
     lacking, more = (sorted(keys)[:3] for keys in (families[near[0]] - ours, ours - families[near[0]]))
     what = [f"{verb} {', '.join(keys)}" for verb, keys in (("lacks", lacking), ("has", more)) if keys]
-    return UserError(f"{found.path} is of no known family; nearest are {near[0]}, then {near[1]}; compared with the "
-                     f"first it {' and '.join(what)}")
+    return UserError(f"{found.path} has no known format; the most similar are {near[0]}, then {near[1]}; compared with "
+                     f"the first, it {' and '.join(what)}")
 
 
 def translate(found, hints):
@@ -134,11 +134,11 @@ def translate(found, hints):
     try:
         name, overrides = hints.format or detect(found), hints.overrides or {}
     except (AttributeError, TypeError):
-        raise UserError(f"{found.path} has settings that are not what they should be: put the original ones beside it")
+        raise UserError(f"{found.path} has settings of an unexpected form: put the original file of settings beside it")
     said = [key for key in overrides if key not in UNSAID[name]]
     if said:
-        raise UserError(f"{found.path} is a checkpoint of {name} and knows its {', '.join(said)}: --override changes "
-                        f"only {', '.join(UNSAID[name])}")
+        raise UserError(f"{found.path} is a checkpoint of {name} and contains its {', '.join(said)}: use --override "
+                        f"only for {', '.join(UNSAID[name])}")
     try:
         if name == "nanodd":
             payload = nanodd(found, hints.dataset, overrides, hints.data_dir)
@@ -181,7 +181,7 @@ def nanodd(found, dataset, overrides, data_dir):
     table = {KNOWN[name]["vocab_size"] + 1: (name, None) for name in ("text8", "openwebtext")}
     if dataset in ("text8", "openwebtext") and table.get(V + 1, ("",))[0] != dataset:
         raise UserError(f"{found.path} has {V:,} tokens, and {dataset} has {KNOWN[dataset]['vocab_size']:,}: name the "
-                        "data set that it was trained on, as prepared here, with --dataset")
+                        "prepared data set that it was trained on with --dataset")
     meta, _ = ddit.vocabulary(V + 1, table, False, dataset, data_dir, found.path)
     config = dict(
         dataset=meta["name"], seq_len=training.get("seq_len", 1024 if meta["tokenizer"] == "gpt2" else 256),
@@ -209,7 +209,7 @@ def tiny(found, overrides):
     payload, path = found.payload, found.path
     other = [key for key, value in payload.items() if not torch.is_tensor(value)]
     if other:
-        raise UserError(f"{path} looks like a checkpoint of tiny-diffusion but is damaged: {other[0]!r} is no tensor")
+        raise UserError(f"{path} looks like a checkpoint of tiny-diffusion but {other[0]!r} in it is not a tensor")
     (T, n_embd), state = payload["time_emb.weight"].shape, rename(payload, TINY_NAMES)
     n_layer = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     config = dict(
@@ -219,7 +219,7 @@ def tiny(found, overrides):
     config.setdefault("prefix", 16 if config["seq_len"] > 16 else 0)
     config["prefix"] = f"fixed:{config['prefix']}" if config["prefix"] else "none"
     if "n_head" not in overrides and n_embd != 384:
-        note(f"{path} does not say its n_head: taking {config['n_head']}; --override n_head=N if that is wrong")
+        note(f"{path} does not say its n_head: {config['n_head']} is assumed; --override n_head=N changes it")
     Config(**config)  # checks that n_head divides n_embd before the weights are rearranged by it
     weights = our_weights(state, config["n_head"])
     V = len(payload["token_emb.weight"]) - 1
@@ -266,8 +266,8 @@ def warn_if_implausible(model, objective, tokenizer, config, device, path):
         return
     ce, level = plausible(model, objective, tokenizer, config.seq_len, device)
     if not math.isfinite(ce):
-        raise UserError(f"the network of {path} gives numbers that are not finite: its weights are broken")
+        raise UserError(f"the outputs of the network of {path} are not finite: its weights are damaged")
     if ce > level:
-        note(f"the weights of {path} look wrong, or untrained: of a piece of plain English, missing {tokenizer.unit}s "
-             f"cost it {ce / math.log(2):.1f} bits each, where their mere frequencies would cost "
-             f"{level / math.log(2):.1f}")
+        note(f"the weights of {path} look wrong or untrained: the cross-entropy of an English text is "
+             f"{ce / math.log(2):.1f} bits per {tokenizer.unit}, and the frequencies of its {tokenizer.unit}s alone "
+             f"give {level / math.log(2):.1f}")

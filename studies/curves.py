@@ -184,7 +184,7 @@ def context(subject, contexts, folder, seed, out):
     if not subject.config.objective_class.has_mask:
         subject.masked_only("--context")
     if max(contexts) >= subject.data.seq_len:
-        raise UserError(f"--context {max(contexts)} leaves nothing of windows of {subject.data.seq_len} tokens")
+        raise UserError(f"--context {max(contexts)} leaves nothing of windows of {subject.data.seq_len}: use less")
     path, unit = subject.output(folder, "context.json"), subject.tokenizer.unit
     rows = in_bits(measure_context(subject.model, subject.objective(), subject.data, contexts, seed,
                                    subject.config.prefix != "none"),

@@ -98,12 +98,12 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
         raise UserError("--estimate is for DDP, where each GPU has the whole model: leave out --fsdp")
     dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
     if gpu not in GPUS:
-        raise UserError(f"--gpu {gpu!r} is none of {', '.join(GPUS)}")
+        raise UserError(f"--gpu {gpu!r} is unknown: choose one of {', '.join(GPUS)}")
     peak, memory = GPUS[gpu][0] * 1e12, GPUS[gpu][1] * 1e9
     gpus = gpus or int((re.search(r"_(\d+)gpu", name) or [0, 1])[1])
     _, micro = share_of_batch(cfg, gpus)
     check_fits(weight_bytes(replace(cfg, n_layer=2), vocab_size), torch.device("cpu"), f"--estimate {name}",
-               "it tries two blocks of the model here")
+               "it runs two blocks of the model on this machine")
     with torch.device("meta"):
         model = cfg.make_model(vocab_size)
     state = state_bytes(model, cfg)

@@ -85,10 +85,10 @@ def names(args, out=None):
     config, meta = loaded.config, loaded.meta
     pad, record = meta.get("pad"), meta.get("record")
     if not pad:
-        raise UserError(f"{args.checkpoint} has learned no names: its data set has no pad (data/prepare_names.py)")
+        raise UserError(f"{args.checkpoint} is not a model of names: its data set has no pads (data/prepare_names.py)")
     gap = args.gap or record - 3
     if gap > record - 3:
-        raise UserError(f"--gap {gap} leaves no place for three letters of {record} tokens: {record - 3} is the most")
+        raise UserError(f"--gap {gap} leaves fewer than three of {record} tokens for letters: use at most {record - 3}")
     data_dir = args.data_dir or config.data_dir
     check_same_tokens(meta, load_meta(config.dataset, data_dir), config.dataset)
     train, val, test = ([item.replace(pad, "") for item in items_of(load_split(

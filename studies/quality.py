@@ -73,7 +73,7 @@ class Judge:
     def __init__(self, path, device, dtype):
         self.model, config, meta, _ = load_model(path, device)
         if config.objective != "ar":
-            raise UserError(f"{path} is no judge: its objective is {config.objective}, and a judge's must be ar "
+            raise UserError(f"{path} cannot be a judge: its objective is {config.objective}, and a judge needs ar "
                             "(`python train.py ar_...`)")
         self.objective, self.length = AutoRegressive(meta["vocab_size"]), config.seq_len
         self.name, self.meta, self.tokenizer, self.device, self.dtype = path, meta, make_tokenizer(meta), device, dtype
@@ -107,7 +107,7 @@ class TransformersJudge:
         if start is None:
             start = self.tokenizer.eos_token_id
         if start is None:
-            raise UserError(f"hf://{name} has no token to start a text with: choose another judge")
+            raise UserError(f"hf://{name} has no start token: choose another judge")
         self.name, self.meta, self.start, self.device, self.dtype = f"hf://{name}", None, start, device, dtype
 
     def encode(self, text):
@@ -148,9 +148,9 @@ def judged(judge, texts, batch_size=16):
             nats[i] += row[:len(ids)].sum()
             tokens[i] += len(ids)
     if not tokens.sum():
-        raise UserError("the samples are empty: there is nothing to judge")
+        raise UserError("all samples are empty: there is nothing to judge")
     if not nats.isfinite().all():
-        raise UserError(f"the judge {judge.name} gives no finite likelihood: its weights are broken")
+        raise UserError(f"the likelihood of the judge {judge.name} is not finite: its weights are damaged")
     characters = torch.tensor([len(text) for text in texts], dtype=torch.float64)
     per_token, per_character = nats.sum() / tokens.sum() / math.log(2), nats.sum() / characters.sum() / math.log(2)
 
@@ -184,7 +184,7 @@ def read_samples(path):
     else:
         texts = [line for line in content.splitlines() if line.strip()]
     if not texts or not all(text.strip() for text in texts):
-        raise UserError(f"--samples {path} has no samples in it, or empty ones")
+        raise UserError(f"--samples {path} has no samples, or an empty one")
     return texts
 
 
@@ -243,8 +243,8 @@ def samples(subject, samples, settings, judge, folder, seed, out):
     """
     path = subject.output(folder, "quality.csv")
     if judge and judge.meta and judge.meta.get("alphabet") not in (None, subject.meta.get("alphabet")):
-        raise UserError(f"--judge {judge.name} has another alphabet than {subject.path}: its perplexities would mean "
-                        "nothing; choose a judge trained on the same data")
+        raise UserError(f"--judge {judge.name} has another alphabet than {subject.path}, so its perplexity would mean "
+                        "nothing: choose a judge trained on the same data")
     rows = measure(subject, samples, judge, settings, seed)
     columns = {"sampler": ("", ""), "steps": ("steps", "d"), "setting": ("", ""), "nfe": ("NFE", ".1f"),
                "judge_perplexity": ("perplexity", ".3f"), "judge_bits_per_char": ("bits/char", ".4f"),

@@ -40,20 +40,20 @@ class Subject(NamedTuple):
         """Return the path to write a study to, in folder or the checkpoint's. Raises UserError if there is none."""
         path = Path(self.path)
         if self.path.startswith("hf://") and not folder:
-            raise UserError(f"say with --out_dir where to write what is found out about {self.path}")
+            raise UserError(f"{self.path} is on the Hub: name a folder for the results with --out_dir")
         folder = folder or (path if path.is_dir() else path.parent)
         if not folder.is_dir():
-            raise UserError(f"--out_dir {folder} is no folder")
+            raise UserError(f"--out_dir {folder} is not a folder")
         return folder / name
 
     def masked_only(self, flag):
         objective = self.config.objective_class
         if not objective.any_order:
-            raise UserError(f"{self.path} {objective.description}: {flag} is for masked models")
+            raise UserError(f"{flag} needs a masked model, and {self.path} {objective.description}")
 
     def whole_windows(self, flag):
         if self.config.prefix_range[0]:
-            raise UserError(f"{self.path} needs a prefix ({self.config.prefix}), and {flag} scores whole windows")
+            raise UserError(f"{flag} scores whole windows, and {self.path} needs a prefix ({self.config.prefix})")
 
     def objective(self, estimator=None, T=None):
         config = self.config
@@ -78,10 +78,10 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
     if seq_len > config.seq_len:
         raise UserError(f"--seq_len={seq_len} is longer than the {config.seq_len} tokens that {path} was trained on")
     if seq_len <= config.prefix_range[1]:
-        raise UserError(f"--seq_len={seq_len} leaves nothing after the prefix that {path} needs ({config.prefix})")
+        raise UserError(f"--seq_len={seq_len} leaves nothing after the prefix of {path} ({config.prefix}): use more")
     if normalised:
         if not config.objective_class.normalised:
-            raise UserError(f"--normalised is for score entropy with masks, and {path} has another objective")
+            raise UserError(f"--normalised is only for score entropy with masks, and {path} has another objective")
         config = replace(config, objective=config.objective_class.normalised)
     if block_size:
         if (config.objective, config.noise) not in (("mdlm", "mask"), ("block", "mask")):
@@ -120,19 +120,19 @@ def check_comparable(one, two, named_data):
     """
     for key in ("tokenizer", "alphabet", "vocab_size"):
         if one.meta.get(key) != two.meta.get(key):
-            raise UserError(f"{one.path} and {two.path} have different data: their {key}s are {one.meta.get(key)!r} "
-                            f"and {two.meta.get(key)!r}, so that their bits per token are of different things")
+            raise UserError(f"{one.path} and {two.path} have different data ({key} {one.meta.get(key)!r} and "
+                            f"{two.meta.get(key)!r}): their bits per token cannot be compared")
     if one.dataset != two.dataset:
         raise UserError(f"{one.path} and {two.path} have different data ({one.dataset} and {two.dataset}): "
-                        "name the one to score both on with --dataset")
+                        "choose one for both with --dataset")
     if one.config.prefix_range != two.config.prefix_range:
-        raise UserError(f"{one.path} and {two.path} are scored given different prefixes ({one.config.prefix} and "
-                        f"{two.config.prefix}): score each with --context")
+        raise UserError(f"{one.path} and {two.path} are scored after different prefixes ({one.config.prefix} and "
+                        f"{two.config.prefix}): score each of them with --context")
     if not named_data and "sha256" in one.meta and "sha256" in two.meta:
         check_same_data(one.meta, two.meta, one.dataset, two.path)
     if not np.array_equal(one.data.tokens, two.data.tokens):
         raise UserError(f"{one.path} and {two.path} have different data under the name of {one.dataset}: "
-                        "say with --data_dir which to score both on")
+                        "choose the data for both with --data_dir")
     lengths = one.data.seq_len, two.data.seq_len
     if lengths[0] != lengths[1]:
         raise UserError(f"{one.path} and {two.path} have windows of {lengths[0]} and {lengths[1]} tokens: "

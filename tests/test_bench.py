@@ -153,8 +153,8 @@ def test_bad_flags(call, tmp_path):
     assert_one_line(call("bench.py", "demo", "--samplers", "--estimate"), "not allowed with argument")
     assert_one_line(call("bench.py", "demo", "names", "--samplers"), "one config at a time")
     assert_one_line(call("bench.py", "demo", "--scaling", tmp_path), "is a folder")
-    assert_one_line(call("bench.py", "demo", "--scaling", tmp_path / "no" / "s.png"), "in no existing folder")
-    assert_one_line(call("bench.py", "demo", "--estimate", "--gpu=abacus"), "none of a100")
+    assert_one_line(call("bench.py", "demo", "--scaling", tmp_path / "no" / "s.png"), "in a folder that does not exist")
+    assert_one_line(call("bench.py", "demo", "--estimate", "--gpu=abacus"), "is unknown: choose one of a100")
     assert_one_line(call("train.py", "demo", "names"), "one config at a time")
 
 

@@ -220,7 +220,7 @@ def test_autoregressive(call, data_dir, tmp_path):
     assert sampled["nfe"] == sampled["steps"] == 32 and sampled["sampler"] == "left_to_right"
     assert json.loads(call("evaluate.py", out, "--check", "--json", "--seq_len=8").out)["check"]["agree"]
     for flag, words in (("--curve", "autoregressive"), ("--curse", "autoregressive"), ("--T=5", "is exact"),
-                        ("--estimator=exact_k", "is exact"), ("--order=random", "knows one order")):
+                        ("--estimator=exact_k", "is exact"), ("--order=random", "has only one order")):
         assert_one_line(call("evaluate.py", out, flag), words)
     assert_one_line(call("sample.py", out, "--steps=4"), "one step per token")
     assert_one_line(call("train.py", "ar_text8", "--conditioning=step"), "objective=ar has no time")
@@ -241,7 +241,7 @@ def test_gpt2_tokens(call, gpt2, data_dir, tmp_path):
     assert scored["bits_per_char"] == scored["bits_per_byte"] < scored["bits_per_token"] / 2
     sample = json.loads(call("sample.py", tmp_path / "out", "--json", "--steps=4").out)["samples"][0]
     assert sample["text"] == gpt2.decode(sample["tokens"]) and len(sample["tokens"]) == 32
-    assert_one_line(call("evaluate.py", tmp_path / "out", "--baselines"), "for character data")
+    assert_one_line(call("evaluate.py", tmp_path / "out", "--baselines"), "only with character data")
 
 
 def test_help_lists_every_setting(call):
@@ -258,7 +258,7 @@ def test_help_lists_every_setting(call):
 
 @pytest.mark.parametrize("arguments, words", [
     (["nope"], ["unknown config 'nope'", "d3pm_text8"]),
-    (["--lr=1"], ["name a config first"]),
+    (["--lr=1"], ["no config is named"]),
     (["demo", "--learning_rate=1"], ["unknown argument --learning_rate=1"]),
     (["demo", "--lrr=1"], ["did you mean --lr"]),
     (["demo", "--max_steps=many"], ["--max_steps", "'many'"]),
@@ -268,7 +268,7 @@ def test_help_lists_every_setting(call):
     (["demo", "--lr=nan"], ["lr=nan"]),
     (["demo", "--timeout_minutes=1e15"], ["timeout_minutes"]),
     (["demo", "--fsdp"], ["torchrun"]),
-    (["demo", "--objective=gan"], ["objective='gan' is none of d3pm, mdlm"]),
+    (["demo", "--objective=gan"], ["objective='gan' is unknown: choose one of d3pm, mdlm"]),
     (["demo", "--n_head=5"], ["n_embd", "n_head=5"]),
     (["demo", "--device=tpu"], ["'tpu' is not available"]),
     *((["demo", f"--device={device}"], [f"{device!r} is not available"])
@@ -278,7 +278,7 @@ def test_help_lists_every_setting(call):
     (["demo", "--dataset=nothing"], ["not prepared", "prepare_textfile.py"]),
     (["d3pm_text8", "--data_dir=/nonexistent"], ["run python data/prepare_text8.py"]),
     (["d3pm_text8", "--time_sampling=exact_k"], ["continuous-time bound"]),
-    (["demo", "--lambda_ce=1"], ["lambda_ce belongs to objective=d3pm"]),
+    (["demo", "--lambda_ce=1"], ["lambda_ce is only for objective=d3pm"]),
 ])
 def test_bad_train_arguments(call, tmp_path, monkeypatch, arguments, words):
     """One line that says what is wrong, exit code 2, and no output folder."""
@@ -306,7 +306,7 @@ def test_names_with_line_breaks(call, trained, data_dir, tmp_path):
         (tmp_path / name).mkdir()
         shutil.copy(trained / "ckpt.pt", tmp_path / name / "ckpt.pt")
         assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / name, "--max_steps=2"),
-                        f"{shown} holds a run already")
+                        f"{shown} already holds a run")
     (tmp_path / "two\nlines" / "ckpt_prev.pt").write_bytes((trained / "ckpt.pt").read_bytes())
     (tmp_path / "two\nlines" / "ckpt.pt").write_bytes(b"rubbish")
     result = train(call, "mdlm_text8", data_dir, tmp_path / "two\nlines", *TRAINED, "--resume=auto")
@@ -365,15 +365,16 @@ def test_flags_that_would_do_nothing(call, trained, data_dir, tmp_path):
     """A flag that has no effect beside the others is refused, not passed over."""
     (tmp_path / "text.txt").write_text("the cat sat on the mat " * 20)
     for command, words in (
-            (["bench.py", "demo", "--gpu=a100"], "go with --estimate"), (["bench.py", "demo", "--gpus=2"], "go with"),
-            (["bench.py", "demo", "--mfu=0.5"], "--mfu go with --estimate"),
+            (["bench.py", "demo", "--gpu=a100"], "need --estimate"), (["bench.py", "demo", "--gpus=2"], "need --est"),
+            (["bench.py", "demo", "--mfu=0.5"], "--mfu need --estimate"),
             (["bench.py", "demo", "--estimate", "--repeats=3"], "times nothing: leave out --repeats"),
-            (["demos.py", "caesar", "a text", "--dataset=text8"], "name one by -m CKPT"),
-            (["demos.py", "perturb", "a text", "--dataset=text8"], "name one by -m CKPT"),
+            (["demos.py", "caesar", "a text", "--dataset=text8"], "name one with -m CKPT"),
+            (["demos.py", "perturb", "a text", "--dataset=text8"], "name one with -m CKPT"),
             (["evaluate.py", trained, "--text", tmp_path / "text.txt", "--split=test"], "leave out --split"),
             (["evaluate.py", trained, "--text", tmp_path / "text.txt", "--dataset=tiny"], "leave out --dataset"),
-            (["evaluate.py", trained, "--out_dir", tmp_path, "--data_dir", data_dir], "--out_dir goes with"),
-            (["data/prepare_textfile.py", tmp_path / "text.txt", "--name=x", "--val=", "--test="], "--val: is empty")):
+            (["evaluate.py", trained, "--out_dir", tmp_path, "--data_dir", data_dir], "--out_dir needs"),
+            (["data/prepare_textfile.py", tmp_path / "text.txt", "--name=x", "--val=", "--test="],
+             "--val: the value is empty")):
         assert_one_line(call(*command), words)
 
 
@@ -426,14 +427,14 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     assert_one_line(go("--text", tmp_path / "short.txt"), "9 tokens, fewer than one window of 32", "--seq_len=9")
     assert_one_line(go("--text", tmp_path / "none.txt"), "none.txt")
     assert_one_line(go("--seq_len=64"), "longer than the 32 tokens")
-    assert_one_line(go("--n_tokens=64", "--check"), "at least 30 windows, and here are 2")
+    assert_one_line(go("--n_tokens=64", "--check"), "at least 30 windows, and there are 2")
     assert_one_line(go("--n_tokens=1" + "0" * 400), "is outside")
     assert_one_line(go("--check", "--order=l2r"), "not allowed with")
     assert_one_line(go("--order=l2r", "--repeats=2"), "has no noise")
-    assert_one_line(go("--estimator=exact_k", "--T=5"), "--T belongs to the T-step bound")
-    assert_one_line(go("--curve", "--T=5"), "belong to the bound")
-    assert_one_line(go("--baselines", "--seq_len=8"), "on the whole split")
-    assert_one_line(go("--curve", "--out_dir", tmp_path / "nowhere"), "is no folder")
+    assert_one_line(go("--estimator=exact_k", "--T=5"), "--T is for the T-step bound")
+    assert_one_line(go("--curve", "--T=5"), "are for the bound")
+    assert_one_line(go("--baselines", "--seq_len=8"), "needs the whole split")
+    assert_one_line(go("--curve", "--out_dir", tmp_path / "nowhere"), "is not a folder")
     assert_one_line(go("--estimator=raw"), "invalid choice: 'raw'")
     assert train(call, "mdlm_text8", data_dir, tmp_path / "caps", "--dataset=caps", "--max_steps=1").code == 0
     assert_one_line(go(tmp_path / "caps"), "different data", "alphabet")
@@ -442,7 +443,7 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     assert_one_line(call("evaluate.py"), "checkpoint")
     assert_one_line(call("sample.py", trained, "--steps", "x"), "'x' is not an integer")
     assert_one_line(call("sample.py", trained, "--batch_size", "0"), "0 is outside")
-    assert_one_line(call("sample.py", trained, "--out", tmp_path / "no" / "where.txt"), "in no existing folder")
+    assert_one_line(call("sample.py", trained, "--out", tmp_path / "no" / "where.txt"), "folder that does not exist")
     assert_one_line(call("sample.py", trained, "--out", "."), "is a folder")
     assert_one_line(call("sample.py", trained, "--seed", 2**64), "outside")
     assert_one_line(call("evaluate.py", trained, "--data_dir", tmp_path / "text.txt"), "not prepared")

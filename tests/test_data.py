@@ -192,7 +192,7 @@ def test_a_damaged_archive(tmp_path, damage):
     """Cut off, or garbled inside, where gzip says it in another way: one line."""
     packed = gzip.compress(b"some words, some other words")
     (tmp_path / "a.gz").write_bytes(packed[:10] + damage + packed[22:] if damage else packed[:-9])
-    with pytest.raises(UserError, match="a.gz is not a whole compressed file"):
+    with pytest.raises(UserError, match="a.gz is not a complete compressed file"):
         read_text(tmp_path / "a.gz")
 
 
@@ -209,7 +209,7 @@ def test_textfile_gpt2(monkeypatch, tmp_path, gpt2):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "holds no text"), (b" \n", "holds no text"), (b"abc\xff", "not UTF-8"), (b"a", "too short"),
+    (b"", "contains no text"), (b" \n", "contains no text"), (b"abc\xff", "not UTF-8"), (b"a", "use a longer text"),
     (None, "cannot read"),
 ])
 def test_textfile_bad_input(monkeypatch, tmp_path, content, message):
@@ -255,7 +255,7 @@ def test_a_folder_in_the_way_is_found_before_the_work(tmp_path):
     """A folder of the data set's name that is none is refused at the start, and stays as it is."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "book.txt").write_text("precious")
-    with pytest.raises(UserError, match="is in the way"), DatasetWriter(tmp_path / "mine", META):
+    with pytest.raises(UserError, match="exists and is not a data set"), DatasetWriter(tmp_path / "mine", META):
         raise AssertionError("started to write")
     assert (tmp_path / "mine" / "book.txt").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
 

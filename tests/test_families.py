@@ -52,7 +52,7 @@ def test_it_learns_and_is_scored(call, run):
         assert 0 < result["bits_per_token"] - normalised["bits_per_token"] < 1
         assert normalised["estimator"].endswith("exact k, normalised")
     else:
-        assert_one_line(call("evaluate.py", out, "--normalised"), "--normalised is for score entropy with masks")
+        assert_one_line(call("evaluate.py", out, "--normalised"), "--normalised is only for score entropy with masks")
         assert "normalised" not in result["estimator"]
 
 
@@ -78,20 +78,21 @@ def test_what_uniform_noise_has_not(call, run):
     """Studies and samplers of masks are refused in one line, and so are estimators of other processes."""
     name, out = run
     if name not in ("udlm", "sedd_uniform", "d3pm_uniform"):
-        assert_one_line(call("evaluate.py", out, "--T=10"), "does not go all the way", "no T-step bound")
+        assert_one_line(call("evaluate.py", out, "--T=10"), "the T-step bound needs a schedule from alpha = 1 to 0")
         assert_one_line(call("evaluate.py", out, "--estimator=rates"), "choose exact_k or continuous")
         return
     for flag in ("--curve", "--curse", "--context=0,4", "--order=l2r"):
-        assert_one_line(call("evaluate.py", out, flag), "trained on random tokens", flag.split("=")[0])
-    assert_one_line(call("evaluate.py", out, "--estimator=exact_k"), "--estimator exact_k is not for")
-    assert_one_line(call("sample.py", out, "--sampler=topk"), "--sampler topk is for masks",
+        assert_one_line(call("evaluate.py", out, flag), "trained with uniform noise", flag.split("=")[0])
+    assert_one_line(call("evaluate.py", out, "--estimator=exact_k"), "--estimator exact_k does not work with")
+    assert_one_line(call("sample.py", out, "--sampler=topk"), "--sampler topk needs a masked model",
                     "ancestral or analytic or euler")
-    assert_one_line(call("sample.py", out, "--steps=auto"), "auto chooses mask rates")
-    assert_one_line(call("sample.py", out, "--sampler=euler", "--top_k=2"), "--top_k cuts", "use --sampler ancestral")
+    assert_one_line(call("sample.py", out, "--steps=auto"), "auto needs a masked model")
+    assert_one_line(call("sample.py", out, "--sampler=euler", "--top_k=2"), "--top_k changes",
+                    "choose --sampler ancestral")
     assert call("sample.py", out, "--grid=1,0.5,0.4,0").code == 0
     if name == "udlm":
         assert call("sample.py", out, "--grid=geometric", "--steps=5").code == 0
-        assert_one_line(call("bench.py", "udlm_text8", "--samplers"), "is none: choose a masked config")
+        assert_one_line(call("bench.py", "udlm_text8", "--samplers"), "is not one: choose a masked config")
 
 
 @pytest.mark.parametrize("run", ["sedd"], indirect=True)
@@ -100,7 +101,7 @@ def test_fine_tuning(call, run, data_dir, tmp_path):
     _, out = run
     result = train(call, "sedd_text8", data_dir, tmp_path / "tuned", "--objective=mdlm", "--max_steps=2",
                    f"--init_from={out}")
-    assert result.code == 0 and "were trained with objective=sedd, now mdlm" in result.err
+    assert result.code == 0 and "were trained with other settings: objective=sedd, now mdlm" in result.err
     assert_one_line(train(call, "sedd_text8", data_dir, tmp_path / "x", "--n_head=4", f"--init_from={out}"),
                     "of another network: n_head=2, now 4")
 
@@ -122,15 +123,15 @@ def test_objectives(run):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["d3pm_text8", "--schedule=loglinear"], "objective=d3pm goes all the way"),
-    (["mdlm_text8", "--conditioning=sigma"], "sigma is infinite at the end of schedule=linear"),
-    (["sedd_text8", "--schedule=linear", "--scale_by_sigma=false", "--conditioning=none"], "sigma is infinite"),
-    (["mdlm_text8", "--schedule=quadratic"], "is none of linear, cosine, loglinear, geometric"),
-    (["udlm_text8", "--prefix=fixed:4"], "noise=uniform goes with"),
-    (["ar_text8", "--noise=uniform"], "noise=uniform goes with"),
-    (["d3pm_text8", "--noise=uniform"], "noise=uniform goes with"),
-    (["udlm_text8", "--time_sampling=exact_k"], "noise=uniform goes with"),
-    (["udlm_text8", "--noise=gauss"], "is none of mask, uniform"),
+    (["d3pm_text8", "--schedule=loglinear"], "objective=d3pm needs a schedule from alpha = 1 to 0"),
+    (["mdlm_text8", "--conditioning=sigma"], "needs a finite sigma, and schedule=linear ends at an infinite one"),
+    (["sedd_text8", "--schedule=linear", "--scale_by_sigma=false", "--conditioning=none"], "needs a finite sigma"),
+    (["mdlm_text8", "--schedule=quadratic"], "is unknown: choose one of linear, cosine, loglinear, geometric"),
+    (["udlm_text8", "--prefix=fixed:4"], "noise=uniform needs prefix=none"),
+    (["ar_text8", "--noise=uniform"], "noise=uniform does not work with objective="),
+    (["d3pm_text8", "--noise=uniform"], "noise=uniform needs prefix=none, lambda_ce=0"),
+    (["udlm_text8", "--time_sampling=exact_k"], "noise=uniform needs prefix=none"),
+    (["udlm_text8", "--noise=gauss"], "is unknown: choose one of mask, uniform"),
 ])
 def test_what_does_not_fit(call, data_dir, tmp_path, flags, words):
     assert_one_line(train(call, flags[0], data_dir, tmp_path / "out", *flags[1:]), words)

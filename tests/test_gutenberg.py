@@ -152,7 +152,7 @@ def test_download(monkeypatch, tmp_path, books, capsys):
     assert "three" not in messages and len(fetched) == 4
     assert load_meta("gutenberg", tmp_path)["source"] == "some/repo"
     prepare(monkeypatch, "--data_dir", tmp_path)
-    assert len(fetched) == 4 and "is prepared already" in capsys.readouterr().err
+    assert len(fetched) == 4 and "is already prepared" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), http.client.IncompleteRead(b"The fi", 9)])

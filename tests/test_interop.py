@@ -76,8 +76,8 @@ def test_nanodd_strictness(tmp_path):
         load(lambda p: p.update(model_args=[]))
     with pytest.raises(UserError, match="lacks 'model_args'"):
         load(lambda p: p.pop("model_args"))
-    with pytest.raises(UserError, match="of this project, nor of any other that is known here .nanodd, "
-                                        ".*it holds weights"):
+    with pytest.raises(UserError, match="of this project or of another one that is known .nanodd, "
+                                        ".*it contains weights"):
         torch.save({"weights": 1}, tmp_path / "ckpt.pt")
         checkpoint.load_model(tmp_path, torch.device("cpu"))
 
@@ -95,7 +95,7 @@ def test_nanodd_of_any_data_set(call, tmp_path):
     result = call("sample.py", tmp_path / "six.pt", "--dataset=six", *flags)
     assert result.code == 0 and len(result.out) == 13 and set(result.out) <= set("abcdef\n")
     assert call("evaluate.py", tmp_path / "six.pt", "--dataset=six", "--data_dir", tmp_path).code == 0
-    assert_one_line(call("sample.py", tmp_path / "six.pt", *flags), "has 6 tokens", "as prepared here, with --dataset")
+    assert_one_line(call("sample.py", tmp_path / "six.pt", *flags), "has 6 tokens", "the prepared data set")
     assert_one_line(call("sample.py", tmp_path / "six.pt", "--dataset=seven", *flags), "has 6 tokens", "'seven' has 7")
     assert_one_line(call("sample.py", tmp_path / "six.pt", "--dataset=text8", *flags), "has 6 tokens, and text8 has 27")
     result = call("sample.py", tmp_path / "text8.pt", "--dataset=others", *flags)

@@ -74,8 +74,8 @@ def test_prepare_refuses(call, tmp_path):
 
     assert_one_line(prepare("--file", tmp_path / "none.txt"), "cannot read")
     (tmp_path / "few.txt").write_text("ada\nada\nbo\n")
-    assert_one_line(prepare("--file", tmp_path / "few.txt"), "2 names", "1 repeated")
-    assert_one_line(prepare("--file", tmp_path / "few.txt", "--name", "../x"), "no name for a folder")
+    assert_one_line(prepare("--file", tmp_path / "few.txt"), "2 usable names", "1 repeated")
+    assert_one_line(prepare("--file", tmp_path / "few.txt", "--name", "../x"), "is not a valid folder name")
     assert not (tmp_path / "names").exists()
 
 
@@ -148,7 +148,7 @@ def test_train_refuses(call, names_dir, data_dir, tmp_path):
     result = train(call, "names", names_dir, tmp_path / "a", *SMALL, "--seq_len=16", "--padding=end")
     assert_one_line(result, "items of 32 tokens", "--seq_len=32")
     result = train(call, "mdlm_text8", data_dir, tmp_path / "b", "--padding=random")
-    assert_one_line(result, "has none", "--padding=end")
+    assert_one_line(result, "has no pads", "--padding=end")
     assert_one_line(train(call, "names", names_dir, tmp_path / "c", "--padding=middle"), "padding")
     assert not list(tmp_path.iterdir())
 
@@ -236,4 +236,4 @@ def test_names_refuses(call, run, trained):
     assert_one_line(call("demos.py", "names", trained), "no pad")
     assert_one_line(call("demos.py", "names", run / "none"), "no checkpoint")
     assert_one_line(call("demos.py", "names", run, "--data_dir", run), "not prepared")
-    assert_one_line(call("demos.py", "names", run, "--gap", 30), "29 is the most")
+    assert_one_line(call("demos.py", "names", run, "--gap", 30), "use at most 29")

@@ -62,9 +62,9 @@ def test_template(text, canvas):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("the cat", "has no blanks"), ("{0}", "has no blanks"), ("a {x} b_", "'{x}' is no blank"),
-    ("a {_", "'{' is no blank"), ("a } _", "'}' is no blank"), ("a \\q _", "is no blank"),
-    ("{-3}", "'{-3}' is no blank"), ("{99999999}", "is no blank"), ("{²}", "is no blank"),
+    ("the cat", "has no blanks"), ("{0}", "has no blanks"), ("a {x} b_", "'{x}' is not a blank"),
+    ("a {_", "'{' is not a blank"), ("a } _", "'}' is not a blank"), ("a \\q _", "is not a blank"),
+    ("{-3}", "'{-3}' is not a blank"), ("{99999999}", "is not a blank"), ("{²}", "is not a blank"),
     ("a5 Ab_", "'5' 'A' not in the alphabet"), ("a_5", "'5' not in the alphabet"),
 ])
 def test_bad_template(text, words):
@@ -170,7 +170,7 @@ def test_left_to_right_continues_a_prefix(sample, call, data_dir, tmp_path):
     assert found["samples"][0]["text"].startswith("the cat ") and len(found["samples"][0]["text"]) == 50
     assert found["sampler"] == "left_to_right" and found["nfe"] == 42
     for flags in (["--suffix=a"], ["--template=a_"], ["--infill=x"]):
-        assert_one_line(call("sample.py", out, *flags), "sees only what is on the left")
+        assert_one_line(call("sample.py", out, *flags), "sees only the text on the left")
     assert_one_line(call("sample.py", out, "--k=3"), "one step per token: leave out --k")
 
 
@@ -196,15 +196,15 @@ def test_steps_auto(sample, call, trained, data_dir, tmp_path):
     rows = json.loads(call("evaluate.py", folder, "--samples=2", "--steps=4,auto", "--json").out)["samples"]
     assert [row["steps"] for row in rows[:2]] == [4, auto["steps"]]
     curve = json.loads((folder / "curve.json").read_text())
-    for change, words in (({"weights": "0"}, "is of other weights than"), ({"mask_rate": []}, "holds no curve"),
-                          ({"mask_rate": curve["mask_rate"][::-1]}, "holds no curve"),
-                          ({"bits_per_token": [float("nan")] * len(curve["masks"])}, "holds no curve"),
-                          ({"bits_per_token": [-1.0] * len(curve["masks"])}, "holds no curve"),
-                          ({"mask_rate": curve["mask_rate"][1:]}, "holds no curve"), ({"mask_rate": 3}, "is damaged")):
+    for change, words in (({"weights": "0"}, "with other weights"), ({"mask_rate": []}, "has no valid curve"),
+                          ({"mask_rate": curve["mask_rate"][::-1]}, "has no valid curve"),
+                          ({"bits_per_token": [float("nan")] * len(curve["masks"])}, "has no valid curve"),
+                          ({"bits_per_token": [-1.0] * len(curve["masks"])}, "has no valid curve"),
+                          ({"mask_rate": curve["mask_rate"][1:]}, "has no valid"), ({"mask_rate": 3}, "is damaged")):
         (folder / "curve.json").write_text(json.dumps(curve | change))
         assert_one_line(call("sample.py", folder, "--steps=auto"), words)
     (folder / "curve.json").write_text(json.dumps(curve))
-    assert_one_line(call("sample.py", folder, "--steps=auto", "--raw"), "is of other weights than")
+    assert_one_line(call("sample.py", folder, "--steps=auto", "--raw"), "was measured with other weights")
     rows = json.loads(call("evaluate.py", folder, "--samples=2", "--sampler=ancestral,topk", "--grid=cosine", "--k=16",
                            "--steps=4", "--json").out)["samples"]
     assert [(row["sampler"], row["steps"], row["setting"]) for row in rows[:2]] == [
@@ -218,34 +218,35 @@ def test_bad_requests(call, trained, tmp_path):
     out = tmp_path / "out.html"
     for flags, words in (
             (["--prefix", "a" * 40], "leaves nothing of 32"), (["--prefix", "a" * 32], "leaves nothing of 32"),
-            (["--length=100"], "more than the 32 of the model"), (["--template", "{40}"], "more than the 32"),
+            (["--length=100"], "the model writes 32 at a time"), (["--template", "{40}"], "the model writes 32"),
             (["--length=100", "--context=32"], "leaves nothing of the model's 32"),
             (["--prefix=Ab"], "--prefix: 'A' not in the alphabet"), (["--suffix=5"], "--suffix: '5' not in"),
             (["--template=the cat"], "has no blanks"), (["--template=a_", "--length=5"], "leave out --prefix"),
             (["--template=a_", "--infill=x"], "not both"), (["--infill", tmp_path / "nowhere"], "nowhere"),
             (["--infill", tmp_path / "none.txt"], "no text"),
             (["--infill", tmp_path / "plain.txt"], "template 2 'no blanks' has no blanks"),
-            (["--prefix="], "is empty"), (["--sampler=topk", "--k=0"], "outside"),
-            (["--k=3"], "--k is of no use to --sampler ancestral: it is for topk"),
+            (["--prefix="], "the value is empty"), (["--sampler=topk", "--k=0"], "outside"),
+            (["--k=3"], "--sampler ancestral does not use --k: leave it out, or use topk"),
             (["--sampler=topk", "--k=3", "--steps=5"], "leave out --steps and --grid"), (["--steps=0"], "outside"),
-            (["--steps=many"], "not an integer"), (["--grid=1,0.5"], "falling mask rates"),
-            (["--grid=1,0.5,0.7,0"], "falling mask rates"), (["--grid=square"], "falling mask rates"),
-            (["--grid=1,0.5,0", "--steps=2"], "says all its 2 steps"),
+            (["--steps=many"], "not an integer"), (["--grid=1,0.5"], "mask rates that fall from 1 to 0"),
+            (["--grid=1,0.5,0.7,0"], "rates that fall from 1 to 0"), (["--grid=square"], "rates that fall from 1 to 0"),
+            (["--grid=1,0.5,0", "--steps=2"], "already sets 2 steps"),
             (["--sampler=remdm", "--sigma=best"], "invalid choice"),
-            (["--sampler=remdm", "--sigma=loop", "--steps=2"], "needs 3 steps"),
-            (["--sampler=remdm", "--sigma=loop", "--grid=cosine"], "has a grid of its own"),
-            (["--steps=auto", "--grid=cosine"], "leave out --grid cosine"), (["--gamma=1"], "it is for entropy_bound"),
-            (["--sampler=threshold", "--threshold=2"], "outside"), (["--sampler=threshold", "--steps=4"], "of no use"),
+            (["--sampler=remdm", "--sigma=loop", "--steps=2"], "needs at least 3 steps"),
+            (["--sampler=remdm", "--sigma=loop", "--grid=cosine"], "has its own grid"),
+            (["--steps=auto", "--grid=cosine"], "leave out --grid cosine"), (["--gamma=1"], "or use entropy_bound"),
+            (["--sampler=threshold", "--threshold=2"], "outside"),
+            (["--sampler=threshold", "--steps=4"], "does not use --steps"),
             (["--temperature=-1"], "outside"), (["--top_p=0"], "outside"), (["--top_k=0"], "outside"),
             (["--show", "--show_intermediate"], "not both"),
-            (["--html", tmp_path / "no" / "x"], "in no existing folder"),
+            (["--html", tmp_path / "no" / "x"], "in a folder that does not exist"),
             (["--override", "n_head=2"], "leave out --override"),
-            (["--context=-1"], "outside"), (["--sampler=remdm", "--sigma=loop", "--grid=1,0.5,0"], "grid of its own"),
-            (["--temperature=1e-38"], "is below 0.001"), (["--prefix=\udcff"], "no valid text"),
-            (["--template=a{" + "9" * 5000 + "}"], "is no blank"),
-            (["--out", trained / "ckpt.pt"], "is part of the checkpoint"),
-            (["--out", tmp_path / "both", "--png", tmp_path / "both"], "is --out, too"),
-            (["--infill", tmp_path / "plain.txt", "--out", tmp_path / "plain.txt"], "is --infill, too")):
+            (["--context=-1"], "outside"), (["--sampler=remdm", "--sigma=loop", "--grid=1,0.5,0"], "its own grid"),
+            (["--temperature=1e-38"], "is below 0.001"), (["--prefix=\udcff"], "not valid text"),
+            (["--template=a{" + "9" * 5000 + "}"], "is not a blank"),
+            (["--out", trained / "ckpt.pt"], "is also part of the checkpoint"),
+            (["--out", tmp_path / "both", "--png", tmp_path / "both"], "is also --out"),
+            (["--infill", tmp_path / "plain.txt", "--out", tmp_path / "plain.txt"], "is also --infill")):
         assert_one_line(call("sample.py", trained, *flags, "--html", out) if "--html" not in flags else
                         call("sample.py", trained, *flags), words)
     assert not out.exists() and (trained / "ckpt.pt").stat().st_size > 10_000
@@ -384,8 +385,8 @@ def test_a_model_that_needs_a_prefix(call, data_dir, tmp_path):
     rows = json.loads(call("evaluate.py", out, "--samples=2", "--sampler=first_hitting", "--data_dir", data_dir,
                            "--out_dir", tmp_path / "ends", "--json").out)["samples"]
     assert rows[0]["nfe"] == 24
-    for value, words in (("fixed:32", "leaves nothing"), ("fixed", "neither none nor like"), ("uniform:5:2", "neither"),
-                         ("some:3", "neither"), ("uniform:0:-3", "neither")):
+    for value, words in (("fixed:32", "leaves nothing"), ("fixed", "is not valid: use none, or"),
+                         ("uniform:5:2", "is not valid"), ("some:3", "is not valid"), ("uniform:0:-3", "is not valid")):
         assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "bad", f"--prefix={value}"), words)
     assert_one_line(train(call, "d3pm_text8", data_dir, tmp_path / "bad", "--prefix=fixed:8"), "lambda_ce")
 

@@ -506,7 +506,7 @@ def test_resume_auto_takes_the_previous_checkpoint(call, data_dir, tmp_path, cap
     result = train(call, "mdlm_text8", data_dir, tmp_path / "out", *options, "--resume=auto")
     assert result.code == 0 and "continuing at step 6" in result.out
     if damage != "missing":
-        assert f"{path} " in result.err and "going on from" in result.err and result.err.count("\n") == 1
+        assert f"{path} " in result.err and "continuing from" in result.err and result.err.count("\n") == 1
         assert (tmp_path / "out" / "ckpt_damaged.pt").exists()
     assert_identical(tmp_path / "whole", tmp_path / "out")
     assert storage.read(tmp_path / "out" / "ckpt_prev.pt")["step"] == 6
@@ -567,7 +567,7 @@ def test_a_damaged_log_does_not_stop_a_run(call, data_dir, tmp_path, monkeypatch
     content[2] = b"\0" * 50
     (out / "log.jsonl").write_bytes(b"\n".join(content))
     result = train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto")
-    assert result.code == 0 and "damaged lines" in result.err and "(first: 3)" in result.err
+    assert result.code == 0 and "damaged lines" in result.err and "(first: line 3)" in result.err
     assert [line["step"] for line in log(out) if "bits_per_token" in line] == [1, 3, 4, 5, 6]
     assert b"\0" in (out / "log_damaged.jsonl").read_bytes()
 
@@ -576,10 +576,10 @@ def test_what_is_left_of_a_run_is_not_written_over(call, data_dir, tmp_path):
     """A folder with only the best checkpoint, or only the log, is that of a run, too; an empty --resume is refused."""
     out, options = tmp_path / "out", ["--max_steps=2"]
     assert train(call, "mdlm_text8", data_dir, out, *options).code == 0
-    assert_one_line(train(call, "mdlm_text8", data_dir, out, *options, "--resume="), "--resume: is empty")
+    assert_one_line(train(call, "mdlm_text8", data_dir, out, *options, "--resume="), "--resume: the value is empty")
     for name in ("ckpt.pt", "ckpt_best.pt"):
         (out / name).unlink()
-        assert_one_line(train(call, "mdlm_text8", data_dir, out, *options), "holds a run already")
+        assert_one_line(train(call, "mdlm_text8", data_dir, out, *options), "already holds a run")
     assert [path.name for path in out.glob("[a-z]*")] == ["log.jsonl"]
 
 
@@ -614,7 +614,7 @@ def test_lost_checkpoints(call, data_dir, tmp_path):
         names = {path.name for path in out.iterdir()}
         if gone != "ckpt_best.pt":
             assert_one_line(train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto"),
-                            "was at step", "both ckpt.pt and ckpt_prev.pt are gone", f"--init_from={out}")
+                            "reached step", "ckpt.pt and ckpt_prev.pt are missing", f"--init_from={out}")
         assert {path.name for path in out.iterdir()} - {".lock"} == names - {".lock"}
         (out / ".lock").unlink(missing_ok=True)
         if gone == "log.jsonl":
@@ -678,11 +678,11 @@ def test_resume_refuses_other_data_and_other_runs(call, data_dir, trained, tmp_p
     (tmp_path / "text.txt").write_text("another text, of the same alphabet. " * 200)
     call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", "tiny", "--alphabet", "text8",
          "--data_dir", tmp_path)
-    assert_one_line(train(call, "mdlm_text8", tmp_path, tmp_path / "out", *options), "is not the one that")
+    assert_one_line(train(call, "mdlm_text8", tmp_path, tmp_path / "out", *options), "is not the same as that of")
     other = tmp_path / "other"
     assert train(call, "mdlm_text8", data_dir, other, "--max_steps=1").code == 0
     before = (other / "ckpt.pt").read_bytes(), (other / "log.jsonl").read_bytes()
-    assert_one_line(train(call, "mdlm_text8", data_dir, other, *options), "holds another run")
+    assert_one_line(train(call, "mdlm_text8", data_dir, other, *options), "is not part of it")
     assert before == ((other / "ckpt.pt").read_bytes(), (other / "log.jsonl").read_bytes())
 
 
@@ -690,7 +690,7 @@ def test_a_finished_run_is_left_alone(call, data_dir, trained):
     """Training again is refused, and --resume auto of a finished run does nothing, successfully."""
     before = (trained / "ckpt.pt").stat().st_mtime_ns
     refused = train(call, "mdlm_text8", data_dir, trained, *TRAINED)
-    assert refused.code == 2 and "holds a run already" in refused.err
+    assert refused.code == 2 and "already holds a run" in refused.err
     assert train(call, "mdlm_text8", data_dir, trained, *TRAINED, "--resume=auto").code == 0
     assert (trained / "ckpt.pt").stat().st_mtime_ns == before
 
@@ -826,7 +826,7 @@ run(main)
 def test_bad_input_is_reported_once(call, data_dir, trained, tmp_path):
     """Two processes print one line between them, and both exit with 2, without touching the folder."""
     for options, words in (
-            (["--batch_size=1"], "batch_size=1 is fewer than one sequence for each of 2 processes"),
+            (["--batch_size=1"], "batch_size=1 is less than one for each of 2 processes"),
             (["--batch_size=10", "--micro_batch_size=4"], "batch_size=10 must be a multiple of processes x"),
             ([f"--resume={tmp_path / 'none'}"], "no checkpoint at"),
             ([f"--resume={trained}", *TRAINED, "--lr=0.5"], "is of another run: lr (was 0.01, now 0.5)"),
@@ -863,7 +863,7 @@ def test_a_dead_process_ends_the_others(data_dir, tmp_path):
         assert time.time() - killed < 60 and results[victim][0] == -signal.SIGKILL
         code, output = results[1 - victim]
         assert code == 1 and "Traceback" not in output, output
-        assert f"process {1 - victim} has lost another one" in output.splitlines()[-1]
+        assert f"process {1 - victim} lost another process" in output.splitlines()[-1]
 
 
 def test_a_hanging_process_is_given_up(data_dir, tmp_path):
@@ -898,14 +898,14 @@ def test_plot(call, trained, data_dir, tmp_path):
         assert call("plot.py", trained, tmp_path / "other" / "log.jsonl", "--out", out, "--x", x, "--log_x").code == 0
         assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
     assert_one_line(call("plot.py", tmp_path / "none"), "cannot read")
-    assert_one_line(call("plot.py", trained, "--from_step=1000"), "has no losses from step 1,000 on")
-    assert_one_line(call("plot.py", trained, "--out", tmp_path / "no" / "where.png"), "in no existing folder")
+    assert_one_line(call("plot.py", trained, "--from_step=1000"), "has no losses to draw from step 1,000 on")
+    assert_one_line(call("plot.py", trained, "--out", tmp_path / "no" / "where.png"), "in a folder that does not exist")
     for content in (b"PNG\xff\n", b"[1]\n", b"{\n", b'{"step": "x"}\n', b"[" * 10**5 + b"\n",
                     b'{"step": 1, "bits_per_token": 3}\n', b'{"step": 1, "tokens": 1, "val_bits_per_token": 3}\n',
                     b'{"step": 1, "tokens": 1, "bits_per_token": "x", "tokens_per_second": 1}\n',
                     b'{"step": 1, "tokens": 1, "bits_per_token": 3, "tokens_per_second": 0}\n'):
         (tmp_path / "log.jsonl").write_bytes(content)
-        assert_one_line(call("plot.py", tmp_path), "is no log of train.py")
+        assert_one_line(call("plot.py", tmp_path), "is not a log of train.py")
 
 
 def test_curves(tmp_path):

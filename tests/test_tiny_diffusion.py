@@ -161,11 +161,11 @@ def test_bad_files(tmp_path):
     refused(r"head.weight: \(127, 16\), expected \(64, 16\)", **{"token_emb.weight": torch.zeros(65, 16)})
     refused(r"head.weight: \(64, 16\), expected \(127, 16\)", **{"output_head.weight": torch.zeros(65, 16)})
     refused("is damaged", **{"time_emb.weight": torch.zeros(3)})
-    refused("is damaged: 'step' is no tensor", step=3)
+    refused("but 'step' in it is not a tensor", step=3)
     refused("not finite", **{"time_emb.weight": torch.full((T, D), math.nan)})
     refused("n_embd=16 must be an even multiple of n_head=3", {"n_head": 3})
-    refused("knows its n_layer: --override changes only n_head, seq_len", {"n_layer": 2})
-    refused("of no known family; nearest are tiny-diffusion, then .* it lacks time_emb.weight", None,
+    refused("contains its n_layer: use --override only for n_head, seq_len", {"n_layer": 2})
+    refused("has no known format; the most similar are tiny-diffusion, then .* it lacks time_emb.weight", None,
             **{"time_emb.weight": None})
 
 
@@ -178,12 +178,12 @@ def test_overrides(tmp_path, trained):
             translate.overrides(text)
     config = loaded(tmp_path / "model.pt", their_state(), None).config
     assert (config.n_head, config.seq_len) == (1, 256)
-    with pytest.raises(UserError, match="of this project and knows its n_head: leave out --override"):
+    with pytest.raises(UserError, match="of this project and contains its n_head: leave out --override"):
         loaded(trained, overrides={"n_head": 2})
     assert loaded(trained, overrides={}).config.n_head == 2
     nanodd = nanodd_payload(small_model())
     assert loaded(tmp_path / "ckpt.pt", nanodd, {"seq_len": 7}).config.seq_len == 7
-    with pytest.raises(UserError, match="checkpoint of nanodd and knows its n_head: --override changes only seq_len"):
+    with pytest.raises(UserError, match="of nanodd and contains its n_head: use --override only for seq_len"):
         loaded(tmp_path / "ckpt.pt", nanodd, {"n_head": 1})
 
 
