@@ -102,7 +102,7 @@ class BlockDiffusion(MDLM):
         if config.prefix != "none":
             return "objective=block continues any text, whatever its length: use prefix=none with it"
         if config.lambda_ce:
-            return "lambda_ce belongs to objective=d3pm"
+            return "lambda_ce is only for objective=d3pm: use lambda_ce=0"
 
     def times(self, L):
         return L // self.block_size

@@ -574,20 +574,20 @@ def test_commands(call, data_dir, tmp_path):
     same = json.loads(call("evaluate.py", mdlm, "--block_size=32", "--json", "--data_dir", data_dir).out)
     assert same["bits_per_token"] == pytest.approx(whole, abs=1e-4)
     for result, words in (
-            (sample("--suffix=ab"), "sees only what is on the left"),
-            (sample("--template=a__"), "sees only what is on"),
+            (sample("--suffix=ab"), "sees only the text on the left"),
+            (sample("--template=a__"), "sees only the text on"),
             (sample("--sampler=euler"), "--sampler euler"), (sample("--steps=auto"), "--steps N"),
             (call("sample.py", mdlm, "--no_cache"), "block diffusion"),
-            (score("--block_size=5"), "divides seq_len"), (score("--curve"), "is for masked models"),
-            (score("--curse"), "is for masked models"), (score("--seq_len=20"), "no multiple of the block size"),
-            (call("evaluate.py", out, "--curve", "--block_size=4", "--data_dir", data_dir), "belong to the bound")):
+            (score("--block_size=5"), "divides seq_len"), (score("--curve"), "needs a masked model"),
+            (score("--curse"), "needs a masked model"), (score("--seq_len=20"), "no multiple of the block size"),
+            (call("evaluate.py", out, "--curve", "--block_size=4", "--data_dir", data_dir), "are for the bound")):
         assert_one_line(result, words)
     bad = lambda *flags: train(call, "mdlm_text8", data_dir, tmp_path / "bad", *flags)
     for flags, words in (
             (("--objective=block",), "a block_size that divides"),
             (("--objective=block", "--block_size=5"), "5 does not"),
-            (("--block_size=4",), "belong to objective=block"),
-            ((*BLOCK, "--noise=uniform"), "noise=uniform goes with"), ((*BLOCK, "--prefix=fixed:8"), "use prefix=none"),
+            (("--block_size=4",), "need objective=block"),
+            ((*BLOCK, "--noise=uniform"), "noise=uniform does not work with"), ((*BLOCK, "--prefix=fixed:8"), "use prefix=none"),
             ((*BLOCK, "--rate_range=0.9:0.2"), "is not like 0.3:0.8"),
             ((*BLOCK, "--rate_range=0.3:0.8", "--time_sampling=exact_k"), "rate_range needs"),
             ((*BLOCK, "--lambda_ce=1"), "lambda_ce"), ((*BLOCK, "--architecture=tiny_diffusion"), "tiny_diffusion")):
