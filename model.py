@@ -115,26 +115,29 @@ class Layout(NamedTuple):
     beside_clean: bool = False
 
 
-def visibility(sees, L, n, device):
-    """The bool (L, n) of a function sees(row, column); on CUDA the BlockMask, which skips tiles that nothing sees."""
-    if device.type == "cuda" and L >= 128:
+def visibility(sees, L, n, device, flex):
+    """The bool (L, n) of a function sees(row, column), or, with flex, FlexAttention's BlockMask for it.
+
+    flex=None: on CUDA from 128 tokens on, where FlexAttention skips the tiles of 128 x 128 pairs that see nothing."""
+    if flex or flex is None and device.type == "cuda" and L >= 128:
         return create_block_mask(lambda batch, head, row, column: sees(row, column), None, None, L, n, device=device)
     return sees(torch.arange(L, device=device)[:, None], torch.arange(n, device=device))
 
 
 @functools.lru_cache(maxsize=64)
-def layout_of_blocks(L, P, size, device):
+def layout_of_blocks(L, P, size, device, flex=None):
     """The Layout of L tokens after P others, in blocks of `size` tokens: a token sees its block and those before.
 
     The neighbour on the left may be of the block before. The neighbour on the right may not be of the block after.
     """
-    visible = None if P % size + L <= size else visibility(lambda i, j: j // size <= (P + i) // size, L, P + L, device)
-    here = P + torch.arange(L, device=device)
+    visible, here = None, P + torch.arange(L, device=device)
+    if P % size + L > size:
+        visible = visibility(lambda i, j: j // size <= (P + i) // size, L, P + L, device, flex)
     return Layout(visible, here, here == P, here % size == size - 1)
 
 
 @functools.lru_cache(maxsize=64)
-def layout_beside_clean(L, size, device):
+def layout_beside_clean(L, size, device, flex=None):
     """The Layout of L noisy tokens whose past is the clean text itself, P = L, at the same positions.
 
     A token sees the noisy tokens of its own block, and the clean tokens of the blocks before (BD3-LM, arXiv
@@ -144,7 +147,7 @@ def layout_beside_clean(L, size, device):
         return torch.where(j < L, j // size < i // size, (j - L) // size == i // size)
 
     here = torch.arange(L, device=device)
-    return Layout(visibility(sees, L, 2 * L, device), here, here % size == 0, here % size == size - 1, True)
+    return Layout(visibility(sees, L, 2 * L, device, flex), here, here % size == 0, here % size == size - 1, True)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import configs
 from block_diffusion import (BlockDiffusion, Rereader, cut, finish, in_blocks, mask_count_probabilities,
@@ -357,19 +358,28 @@ def test_neighbours_of_blocks():
 
 
 @torch.no_grad()
-def test_flex_attention():
-    """FlexAttention's block mask and SDPA's mask see the same: training's two layouts, compiled for this device."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    n, size = 32, 4
-    q, k, v = torch.randn(3, 2, 2, 2 * n, 16, generator=torch.Generator().manual_seed(0))
-    for layout, sees, keys in (
-            (layout_of_blocks(n, 0, size, torch.device("cpu")), lambda b, h, i, j: j // size <= i // size, n),
-            (layout_beside_clean(n, size, torch.device("cpu")), lambda b, h, i, j: torch.where(
-                j < n, j // size < i // size, (j - n) // size == i // size), 2 * n)):
-        mask = create_block_mask(sees, None, None, n, keys, device="cpu")
-        expected = attend(q[:, :, :n], k[:, :, :keys], v[:, :, :keys], layout.visible, False)
-        found = flex_attention(q[:, :, :n], k[:, :, :keys], v[:, :, :keys], block_mask=mask)
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention(monkeypatch):
+    """FlexAttention with its block mask, which CUDA uses, and SDPA with its mask give the same in training's two
+    layouts, and after a past. (Here it is not compiled. On a CPU it has no gradients.)"""
+    monkeypatch.setattr("model.compiled_flex_attention", lambda: flex_attention)
+    q, k, v = torch.randn(3, 2, 2, 64, 16, generator=torch.Generator().manual_seed(0))
+    for make, arguments, L, seen in ((layout_of_blocks, (32, 0, 4), 32, 32), (layout_of_blocks, (32, 12, 4), 32, 44),
+                                     (layout_beside_clean, (32, 4), 32, 64)):
+        found, expected = (attend(q[:, :, :L], k[:, :, :seen], v[:, :, :seen],
+                                  make(*arguments, torch.device("cpu"), flex).visible, False) for flex in (True, False))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_compiles_in_one_graph(shift):
+    """torch.compile finds no reason to leave the graph of either text; with any number of masks."""
+    model, (xt, x0, t) = network(block_size=4, shift_tokens=shift), texts(4)
+    expected = [model(xt, t, where=where, clean=x0) for where in (xt == 27, xt < 9)]
+    model.trunk = torch.compile(model.trunk, fullgraph=True, backend="aot_eager")
+    found = [model(xt, t, where=where, clean=x0) for where in (xt == 27, xt < 9)]
+    torch.testing.assert_close(found, expected)
+    found[0].sum().backward()
 
 
 def test_flops_of_blocks():

@@ -106,6 +106,16 @@ def test_any_number_of_processes_and_any_micro_batch(call, data_dir, tmp_path):
         abs(a / b - 1) for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"))))
 
 
+def test_blocks_run_everywhere(call, data_dir, tmp_path):
+    """Block diffusion, whose network is called on two texts in each step: in parts, over two processes, sharded."""
+    flags = [*STEADY, "--objective=block", "--block_size=8", "--shift_tokens"]
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *flags).code == 0
+    finish_well(start("mdlm_text8", data_dir, tmp_path / "two", *flags, "--micro_batch_size=2", n=2))
+    finish_well(start("mdlm_text8", data_dir, tmp_path / "fsdp", *flags, "--fsdp", "--checkpoint_blocks", n=2))
+    for name in ("two", "fsdp"):
+        assert_same_training(tmp_path / "one", tmp_path / name)
+
+
 def test_validation_with_fewer_windows_than_processes(call, data_dir, tmp_path):
     """Three windows over two processes: each counts once."""
     options = [*STEADY, "--max_steps=1", "--eval_sequences=3"]
