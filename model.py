@@ -100,7 +100,7 @@ class Past(NamedTuple):
 class Layout(NamedTuple):
     """Where L tokens stand, and what they see: each other, and the P tokens of the past, which come first.
 
-    visible: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or
+    visible: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or Tiles or
         FlexAttention's BlockMask for the same. None: all tokens, or with a causal network those on the left.
     positions: (L,) or (B, L) long, the tokens' positions in the text. None: those after the past.
     first, last: for token_shift, (L,) bool: the tokens whose left neighbour is of the past, and those without a right
@@ -115,13 +115,33 @@ class Layout(NamedTuple):
     beside_clean: bool = False
 
 
+class Tiles(NamedTuple):
+    """A visibility in square tiles: attention of a row of tiles leaves out the tiles in which nothing is visible."""
+
+    width: int    # tokens
+    seen: tuple   # for each row of tiles, the numbers of its visible tiles
+    masks: tuple  # for each row of tiles, (width, width * len(seen)) bool
+
+
+def in_tiles(visible, rows=4):
+    """The Tiles of a bool (L, n) with this number of rows, or the bool itself where that saves little or cannot be."""
+    (L, n), width = visible.shape, visible.shape[0] // rows
+    if width < 16 or L % rows or n % width:
+        return visible
+    tiles = visible.view(rows, width, n // width, width)
+    seen = [row.nonzero().flatten().tolist() for row in tiles.any(3).any(1)]
+    if sum(map(len, seen)) > 0.9 * rows * n // width:
+        return visible
+    return Tiles(width, tuple(map(tuple, seen)), tuple(tile[:, row].flatten(1) for tile, row in zip(tiles, seen)))
+
+
 def visibility(sees, L, n, device, flex):
-    """The bool (L, n) of a function sees(row, column), or, with flex, FlexAttention's BlockMask for it.
+    """The bool (L, n) of a function sees(row, column), or Tiles, or, with flex, FlexAttention's BlockMask for it.
 
     flex=None: on CUDA from 128 tokens on, where FlexAttention skips the tiles of 128 x 128 pairs that see nothing."""
     if flex or flex is None and device.type == "cuda" and L >= 128:
         return create_block_mask(lambda batch, head, row, column: sees(row, column), None, None, L, n, device=device)
-    return sees(torch.arange(L, device=device)[:, None], torch.arange(n, device=device))
+    return in_tiles(sees(torch.arange(L, device=device)[:, None], torch.arange(n, device=device)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -160,6 +180,11 @@ def attend(q, k, v, visible, causal):
     if isinstance(visible, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
         return flex(q, k, v, block_mask=visible)
+    if isinstance(visible, Tiles):
+        q, k, v = (x.split(visible.width, 2) for x in (q, k, v))
+        return torch.cat([F.scaled_dot_product_attention(
+            queries, *(torch.cat([x[i] for i in seen], 2) for x in (k, v)), mask)
+            for queries, seen, mask in zip(q, visible.seen, visible.masks)], 2)
     return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal and visible is None)
 
 

@@ -20,7 +20,7 @@ from commands import assert_one_line, log, losses, train
 from configs import Config
 from diffusion import MDLM
 from likelihood import chain_rule
-from model import Block, DiT, attend, layout_beside_clean, layout_of_blocks
+from model import Block, DiT, Tiles, attend, layout_beside_clean, layout_of_blocks
 from prompts import denoise
 from randomness import repeated_uniforms, uniforms
 from sampler_settings import loop_grid, schedule_grid
@@ -369,6 +369,29 @@ def test_flex_attention(monkeypatch):
         found, expected = (attend(q[:, :, :L], k[:, :, :seen], v[:, :, :seen],
                                   make(*arguments, torch.device("cpu"), flex).visible, False) for flex in (True, False))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_tiles(size):
+    """Attention in tiles is attention under the whole mask, and so are its gradients; it leaves out what is not seen:
+    of 4 x 4 tiles of 16 tokens those above the diagonal, and of 4 x 8 all but the 6 or 4 clean and 4 or 8 noisy ones."""
+    n, device = 64, torch.device("cpu")
+    for tiles, seen, kept in ((layout_of_blocks(n, 0, size, device).visible, n, {4: 10, 32: 12}),
+                              (layout_beside_clean(n, size, device).visible, 2 * n, {4: 10 + 4, 32: 4 + 8})):
+        assert isinstance(tiles, Tiles) and sum(map(len, tiles.seen)) == kept[size]
+        mask = torch.zeros(n, seen, dtype=torch.bool)
+        for i, (row, tile) in enumerate(zip(tiles.seen, tiles.masks)):
+            for j, part in zip(row, tile.split(16, 1)):
+                mask[16 * i:16 * i + 16, 16 * j:16 * j + 16] = part
+        block = torch.arange(n) // size
+        assert torch.equal(mask[:, -n:], block[:, None] == block if seen > n else block[:, None] >= block)
+        assert torch.equal(mask[:, :-n], block[:, None] > block[:seen - n])
+        q, k, v = (torch.randn(2, 2, length, 8, generator=torch.Generator().manual_seed(length), requires_grad=True)
+                   for length in (n, seen, seen))
+        found, expected = (attend(q, k, v, visible, False) for visible in (tiles, mask))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        gradients = [torch.autograd.grad((y**2).sum(), (q, k, v)) for y in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [False, True])
