@@ -68,13 +68,17 @@ def token_shift(x, causal=False, before=None, first=None, last=None):
     """Take a quarter of the channels of x (B, L, D) from the token on the left, a quarter from the one on the right.
 
     causal: the second quarter comes from the second token to the left instead.
-    before (B, L or 1, D/4): the left neighbours' quarter for the tokens at which first (L,) is True.
+    before (B, L or 1, D/4): the left neighbours' quarter for the tokens at which first (L,) is True. With causal it is
+        (B, 2, D/2): both quarters of the last two tokens of the past.
     last (L,): True for the tokens that have no neighbour on the right.
 
     This is RWKV's token shift (arXiv 2305.13048) in both directions and without parameters. It shows each token its
     neighbours at no cost; small networks need long training to find them by attention.
     """
     left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
+    if causal and before is not None:
+        left, right = (torch.cat(pair, 1) for pair in zip(before.chunk(2, dim=-1), (left, right)))
+        return torch.cat((left[:, 1:-1], right[:, :-2], here), dim=-1)
     left = F.pad(left, (0, 0, 1, 0))[:, :-1]
     right = F.pad(right, (0, 0, 2, 0))[:, :-2] if causal else F.pad(right, (0, 0, 0, 1))[:, 1:]
     if before is not None:
@@ -89,8 +93,8 @@ class Past(NamedTuple):
 
     keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
     values: torch.Tensor           # (B, heads, P, head_dim)
-    to_attention: torch.Tensor = None  # (B, P, D/4), what token_shift takes of the input of the attention
-    to_mlp: torch.Tensor = None        # (B, P, D/4), and of the input of the MLP
+    to_attention: torch.Tensor = None  # (B, P, D/4, with causal D/2), what token_shift takes of the attention's input
+    to_mlp: torch.Tensor = None        # the same of the MLP's input
 
     def of_rows(self, rows):
         """The past of some sequences, which a (B,) bool selects."""
@@ -213,7 +217,9 @@ class Block(nn.Module):
         """token_shift of h (B, L, D), if the block has it. before: what Past keeps of the tokens before, or None."""
         if not self.shift_tokens:
             return h
-        if before is not None:
+        if before is not None and self.causal:
+            before = F.pad(before, (0, 0, 2, 0))[:, -2:]
+        elif before is not None:
             before = F.pad(before, (0, 0, 1, 0))[:, :-1] if layout.beside_clean else before[:, -1:]
         return token_shift(h, self.causal, before, layout.first, layout.last)
 
@@ -258,7 +264,7 @@ class Block(nn.Module):
             return x
         if not self.shift_tokens:
             return x, Past(k, v)
-        shifted = [h[..., :D // 4] for h in (h1, h2)]
+        shifted = [h[..., :D // 4 * (2 if self.causal else 1)] for h in (h1, h2)]
         if past is not None:
             shifted = [torch.cat(pair, 1) for pair in zip(past[2:], shifted)]
         return x, Past(k, v, *shifted)
@@ -351,8 +357,8 @@ class DiT(nn.Module):
             return (layout_beside_clean(L, self.block_size, device) if beside_clean
                     else layout_of_blocks(L, P, self.block_size, device))
         here = P + torch.arange(L, device=device)
-        if P and self.shift_tokens:
-            raise ValueError("shift_tokens mixes a token with its neighbours, which the past keeps only for blocks")
+        if P and self.shift_tokens and not self.causal:
+            raise ValueError("shift_tokens mixes a token with both neighbours, so it allows a past only with blocks")
         if P and self.causal and visible is None:
             visible = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)
         return Layout(visible, here if positions is None else positions)
@@ -365,7 +371,7 @@ class DiT(nn.Module):
     def trunk(self, xt, t, layout=None, at=None, past=None, keep=False):
         """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L.
 
-        keep: return the Past of each block instead, of the past and these tokens."""
+        keep: return also the Past of each block, of the past and these tokens. With `at` empty the features are None."""
         (B, L), layout = xt.shape, layout or self.layout(xt.shape[1], past)
         x, (cos, sin) = self.embed(xt).float(), self.angles(layout.positions)
         c, pasts = None if self.time_embed is None else self.time_embed(t), []
@@ -376,19 +382,19 @@ class DiT(nn.Module):
             if keep:
                 x, kept = x
                 pasts.append(kept)
-        if keep:
-            return pasts
+        if x is None:
+            return None, pasts
         x = self.norm(x)
         if self.modulation is not None:
             x = modulate(x, *at_positions(at, B, L, *self.modulation(c).chunk(2, dim=-1)))
-        return x
+        return (x, pasts) if keep else x
 
     def head(self, x):
         """Features (..., D) -> logits (..., V). The mask is never predicted: its row of the embedding is left out."""
         weight = self.embed.weight[:self.vocab_size] if self.head_weight is None else self.head_weight
         return F.linear(x, weight, self.head_bias)
 
-    def forward(self, xt, t, where=None, visible=None, positions=None, past=None, clean=None):
+    def forward(self, xt, t, where=None, visible=None, positions=None, past=None, clean=None, keep=False):
         """xt (B, L) long in [0, V], t (B,) or (B, L) in (0, 1] -> logits (B, L, V).
 
         where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. For 50,000 tokens
@@ -397,8 +403,9 @@ class DiT(nn.Module):
         past: what remember() returned for the P tokens before these.
         clean: (B, L) long, with block_size: the text of which xt is the noisy version. Every block of xt sees the clean
             blocks before it, so one call scores all blocks.
-        Raises ValueError if more than seq_len tokens are given, and with shift_tokens and a past, unless there are
-        blocks: the shift mixes tokens on both sides of the border.
+        keep: return (logits, past), where this past is that of the past and these tokens, as remember() returns it.
+        Raises ValueError with shift_tokens and a past, unless the network is causal or has blocks: the shift mixes
+        tokens on both sides of the border.
         """
         at = None if where is None else where.flatten().nonzero().squeeze(1)
         if clean is not None and xt.shape[1] > self.block_size:
@@ -406,7 +413,10 @@ class DiT(nn.Module):
             layout = self.layout(xt.shape[1], beside_clean=True)
         else:
             layout = self.layout(xt.shape[1], past, visible, positions)
-        return self.head(self.trunk(xt, t, layout, at, past))
+        if not keep:
+            return self.head(self.trunk(xt, t, layout, at, past))
+        x, pasts = self.trunk(xt, t, layout, at, past, keep=True)
+        return self.head(x), pasts
 
     def remember(self, xt, t, visible=None, positions=None, past=None):
         """Keys and values of the past and of tokens xt (B, L) after it: the `past` for calls on the tokens that follow.
@@ -415,7 +425,7 @@ class DiT(nn.Module):
         tokens see none of those that follow. The last block computes keys and values only (unless shift_tokens).
         """
         nowhere = torch.empty(0, dtype=torch.long, device=xt.device)
-        return self.trunk(xt, t, self.layout(xt.shape[1], past, visible, positions), nowhere, past, keep=True)
+        return self.trunk(xt, t, self.layout(xt.shape[1], past, visible, positions), nowhere, past, keep=True)[1]
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())

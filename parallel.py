@@ -154,6 +154,7 @@ def spread(model, device, fsdp, compiled):
         return fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.to(device)
     if compiled:
+        torch._dynamo.config.recompile_limit = 64  # training, validation, both texts of block diffusion, last batches
         model.trunk = torch.compile(model.trunk)
     if not dist.is_initialized():
         return model

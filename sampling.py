@@ -276,16 +276,17 @@ def euler(model, xt, mask_id, time, draw, start, grid, objective):
 def left_to_right(model, xt, mask_id, time, draw, start):
     """The masks one position after another from a causal network (diffusion.AutoRegressive); a State for each.
 
-    Given tokens stay, but only those on their right know of them. The network runs on the prefix alone, once for each
-    position where a token is missing.
+    Given tokens stay, but only those on their right know of them. The network runs once for each position where a token
+    is missing: on the tokens that it has not read yet, after the keys and values of those before.
     """
-    state = begin(xt)
+    state, past, n_read, t = begin(xt), None, 0, torch.ones(len(xt), device=xt.device)
     for i in range(xt.shape[1]):
         here = torch.zeros_like(xt, dtype=torch.bool)
         here[:, i] = xt[:, i] == mask_id
         if here.any():
-            seen = F.pad(state.xt[:, :i], (1, 0), value=mask_id)
-            tokens, p = draw(model(seen, torch.ones(len(seen), device=xt.device), where=here[:, :i + 1]))
+            unread = F.pad(state.xt[:, :i], (1, 0), value=mask_id)[:, n_read:]
+            logits, past = model(unread, t, where=here[:, n_read:i + 1], past=past, keep=True)
+            n_read, (tokens, p) = i + 1, draw(logits)
             state = State(state.xt.masked_scatter(here, tokens), state.p.masked_scatter(here, p))
             yield state
 
@@ -300,6 +301,7 @@ class Sampler(NamedTuple):
     flags: tuple = ()            # of the command line that it knows
     asks_objective: bool = False  # it reads scores, or a prediction, and is given the objective to do so
     draws_tokens: bool = True    # temperature, top_p and top_k say from what
+    keeps_past: bool = False     # it calls the network on the same sequences each time, with the past of all
 
 
 # A new sampler is named here, and by the objectives whose networks it is for (diffusion.Absorbing.samplers).
@@ -314,7 +316,7 @@ SAMPLERS = {
     "euler": Sampler(euler, ("steps", "grid"), asks_objective=True),
     "uniform_ancestral": Sampler(uniform_ancestral, ("steps", "grid"), asks_objective=True),
     "uniform_euler": Sampler(uniform_euler, ("steps", "grid"), asks_objective=True, draws_tokens=False),
-    "left_to_right": Sampler(left_to_right),
+    "left_to_right": Sampler(left_to_right, keeps_past=True),
 }
 
 
@@ -343,4 +345,5 @@ class Settings(NamedTuple):
         sampler = SAMPLERS[objective.samplers[self.sampler]]
         if sampler.asks_objective:
             options = options | {"objective": objective}
-        return sampler.function(of_rows(model, past), xt, objective.mask_id, time or objective.time, draw, start, **options)
+        denoiser = model if sampler.keeps_past else of_rows(model, past)
+        return sampler.function(denoiser, xt, objective.mask_id, time or objective.time, draw, start, **options)

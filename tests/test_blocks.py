@@ -397,6 +397,7 @@ def test_tiles(size):
 @pytest.mark.parametrize("shift", [False, True])
 def test_compiles_in_one_graph(shift):
     """torch.compile finds no reason to leave the graph of either text; with any number of masks."""
+    torch._dynamo.reset()
     model, (xt, x0, t) = network(block_size=4, shift_tokens=shift), texts(4)
     expected = [model(xt, t, where=where, clean=x0) for where in (xt == 27, xt < 9)]
     model.trunk = torch.compile(model.trunk, fullgraph=True, backend="aot_eager")

@@ -212,11 +212,12 @@ def test_positions():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("conditioning, causal", [("none", False), ("time", False), ("none", True)])
-def test_the_past_is_remembered(conditioning, causal):
+@pytest.mark.parametrize("conditioning, causal, shift", [("none", False, False), ("time", False, False),
+                                                         ("none", True, False), ("none", True, True)])
+def test_the_past_is_remembered(conditioning, causal, shift):
     """Block after block, with the keys and values of the blocks before, gives the logits of the whole text at once,
     under the visibility of blocks, or of a causal network; also with blocks of unequal lengths and with `where`."""
-    model, (xt, t) = tiny(conditioning, causal=causal), batch()
+    model, (xt, t) = tiny(conditioning, causal=causal, shift_tokens=shift), batch()
     edges = [0, 4, 8, 16] if not causal else [0, 1, 2, 7, 16]
     block = torch.bucketize(torch.arange(16), torch.tensor(edges[1:-1]), right=True)
     whole = model(xt, t, visible=None if causal else block[:, None] >= block)
@@ -226,7 +227,10 @@ def test_the_past_is_remembered(conditioning, causal):
         torch.testing.assert_close(logits, whole[:, a:b], atol=1e-4, rtol=1e-4)
         some = model(xt[:, a:b], t, where=where[:, a:b], past=past)
         torch.testing.assert_close(some, whole[:, a:b][where[:, a:b]], atol=1e-4, rtol=1e-4)
+        again, kept = model(xt[:, a:b], t, past=past, keep=True)
         past = model.remember(xt[:, a:b], t, past=past)
+        assert torch.equal(again, logits) and all(x is y is None or torch.equal(x, y)
+                                                  for one, two in zip(kept, past) for x, y in zip(one, two))
         assert len(past) == 2 and past[0][0].shape == (3, 2, b, 8)
     with pytest.raises(AssertionError, match="17 tokens, but the model was built for 16"):
         model(xt[:, :1], t, past=past)

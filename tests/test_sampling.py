@@ -398,24 +398,26 @@ def test_default_settings():
 
 
 def test_left_to_right_follows_the_data():
-    """With the conditionals of the data, 30,000 samples follow the data; the network sees the start and the prefix, is
-    asked for the last position only, and not at all where a token is given."""
+    """With the conditionals of the data, 30,000 samples follow the data; the network reads the start and each token
+    once, is asked for the last position only, and not at all where a token is given."""
     lengths = []
 
-    def model(seen, t, where):
+    def model(unread, t, where, past, keep):
+        seen = unread if past is None else torch.cat((past, unread), 1)
         i = seen.shape[1] - 1
-        assert (seen[:, 0] == MASK).all() and (seen[:, 1:] < V).all() and where.sum() == len(seen) == where[:, i].sum()
-        lengths.append(i)
-        return world.oracle(torch.nn.functional.pad(seen[:, 1:], (0, L - i), value=MASK))[:, i]
+        assert (seen[:, 0] == MASK).all() and (seen[:, 1:] < V).all() and where.shape == unread.shape and keep
+        assert where[:, -1].sum() == where.sum() > 0
+        lengths.append((i, unread.shape[1]))
+        return world.oracle(torch.nn.functional.pad(seen[:, 1:], (0, L - i), value=MASK))[where[:, -1], i], seen
 
     x0 = states_of(left_to_right, model, masks(30_000))[-1]
-    assert lengths == [0, 1, 2]
+    assert lengths == [(0, 1), (1, 1), (2, 1)]
     assert chi_square_excess(counts_of(x0), world.P_DATA) < 4
     xt = masks(50)
     xt[:, 0], xt[:25, 2] = 2, 1
     *_, state = Settings("left_to_right")(AutoRegressive(MASK), model, xt, generator())
     assert (state.xt[:, 0] == 2).all() and (state.xt[:25, 2] == 1).all() and (state.xt != MASK).all()
-    assert lengths == [0, 1, 2, 1, 2]
+    assert lengths[3:] == [(1, 2), (2, 1)]
 
 
 # ---- drawing tokens --------------------------------------------------------------------------------------------------
