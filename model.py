@@ -441,9 +441,9 @@ class DiT(nn.Module):
         arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either.
         """
         *others, last = self.blocks
-        beside_clean = 0 < self.block_size < seq_len  # then the clean text is read first, and seen by the noisy one
-        seen = seq_len * (1 + beside_clean)
+        blocks = 0 < self.block_size < seq_len  # then a clean text is read, too; a token of either sees half of a text
+        seen = (seq_len + self.block_size) / 2 if blocks else seq_len
         total = sum(block.flops(seen) for block in others) + last.flops(seen, predicted)
-        if beside_clean:
-            total += sum(block.flops(seq_len) for block in others) + last.flops(seq_len, 0, self.shift_tokens)
+        if blocks:
+            total += sum(block.flops(seen) for block in others) + last.flops(seen, 0, self.shift_tokens)
         return total + 6 * predicted * self.vocab_size * self.embed.embedding_dim
