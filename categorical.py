@@ -26,19 +26,22 @@ def with_denoising(grid, last=1e-5):
 
 
 class Counted:
-    """A denoiser that counts its calls and the sequences in them (nfe: number of function evaluations)."""
+    """A denoiser that counts its calls (nfe: number of function evaluations), and the sequences and tokens in them.
+
+    A call that only fills a cache (model.DiT.remember) counts, too; tokens that are in the cache do not."""
 
     def __init__(self, model):
-        self.model, self.nfe, self.sequences = model, 0, 0
+        self.model, self.nfe, self.sequences, self.tokens = model, 0, 0, 0
+
+    def count(self, xt):
+        self.nfe, self.sequences, self.tokens = self.nfe + 1, self.sequences + len(xt), self.tokens + xt.numel()
 
     def __call__(self, xt, t, where=None, **more):
-        self.nfe += 1
-        self.sequences += len(xt)
+        self.count(xt)
         return self.model(xt, t, where, **more)
 
     def remember(self, xt, t, **more):
-        self.nfe += 1
-        self.sequences += len(xt)
+        self.count(xt)
         return self.model.remember(xt, t, **more)
 
 

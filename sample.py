@@ -144,8 +144,8 @@ def check(args, config):
         require("matplotlib", "a picture")  # its colours, and a font
     objective = config.objective_class
     if not objective.both_sides and (args.suffix or args.template or args.infill):
-        raise UserError(f"{args.checkpoint} {objective.description} and sees only the text on the left: it can continue "
-                        "a --prefix, but --suffix, --template and --infill need a masked model")
+        raise UserError(f"{args.checkpoint} {objective.description} and sees only the text on the left: it can "
+                        "continue a --prefix, but --suffix, --template and --infill need a masked model")
     if args.no_cache and not config.block_size:
         raise UserError("--no_cache is for block diffusion, and no other model has a cache: leave it out")
     if args.show and args.show_intermediate:
@@ -208,7 +208,7 @@ def main():
                             for b, (text, tokens) in enumerate(zip(texts, samples))],
                 "sampler": settings.sampler, "steps": history.steps, **options,
                 "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
-                "context": args.context, "nfe": denoiser.nfe, "seconds": seconds,
+                "context": args.context, "nfe": denoiser.nfe, "tokens_read": denoiser.tokens, "seconds": seconds,
                 "tokens_per_second": n_masks / seconds, "seed": args.seed, "checkpoint": args.checkpoint}), flush=True)
         else:
             print("\n\n".join(texts), flush=True)

@@ -191,7 +191,7 @@ def read_samples(path):
 def draw_samples(subject, objective, given, settings, seed):
     """Draw texts that continue the prefixes given (n, c); c = 0 if the model was trained without a prefix.
 
-    Returns n texts, the mean number of network evaluations per text, and seconds.
+    Returns n texts, the mean numbers of network evaluations and of tokens that the network read, per text, and seconds.
     """
     data, denoiser, texts, start = subject.data, Counted(subject.model), [], time.perf_counter()
     generator, (n, c) = generator_on(data.device, seed), given.shape
@@ -200,7 +200,7 @@ def draw_samples(subject, objective, given, settings, seed):
         with autocast(data.device, data.dtype):
             *_, state = denoise(settings, objective, denoiser, xt.to(data.device), subject.config, 0, generator)
         texts += [subject.tokenizer.decode(sample) for sample in state.xt.tolist()]
-    return texts, denoiser.sequences / n, time.perf_counter() - start
+    return texts, denoiser.sequences / n, denoiser.tokens / n, time.perf_counter() - start
 
 
 def measure(subject, samples, judge, settings, seed):
@@ -214,8 +214,8 @@ def measure(subject, samples, judge, settings, seed):
         train_text = subject.tokenizer.decode(subject.read_split("train"))
 
     def add(name, texts, **more):
-        row = {"sampler": name, "steps": None, "setting": None, "nfe": None, "temperature": None, "top_p": None,
-               "top_k": None, "seed": None, "seconds": None}
+        row = {"sampler": name, "steps": None, "setting": None, "nfe": None, "tokens_read": None,
+               "temperature": None, "top_p": None, "top_k": None, "seed": None, "seconds": None}
         row |= more | {"n_samples": len(texts), **statistics_of(texts, subject.tokenizer, train_text)}
         rows.append(row | (judged(judge, texts, data.batch_size) if judge else {}))
 
@@ -225,11 +225,11 @@ def measure(subject, samples, judge, settings, seed):
         starts, c = windows(data.tokens, data.seq_len, samples), subject.config.prefix_range[0]
         given = gather(data.tokens, np.resize(starts, samples), c)
         for way in settings:
-            texts, nfe, seconds = draw_samples(subject, objective, given, way, seed)
+            texts, nfe, tokens_read, seconds = draw_samples(subject, objective, given, way, seed)
             options = way.options | {"grid": way.grid}
             others = " ".join(f"{key}={value}" for key, value in options.items() if value != "")
-            add(way.sampler, texts, steps=way.steps, setting=others or None, nfe=nfe, temperature=way.temperature,
-                top_p=way.top_p, top_k=way.top_k or None, seed=seed, seconds=seconds)
+            add(way.sampler, texts, steps=way.steps, setting=others or None, nfe=nfe, tokens_read=tokens_read,
+                temperature=way.temperature, top_p=way.top_p, top_k=way.top_k or None, seed=seed, seconds=seconds)
     starts = windows(data.tokens, data.seq_len, len(samples) if isinstance(samples, list) else samples)
     add("real text", [subject.tokenizer.decode(data.tokens[i:i + data.seq_len]) for i in starts])
     return rows
@@ -247,7 +247,8 @@ def samples(subject, samples, settings, judge, folder, seed, out):
                         "nothing: choose a judge trained on the same data")
     rows = measure(subject, samples, judge, settings, seed)
     columns = {"sampler": ("", ""), "steps": ("steps", "d"), "setting": ("", ""), "nfe": ("NFE", ".1f"),
-               "judge_perplexity": ("perplexity", ".3f"), "judge_bits_per_char": ("bits/char", ".4f"),
+               "tokens_read": ("tokens read", ",.0f"), "judge_perplexity": ("perplexity", ".3f"),
+               "judge_bits_per_char": ("bits/char", ".4f"),
                "judge_stderr_per_char": ("± s.e.", ".4f"), "unigram_entropy_bits": ("entropy", ".3f"),
                "distinct_1": ("distinct-1", ".3f"), "distinct_2": ("distinct-2", ".3f"),
                "repetition_2": ("repetition-2", ".3f"), "known_words": ("known words", ".3f"),

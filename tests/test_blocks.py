@@ -522,7 +522,7 @@ def test_calls_of_the_network():
     xt[:, :9] = 5
     *_, state = in_blocks(Settings("topk", {"k": 4}), objective, watched, xt, torch.Generator().manual_seed(0))
     assert sizes == [("remember", 2, 8), ("call", 2, 4, 8), ("remember", 2, 4), ("call", 2, 4, 12)]
-    assert watched.nfe == 4
+    assert watched.nfe == 4 and watched.tokens == 2 * (8 + 4 + 4 + 4)
     end = state.xt[0, 10].item()
     sizes.clear()
     *_, stopped = in_blocks(Settings("topk", {"k": 4}), objective, watched, xt, torch.Generator().manual_seed(0), end)
