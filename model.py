@@ -4,15 +4,14 @@ It maps noisy tokens xt (B, L) and their time t to logits over clean tokens. It 
 is one more token, the time is one more input, and the objective and the sampler interpret the logits.
 """
 
-import functools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from attention import Layout, Past, attend, layout_beside_clean, layout_of_blocks
 
 
 class LayerNorm(nn.Module):
@@ -86,110 +85,6 @@ def token_shift(x, causal=False, before=None, first=None, last=None):
     if last is not None:
         right = right.masked_fill(last[:, None], 0)
     return torch.cat((left, right, here), dim=-1)
-
-
-class Past(NamedTuple):
-    """What a transformer block keeps of the P tokens before: nothing else of them reaches the tokens that follow."""
-
-    keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
-    values: torch.Tensor           # (B, heads, P, head_dim)
-    to_attention: torch.Tensor = None  # (B, P, D/4, with causal D/2), what token_shift takes of the attention's input
-    to_mlp: torch.Tensor = None        # the same of the MLP's input
-
-    def of_rows(self, rows):
-        """The past of some sequences, which a (B,) bool selects."""
-        return Past(*(x if x is None else x[rows] for x in self))
-
-
-class Layout(NamedTuple):
-    """Where L tokens stand, and what they see: each other, and the P tokens of the past, which come first.
-
-    visible: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or Tiles or
-        FlexAttention's BlockMask for the same. None: all tokens, or with a causal network those on the left.
-    positions: (L,) or (B, L) long, the tokens' positions in the text. None: those after the past.
-    first, last: for token_shift, (L,) bool: the tokens whose left neighbour is of the past, and those without a right
-        neighbour. beside_clean: the past is the clean text of these tokens, so the left neighbour of the token at
-        position i is the token i - 1 of the past; else it is the last token of the past.
-    """
-
-    visible: torch.Tensor = None
-    positions: torch.Tensor = None
-    first: torch.Tensor = None
-    last: torch.Tensor = None
-    beside_clean: bool = False
-
-
-class Tiles(NamedTuple):
-    """A visibility in square tiles: attention of a row of tiles leaves out the tiles in which nothing is visible."""
-
-    width: int    # tokens
-    seen: tuple   # for each row of tiles, the numbers of its visible tiles
-    masks: tuple  # for each row of tiles, (width, width * len(seen)) bool
-
-
-def in_tiles(visible, rows=4):
-    """The Tiles of a bool (L, n) with this number of rows, or the bool itself where that saves little or cannot be."""
-    (L, n), width = visible.shape, visible.shape[0] // rows
-    if width < 16 or L % rows or n % width:
-        return visible
-    tiles = visible.view(rows, width, n // width, width)
-    seen = [row.nonzero().flatten().tolist() for row in tiles.any(3).any(1)]
-    if sum(map(len, seen)) > 0.9 * rows * n // width:
-        return visible
-    return Tiles(width, tuple(map(tuple, seen)), tuple(tile[:, row].flatten(1) for tile, row in zip(tiles, seen)))
-
-
-def visibility(sees, L, n, device, flex):
-    """The bool (L, n) of a function sees(row, column), or Tiles, or, with flex, FlexAttention's BlockMask for it.
-
-    flex=None: on CUDA from 128 tokens on, where FlexAttention skips the tiles of 128 x 128 pairs that see nothing."""
-    if flex or flex is None and device.type == "cuda" and L >= 128:
-        return create_block_mask(lambda batch, head, row, column: sees(row, column), None, None, L, n, device=device)
-    return in_tiles(sees(torch.arange(L, device=device)[:, None], torch.arange(n, device=device)))
-
-
-@functools.lru_cache(maxsize=64)
-def layout_of_blocks(L, P, size, device, flex=None):
-    """The Layout of L tokens after P others, in blocks of `size` tokens: a token sees its block and those before.
-
-    The neighbour on the left may be of the block before. The neighbour on the right may not be of the block after.
-    """
-    visible, here = None, P + torch.arange(L, device=device)
-    if P % size + L > size:
-        visible = visibility(lambda i, j: j // size <= (P + i) // size, L, P + L, device, flex)
-    return Layout(visible, here, here == P, here % size == size - 1)
-
-
-@functools.lru_cache(maxsize=64)
-def layout_beside_clean(L, size, device, flex=None):
-    """The Layout of L noisy tokens whose past is the clean text itself, P = L, at the same positions.
-
-    A token sees the noisy tokens of its own block, and the clean tokens of the blocks before (BD3-LM, arXiv
-    2503.09573, appendix B.6).
-    """
-    def sees(i, j):
-        return torch.where(j < L, j // size < i // size, (j - L) // size == i // size)
-
-    here = torch.arange(L, device=device)
-    return Layout(visibility(sees, L, 2 * L, device, flex), here, here % size == 0, here % size == size - 1, True)
-
-
-@functools.cache
-def compiled_flex_attention():
-    return torch.compile(flex_attention)
-
-
-def attend(q, k, v, visible, causal):
-    """Attention of q (B, heads, L, head_dim) to k and v (B, heads, P + L, head_dim). visible: as in Layout."""
-    if isinstance(visible, BlockMask):
-        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-        return flex(q, k, v, block_mask=visible)
-    if isinstance(visible, Tiles):
-        q, k, v = (x.split(visible.width, 2) for x in (q, k, v))
-        return torch.cat([F.scaled_dot_product_attention(
-            queries, *(torch.cat([x[i] for i in seen], 2) for x in (k, v)), mask)
-            for queries, seen, mask in zip(q, visible.seen, visible.masks)], 2)
-    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal and visible is None)
 
 
 def at_positions(at, B, L, *features):

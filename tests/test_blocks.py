@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import configs
+from attention import Tiles, attend, layout_beside_clean, layout_of_blocks
 from block_diffusion import (BlockDiffusion, Rereader, cut, finish, in_blocks, mask_count_probabilities,
                              read_rate_range)
 from categorical import Counted
@@ -20,7 +21,7 @@ from commands import assert_one_line, log, losses, train
 from configs import Config
 from diffusion import MDLM
 from likelihood import chain_rule
-from model import Block, DiT, Tiles, attend, layout_beside_clean, layout_of_blocks
+from model import Block, DiT
 from prompts import denoise
 from randomness import repeated_uniforms, uniforms
 from sampler_settings import loop_grid, schedule_grid
@@ -362,7 +363,7 @@ def test_neighbours_of_blocks():
 def test_flex_attention(monkeypatch):
     """FlexAttention with its block mask, which CUDA uses, and SDPA with its mask give the same in training's two
     layouts, and after a past. (Here it is not compiled. On a CPU it has no gradients.)"""
-    monkeypatch.setattr("model.compiled_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr("attention.compiled_flex_attention", lambda: flex_attention)
     q, k, v = torch.randn(3, 2, 2, 64, 16, generator=torch.Generator().manual_seed(0))
     for make, arguments, L, seen in ((layout_of_blocks, (32, 0, 4), 32, 32), (layout_of_blocks, (32, 12, 4), 32, 44),
                                      (layout_beside_clean, (32, 4), 32, 64)):

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 
 import checkpoint
 import storage
+from attention import layout_beside_clean, layout_of_blocks
 from block_diffusion import BlockDiffusion
 from data.loader import SPLITS
 from diffusion import MDLM, Noise, make_schedule
 from foreign import ddit, files
-from model import DiT, layout_beside_clean, layout_of_blocks
+from model import DiT
 from sampling import euler_chance
 from uniform import Uniform, posterior, uniform_jumps
 
