@@ -32,9 +32,9 @@ def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
         return x
 
     x0 = torch.randint(vocab_size, (n, cfg.seq_len), device=device)
-    noise = objective.noise(torch.full((n,), masked, dtype=torch.float64),
+    noise = objective.noise(torch.full((n, objective.times(cfg.seq_len)), masked, dtype=torch.float64).squeeze(1),
                             torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
-    if objective.any_order:  # the exact number of masks, anywhere
+    if objective.has_mask and not objective.causal:  # the exact number of masks, anywhere
         noise = noise._replace(mask=(torch.randperm(x0.numel(), device=device) < masked * x0.numel()).view_as(x0))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype):
         loss, _ = objective.loss(model, x0, noise)  # keeps the storages from being reused
@@ -61,12 +61,13 @@ def activation_bytes(cfg, vocab_size, device, dtype, masked=0.5):
     return 2 * one - two, two - one
 
 
-def fullest(micro):
+def fullest(rates):
     """Largest share of masks in a micro-batch of a long run; the memory for logits must suffice for it.
 
-    It is five standard deviations above one half, for mask rates uniform on [0, 1]: 1/2 + 5/sqrt(12 micro), at most 1.
+    It is five standard deviations above one half, at most 1: 1/2 + 5/sqrt(12 rates), for this number of mask rates in
+    the micro-batch, uniform on [0, 1].
     """
-    return min(1.0, 0.5 + 5 / (12 * micro) ** 0.5)
+    return min(1.0, 0.5 + 5 / (12 * rates) ** 0.5)
 
 
 def recomputed(model, flops, cfg, vocab_size):
@@ -107,7 +108,7 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     with torch.device("meta"):
         model = cfg.make_model(vocab_size)
     state = state_bytes(model, cfg)
-    masked = fullest(micro)
+    masked = fullest(micro * cfg.make_objective(vocab_size).times(cfg.seq_len))
     fixed, one = activation_bytes(cfg, vocab_size, torch.device("cpu"), dtype, masked)
     activations = fixed + one * micro
     tokens = cfg.max_steps * cfg.batch_size * cfg.seq_len
