@@ -5,7 +5,7 @@ A text of L tokens is cut into L/n blocks of n tokens. By the chain rule over bl
     -log p(x) = sum_b -log p(x^b | x^{<b}) <= sum_b E_t [weight(t) * sum over masks of block b of CE given x^{<b}].
 
 The blocks before are clean. So n = L is MDLM, whose only block has nothing before it. And n = 1 is an autoregressive
-model: one token is one mask, its weight is 1, and the bound is the likelihood itself. Each block has a time of its own.
+model: the bound of one token is its CE, and that of the text the likelihood itself. Each block has a time of its own.
 
     here        meaning                                    BD3-LM
     n           block_size: tokens of a block              L'
@@ -42,13 +42,13 @@ def mask_count_probabilities(n, low, high):
     """P(k of n tokens are masked), k = 0 ... n, if each is masked with probability r, and r is uniform on [low, high].
 
     It is the mean over r of C(n, k) r^k (1 - r)^(n - k), a polynomial of degree n. Gauss's rule with n/2 + 1 points
-    is exact for it, and sums positive terms only. (n + 1,) float64. All of them are positive.
+    is exact for it, and sums positive terms only. (n + 1,) float64.
     """
     points, weights = np.polynomial.legendre.leggauss(n // 2 + 1)
     r = torch.from_numpy((low + high) / 2 + (high - low) / 2 * points)[:, None]
     k = torch.arange(n + 1, dtype=torch.float64)
-    binomial = torch.exp(math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1))
-    return (torch.from_numpy(weights) / 2) @ (binomial * r**k * (1 - r) ** (n - k))
+    log_choices = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    return (torch.from_numpy(weights) / 2) @ torch.exp(log_choices + torch.xlogy(k, r) + torch.xlogy(n - k, 1 - r))
 
 
 class BlockDiffusion(MDLM):
@@ -56,15 +56,15 @@ class BlockDiffusion(MDLM):
 
     time_sampling, weighting: as in MDLM, for each block. With 'exact_k' a block has k masks, k uniform on 1 ... n, and
     weight n/k. 'stratified' and 'exact_k' spread the u over all blocks of a batch: one u in each of (L/n) B equal
-    intervals, in random order, so that the time says nothing about the place of the block. (BD3-LM's code leaves them
-    in order, so that early blocks get early times.)
+    intervals, in random order, so that the time says nothing about the place of the block. (In BD3-LM's code the
+    intervals are in the order of the blocks, so that early blocks get early times.)
 
     rate_range (low, high): training draws the mask rate r from [low, high] only, and the loss keeps its weights 1/r:
     with less variance it learns sooner (the paper's clipped schedules). Masks are still independent. So every number of
     masks 0 ... n has a positive probability p(k), all of them masked included, as sampling needs it. That also lets
-    the bound over the full range be reported: it is the mean over k of 1/k * (sum over masks of CE), and with weight
-    1/(k p(k)) its estimate has no bias (if the network does not see the time). At low = 0 and high = 1 this is the
-    weight (n + 1)/k of Absorbing.continuous. Where p(k) is small, the estimate varies much.
+    the bound over the full range be reported. It is the sum over k = 1 ... n of 1/k * E[sum over masks of CE, k masks].
+    So draws with weight 1/(k p(k)) estimate it without bias (if the network does not see the time). At low = 0 and
+    high = 1 this is the weight (n + 1)/k of Absorbing.continuous. Where p(k) is small, the estimate varies much.
     """
 
     description = "writes block after block, from left to right"
@@ -155,7 +155,7 @@ class Tokens(NamedTuple):
 
 
 class Rereader:
-    """A network without a memory, which reads all blocks before again in every call: what the cache is compared with."""
+    """A network without a memory: it reads all blocks before again in every call. The cache is compared with it."""
 
     def __init__(self, model):
         self.model = model
@@ -173,7 +173,7 @@ class Rereader:
 
 @torch.no_grad()
 def in_blocks(settings, objective, model, xt, generator, end=None):
-    """Fill the masks of xt (B, L) block after block, each with the sampler of `settings`. Yields States of all L tokens.
+    """Fill the masks of xt (B, L) block after block, each by the sampler of `settings`. Yields States of all L tokens.
 
     The network runs on one block at a time. Of the blocks before it has the keys and values, which model.remember()
     returns once per block, after its last mask is filled. Nothing is kept inside the network. This is exact: the clean

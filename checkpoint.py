@@ -91,7 +91,8 @@ def check_same_function(source, cfg, path):
     other = differ(("n_head", "shift_tokens", "architecture"))
     if other:
         raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
-    other = differ(("objective", "noise", "conditioning", *(["schedule"] if cfg.conditioning == "sigma" else [])))
+    schedule = ["schedule"] if cfg.conditioning == "sigma" else []
+    other = differ(("objective", "noise", "block_size", "conditioning", *schedule))
     if other:
         note(f"the weights in {path} were trained with other settings: {'; '.join(other)}")
 

@@ -67,8 +67,8 @@ class Config:
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower",
                                       same_run=False)
     # objective
-    objective: str = setting("d3pm", "training objective: d3pm (T steps), mdlm (continuous time), sedd (score entropy), "
-                             "block (mdlm in blocks, from left to right) or ar (autoregressive)",
+    objective: str = setting("d3pm", "training objective: d3pm (T steps), mdlm (continuous time), sedd (score entropy),"
+                             " block (mdlm in blocks, from left to right) or ar (autoregressive)",
                              tuple(dict.fromkeys(name for name, _ in OBJECTIVES)))
     block_size: int = setting(0, "number of tokens in a block, a divisor of seq_len; objective=block only")
     rate_range: str = setting("0:1", "lowest and highest mask rate in training, such as 0.3:0.8; objective=block only")
@@ -367,7 +367,7 @@ def ar_openwebtext_8gpu():
 
 
 def block_twin(config, block_size, **settings):
-    """Block diffusion with the same data, size and optimisation: exactly k masks in each block, no time conditioning."""
+    """Block diffusion: the same data, size and optimisation, exactly k masks in each block, no time conditioning."""
     return replace(config, objective="block", block_size=block_size, conditioning="none", lambda_ce=0.0,
                    time_sampling="exact_k", grad_clip=1.0, **settings)
 

@@ -99,8 +99,9 @@ def prepared(x0, loaded):
     if not loaded:
         raise UserError("the demo loss needs a network: name a checkpoint with -m CKPT")
     config, meta, given = loaded.config, loaded.meta, loaded.config.prefix_range[0]
-    if config.objective_class.causal:
-        raise UserError("the checkpoint is autoregressive and has no time t: use evaluate.py for its loss")
+    if not config.objective_class.both_sides:
+        raise UserError(f"the checkpoint {config.objective_class.description}, and `loss` shows one time t of the "
+                        "whole text: use evaluate.py for its loss")
     if len(x0) > config.seq_len:
         raise UserError(f"TEXT has {len(x0)} tokens, more than the {config.seq_len} of the model: shorten it")
     if len(x0) <= given:

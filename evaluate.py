@@ -148,6 +148,9 @@ def pick_estimator(subject, args):
         raise UserError(f"{subject.path} {objective.description}, so its likelihood is exact: leave out --estimator "
                         "and --T")
     if estimator.startswith("t_step"):
+        if objective.block_size:
+            raise UserError(f"the T-step bound is for whole texts, and {subject.path} {objective.description}: leave "
+                            "out --T and --estimator")
         if subject.config.schedule not in WHOLE:
             raise UserError(f"the T-step bound needs a schedule from alpha = 1 to 0, which schedule="
                             f"{subject.config.schedule} of {subject.path} is not: leave out --T and --estimator")
@@ -178,7 +181,8 @@ def nats_of(subject, estimator, args):
     nats = bound(subject.model, objective, subject.data, seed=args.seed, repeats=args.repeats, estimator=estimator,
                  prefix_range=subject.config.prefix_range, show=True)
     return nats, (ESTIMATORS[estimator].format(T=objective.T) + ", normalised" * args.normalised
-                  + ("" if prefix == "none" else f", given a prefix ({prefix})"))
+                  + ("" if prefix == "none" else f", given a prefix ({prefix})")
+                  + (f", blocks of {objective.block_size}" if objective.block_size else ""))
 
 
 def order_of(subject, args):
@@ -205,7 +209,8 @@ def likelihood(subject, estimator, args):
         "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": data.n,
         "n_tokens": n_tokens, "bits_per_char": bits * n_tokens / n_chars, "bits_per_byte": bits * n_tokens / n_bytes,
         "perplexity": perplexity, "estimator": method, "dataset": subject.dataset,
-        "split": subject.split, "seq_len": data.seq_len, "repeats": args.repeats,
+        "split": subject.split, "seq_len": data.seq_len, "block_size": subject.config.block_size,
+        "repeats": args.repeats,
         "seed": args.seed, "step": subject.step, "weights": "raw" if args.raw else "ema", "checkpoint": subject.path,
         "seconds": time.perf_counter() - start,
     }
@@ -346,7 +351,7 @@ def main():
     def opened(path):
         return open_subject(path, device, dtype, args.batch_size, hints_of(args), args.raw, args.normalised, args.split,
                             args.dataset, args.data_dir, args.text, args.seq_len, args.n_tokens,
-                            block_size=args.block_size, n_windows=256 if mode in ("curve", "curse", "context") else None)
+                            256 if mode in ("curve", "curse", "context") else None, args.block_size)
 
     if mode == "curve":
         result = curve(opened(args.checkpoint), args.out_dir, args.seed, out)

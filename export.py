@@ -74,6 +74,7 @@ def last_validation(path):
 def model_card(name, card, n_params, validation):
     """README.md of an exported folder (str): what the model is, how to use it, what was measured."""
     config, unit = card["config"], "char" if card["meta"]["tokenizer"] == "char" else "token"
+    blocks = f" of {config['block_size']} tokens" if config.get("block_size") else ""
     rows = [f"| {bits:.4f} {plus_minus(error)} | {what} |" for bits, error, what in (
         [(validation[0], validation[1], f"validation during training, step {validation[2]:,}")] if validation else [])
         + [(r["bits_per_token"], r["stderr"], f"{r['dataset']} {r['split'] or ''}, {r['n_sequences']:,} windows of "
@@ -82,7 +83,7 @@ def model_card(name, card, n_params, validation):
         "---", "tags:", "- text-diffusion", "- discrete-diffusion", "---", f"# {name}", "",
         f"A discrete diffusion model of text, {n_params / 1e6:.1f}M parameters, trained as `{card['name']}` for "
         f"{card['step']:,} steps of {config['batch_size']} x {config['seq_len']} tokens of {card['meta'].get('name')}: "
-        f"objective {config['objective']}, noise {config['noise']}, schedule {config['schedule']}, conditioning "
-        f"{config['conditioning']}. The weights are the moving average.", "",
+        f"objective {config['objective']}{blocks}, noise {config['noise']}, schedule {config['schedule']}, "
+        f"conditioning {config['conditioning']}. The weights are the moving average.", "",
         "```sh", f"python sample.py {name}      # or hf://OWNER/{name}", f"python evaluate.py {name}", "```", "",
         *([f"| bits per {unit} | on |", "|---|---|", *rows, ""] if rows else ["Nothing was measured yet.", ""])])

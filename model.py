@@ -133,7 +133,7 @@ class Block(nn.Module):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
     def forward(self, x, c, cos, sin, layout=Layout(), at=None, past=None, keep=False):
-        """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D), or (N, D) at the positions `at` (N,) of all B L.
+        """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D), or (N, D) at positions `at` (N,) of all B L.
 
         With `at`, the MLP, two thirds of a block's weights, runs at these positions alone. It is for the last block:
         nothing reads its output at other positions. past: Past of the tokens before. keep: also return Past of the
@@ -211,6 +211,7 @@ class DiT(nn.Module):
         super().__init__()
         self.vocab_size, self.seq_len, self.checkpoint_blocks = vocab_size, seq_len, checkpoint_blocks
         self.shift_tokens, self.causal, self.block_size = shift_tokens, causal, block_size
+        self.head_dim = n_embd // n_head
         n_cond = n_cond if clock else 0
         self.embed = nn.Embedding(vocab_size + mask, n_embd)
         self.time_embed = TimeEmbedding(n_cond, clock) if n_cond else None
@@ -249,8 +250,9 @@ class DiT(nn.Module):
         assert positions is not None or P + L <= self.seq_len, (
             f"{P + L} tokens, but the model was built for {self.seq_len}")
         if self.block_size and visible is None and positions is None:
-            return (layout_beside_clean(L, self.block_size, device) if beside_clean
-                    else layout_of_blocks(L, P, self.block_size, device))
+            flex = None if self.head_dim >= 16 else False  # FlexAttention takes no smaller heads
+            return (layout_beside_clean(L, self.block_size, device, flex) if beside_clean
+                    else layout_of_blocks(L, P, self.block_size, device, flex))
         here = P + torch.arange(L, device=device)
         if P and self.shift_tokens and not self.causal:
             raise ValueError("shift_tokens mixes a token with both neighbours, so it allows a past only with blocks")
@@ -266,7 +268,7 @@ class DiT(nn.Module):
     def trunk(self, xt, t, layout=None, at=None, past=None, keep=False):
         """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L.
 
-        keep: return also the Past of each block, of the past and these tokens. With `at` empty the features are None."""
+        keep: return also the Past of each block, of the past and these tokens. If `at` is empty, features are None."""
         (B, L), layout = xt.shape, layout or self.layout(xt.shape[1], past)
         x, (cos, sin) = self.embed(xt).float(), self.angles(layout.positions)
         c, pasts = None if self.time_embed is None else self.time_embed(t), []

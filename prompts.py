@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from block_diffusion import finish, in_blocks
+from block_diffusion import cut, finish, in_blocks
 from categorical import State
 from cli import UserError
 from data.prepare import read_text
@@ -106,15 +106,25 @@ def n_given(xt, mask_id):
     return torch.where(masked.any(1), masked.int().argmax(1), xt.shape[1])
 
 
+def end_of(config, tokenizer):
+    """The id of the token at which a text of this model ends, or None: for block diffusion, if the data have one."""
+    return tokenizer.end if config.block_size and config.padding == "end" else None
+
+
+def text_of(tokens, start, end, tokenizer):
+    """The text of a list of ids up to the first `end` that was written into `start`, the ids before sampling."""
+    return tokenizer.decode(tokens if end is None else cut(tokens, start, end))
+
+
 def denoise(settings, objective, model, canvas, config, context, generator, end=None):
     """Fill the masks of a canvas (B, N), which may be longer than the model's window, window by window.
 
     Yields the State of the whole canvas after each step. The time that a network is told follows from the share of
     masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens of the
     window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not None.
-    A further window of it begins with whole blocks, so context is rounded down to a multiple of the block size.
+    A further window of it begins with whole blocks: context must be a multiple of the block size.
     """
-    given, size, context = canvas != objective.mask_id, None, context - context % (objective.block_size or 1)
+    given, size = canvas != objective.mask_id, None
     state = State(canvas, torch.full(canvas.shape, torch.nan, device=canvas.device))
     for a, b in blocks(canvas.shape[1], config.seq_len, context):
         xt, p = state.xt[:, a:b], state.p[:, a:b]

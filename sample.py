@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from block_diffusion import Rereader, cut
+from block_diffusion import Rereader
 from categorical import Counted
 from checkpoint import load_model
 from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
@@ -26,7 +26,7 @@ from cli import (ArgumentParser, UserError, autocast, generator_on, named, note,
 from costs import check_fits
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
-from prompts import canvases, denoise
+from prompts import canvases, denoise, end_of, text_of
 from sampler_settings import NAMES, add_arguments, given_flags, settings_of, steps_flag
 from show import History, Screen, gif, html, joined, png
 from storage import add_hints, hints_of
@@ -146,6 +146,9 @@ def check(args, config):
     if not objective.both_sides and (args.suffix or args.template or args.infill):
         raise UserError(f"{args.checkpoint} {objective.description} and sees only the text on the left: it can "
                         "continue a --prefix, but --suffix, --template and --infill need a masked model")
+    if args.context and config.block_size and args.context % config.block_size:
+        raise UserError(f"--context {args.context} is no multiple of the block size of {args.checkpoint}: use "
+                        f"{-(-args.context // config.block_size) * config.block_size}")
     if args.no_cache and not config.block_size:
         raise UserError("--no_cache is for block diffusion, and no other model has a cache: leave it out")
     if args.show and args.show_intermediate:
@@ -183,7 +186,7 @@ def main():
     denoiser, generator, began = Counted(model), generator_on(device, args.seed), time.perf_counter()
     n_masks = args.batch_size * sum(prompt.count(objective.mask_id) for prompt in prompts)
     network = Rereader(denoiser) if args.no_cache else denoiser
-    end = tokenizer.end if objective.block_size and config.padding == "end" else None
+    end = end_of(config, tokenizer)
     fill = lambda canvas: denoise(settings, objective, network, canvas.to(device), config, args.context or 0,
                                   generator, end)
     with (autocast(device, pick_dtype(device, args.dtype)),
@@ -192,8 +195,7 @@ def main():
         history = fill_all(prompts, args.batch_size, objective.mask_id, fill, bar, screen, by_step=uniform)
     seconds = time.perf_counter() - began
     samples = [history.state(b, history.steps) for b in range(len(history.start))]
-    texts = [tokenizer.decode(tokens if end is None else cut(tokens, start, end))
-             for tokens, start in zip(samples, history.start)]
+    texts = [text_of(tokens, start, end, tokenizer) for tokens, start in zip(samples, history.start)]
     steps = f"{settings.steps} steps, " if settings.steps else ""
     title = f"{args.checkpoint}: {settings.sampler}, {steps}{denoiser.nfe} network calls"
     files = ((args.out, lambda: "".join(text + "\n" for text in texts)),

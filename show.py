@@ -167,7 +167,7 @@ class Screen:
             late = time.monotonic() - self.drawn >= FRAME_SECONDS
             if last or due or late and ids != self.ids:
                 self.redraw(step, ids, last)
-        elif (last or due) and step != self.step:
+        elif (last or due) and (step != self.step or ids != self.ids):
             self.print(step, ids)
         if due:
             self.due = left - self.stride

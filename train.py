@@ -31,7 +31,7 @@ from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from log import Log, Tally, duration, finite
 from optim import EMA, clip_gradients, learning_rate, make_optimizers
 from parallel import on_main, share_of_batch, together
-from prompts import denoise
+from prompts import denoise, end_of, text_of
 from randomness import give_prefix, prefix_lengths, rng, uniforms
 from sampler_settings import default_settings
 
@@ -217,11 +217,13 @@ def main():
     def sample():
         """Draw one text from the averaged weights; all processes do the same. If the model needs a prefix, the text
         continues the first tokens of the validation split."""
+        end = end_of(cfg, tokenizer)
         given = torch.from_numpy(val_tokens[:cfg.prefix_range[0]].astype("int64"))
         xt = torch.nn.functional.pad(given[None], (0, cfg.seq_len - len(given)), value=objective.mask_id).to(device)
         with ema.applied(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            *_, state = denoise(default_settings(cfg), objective, model, xt, cfg, 0, generator_on(device, cfg.seed))
-        return tokenizer.decode(state.xt[0].tolist())
+            *_, state = denoise(default_settings(cfg), objective, model, xt, cfg, 0, generator_on(device, cfg.seed),
+                                end)
+        return text_of(state.xt[0].tolist(), xt[0].tolist(), end, tokenizer)
 
     def save(filename, to_resume):
         state = state_of(model, ema, optimizers if to_resume else ())

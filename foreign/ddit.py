@@ -227,10 +227,13 @@ def translate(found, name, dataset, overrides, data_dir):
     weights = [mask_last(rename(kind, NAMES), mask) for kind in (raw, averages(payload, raw, path))]
     if process["conditioning"] == "none" and time:
         weights = [fold(kind, n_layer) for kind in weights]
-    if name == "bd3lm" and int(settings.get("block_size", seq_len)) < int(seq_len):
+    block_size = settings.get("block_size", seq_len)
+    if name == "bd3lm" and (type(block_size) is not int or block_size < 1):
+        raise UserError(f"{path} has block_size={block_size!r}, which is not a number of tokens")
+    if name == "bd3lm" and block_size < int(seq_len):
         if process["conditioning"] != "none":
             raise UserError(f"{path} is told one time for all of its blocks, which is not known here")
-        config |= dict(objective="block", block_size=int(settings["block_size"]), time_sampling="stratified")
+        config |= dict(objective="block", block_size=block_size, time_sampling="stratified")
     step = payload.get("global_step", payload.get("step", 0))
     return dict(name=name, config=config, meta=meta, model=weights[0], ema=weights[1],
                 step=step if isinstance(step, int) else 0)

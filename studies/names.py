@@ -14,7 +14,8 @@ import torch
 from checkpoint import load_model
 from cli import UserError, generator_on, pick_device, progress, table
 from data.loader import check_same_tokens, load_meta, load_split
-from prompts import denoise
+from data.tokenizer import make_tokenizer
+from prompts import denoise, end_of
 from sampler_settings import default_settings
 from sampling import Settings
 
@@ -50,10 +51,11 @@ def fill(loaded, canvas, seed, device, size=256):
     A masked model is sampled with the chain in continuous time (first_hitting).
     """
     config, generator, filled = loaded.config, generator_on(device, seed), []
-    way = Settings("first_hitting") if config.objective_class.any_order else default_settings(config)
+    way = Settings("first_hitting") if "first_hitting" in config.objective_class.samplers else default_settings(config)
+    end = end_of(config, make_tokenizer(loaded.meta))
     objective = config.make_objective(loaded.meta["vocab_size"])
     for xt in progress(canvas.split(size), desc="sampling", leave=False):
-        *_, state = denoise(way, objective, loaded.model, xt.to(device), config, 0, generator)
+        *_, state = denoise(way, objective, loaded.model, xt.to(device), config, 0, generator, end)
         filled.append(state.xt.cpu())
     return torch.cat(filled)
 
@@ -111,7 +113,7 @@ def names(args, out=None):
     print(f"novel ones: {' '.join(dict.fromkeys(novel[:20])) or 'none'}\n", file=out)
     if good:
         lengths_table("letters", {"train split": list(map(len, train)), "drawn": list(map(len, good))}, out)
-    if config.objective_class.causal:
+    if not config.objective_class.both_sides:
         return print("A model from left to right fills no gaps.", file=out)
 
     held_out = [name for name in test if 3 <= len(name) <= gap + 3][:args.samples]

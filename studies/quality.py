@@ -22,7 +22,7 @@ from data.loader import gather, windows
 from data.tokenizer import make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
 from plot import picture
-from prompts import denoise
+from prompts import denoise, end_of, text_of
 from studies.baselines import known_word_share
 
 
@@ -195,11 +195,12 @@ def draw_samples(subject, objective, given, settings, seed):
     """
     data, denoiser, texts, start = subject.data, Counted(subject.model), [], time.perf_counter()
     generator, (n, c) = generator_on(data.device, seed), given.shape
+    end = end_of(subject.config, subject.tokenizer)
     for i in progress(range(0, n, data.batch_size), desc=f"{settings.sampler} {settings.steps or ''}", leave=False):
         xt = torch.nn.functional.pad(given[i:i + data.batch_size], (0, data.seq_len - c), value=objective.mask_id)
         with autocast(data.device, data.dtype):
-            *_, state = denoise(settings, objective, denoiser, xt.to(data.device), subject.config, 0, generator)
-        texts += [subject.tokenizer.decode(sample) for sample in state.xt.tolist()]
+            *_, state = denoise(settings, objective, denoiser, xt.to(data.device), subject.config, 0, generator, end)
+        texts += [text_of(*pair, end, subject.tokenizer) for pair in zip(state.xt.tolist(), xt.tolist())]
     return texts, denoiser.sequences / n, denoiser.tokens / n, time.perf_counter() - start
 
 

@@ -83,14 +83,18 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
         if not config.objective_class.normalised:
             raise UserError(f"--normalised is only for score entropy with masks, and {path} has another objective")
         config = replace(config, objective=config.objective_class.normalised)
+    size = block_size or config.block_size
+    if size and seq_len % size:
+        raise UserError(f"windows of {seq_len} tokens are no multiple of blocks of {size}: choose another --seq_len"
+                        + (" or --block_size" if block_size else ""))
     if block_size:
         if (config.objective, config.noise) not in (("mdlm", "mask"), ("block", "mask")):
             raise UserError(f"--block_size is for models of objective=mdlm or block, and {path} has "
                             f"objective={config.objective} with noise={config.noise}")
-        config = replace(config, objective="block", block_size=block_size, prefix="none")
+        if config.prefix != "none":
+            raise UserError(f"{path} needs a prefix ({config.prefix}), and --block_size scores whole windows")
+        config = replace(config, objective="block", block_size=block_size, seq_len=seq_len)
         model.block_size = block_size  # no weight depends on it
-    if config.block_size and seq_len % config.block_size:
-        raise UserError(f"--seq_len={seq_len} is no multiple of the block size of {path}, {config.block_size}")
     tokenizer = make_tokenizer(meta)
     if text and dataset and "sha256" in meta:
         raise UserError("--text is scored instead of a data set: leave out --dataset")
