@@ -429,7 +429,7 @@ def test_tiles(size):
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_compiles_in_one_graph(shift):
+def test_blocks_compile_in_one_graph(shift):
     """torch.compile finds no reason to leave the graph of either text; with any number of masks."""
     torch._dynamo.reset()
     model, (xt, x0, t) = network(block_size=4, shift_tokens=shift), texts(4)
