@@ -340,6 +340,20 @@ def test_three_ways_to_call_are_one(conditioning, shift, n):
             assert (a - b).norm() <= 1e-4 * b.norm() + 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [False, True])
+def test_several_blocks_after_a_past(shift):
+    """Remembered at once, they are what they are one after the other: each sees its own block and those before."""
+    model, (_, x0, _) = network(block_size=4, shift_tokens=shift).eval(), texts(4)
+    one = two = model.remember(x0[:, :4], torch.zeros(4))
+    one = model.remember(x0[:, 4:12], torch.zeros(4), past=one)
+    for a in (4, 8):
+        two = model.remember(x0[:, a:a + 4], torch.zeros(4), past=two)
+    for x, y in zip(one, two):
+        for a, b in zip(x, y):
+            assert a is b is None or torch.allclose(a, b, atol=1e-5)
+
+
 def test_one_text_of_noisy_and_clean_tokens():
     """BD3-LM's own form, x_t and x_0 beside each other as one text of 2 L tokens under one mask, gives the same."""
     n, (xt, x0, t) = 4, texts(4)

@@ -231,6 +231,26 @@ def test_commands(call, run):
     assert call("demos.py", "names", run, "-n", 20, "--seed", 3).out == result.out
 
 
+def test_names_in_blocks(call, names_dir, tmp_path):
+    """Block diffusion ends a name at its first pad: later blocks are pads, without the network. It fills no gaps."""
+    out = tmp_path / "out"
+    assert train(call, "names", names_dir, out, *SMALL, "--objective=block", "--block_size=4", "--padding=end",
+                 "--max_steps=60", "--lr=0.02").code == 0
+    result = call("sample.py", out, "--batch_size", 20, "--prefix", "ba", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    pad = load_meta("names", names_dir)["alphabet"].index(PAD)
+    ended = [s["tokens"] for s in found["samples"] if pad in s["tokens"][:28]]
+    assert len(ended) > 5
+    for tokens in ended:
+        after = tokens.index(pad) // 4 * 4 + 4
+        assert set(tokens[after:]) <= {pad}
+    assert all(PAD not in s["text"] and len(s["text"]) <= 32 for s in found["samples"])
+    assert found["tokens_read"] < 20 * 32
+    measured = call("demos.py", "names", out, "-n", 20)
+    assert measured.code == 0 and "fills no gaps" in measured.out
+
+
 def test_names_refuses(call, run, trained):
     """A model of something else, no checkpoint, data that is not there, a gap that is too wide: one line."""
     assert_one_line(call("demos.py", "names", trained), "no pad")
