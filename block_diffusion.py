@@ -59,12 +59,13 @@ class BlockDiffusion(MDLM):
     intervals, in random order, so that the time says nothing about the place of the block. (In BD3-LM's code the
     intervals are in the order of the blocks, so that early blocks get early times.)
 
-    rate_range (low, high): training draws the mask rate r from [low, high] only, and the loss keeps its weights 1/r:
-    with less variance it learns sooner (the paper's clipped schedules). Masks are still independent. So every number of
-    masks 0 ... n has a positive probability p(k), all of them masked included, as sampling needs it. That also lets
-    the bound over the full range be reported. It is the sum over k = 1 ... n of 1/k * E[sum over masks of CE, k masks].
-    So draws with weight 1/(k p(k)) estimate it without bias (if the network does not see the time). At low = 0 and
-    high = 1 this is the weight (n + 1)/k of Absorbing.continuous. Where p(k) is small, the estimate varies much.
+    rate_range (low, high): training draws the mask rate r from [low, high] only, and the loss keeps its weights 1/r.
+    These are the paper's clipped schedules, which it uses for less variance. Masks are still independent. So every
+    number of masks 0 ... n has a positive probability p(k), all of them masked included, as sampling needs it. That
+    also lets the bound over the full range be reported. It is the sum over k = 1 ... n of
+    1/k * E[sum over masks of CE, with k masks]. So draws with weight 1/(k p(k)) estimate it without bias (if the network does not see the time). At
+    low = 0 and high = 1 this is the weight (n + 1)/k of Absorbing.continuous. Where p(k) is small, the estimate varies
+    much.
     """
 
     description = "writes block after block, from left to right"
@@ -194,7 +195,7 @@ def in_blocks(settings, objective, model, xt, generator, end=None):
         if known < a:  # all blocks since the last one that was remembered: several, if a prompt is long
             past = model.remember(state.xt[:, known:a], torch.zeros(len(xt), device=xt.device), past=past)
             known = a
-        width, part = block.shape[1], None
+        width = block.shape[1]
         for part in settings(objective, model, F.pad(block, (0, n - width), value=objective.mask_id), generator,
                              past=past):
             new = [torch.cat((whole[:, :a], piece[:, :width], whole[:, a + n:]), 1)

@@ -152,6 +152,7 @@ class Absorbing:
     any_order: the network predicts any masked tokens from any visible ones, as samplers and studies of masks need it
     both_sides: a token sees the text on its right, too, so that blanks in the middle of a text can be filled
     block_size: tokens of a block, if blocks are predicted from left to right (block_diffusion.py); else 0
+    blocks: the objective that has the same predictions within blocks, or None
     samplers: {what --sampler calls it: its name in sampling.SAMPLERS}; the first one is the default
     estimators: {method (u, v, w) -> Noise that estimates the bound with a finite variance: another one that estimates
         the same number}; w (B,) decides the time where the mask leaves it open
@@ -168,8 +169,8 @@ class Absorbing:
     """
 
     description = "predicts masked tokens"
-    has_mask, causal, any_order, both_sides, everywhere, normalised, T, block_size = (
-        True, False, True, True, False, None, None, 0)
+    has_mask, causal, any_order, both_sides, everywhere, normalised, T, block_size, blocks = (
+        True, False, True, True, False, None, None, 0, None)
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
     estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
@@ -355,6 +356,8 @@ class MDLM(Absorbing):
     reported bound keeps its weights.
     """
 
+    blocks = "block"
+
     def __init__(self, mask_id, schedule="linear", time_sampling="stratified", weighting="nelbo"):
         super().__init__(mask_id, schedule)
         self.time_sampling, self.weighting = time_sampling, weighting
@@ -404,7 +407,7 @@ class SEDD(MDLM):
     normalised.
     """
 
-    normalised = "mdlm"
+    normalised, blocks = "mdlm", None
 
     def __init__(self, mask_id, schedule="loglinear", time_sampling="stratified", scaled=True):
         super().__init__(mask_id, schedule, time_sampling)

@@ -85,8 +85,8 @@ class Uniform:
     """
 
     description = "was trained with uniform noise"
-    has_mask, causal, any_order, both_sides, everywhere, normalised, T, block_size = (
-        False, False, False, True, True, None, None, 0)
+    has_mask, causal, any_order, both_sides, everywhere, normalised, T, block_size, blocks = (
+        False, False, False, True, True, None, None, 0, None)
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
 
@@ -178,7 +178,7 @@ class Uniform:
         return (usual.exp() * excess(d).sum(-1) + torch.where(same, 0.0, excess(d_x0) / log_rho.exp())) / N
 
     def position_costs(self, logits, x0, noise):
-        """What the bound counts at each position, without its weight: logits (B, L, N), x0 (B, L) -> nats (B, L)."""
+        """Costs of the positions in the bound, without its weight: logits (B, L, N), x0 (B, L) -> nats (B, L)."""
         return self.cost(logits, x0, self.corrupt(x0, noise.token), noise.sigma)
 
     def nelbo(self, model, x0, noise):

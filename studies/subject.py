@@ -88,12 +88,12 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
         raise UserError(f"windows of {seq_len} tokens are no multiple of blocks of {size}: choose another --seq_len"
                         + (" or --block_size" if block_size else ""))
     if block_size:
-        if (config.objective, config.noise) not in (("mdlm", "mask"), ("block", "mask")):
+        if not config.objective_class.blocks:
             raise UserError(f"--block_size is for models of objective=mdlm or block, and {path} has "
                             f"objective={config.objective} with noise={config.noise}")
         if config.prefix != "none":
             raise UserError(f"{path} needs a prefix ({config.prefix}), and --block_size scores whole windows")
-        config = replace(config, objective="block", block_size=block_size, seq_len=seq_len)
+        config = replace(config, objective=config.objective_class.blocks, block_size=block_size, seq_len=seq_len)
         model.block_size = block_size  # no weight depends on it
     tokenizer = make_tokenizer(meta)
     if text and dataset and "sha256" in meta:

@@ -523,9 +523,9 @@ def test_score_entropy_of_the_optimum_is_the_entropy():
 def test_facts_of_an_objective(key):
     """Each has all facts, and they hold: estimators come in pairs and are methods or orders, the reported one is one of
     them, the samplers exist, and the network has as many tokens as it says."""
-    name, noise = key
+    name, noise_kind = key
     config = Config(n_layer=1, n_head=1, n_embd=4, n_cond=4, seq_len=4, conditioning="none", objective=name,
-                    noise=noise, schedule="loglinear" if name == "sedd" else "cosine",
+                    noise=noise_kind, schedule="loglinear" if name == "sedd" else "cosine",
                     block_size=2 if name == "block" else 0)
     objective, model = config.make_objective(5), config.make_model(5)
     assert type(objective) is OBJECTIVES[key] and isinstance(objective.description, str)
@@ -548,6 +548,8 @@ def test_facts_of_an_objective(key):
     assert loss.dim() == 0 and nelbo.shape == (3,) and asked == [objective.everywhere]
     if objective.normalised:
         assert (objective.normalised, "mask") in OBJECTIVES
+    assert (objective.blocks, noise_kind) in OBJECTIVES if name in ("mdlm", "block") and noise_kind == "mask" else (
+        objective.blocks is None)
 
 
 @pytest.mark.parametrize("objective", [MDLM(MASK), SEDD(MASK), SEDD(MASK, scaled=False), D3PM(MASK, 10)],
