@@ -1,7 +1,8 @@
-"""What a token sees: the tokens beside it, blocks of them, and a past that is kept as keys and values. For model.py.
+"""Visibility for model.py: which tokens a token sees, in blocks, and in a past that is kept as keys and values.
 
-Without blocks and without a past every token sees all others, and there is nothing to say. Block diffusion needs the
-rest (block_diffusion.py), and so does a causal network that writes token after token (sampling.left_to_right).
+Without blocks and without a past every token sees all others, and nothing here is used. Block diffusion
+(block_diffusion.py) uses blocks and a past. A causal network that writes token after token uses a past
+(sampling.left_to_right).
 """
 
 import functools
@@ -13,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 
 class Past(NamedTuple):
-    """What a transformer block keeps of the P tokens before: nothing else of them reaches the tokens that follow."""
+    """Keys and values of P tokens in a transformer block. Nothing else of these tokens reaches those that follow."""
 
     keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
     values: torch.Tensor           # (B, heads, P, head_dim)
@@ -26,7 +27,7 @@ class Past(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where L tokens stand, and what they see: each other, and the P tokens of the past, which come first.
+    """Positions of L tokens, and what each of them sees of the P tokens of the past and of these L, in this order.
 
     visible: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or Tiles or
         FlexAttention's BlockMask for the same. None: all tokens, or with a causal network those on the left.

@@ -222,7 +222,7 @@ def likelihood(subject, estimator, args):
 
 
 def agree(mean, error):
-    """Whether two estimates of one number agree: their mean difference, in bits, is within its error or rounding."""
+    """Tell whether two estimates of one number agree: the mean difference, in bits, is within its error or rounding."""
     return abs(mean) <= LIMIT * error or abs(mean) < ROUNDING
 
 

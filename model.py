@@ -310,10 +310,8 @@ class DiT(nn.Module):
             layout = self.layout(xt.shape[1], beside_clean=True)
         else:
             layout = self.layout(xt.shape[1], past, visible, positions)
-        if not keep:
-            return self.head(self.trunk(xt, t, layout, at, past))
-        x, pasts = self.trunk(xt, t, layout, at, past, keep=True)
-        return self.head(x), pasts
+        x = self.trunk(xt, t, layout, at, past, keep)
+        return (self.head(x[0]), x[1]) if keep else self.head(x)
 
     def remember(self, xt, t, visible=None, positions=None, past=None):
         """Keys and values of the past and of tokens xt (B, L) after it: the `past` for calls on the tokens that follow.

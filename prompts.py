@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from block_diffusion import cut, finish, in_blocks
-from categorical import State
+from categorical import State, begin
 from cli import UserError
 from data.prepare import read_text
 
@@ -125,7 +125,7 @@ def denoise(settings, objective, model, canvas, config, context, generator, end=
     A further window of it begins with whole blocks: context must be a multiple of the block size.
     """
     given, size = canvas != objective.mask_id, None
-    state = State(canvas, torch.full(canvas.shape, torch.nan, device=canvas.device))
+    state = begin(canvas)
     for a, b in blocks(canvas.shape[1], config.seq_len, context):
         xt, p = state.xt[:, a:b], state.p[:, a:b]
         if not (xt == objective.mask_id).any():

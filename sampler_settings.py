@@ -224,8 +224,8 @@ def enough_steps(rates, ce, loss=0.01, most=256):
 
 
 def default_settings(config):
-    """What a config's model is sampled with where nothing is asked for: the first sampler of its objective, in T steps
-    if it has steps."""
+    """Settings to sample a config's model with, if no flag says otherwise: its objective's first sampler, in T steps if
+    the sampler has steps."""
     name, function = next(iter(config.objective_class.samplers.items()))
     has_steps = "steps" in SAMPLERS[function].flags
     return Settings(name, {"grid": schedule_grid(config.schedule, config.T)} if has_steps else {})

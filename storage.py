@@ -199,7 +199,7 @@ def read(path, hints=Hints()):
                         "out --override")
     try:
         intact = payload.pop("sha256", None) == digest(payload)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # of digest(), and of strange tensors
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # digest() of sparse or meta tensors
         intact = False
     if not intact:
         raise UserError(f"{path} is damaged: its contents do not match their SHA-256")
@@ -212,7 +212,7 @@ def imported(found):
     card = dict(found.settings)
     try:
         intact = card.pop("weights_sha256", None) == digest(dict(sorted(found.payload.items())))
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # not weights by name
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # as above; or no dict at all
         intact = False
     if not intact:
         raise UserError(f"{found.path} is damaged: the weights do not match the SHA-256 in config.json")
@@ -221,22 +221,22 @@ def imported(found):
 
 
 def is_floats(x):
-    """Whether x is a tensor of real numbers in one of the usual types."""
+    """Tell whether x is a tensor of real numbers in one of the usual types."""
     return torch.is_tensor(x) and x.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_text(x):
-    """Whether x is text of a reasonable length, without control characters and parts of characters."""
+    """Tell whether x is a str of fewer than 1,000 printable characters."""
     return isinstance(x, str) and len(x) < 1000 and x.isprintable()
 
 
 def is_weights(x):
-    """Whether x is a dict {name: tensor of floats} that is not empty."""
+    """Tell whether x is a dict {name: tensor of floats} that is not empty."""
     return isinstance(x, dict) and len(x) > 0 and all(is_text(key) and is_floats(value) for key, value in x.items())
 
 
 def is_json(x):
-    """Whether x consists of what JSON has."""
+    """Tell whether x consists of the types that JSON has."""
     if isinstance(x, dict):
         return all(isinstance(key, str) and is_json(value) for key, value in x.items())
     return all(map(is_json, x)) if isinstance(x, list) else x is None or isinstance(x, (str, bool, int, float))

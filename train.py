@@ -154,7 +154,7 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
 
 
 def compiles(cfg, device):
-    """Whether the model is compiled: as cfg.compile says, or by default on CUDA only."""
+    """Tell whether the model is compiled: as cfg.compile says, or by default on CUDA only."""
     return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 

@@ -528,7 +528,7 @@ def test_samplers_follow_their_chains(n):
 @pytest.mark.parametrize("settings", ALL, ids=lambda settings: settings.sampler)
 @pytest.mark.parametrize("conditioning, shift", [("none", True), ("time", False)])
 def test_the_cache_changes_nothing(settings, conditioning, shift):
-    """With and without it: the same tokens from the same random numbers, and the same probabilities to 1e-5. Prompts
+    """Tokens with and without the cache are the same, and their probabilities to 1e-5, from the same numbers. Prompts
     end anywhere, one is longer than a block, and the text is no multiple of the block size."""
     n, model = 4, network(conditioning, seq_len=24, block_size=4, shift_tokens=shift).eval()
     xt = torch.full((5, 22), 27)

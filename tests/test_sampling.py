@@ -398,8 +398,8 @@ def test_default_settings():
 
 
 def test_left_to_right_follows_the_data():
-    """With the conditionals of the data, 30,000 samples follow the data; the network reads the start and each token
-    once, is asked for the last position only, and not at all where a token is given."""
+    """30,000 samples follow the data, whose conditionals the network has. It reads the start and each token once. It is
+    asked for the last position only, and not at all where a token is given."""
     lengths = []
 
     def model(unread, t, where, past, keep):

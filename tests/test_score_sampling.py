@@ -192,7 +192,7 @@ def test_uniform_ancestral_follows_its_chain(objective):
 
 
 def test_uniform_chain_approaches_the_data():
-    """With the leave-one-out predictor the chain's distribution tends to the data; with p(x0_i | xt) it stalls."""
+    """The chain's distribution tends to the data with the leave-one-out predictor; with p(x0_i | xt) it stalls."""
     def distance(T, **options):
         steps = [world.uniform_step(world.uniform_oracle(1 - s / T, **options), 1 - s / T, 1 - (s - 1) / T)
                  for s in range(T, 0, -1)]
