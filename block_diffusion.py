@@ -63,9 +63,9 @@ class BlockDiffusion(MDLM):
     These are the paper's clipped schedules, which it uses for less variance. Masks are still independent. So every
     number of masks 0 ... n has a positive probability p(k), all of them masked included, as sampling needs it. That
     also lets the bound over the full range be reported. It is the sum over k = 1 ... n of
-    1/k * E[sum over masks of CE, with k masks]. So draws with weight 1/(k p(k)) estimate it without bias (if the network does not see the time). At
-    low = 0 and high = 1 this is the weight (n + 1)/k of Absorbing.continuous. Where p(k) is small, the estimate varies
-    much.
+    1/k * E[sum over masks of CE, with k masks]. So draws with weight 1/(k p(k)) estimate it without bias (if the
+    network does not see the time). At low = 0 and high = 1 this is the weight (n + 1)/k of Absorbing.continuous. Where
+    p(k) is small, the estimate varies much.
     """
 
     description = "writes block after block, from left to right"
