@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from randomness import rng
+
 
 class Past(NamedTuple):
     """Keys and values of P tokens in a transformer block. Nothing else of these tokens reaches those that follow."""
@@ -97,6 +99,19 @@ def layout_beside_clean(L, size, device, flex=None):
 
     here = torch.arange(L, device=device)
     return Layout(visibility(sees, L, 2 * L, device, flex), here, here % size == 0, here % size == size - 1, True)
+
+
+def annealed(L, step, anneal_steps, seed):
+    """The visibility (L, L) of a training step on the way from causal to full attention (DiffuLLaMA, arXiv 2410.17891).
+
+    A token sees all tokens on its left, itself, and each one on its right with probability (step + 1)/anneal_steps. One
+    draw serves the whole batch and all blocks. Returns None, which means full attention, from step anneal_steps - 1 on.
+    """
+    share = (step + 1) / anneal_steps if anneal_steps else 1
+    if share >= 1:
+        return None
+    drawn = torch.from_numpy(rng(seed, "attention", step).random((L, L), dtype="float32") < share)
+    return drawn | torch.ones(L, L, dtype=torch.bool).tril()
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import torch
 
 import optim
 import storage
+from adapt import adapt
 from cli import ArgumentParser, UserError, named, note, run
 from configs import Config, same_run
 from costs import check_fits, weight_bytes
@@ -22,7 +23,8 @@ from data.tokenizer import make_tokenizer
 from export import export
 from foreign import translate
 from log import parse
-from storage import Hints, add_hints, check_finite, check_fit, check_keys, claim, config_of, hints_of, read, read_latest
+from storage import (Hints, add_hints, check_finite, check_fit, check_keys, claim, config_of, fill, hints_of, read,
+                     read_latest)
 
 OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # English data sets of foreign checkpoints
 
@@ -63,10 +65,8 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
     if init_from and not payload:
         source = read(init_from)
         check_same_tokens(source["meta"], meta, cfg.dataset)
-        check_fit(model, source["ema"], init_from)
-        check_finite(source["ema"], init_from)
-        check_same_function(source, cfg, init_from)
-    return payload, source and source["ema"], lock
+        source = adapt(model, source, cfg, init_from)
+    return payload, source, lock
 
 
 def check_nothing_is_lost(out_dir, cfg):
@@ -82,19 +82,6 @@ def check_nothing_is_lost(out_dir, cfg):
         raise UserError(f"the run in {out_dir} reached step {came_to:,}, but its ckpt.pt and ckpt_prev.pt are missing: "
                         f"put one of them back, or start a new run with another --out_dir{start}")
     note(f"the run in {out_dir} has no checkpoint yet: it begins again at step 0")
-
-
-def check_same_function(source, cfg, path):
-    """Raise UserError if weights of the right shapes are of another network; note a change of objective or noise."""
-    before, now = dataclasses.asdict(config_of(source)), dataclasses.asdict(cfg)
-    differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
-    other = differ(("n_head", "shift_tokens", "architecture"))
-    if other:
-        raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
-    schedule = ["schedule"] if cfg.conditioning == "sigma" else []
-    other = differ(("objective", "noise", "block_size", "conditioning", *schedule))
-    if other:
-        note(f"the weights in {path} were trained with other settings: {'; '.join(other)}")
 
 
 def check_same_run(payload, path, cfg, meta):
@@ -137,7 +124,7 @@ def load_model(path, device, hints=Hints(), raw=False):
     weights = payload["model"] if raw else payload["ema"]
     check_fit(model, weights, path)
     check_finite(weights, path)
-    model.load_state_dict({key: value.float() for key, value in weights.items()})
+    fill(model, weights)
     model = model.to(device).eval()
     if payload.get("foreign") and payload["meta"]["name"] in OF_ENGLISH:
         translate.warn_if_implausible(model, config.make_objective(payload["meta"]["vocab_size"]),

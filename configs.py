@@ -15,16 +15,19 @@ import torch
 
 from block_diffusion import BlockDiffusion
 from cli import ArgumentParser, UserError
-from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
+from diffusion import BERT, D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
+from foreign.gpt2 import GPT2, NanoGPT
+from foreign.masked_lm import MaskedLM
 from foreign.tiny_diffusion import TinyDiffusion
 from model import DiT
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
 # A new objective or network gets a name here and a file of its own (diffusion.Absorbing lists what it must have).
 OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): SEDD,
-              ("block", "mask"): BlockDiffusion, ("ar", "mask"): AutoRegressive,
+              ("block", "mask"): BlockDiffusion, ("bert", "mask"): BERT, ("ar", "mask"): AutoRegressive,
               ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD}
-NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion}
+NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion, "gpt2": GPT2, "nanogpt": NanoGPT,
+            "masked_lm": MaskedLM}
 
 
 def setting(default, help, choices=None, same_run=True):
@@ -50,8 +53,9 @@ class Config:
     padding: str = setting("end", "place of the pads of an item (such as a name) in training: at the end, or all "
                            "together at a random place in the text", ("end", "random"))
     # model
-    architecture: str = setting("dit", "network: dit (model.py), or that of tiny-diffusion, which does not use n_cond",
-                                tuple(NETWORKS))
+    architecture: str = setting("dit", "network: dit (model.py), or one of foreign/: masked_lm is BERT, RoBERTa and "
+                                "others of transformers", tuple(NETWORKS))
+    backbone: str = setting("", "settings of architecture=masked_lm, as JSON; empty: those of --init_from or --resume")
     n_layer: int = setting(12, "number of transformer blocks")
     n_head: int = setting(12, "number of attention heads")
     n_embd: int = setting(768, "width of the network: features per token")
@@ -64,11 +68,14 @@ class Config:
     head_bias: bool = setting(False, "add a bias to the head")
     norm_bias: bool = setting(False, "add a bias to the layer norms")
     shift_tokens: bool = setting(False, "take half of the features of a token from its neighbours; speeds up learning")
+    predict_next: bool = setting(False, "the output at a token predicts the token on its right, as in networks that "
+                                 "were trained from left to right; shift_tokens then takes features from the left only")
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower",
                                       same_run=False)
     # objective
     objective: str = setting("d3pm", "training objective: d3pm (T steps), mdlm (continuous time), sedd (score entropy),"
-                             " block (mdlm in blocks, from left to right) or ar (autoregressive)",
+                             " block (mdlm in blocks, from left to right), bert (mask rate 0.15 alone) or ar "
+                             "(autoregressive)",
                              tuple(dict.fromkeys(name for name, _ in OBJECTIVES)))
     block_size: int = setting(0, "number of tokens in a block, a divisor of seq_len; objective=block only")
     rate_range: str = setting("0:1", "lowest and highest mask rate in training, such as 0.3:0.8; objective=block only")
@@ -81,8 +88,11 @@ class Config:
     scale_by_sigma: bool = setting(True, "multiply the network's scores by alpha/(1 - alpha); sedd with masks only")
     time_sampling: str = setting("uniform", "how training draws the time of each sequence; exact_k: not for d3pm or "
                                  "uniform noise", ("uniform", "stratified", "exact_k"))
-    weighting: str = setting("nelbo", "loss weight of a masked token: as in the bound, or (mdlm only) the same for all",
+    weighting: str = setting("nelbo", "loss weight of a masked token: as in the bound, or (mdlm and bert) the same for "
+                             "all",
                              ("nelbo", "simple"))
+    anneal_steps: int = setting(0, "steps in which attention grows from causal to full, at random places; 0: full at "
+                                "once")
     # optimisation
     batch_size: int = setting(1024, "sequences per optimiser step, on all GPUs together")
     micro_batch_size: int = setting(256, "maximum number of sequences in a pass of one GPU; gradients are accumulated",

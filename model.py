@@ -97,9 +97,11 @@ def at_positions(at, B, L, *features):
 class Block(nn.Module):
     """Attention and MLP, pre-norm. If n_cond > 0, c shifts, scales and gates both (adaLN-Zero)."""
 
-    def __init__(self, n_embd, n_head, n_cond, dropout, shift_tokens=False, causal=False, norm_bias=False):
+    def __init__(self, n_embd, n_head, n_cond, dropout, shift_tokens=False, causal=False, norm_bias=False,
+                 shift_left=False):
         super().__init__()
         self.n_head, self.dropout, self.causal, self.shift_tokens = n_head, dropout, causal, shift_tokens
+        self.shift_left = shift_left or causal  # see token_shift
         self.norm1 = LayerNorm(n_embd, norm_bias)
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.attn_out = nn.Linear(n_embd, n_embd, bias=False)
@@ -112,17 +114,20 @@ class Block(nn.Module):
         """token_shift of h (B, L, D), if the block has it. before: what Past keeps of the tokens before, or None."""
         if not self.shift_tokens:
             return h
-        if before is not None and self.causal:
+        if before is not None and self.shift_left:
             before = F.pad(before, (0, 0, 2, 0))[:, -2:]
         elif before is not None:
             before = F.pad(before, (0, 0, 1, 0))[:, :-1] if layout.beside_clean else before[:, -1:]
-        return token_shift(h, self.causal, before, layout.first, layout.last)
+        return token_shift(h, self.shift_left, before, layout.first, layout.last)
 
     def heads(self, h, cos, sin):
         """Queries, keys and values of h (B, L, D), the first two rotated: (B, heads, L, D/heads) each."""
         B, L, D = h.shape
         q, k, v = self.qkv(h).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return self.rotated(q, cos, sin), self.rotated(k, cos, sin), v
+
+    def rotated(self, x, cos, sin):
+        return rotate(x, cos, sin)
 
     def attention(self, q, k, v, visible=None):
         """The output (B, L, D) of attention to keys and values of the past and these tokens."""
@@ -159,7 +164,7 @@ class Block(nn.Module):
             return x
         if not self.shift_tokens:
             return x, Past(k, v)
-        shifted = [h[..., :D // 4 * (2 if self.causal else 1)] for h in (h1, h2)]
+        shifted = [h[..., :D // 4 * (2 if self.shift_left else 1)] for h in (h1, h2)]
         if past is not None:
             shifted = [torch.cat(pair, 1) for pair in zip(past[2:], shifted)]
         return x, Past(k, v, *shifted)
@@ -190,6 +195,8 @@ class DiT(nn.Module):
     weights, zero at first. head_bias, norm_bias: biases that other projects' networks have. shift_tokens: see
     token_shift. causal: no token sees those on its right (for the autoregressive baseline). block_size: a token sees
     the tokens of its block and of the blocks before (for block diffusion); 0: all tokens. No weight depends on it.
+    predict_next: the output at a token predicts the token on its right. The mask stands before the text, as in the
+    autoregressive baseline, so that the first token is predicted, too. With it shift_tokens looks to the left only.
     """
 
     @classmethod
@@ -197,31 +204,38 @@ class DiT(nn.Module):
         objective = config.objective_class
         return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.n_cond,
                    config.dropout, config.clock, objective.has_mask, config.tied, config.head_bias, config.norm_bias,
-                   config.shift_tokens, config.checkpoint_blocks, objective.causal, config.block_size)
+                   config.shift_tokens, config.checkpoint_blocks, objective.causal, config.block_size,
+                   config.predict_next)
 
     @classmethod
     def misfit(cls, config):
         """A message that says which settings of a Config this network does not allow, or None."""
         if config.n_embd % (2 * config.n_head):
             return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
+        objective = config.objective_class
+        if (config.predict_next or config.anneal_steps) and (
+                objective.causal or objective.blocks == config.objective or not objective.has_mask):
+            return "predict_next and anneal_steps are for masks in whole texts: use objective=mdlm, d3pm, sedd or bert"
 
     def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, n_cond=128, dropout=0.0, clock=None,
                  mask=True, tied=True, head_bias=False, norm_bias=False, shift_tokens=False, checkpoint_blocks=False,
-                 causal=False, block_size=0):
+                 causal=False, block_size=0, predict_next=False):
         super().__init__()
         self.vocab_size, self.seq_len, self.checkpoint_blocks = vocab_size, seq_len, checkpoint_blocks
+        self.predict_next = predict_next
         self.shift_tokens, self.causal, self.block_size = shift_tokens, causal, block_size
         self.head_dim = n_embd // n_head
         n_cond = n_cond if clock else 0
         self.embed = nn.Embedding(vocab_size + mask, n_embd)
         self.time_embed = TimeEmbedding(n_cond, clock) if n_cond else None
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, n_cond, dropout, shift_tokens, causal, norm_bias)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, n_cond, dropout, shift_tokens, causal, norm_bias,
+                                          predict_next)
                                     for _ in range(n_layer))
         self.norm = LayerNorm(n_embd, norm_bias)
         self.modulation = nn.Linear(n_cond, 2 * n_embd) if n_cond else None
         self.head_weight = None if tied else nn.Parameter(torch.zeros(vocab_size, n_embd))
         self.head_bias = nn.Parameter(torch.zeros(vocab_size)) if head_bias else None
-        cos, sin = rotary_tables(seq_len, n_embd // n_head)
+        cos, sin = rotary_tables(seq_len + predict_next, n_embd // n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
@@ -247,7 +261,7 @@ class DiT(nn.Module):
     def layout(self, L, past=None, visible=None, positions=None, beside_clean=False):
         """The Layout of L tokens after the past. Raises ValueError if token_shift would look back from the past."""
         P, device = 0 if past is None else past[0].keys.shape[2], self.cos.device
-        assert positions is not None or P + L <= self.seq_len, (
+        assert positions is not None or P + L <= self.seq_len + self.predict_next, (
             f"{P + L} tokens, but the model was built for {self.seq_len}")
         if self.block_size and visible is None and positions is None:
             flex = None if self.head_dim >= 16 else False  # FlexAttention takes no smaller heads
@@ -265,12 +279,16 @@ class DiT(nn.Module):
         tables = self.cos[positions], self.sin[positions]
         return tables if positions.dim() == 1 else [table[:, None] for table in tables]  # the same for all heads
 
+    def embedded(self, xt, positions):
+        """The input of the blocks (B, L, D) float32."""
+        return self.embed(xt).float()
+
     def trunk(self, xt, t, layout=None, at=None, past=None, keep=False):
         """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L.
 
         keep: return also the Past of each block, of the past and these tokens. If `at` is empty, features are None."""
         (B, L), layout = xt.shape, layout or self.layout(xt.shape[1], past)
-        x, (cos, sin) = self.embed(xt).float(), self.angles(layout.positions)
+        x, (cos, sin) = self.embedded(xt, layout.positions), self.angles(layout.positions)
         c, pasts = None if self.time_embed is None else self.time_embed(t), []
         for i, block in enumerate(self.blocks):
             inputs = (x, c, cos, sin, layout, at if block is self.blocks[-1] else None, past and past[i], keep)
@@ -296,7 +314,8 @@ class DiT(nn.Module):
 
         where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. For 50,000 tokens
             the head is a third of the work, and nothing reads its logits at visible tokens.
-        visible, positions: as in Layout. With block_size both follow from the blocks.
+        visible, positions: as in Layout. With block_size both follow from the blocks. With predict_next they are those of
+            L + 1 tokens: the mask comes first.
         past: what remember() returned for the P tokens before these.
         clean: (B, L) long, with block_size: the text of which xt is the noisy version. Every block of xt sees the clean
             blocks before it, so one call scores all blocks.
@@ -304,6 +323,9 @@ class DiT(nn.Module):
         Raises ValueError with shift_tokens and a past, unless the network is causal or has blocks: the shift mixes
         tokens on both sides of the border.
         """
+        if self.predict_next:  # the output before a token predicts it, and the last output predicts nothing
+            xt = F.pad(xt, (1, 0), value=self.vocab_size)
+            where = where if where is None else F.pad(where, (0, 1))
         at = None if where is None else where.flatten().nonzero().squeeze(1)
         if clean is not None and xt.shape[1] > self.block_size:
             past = self.remember(clean, torch.zeros_like(t if t.dim() == 1 else t[:, 0]))
@@ -311,7 +333,9 @@ class DiT(nn.Module):
         else:
             layout = self.layout(xt.shape[1], past, visible, positions)
         x = self.trunk(xt, t, layout, at, past, keep)
-        return (self.head(x[0]), x[1]) if keep else self.head(x)
+        if keep:
+            return self.head(x[0]), x[1]
+        return self.head(x[:, :-1] if self.predict_next and where is None else x)
 
     def remember(self, xt, t, visible=None, positions=None, past=None):
         """Keys and values of the past and of tokens xt (B, L) after it: the `past` for calls on the tokens that follow.

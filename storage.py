@@ -308,13 +308,20 @@ def config_of(payload):
 
 def check_fit(model, weights, path):
     """Raise a UserError that names the first differences unless weights have exactly the model's keys and shapes."""
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in model.named_parameters()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     wrong = [f"{key}: {found.get(key, 'missing')}, expected {expected.get(key, 'none')}"
              for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
     if wrong:
         raise UserError(f"the weights in {path} do not fit the model: {'; '.join(wrong[:3])}"
                         + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+
+
+@torch.no_grad()
+def fill(model, weights):
+    """Copy weights {name: tensor}, which check_fit found to fit, into the model's parameters."""
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
 
 
 def check_finite(weights, path):

@@ -8,6 +8,7 @@ log.jsonl (every number shown). On SIGTERM, SIGUSR1, Ctrl-C or the end of torchr
 checkpoint and stops. --resume auto continues from it, and the result is the same as without the interruption.
 """
 
+import functools
 import math
 import os
 import time
@@ -21,6 +22,7 @@ import checkpoint
 import configs
 import parallel
 import storage
+from attention import annealed
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
                  require, run)
 from costs import check_fits, flops_per_token, training_bytes, weight_bytes
@@ -53,18 +55,22 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, p
         yield list(zip(x0.split(micro), noise.split(micro)))
 
 
-def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambda part: None):
+def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambda part: None, visible=None):
     """Take one optimiser step on `parts`, this process's share of the batch.
+
+    visible: which tokens each token sees in this step (attention.annealed); None: all.
 
     Returns, for the whole batch, the bound in nats per token, the gradient norm, and whether one of the two is not
     finite. If so, weights and optimiser state stay as they were. All three are tensors: nothing here waits for a CUDA
     GPU. mark: called with the name of each part when it is done, for the timing of bench.py.
     """
-    nats = torch.zeros((), device=device)
+    nats, denoiser = torch.zeros((), device=device), net
+    if visible is not None:
+        denoiser = functools.partial(net, visible=to_device(visible, device))
     for i, (x0, noise) in enumerate(parts):
         parallel.average_gradients(net, i == len(parts) - 1)
         with autocast(device, dtype):
-            loss, nelbo = objective.loss(net, to_device(x0, device), noise.to(device))
+            loss, nelbo = objective.loss(denoiser, to_device(x0, device), noise.to(device))
         mark("loss")
         (loss / len(parts)).backward()
         mark("backward")
@@ -258,7 +264,8 @@ def main():
                 group["lr"] = lr
         if cfg.dropout:  # dropout noise, too, follows from the seed and the step
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
-        nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype)
+        visible = annealed(cfg.seq_len + cfg.predict_next, step, cfg.anneal_steps, cfg.seed)
+        nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype, visible=visible)
         ema.update()
         tally = tally.count(nats, bad)
         step += 1

@@ -28,7 +28,7 @@ def load_meta(name, data_dir=""):
         raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {command}")
     except ValueError:
         meta = None
-    if not describes_tokens(meta) or meta.get("dtype") not in ("uint8", "uint16") or not all(
+    if not describes_tokens(meta) or meta.get("dtype") not in ("uint8", "uint16", "uint32") or not all(
             isinstance(meta.get(key), dict) and meta[key].keys() == set(SPLITS) for key in ("sizes", "sha256")):
         raise UserError(f"{folder / 'meta.json'} is damaged: delete {folder} and prepare the data set again")
     return meta
@@ -41,6 +41,9 @@ def check_same_tokens(meta, data_meta, dataset):
         raise UserError(f"data set {dataset!r} has characters outside the checkpoint's alphabet: "
                         f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''}; "
                         "choose another with --dataset")
+    if meta.get("definition") != data_meta.get("definition") and meta["tokenizer"] == data_meta["tokenizer"]:
+        raise UserError(f"data set {dataset!r} has another tokenizer of Hugging Face than the checkpoint: prepare it "
+                        "with --tokenizer CHECKPOINT, or choose another with --dataset")
     for key in ("tokenizer", "alphabet", "vocab_size"):
         if meta.get(key) != data_meta.get(key):
             raise UserError(f"the checkpoint's {key} is {meta.get(key)!r} and that of data set {dataset!r} is "
@@ -69,7 +72,7 @@ def check_same_data(meta, other, dataset, owner):
 
 
 def load_split(name, split, seq_len, data_dir=""):
-    """Return the tokens of a split, memory-mapped (n,) uint8 or uint16. Raises UserError if n is wrong or < seq_len."""
+    """Return the tokens of a split, memory-mapped (n,) uint8 to uint32. Raises UserError if n is wrong or < seq_len."""
     meta = load_meta(name, data_dir)
     path = Path(data_dir or DATA_DIR) / name / f"{split}.bin"
     try:

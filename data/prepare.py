@@ -1,6 +1,6 @@
 """Functions for the prepare_*.py scripts: download with a checksum, read text files, write a data set at once.
 
-A data set is a folder data/NAME with train.bin, val.bin, test.bin (raw uint8 or uint16 token ids) and meta.json, which
+A data set is a folder data/NAME with train.bin, val.bin, test.bin (raw uint8, uint16 or uint32 token ids) and meta.json, which
 names the tokenizer. It is built in a temporary folder and renamed when complete, so a data set that exists is whole. If
 it consists of short items, such as names, meta.json has their length, "record", and the character for padding, "pad".
 """
@@ -20,6 +20,7 @@ import numpy as np
 
 from cli import ArgumentParser, UserError, note, progress
 from data.loader import DATA_DIR, SPLITS, load_meta
+from data.tokenizer import id_type
 
 
 def parser(description):
@@ -106,7 +107,7 @@ class DatasetWriter:
 
     def __init__(self, folder, meta):
         self.folder, self.meta = Path(folder), meta
-        self.dtype = np.uint8 if meta["vocab_size"] <= 256 else np.uint16
+        self.dtype = id_type(meta["vocab_size"])
 
     def __enter__(self):
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):

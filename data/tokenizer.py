@@ -1,5 +1,6 @@
 """Convert text to token ids and back. The `meta` of a data set or checkpoint, plain JSON types, names its tokenizer."""
 
+import json
 import string
 
 import numpy as np
@@ -25,6 +26,7 @@ KNOWN = {
     "text8_framed_uniform": characters("\u2401\u2402\u2403\u2404\u2405\u2406\u2407\u2408"
                                        + string.ascii_lowercase + " "),
     "gpt2_padded": {"tokenizer": "gpt2", "vocab_size": 50258},  # Duo: [PAD] is one more token
+    "gpt2_rounded": {"tokenizer": "gpt2", "vocab_size": 50304},  # nanoGPT: a multiple of 64
     "bert": {"tokenizer": "bert", "vocab_size": 30521},         # without [MASK]
     "bert_uniform": {"tokenizer": "bert", "vocab_size": 30522},
     "oxen": characters("\u2400\ufffd" + LETTERS + "\n "),       # its baby names; [PAD] [UNK]
@@ -98,39 +100,105 @@ class GPT2Tokenizer:
                 np.array([len(piece) for piece in pieces]))
 
 
-class BertTokenizer:
-    """BERT's WordPiece (bert-base-uncased) by transformers: lower case, words and parts of words."""
+class HubTokenizer:
+    """A tokenizer of Hugging Face's tokenizers, such as that of BERT, RoBERTa or ModernBERT.
 
-    unit = "token"
-    mask, end = 103, None
+    Special tokens such as <s> and [PAD] are no tokens of a text, and are left out: our ids are those of the other
+    tokens, in their order. An unknown token stays if the tokenizer makes it of characters that it does not know.
+    """
 
-    def __init__(self, vocab_size=30522):
-        """vocab_size is 30,522, or one less: then [MASK] is the mask of the noise, and is left out of the tokens."""
-        self.vocab_size = vocab_size
-        require("transformers", "BERT's vocabulary")
-        from transformers import AutoTokenizer
+    unit, end = "token", None
+
+    def __init__(self, definition, left_out=None):
+        """definition: what a tokenizer.json contains. left_out: the ids to leave out, if not those of special tokens.
+
+        Raises UserError if it is no such definition.
+        """
+        require("tokenizers", "this tokenizer")
+        from tokenizers import Tokenizer
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained("google-bert/bert-base-uncased")
-        except Exception as error:
-            raise UserError("BERT's vocabulary (google-bert/bert-base-uncased) is not in the Hub's cache and could not "
-                            f"be downloaded ({type(error).__name__}): go online once")
-        self.ids = [i for i in range(30522) if vocab_size == 30522 or i != self.mask]  # ours -> BERT's
+            self.tokenizer, parts = Tokenizer.from_str(definition), json.loads(definition)
+            self.byte_level = (parts["decoder"] or {}).get("type") == "ByteLevel"
+            unknown = None if self.byte_level else parts["model"].get("unk_token")
+            special = {token["id"] for token in parts["added_tokens"]
+                       if token["special"] and token["content"] != unknown}
+        except Exception as error:  # a plain Exception of the library; or parts that are missing
+            raise UserError(f"the definition of the tokenizer is damaged: {str(error).splitlines()[0][:100]}")
+        self.tokenizer.encode_special_tokens = True
+        known = set(self.tokenizer.get_vocab().values())
+        self.ids = sorted(known - (special if left_out is None else left_out))  # ours -> the tokenizer's
+        self.left_out = sorted(set(range(max(known) + 1)) - set(self.ids))
+        self.vocab_size = len(self.ids)
 
     def encode(self, text):
-        """Convert a str to (n,) uint16. Raises UserError for a [MASK] in it, if that is left out."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.mask in ids and self.mask not in self.ids:
-            raise UserError("'[MASK]' is the mask of the noise and cannot be in a text: write a blank instead")
-        return np.searchsorted(self.ids, np.array(ids, dtype=np.int64)).astype(np.uint16)
+        """Convert a str to (n,) uint16 or uint32. Special tokens in the text are read as plain text."""
+        ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        return np.searchsorted(self.ids, ids).astype(id_type(self.vocab_size))
 
     def decode(self, ids):
-        return self.tokenizer.decode([self.ids[i] for i in ids])
+        return self.tokenizer.decode([self.ids[i] for i in ids], skip_special_tokens=False)
 
     def lengths(self):
-        """Return the length of each token, with the space before a word: (V,) in characters, (V,) in bytes of UTF-8."""
-        pieces = self.tokenizer.convert_ids_to_tokens(self.ids)
-        pieces = [piece[2:] if piece.startswith("##") else " " + piece for piece in pieces]
-        return np.array([len(piece) for piece in pieces]), np.array([len(piece.encode()) for piece in pieces])
+        """Return the length of each token, with the space before a word: (V,) in characters, (V,) in bytes of UTF-8.
+
+        A character of several bytes counts for the token in which it starts.
+        """
+        pieces = [self.tokenizer.id_to_token(i) for i in self.ids]
+        if self.byte_level:  # a character of a piece stands for a byte
+            alphabet = byte_alphabet()
+            pieces = [bytes(alphabet[c] for c in piece if c in alphabet) for piece in pieces]
+        else:
+            pieces = [piece[2:] if piece.startswith("##") else piece.replace("\u2581", " ") if "\u2581" in piece
+                      else " " + piece for piece in pieces]
+            pieces = [piece.encode() for piece in pieces]
+        return (np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]),
+                np.array([len(piece) for piece in pieces]))
+
+
+def byte_alphabet():
+    """The characters that stand for bytes in byte-level BPE, {character: byte}: themselves if they can be printed."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def id_type(vocab_size):
+    """The smallest type of the ids of a vocabulary on disk."""
+    return np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def from_hub(name):
+    """Return the tokenizer of transformers that a folder or hf://owner/name[@revision] has. Raises UserError."""
+    require("transformers", f"the tokenizer of {name}")
+    from transformers import AutoTokenizer
+    place, _, revision = str(name).removeprefix("hf://").partition("@") if str(name).startswith("hf://") else (
+        str(name), "", "")
+    try:
+        found = AutoTokenizer.from_pretrained(place, revision=revision or "main")
+        found.backend_tokenizer
+        return found
+    except Exception as error:  # of many kinds: network, files, missing libraries
+        raise UserError(f"{name} has no tokenizer that can be read ({type(error).__name__}): it must have a "
+                        "tokenizer.json, or be on the Hub, and then go online once")
+
+
+def definition_of(tokenizer):
+    """What HubTokenizer needs of a tokenizer of transformers: its tokenizer.json without what is for whole batches."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps(parts | {"truncation": None, "padding": None, "post_processor": None}, ensure_ascii=False)
+
+
+def hub_meta(definition):
+    """The meta of a HubTokenizer that leaves out the special tokens."""
+    return {"tokenizer": "hf", "vocab_size": HubTokenizer(definition).vocab_size, "definition": definition}
+
+
+BERT_UNCASED = "hf://google-bert/bert-base-uncased"
+
+
+def bert_tokenizer(vocab_size):
+    """BERT's WordPiece as MDLM and UDLM use it: all of its 30,522 tokens, or all but [MASK]."""
+    return HubTokenizer(definition_of(from_hub(BERT_UNCASED)), left_out={103} if vocab_size == 30521 else set())
 
 
 def describes_tokens(meta):
@@ -145,6 +213,8 @@ def describes_tokens(meta):
     if kind == "char":
         return (isinstance(alphabet, str) and len(alphabet) == len(set(alphabet)) == size >= 1
                 and (pad is None or isinstance(pad, str) and len(pad) == 1 and pad in alphabet))
+    if kind == "hf" and not isinstance(meta.get("definition"), str):
+        return False
     return size >= {"gpt2": 50257, "bert": 30521}.get(kind, 1)
 
 
@@ -155,8 +225,10 @@ def make_tokenizer(meta):
     if meta["tokenizer"] == "gpt2":
         return GPT2Tokenizer(meta["vocab_size"])
     if meta["tokenizer"] == "bert":
-        return BertTokenizer(meta["vocab_size"])
-    raise UserError(f"unknown tokenizer {meta['tokenizer']!r}; this version knows char, gpt2 and bert")
+        return bert_tokenizer(meta["vocab_size"])
+    if meta["tokenizer"] == "hf":
+        return HubTokenizer(meta["definition"])
+    raise UserError(f"unknown tokenizer {meta['tokenizer']!r}; this version knows char, gpt2, bert and hf")
 
 
 def text8_words(text):

@@ -44,7 +44,7 @@ def from_hub(name):
         raise UserError(f"{name} is not a name on the Hub: write hf://owner/name or hf://owner/name@revision")
     require("huggingface_hub", f"{name}, which is on the Hub,")
     from huggingface_hub import snapshot_download
-    for patterns in (["*.json", "*.yaml", "*.safetensors"], ["*.bin", "*.pt", "*.pth", "*.ckpt"]):
+    for patterns in (["*.json", "*.yaml", "*.txt", "*.safetensors"], ["*.bin", "*.pt", "*.pth", "*.ckpt"]):
         try:
             folder = Path(snapshot_download(match[1], revision=match[2], allow_patterns=patterns))
         except Exception as error:  # from several HTTP libraries, and the Hub's own errors

@@ -54,10 +54,10 @@ class TinyDiffusion(nn.Module):
             return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
         if (config.conditioning != "step" or not objective.has_mask or objective.causal or config.block_size
                 or config.dropout or not config.tied or config.head_bias or config.norm_bias or config.shift_tokens
-                or config.checkpoint_blocks):
+                or config.checkpoint_blocks or config.predict_next or config.anneal_steps):
             return ("architecture=tiny_diffusion needs conditioning=step, noise=mask, dropout=0, an objective other "
-                    "than ar and block, and the defaults of tied, head_bias, norm_bias, shift_tokens and "
-                    "checkpoint_blocks")
+                    "than ar and block, and the defaults of tied, head_bias, norm_bias, shift_tokens, predict_next, "
+                    "anneal_steps and checkpoint_blocks")
 
     def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, T):
         super().__init__()

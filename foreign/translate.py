@@ -15,6 +15,9 @@ files.py reads the checkpoints. ddit.py translates the network that most of them
     duo, udlm       github.com/s-sahoo/duo, kuleshov-group/      DiT, told sigma; uniform noise
                     discrete-diffusion-guidance
     radd            github.com/ML-GSAI/RADD                      DiT without time
+    gpt2, nanogpt   GPT2LMHeadModel of transformers;             GPT-2, left to right (gpt2.py)
+                    github.com/karpathy/nanoGPT
+    masked_lm       all ...ForMaskedLM of transformers           themselves (masked_lm.py)
 
 Sizes are read from the file. Defaults stand in only for the seq_len of nanoDD, if the file lacks it, and for the n_head
 and seq_len of tiny-diffusion. The mask becomes the last token and is never predicted.
@@ -31,11 +34,13 @@ from cli import UserError, note, number
 from configs import Config
 from data.tokenizer import KNOWN
 from diffusion import Noise
-from foreign import ddit
+from foreign import ddit, gpt2, masked_lm
 from foreign.files import BUFFERS, plain_key, rename, tensors
+from foreign.masked_lm import is_masked_lm
 from foreign.tiny_diffusion import our_weights
 
-FORMATS = ("nanodd", "tiny-diffusion", "sedd", "oxen", "mdlm", "bd3lm", "duo", "udlm", "radd")
+FORMATS = ("nanodd", "tiny-diffusion", "sedd", "oxen", "mdlm", "bd3lm", "duo", "udlm", "radd",
+           "gpt2", "nanogpt", "masked_lm")
 # Settings that the user may override, because the file does not hold them reliably.
 UNSAID = {name: ("n_head", "seq_len", "prefix") if name == "tiny-diffusion" else ("seq_len",) for name in FORMATS}
 
@@ -73,7 +78,11 @@ def detect(found):
         return "nanodd"
     if isinstance(payload, dict) and TINY_KEYS <= payload.keys():
         return "tiny-diffusion"
+    if is_masked_lm(settings):
+        return "masked_lm"
     state = tensors(payload)
+    if {"wte.weight", "transformer.wte.weight"} & state.keys():
+        return "nanogpt" if "model_args" in payload else "gpt2"
     if "vocab_embed.embedding" not in state or "output_layer.linear.weight" not in state:
         raise unknown(found, state)
     if "sigma_map.mlp.0.weight" not in state:
@@ -144,6 +153,10 @@ def translate(found, hints):
             payload = nanodd(found, hints.dataset, overrides, hints.data_dir)
         elif name == "tiny-diffusion":
             payload = tiny(found, overrides)
+        elif name in ("gpt2", "nanogpt"):
+            payload = gpt2.translate(found, name, hints.dataset, overrides, hints.data_dir)
+        elif name == "masked_lm":
+            payload = masked_lm.translate(found, overrides)
         else:
             payload = ddit.translate(found, name, hints.dataset, overrides, hints.data_dir)
         Config(**payload["config"])

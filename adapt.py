@@ -1,0 +1,82 @@
+"""Begin a new run with the weights of another model (`train.py --init_from`): what is taken, resized and new.
+
+This is not the continuation of a run (checkpoint.open_run), where everything must be the same. Here the objective, the
+noise, the time conditioning and the order of the text may change:
+
+    python train.py demo --init_from out/demo --lr=1e-3 --out_dir=out/tuned                  fine-tuning
+    python train.py demo --init_from out/ar_demo --predict_next --anneal_steps=500           left to right -> diffusion
+    python train.py roberta_wikitext --init_from hf://FacebookAI/roberta-base                BERT -> diffusion
+
+What a network computes at first does not change because of a new tensor: a new bias is zero, a new head has the
+weights of the embeddings, and a new time conditioning has gates of 1, shifts and scales of 0.
+"""
+
+import dataclasses
+import re
+
+import torch
+
+from cli import UserError, note
+from storage import check_finite, check_fit, config_of
+
+NEW = re.compile(r"^time_embed\.|(^|\.)modulation\.|^head_weight$|^head_bias$|norm\d?\.bias$")  # what may be new
+POSITIONS = "positions.weight"  # the table of learned positions, one row for each
+
+
+def adapt(model, source, cfg, path):
+    """The weights that a new run begins with: {name: tensor} for all parameters of the model.
+
+    source: the payload of another model, whose averaged weights are taken. A line on stderr says what was taken,
+    resized and new. Raises UserError if the rest of the tensors do not fit, or the networks differ otherwise.
+    """
+    check_same_network(source, cfg, path)
+    weights, ours = dict(source["ema"]), dict(model.named_parameters())
+    resized = []
+    if POSITIONS in weights and POSITIONS in ours and len(weights[POSITIONS]) != len(ours[POSITIONS]):
+        before, now = len(weights[POSITIONS]), len(ours[POSITIONS])
+        weights[POSITIONS] = resize(weights[POSITIONS], now)
+        resized.append(f"{POSITIONS} (from {before:,} to {now:,} rows)")
+    new = [name for name in ours if name not in weights and NEW.search(name)]
+    for name in new:
+        weights[name] = first_value(name, ours[name].detach(), weights)
+    check_fit(model, weights, path)
+    check_finite(weights, path)
+    words = [f"{len(ours) - len(new) - len(resized)} of {len(ours)} tensors taken as they are"]
+    words += [f"{what}: {', '.join(names)}" for what, names in (("resized", resized), ("new", new)) if names]
+    note(f"weights of {path}: {'; '.join(words)}")
+    return weights
+
+
+def resize(table, n):
+    """The first n rows of a table; missing ones are copies of its last row."""
+    return torch.cat((table, table[-1:].expand(max(0, n - len(table)), -1)))[:n].clone()
+
+
+def first_value(name, drawn, weights):
+    """The first value of a new tensor, for which the model drew the value `drawn`."""
+    if name == "head_weight":
+        return weights["embed.weight"][:len(drawn)].clone()
+    if name.startswith("time_embed."):
+        return drawn
+    value = torch.zeros_like(drawn)
+    if name.startswith("blocks.") and name.endswith("modulation.bias"):
+        for gate in value.chunk(6)[2::3]:  # shift, scale, gate of the attention; then of the MLP
+            gate.fill_(1)
+    return value
+
+
+def check_same_network(source, cfg, path):
+    """Raise UserError if weights of the right shapes are of another network; note other changes of their meaning."""
+    before, now = dataclasses.asdict(config_of(source)), dataclasses.asdict(cfg)
+    differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
+    other = differ(("architecture", "n_layer", "n_embd", "n_head", "shift_tokens"))
+    if other:
+        raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
+    schedule = ["schedule"] if cfg.conditioning == "sigma" else []
+    other = differ(("objective", "noise", "block_size", "conditioning", *schedule))
+    if other:
+        note(f"the weights in {path} were trained with other settings: {'; '.join(other)}")
+    predicted_next = config_of(source).objective_class.causal or before["predict_next"]
+    if predicted_next != (cfg.objective_class.causal or now["predict_next"]):
+        note(f"the outputs of {path} predict {'the next token' if predicted_next else 'the token itself'}: "
+             f"{'--predict_next' if predicted_next else '--no-predict_next'} would keep that")

@@ -1,0 +1,149 @@
+"""GPT-2 and nanoGPT's network (github.com/karpathy/nanoGPT), to train them or to use their checkpoints.
+
+It is model.DiT without time, with learned positions instead of rotations and with biases in all layers. Its weights are
+those of a left-to-right model (objective=ar). With predict_next they become those of a diffusion model (adapt.py).
+"""
+
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from cli import UserError
+from foreign.ddit import vocabulary
+from foreign.files import tensors
+from model import Block, DiT
+
+END = 50256  # GPT-2's end-of-text, which stands before every text
+
+
+class GPT2Block(Block):
+    """model.Block with biases in all layers (or none at all), without rotations."""
+
+    gelu = "tanh"  # GPT-2's approximation
+
+    def __init__(self, n_embd, n_head, dropout, causal, bias):
+        super().__init__(n_embd, n_head, 0, dropout, causal=causal, norm_bias=bias)
+        for name in ("qkv", "attn_out", "mlp_in", "mlp_out"):
+            layer = getattr(self, name)
+            setattr(self, name, nn.Linear(layer.in_features, layer.out_features, bias))
+
+    def rotated(self, x, cos, sin):
+        return x
+
+    def mlp(self, x):
+        return self.mlp_out(F.gelu(self.mlp_in(x), approximate=self.gelu))
+
+
+class NanoGPTBlock(GPT2Block):
+    gelu = "none"  # the exact function
+
+
+class GPT2(DiT):
+    """Denoiser, or left-to-right model, over V = vocab_size tokens and the mask, which is also the start of a text.
+
+    positions.weight has a row for each token of a text, and one for the mask before it, if that is an input.
+    """
+
+    block, of_source = GPT2Block, ("n_layer", "n_head", "n_embd", "norm_bias")
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        objective = config.objective_class
+        return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.dropout,
+                   config.norm_bias, config.checkpoint_blocks, objective.causal, config.block_size,
+                   config.predict_next)
+
+    @classmethod
+    def misfit(cls, config):
+        if (config.conditioning != "none" or not config.objective_class.has_mask or not config.tied
+                or config.head_bias or config.shift_tokens):
+            return (f"architecture={config.architecture} needs conditioning=none, noise=mask, and the defaults of tied, "
+                    "head_bias and shift_tokens")
+        return super().misfit(config)
+
+    def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, dropout=0.0, bias=True, checkpoint_blocks=False,
+                 causal=False, block_size=0, predict_next=False):
+        super().__init__(vocab_size, seq_len, 0, n_head, n_embd, norm_bias=bias, checkpoint_blocks=checkpoint_blocks,
+                         causal=causal, block_size=block_size, predict_next=predict_next)
+        self.blocks = nn.ModuleList(self.block(n_embd, n_head, dropout, causal, bias) for _ in range(n_layer))
+        self.positions = nn.Embedding(seq_len + predict_next, n_embd)
+        self.init_weights()
+
+    def embedded(self, xt, positions):
+        return self.embed(xt).float() + self.positions(positions)
+
+
+class NanoGPT(GPT2):
+    block = NanoGPTBlock
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+NAMES = (
+    (r"^transformer\.", ""),
+    (r"^wte\.", "embed."),
+    (r"^wpe\.", "positions."),
+    (r"^ln_f\.", "norm."),
+    (r"^h\.(\d+)\.", r"blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.attn\.c_attn\.", ".qkv."),
+    (r"\.attn\.c_proj\.", ".attn_out."),
+    (r"\.mlp\.c_fc\.", ".mlp_in."),
+    (r"\.mlp\.c_proj\.", ".mlp_out."),
+)
+LEFT_OUT = re.compile(r"(^|\.)attn\.(masked_)?bias$|^lm_head\.weight$")  # causal masks; the head, which is tied
+
+
+def our_weights(state, transposed, path):
+    """Turn a state dict of GPT-2 into ours. transposed: its matrices are (inputs, outputs), as in OpenAI's files.
+
+    The embedding gets a row for the mask, which stands before every text. GPT-2 was trained on texts after
+    end-of-text, so it is a copy of that row. Other vocabularies have no such token: it is the mean of all rows.
+    """
+    head, tokens = state.get("lm_head.weight"), state.get("transformer.wte.weight", state.get("wte.weight"))
+    if head is not None and not torch.equal(head, tokens):
+        raise UserError(f"{path} has a head of its own, lm_head.weight, and GPT-2's is that of its embeddings")
+    ours = {}
+    for key, value in state.items():
+        if LEFT_OUT.search(key):
+            continue
+        for pattern, replacement in NAMES:
+            key = re.sub(pattern, replacement, key)
+        if transposed and value.dim() == 2 and key.startswith("blocks."):
+            value = value.T
+        ours[key] = value
+    start = tokens[END] if len(tokens) > END else tokens.float().mean(0).to(tokens.dtype)
+    ours["embed.weight"] = torch.cat((tokens, start[None]))
+    return ours
+
+
+def translate(found, name, dataset, overrides, data_dir):
+    """Translate GPT2LMHeadModel of transformers ("gpt2") or nanoGPT's ckpt.pt ("nanogpt").
+
+    Neither names its tokens: 50,257 or 50,304 rows are GPT-2's, others those of the data set that the user names.
+    """
+    state, settings = tensors(found.payload), found.settings
+    if name == "nanogpt":
+        args = found.payload["model_args"]
+        sizes = {"n_layer": args["n_layer"], "n_head": args["n_head"], "bias": args["bias"]}
+        step = found.payload.get("iter_num", 0)
+    else:
+        if settings.get("activation_function", "gelu_new") != "gelu_new" or settings.get("n_inner") or not settings.get(
+                "scale_attn_weights", True) or settings.get("scale_attn_by_inverse_layer_idx"):
+            raise UserError(f"{found.path} is a variant of GPT-2 (activation_function, n_inner or the scale of "
+                            "attention), which is not supported")
+        sizes, step = {"n_layer": settings["n_layer"], "n_head": settings["n_head"], "bias": True}, 0
+    weights = our_weights(state, name == "gpt2", found.path)
+    (longest, n_embd), V = weights["positions.weight"].shape, len(weights["embed.weight"]) - 1
+    seq_len = overrides.get("seq_len", longest)
+    if seq_len > longest:
+        raise UserError(f"{found.path} has {longest:,} positions: use --override seq_len={longest} or less")
+    weights["positions.weight"] = weights["positions.weight"][:seq_len].clone()
+    meta, _ = vocabulary(V + 1, {50258: ("openwebtext", None), 50305: ("gpt2_rounded", None)}, False, dataset, data_dir,
+                         found.path)
+    config = dict(dataset=meta["name"], seq_len=seq_len, architecture=name, n_layer=sizes["n_layer"],
+                  n_head=sizes["n_head"], n_embd=n_embd, norm_bias=bool(sizes["bias"]), conditioning="none",
+                  objective="ar")
+    return dict(name=name, config=config, meta=meta, model=weights, ema=weights, step=step)
