@@ -32,6 +32,34 @@ OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # English data sets of f
 # ---- continuing a run ----------------------------------------------------------------------------------------------
 
 
+def hints_for(cfg):
+    """What a run knows of a foreign checkpoint that it starts from: the run's data have the same tokens."""
+    return Hints(dataset=cfg.dataset, data_dir=cfg.data_dir)
+
+
+def with_sizes_of_source(cfg, resume, init_from, out_dir):
+    """The Config, where settings in its network's `of_source` are those of the checkpoint that the run begins with.
+
+    So `--init_from` of any size needs no flags for the size. For the main process. Raises UserError if the checkpoint
+    cannot be read or has another kind of network, and if there is none for a network that exists only in checkpoints.
+    """
+    if not cfg.network.of_source or cfg.backbone:
+        return cfg
+    payload = read_latest(out_dir)[1] if resume == "auto" else read(resume) if resume else None
+    if payload is None and init_from:
+        payload = read(init_from, hints_for(cfg))
+    if payload is None:
+        if cfg.architecture == "masked_lm":
+            raise UserError("architecture=masked_lm takes its network from a checkpoint: name one with --init_from, such "
+                            "as hf://FacebookAI/roberta-base")
+        return cfg
+    source = config_of(payload)
+    if source.architecture != cfg.architecture:
+        raise UserError(f"{resume or init_from} has architecture={source.architecture}, and this run {cfg.architecture}: "
+                        f"use --architecture={source.architecture}")
+    return dataclasses.replace(cfg, **{key: getattr(source, key) for key in cfg.network.of_source})
+
+
 def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
     """Open what a run begins with: (checkpoint to continue, weights to start from, lock of out_dir). Each may be None.
 
@@ -63,7 +91,7 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
         if resume == "auto" and path != last and last.exists():
             last.rename(out_dir / "ckpt_damaged.pt")  # else the next save would put it over ckpt_prev.pt
     if init_from and not payload:
-        source = read(init_from)
+        source = read(init_from, hints_for(cfg))
         check_same_tokens(source["meta"], meta, cfg.dataset)
         source = adapt(model, source, cfg, init_from)
     return payload, source, lock

@@ -88,8 +88,8 @@ class Config:
     scale_by_sigma: bool = setting(True, "multiply the network's scores by alpha/(1 - alpha); sedd with masks only")
     time_sampling: str = setting("uniform", "how training draws the time of each sequence; exact_k: not for d3pm or "
                                  "uniform noise", ("uniform", "stratified", "exact_k"))
-    weighting: str = setting("nelbo", "loss weight of a masked token: as in the bound, or (mdlm and bert) the same for "
-                             "all",
+    weighting: str = setting("nelbo", "loss weight of a masked token: as in the bound, or (mdlm, and always with bert) "
+                             "the same for all",
                              ("nelbo", "simple"))
     anneal_steps: int = setting(0, "steps in which attention grows from causal to full, at random places; 0: full at "
                                 "once")
@@ -397,12 +397,31 @@ def bd3_openwebtext_8gpu():
     return block_twin(mdlm_openwebtext_8gpu(), 16, batch_size=512, micro_batch_size=16, max_steps=150_000, lr=3e-4)
 
 
+def roberta_wikitext():
+    """RoBERTa, BERT or their kin (--init_from) at all mask rates, on WikiText-2: 30 passes, after 16 given tokens"""
+    return Config(
+        dataset="wikitext", seq_len=256, prefix="fixed:16", architecture="masked_lm", conditioning="none",
+        objective="mdlm", time_sampling="exact_k", weighting="simple",
+        batch_size=16, micro_batch_size=16, max_steps=18_000, lr=5e-5, min_lr=0.0, lr_decay="linear", warmup_steps=500,
+        beta2=0.999, weight_decay=0.01, grad_clip=1.0, ema_decay=0.999,
+        eval_interval=1000, eval_sequences=512, sample_interval=1000, checkpoint_interval=1000,
+    )
+
+
+def diffugpt_openwebtext_8gpu():
+    """GPT-2 (--init_from) as a diffusion model, with DiffuGPT's learning rate, warm-up and annealing; never run here"""
+    return replace(
+        mdlm_openwebtext_8gpu(), architecture="gpt2", norm_bias=True, predict_next=True, anneal_steps=10_000,
+        batch_size=1280, micro_batch_size=32, max_steps=160_000, lr=3e-4, min_lr=0.0, warmup_steps=2000,
+    )
+
+
 CONFIGS = {function.__name__: function for function in (
     demo, names,
     d3pm_shakespeare, d3pm_text8, d3pm_text8_8gpu, d3pm_openwebtext_8gpu, mdlm_shakespeare, shakespeare_context,
     mdlm_text8, mdlm_text8_8gpu, mdlm_openwebtext_8gpu, d3pm_mini, mdlm_mini_fast, prose, mdlm_text8_fast_8gpu,
     mdlm_openwebtext_fast_8gpu, sedd_text8, sedd_openwebtext_8gpu, udlm_text8, ar_demo, ar_shakespeare, ar_text8,
-    ar_openwebtext_8gpu, bd3_demo, bd3_shakespeare, bd3_openwebtext_8gpu,
+    ar_openwebtext_8gpu, bd3_demo, bd3_shakespeare, bd3_openwebtext_8gpu, roberta_wikitext, diffugpt_openwebtext_8gpu,
 )}
 # nanoDD's names for the same settings: the number of accumulation steps follows from the number of GPUs.
 ALIASES = {"d3pm_text8_4gpu": "d3pm_text8", "d3pm_openwebtext_32gpu": "d3pm_openwebtext_8gpu",

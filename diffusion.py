@@ -406,14 +406,15 @@ class BERT(MDLM):
     samplers start from masks only, which this training never shows. The log's bits of training are those of the loss.
     """
 
+    blocks = None
     rate, shown_as_masks, shown_as_random = 0.15, 0.8, 0.1
 
     @classmethod
     def misfit(cls, config):
         if config.conditioning != "none":
             return "objective=bert has one mask rate, and no time: use conditioning=none"
-        if config.time_sampling != "uniform" or config.weighting != "simple":
-            return "objective=bert has one mask rate and equal weights: use time_sampling=uniform and weighting=simple"
+        if config.time_sampling != "uniform":
+            return "objective=bert has one mask rate: use time_sampling=uniform"
         return super().misfit(config)
 
     def noise(self, u, v):

@@ -199,6 +199,8 @@ class DiT(nn.Module):
     autoregressive baseline, so that the first token is predicted, too. With it shift_tokens looks to the left only.
     """
 
+    of_source = ()  # settings that a run which begins with a checkpoint takes from it
+
     @classmethod
     def from_config(cls, config, vocab_size):
         objective = config.objective_class

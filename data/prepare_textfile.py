@@ -1,7 +1,8 @@
-"""Prepare your own text, as characters or as GPT-2 tokens.
+"""Prepare your own text, as characters or as tokens of GPT-2, BERT, RoBERTa or any tokenizer on the Hub.
 
     python data/prepare_textfile.py book.txt --name book
     python data/prepare_textfile.py *.txt.gz --name letters --tokenizer gpt2
+    python data/prepare_textfile.py book.txt --name book_roberta --tokenizer roberta    # or hf://OWNER/NAME, or a folder
     python data/prepare_textfile.py train.txt --val val.txt --test test.txt --name mine --alphabet text8
 
 Files are UTF-8, plain, .gz or .xz, and are joined in the order given. Without --val and --test, the last tenth of the
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, named, progress, run
 from data.prepare import cut, is_prepared, parser, read_text, write_splits
-from data.tokenizer import KNOWN, make_tokenizer, text8_words
+from data.tokenizer import KNOWN, make_tokenizer, text8_words, tokens_of
 
 CHUNK = 1 << 20  # characters encoded at a time
 
@@ -29,13 +30,15 @@ def main():
     p.add_argument("--name", required=True, help="name of the data set")
     p.add_argument("--val", type=named, metavar="FILE", help="text to validate on; needs --test")
     p.add_argument("--test", type=named, metavar="FILE", help="text to test on; needs --val")
-    p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="kind of tokens (default: char)")
+    p.add_argument("--tokenizer", type=named, default="char", metavar="KIND|hf://NAME|FOLDER",
+                   help="kind of tokens: char (default), gpt2, bert, roberta, or the tokenizer of a model of "
+                   "transformers, which the data set then has a copy of")
     p.add_argument("--alphabet", choices=("own", "text8"), default="own",
                    help="symbols of --tokenizer char: the text's own (default), or text8's 27 (the text is converted)")
     args = p.parse_args()
     if bool(args.val) != bool(args.test):
         p.error("--val and --test need each other: give both or neither")
-    if args.tokenizer == "gpt2" and args.alphabet == "text8":
+    if args.tokenizer != "char" and args.alphabet == "text8":
         p.error("--alphabet text8 needs --tokenizer char")
     if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
         p.error(f"--name {args.name!r} is not a valid folder name: use letters, digits, _ and -")
@@ -46,8 +49,8 @@ def main():
     texts = ["".join(map(read_text, args.files))] + [read_text(path) for path in (args.val, args.test) if path]
     if args.alphabet == "text8":
         texts = [" ".join(text8_words(text)) for text in texts]
-    if args.tokenizer == "gpt2":
-        meta = dict(KNOWN["openwebtext"])
+    if args.tokenizer != "char":
+        meta = tokens_of(args.tokenizer)
     elif args.alphabet == "text8":
         meta = dict(KNOWN["text8"])
     else:
@@ -63,7 +66,7 @@ def main():
 
 
 def encode(text, tokenizer):
-    """Encode chunk by chunk. Chunks end after a single line break, where GPT-2's word pattern always splits."""
+    """Encode chunk by chunk. Chunks end after a single line break, where GPT-2's, RoBERTa's and BERT's tokens end."""
     lines = re.split(r"(?<=\S\n)(?=\S)", text)
     chunks, size = [[]], 0
     for line in lines:

@@ -2,6 +2,7 @@
 
 import json
 import string
+from pathlib import Path
 
 import numpy as np
 
@@ -175,8 +176,9 @@ def from_hub(name):
         str(name), "", "")
     try:
         found = AutoTokenizer.from_pretrained(place, revision=revision or "main")
-        found.backend_tokenizer
-        return found
+        if found.backend_tokenizer.get_vocab_size() > len(found.all_special_ids):  # else it was made of no file
+            return found
+        raise FileNotFoundError
     except Exception as error:  # of many kinds: network, files, missing libraries
         raise UserError(f"{name} has no tokenizer that can be read ({type(error).__name__}): it must have a "
                         "tokenizer.json, or be on the Hub, and then go online once")
@@ -193,12 +195,25 @@ def hub_meta(definition):
     return {"tokenizer": "hf", "vocab_size": HubTokenizer(definition).vocab_size, "definition": definition}
 
 
-BERT_UNCASED = "hf://google-bert/bert-base-uncased"
+HUB = {"bert": "hf://google-bert/bert-base-uncased", "roberta": "hf://FacebookAI/roberta-base"}
+
+
+def tokens_of(name):
+    """The meta of the tokens that prepare scripts call gpt2, bert, roberta, hf://owner/name, or by a folder's name.
+
+    Raises UserError if there is no such tokenizer.
+    """
+    if name == "gpt2":
+        return dict(KNOWN["openwebtext"])
+    if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
+        raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like hf://owner/name, nor a "
+                        "folder")
+    return hub_meta(definition_of(from_hub(HUB.get(name, name))))
 
 
 def bert_tokenizer(vocab_size):
     """BERT's WordPiece as MDLM and UDLM use it: all of its 30,522 tokens, or all but [MASK]."""
-    return HubTokenizer(definition_of(from_hub(BERT_UNCASED)), left_out={103} if vocab_size == 30521 else set())
+    return HubTokenizer(definition_of(from_hub(HUB["bert"])), left_out={103} if vocab_size == 30521 else set())
 
 
 def describes_tokens(meta):

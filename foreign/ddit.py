@@ -117,9 +117,9 @@ WITH_MASK = {28: ("text8", 27), 35: ("text8_framed", 4), 50258: ("openwebtext", 
 WITHOUT_MASK = {27: ("text8", None), 35: ("text8_framed_uniform", None), 50257: ("openwebtext", None),
                 50258: ("gpt2_padded", None), 30522: ("bert_uniform", None)}
 # The data set of a vocabulary, where its name differs.
-DATA_OF = {"text8_framed": "text8", "text8_framed_uniform": "text8", "gpt2_padded": "openwebtext", "gpt2_rounded": "openwebtext",
-           "bert": "lm1b",
-           "bert_uniform": "lm1b", "oxen": "names", "oxen_words": "names"}
+DATA_OF = {"text8_framed": "text8", "text8_framed_uniform": "text8", "gpt2_padded": "openwebtext",
+           "gpt2_rounded": "openwebtext", "bert": "lm1b", "bert_uniform": "lm1b", "oxen": "names",
+           "oxen_words": "names"}
 OXEN = {99: ("oxen", 98), 98: ("oxen_words", 97), 3: ("ox", 2)}
 
 

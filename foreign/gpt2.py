@@ -74,6 +74,9 @@ class GPT2(DiT):
     def embedded(self, xt, positions):
         return self.embed(xt).float() + self.positions(positions)
 
+    def angles(self, positions):
+        return None, None
+
 
 class NanoGPT(GPT2):
     block = NanoGPTBlock

@@ -56,6 +56,9 @@ class MaskedLM(nn.Module):
 
     @classmethod
     def from_config(cls, config, vocab_size):
+        if not config.backbone:
+            raise UserError("architecture=masked_lm is a network of a checkpoint: `train.py --init_from` has one, and "
+                            "nothing else can make it")
         settings = settings_of(config.backbone)
         for ours, theirs in SIZES.items():
             setattr(settings, theirs, getattr(config, ours))
@@ -183,8 +186,7 @@ def translate(found, overrides):
         raise UserError(f"{found.path} has a config.json of no masked language model that this version of transformers "
                         f"knows ({settings_name(found.settings)}): {str(error).splitlines()[0][:100]}")
     state = {key: value.float() for key, value in found.payload.items() if torch.is_tensor(value)}
-    model, report = kind.from_pretrained(None, config=settings, state_dict=state, output_loading_info=True,
-                                         dtype=torch.float32)
+    model, report = kind.from_pretrained(None, config=settings, state_dict=state, output_loading_info=True)
     lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if lacking:
         raise UserError(f"{found.path} lacks weights of {kind.__name__}, or has them in other shapes: "

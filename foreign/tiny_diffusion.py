@@ -42,6 +42,8 @@ class Block(nn.Module):
 class TinyDiffusion(nn.Module):
     """Denoiser over V = vocab_size tokens and the mask (id V). It is told the step round(t T) of T."""
 
+    of_source = ()
+
     @classmethod
     def from_config(cls, config, vocab_size):
         return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.T)

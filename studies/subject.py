@@ -126,6 +126,8 @@ def check_comparable(one, two, named_data):
         if one.meta.get(key) != two.meta.get(key):
             raise UserError(f"{one.path} and {two.path} have different data ({key} {one.meta.get(key)!r} and "
                             f"{two.meta.get(key)!r}): their bits per token cannot be compared")
+    if one.meta.get("definition") != two.meta.get("definition"):
+        raise UserError(f"{one.path} and {two.path} have different tokenizers: their bits per token cannot be compared")
     if one.dataset != two.dataset:
         raise UserError(f"{one.path} and {two.path} have different data ({one.dataset} and {two.dataset}): "
                         "choose one for both with --dataset")

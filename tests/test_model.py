@@ -296,7 +296,7 @@ def test_checkpointed_blocks_give_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", sorted(configs.CONFIGS))
+@pytest.mark.parametrize("name", sorted(set(configs.CONFIGS) - {"roberta_wikitext"}))  # that one: test_adaptation.py
 def test_every_parameter_of_every_config_is_used(name):
     """No config builds a parameter that gets no gradient (DistributedDataParallel would hang or complain)."""
     cfg = configs.CONFIGS[name]()

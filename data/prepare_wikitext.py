@@ -1,0 +1,64 @@
+"""Prepare `wikitext`: WikiText-2 (Merity et al., arXiv 1609.07843), articles of Wikipedia, as RoBERTa's tokens.
+
+2 million words of training text; with --large (`wikitext103`) 103 million. Splits are those of its authors.
+
+    python data/prepare_wikitext.py
+    python data/prepare_wikitext.py --tokenizer bert                       # also gpt2, hf://OWNER/NAME, or a folder
+    python data/prepare_wikitext.py --file train.parquet val.parquet test.parquet
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import UserError, named, require, run
+from data.loader import SPLITS
+from data.prepare import is_prepared, parser, read_text, write_splits
+from data.prepare_textfile import encode
+from data.tokenizer import make_tokenizer, tokens_of
+
+SOURCE = "Salesforce/wikitext"  # on the Hugging Face Hub, as parquet files
+
+
+def texts(large, files):
+    """The texts of the splits train, val, test. Raises UserError if they cannot be loaded."""
+    if files and not any(file.endswith(".parquet") for file in files):
+        return [read_text(file) for file in files]
+    require("datasets", "the download of WikiText")
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+    for file in files or []:
+        if not Path(file).is_file():
+            raise UserError(f"no such file: {file}")
+    try:
+        if files:
+            found = load_dataset("parquet", data_files=dict(zip(SPLITS, files)))
+        else:
+            found = load_dataset(SOURCE, f"wikitext-{103 if large else 2}-raw-v1")
+            found = {"train": found["train"], "val": found["validation"], "test": found["test"]}
+        return ["".join(found[split]["text"]) for split in SPLITS]
+    except (OSError, ConnectionError, DatasetGenerationError, KeyError) as error:
+        raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({str(error).splitlines()[0][:150]})"
+                        + ("" if files else "; download its parquet files elsewhere and pass --file"))
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--large", action="store_true", help="WikiText-103 instead, as `wikitext103`")
+    p.add_argument("--tokenizer", type=named, default="roberta", metavar="KIND|hf://NAME|FOLDER",
+                   help="gpt2, bert, roberta (default), or the tokenizer of a model of transformers")
+    p.add_argument("--file", nargs=3, type=named, metavar=("TRAIN", "VAL", "TEST"),
+                   help="local copies: .parquet with a column `text`, or plain text")
+    args = p.parse_args()
+    folder = args.data_dir / ("wikitext103" if args.large else "wikitext")
+    if is_prepared(folder):
+        return
+    meta = tokens_of(args.tokenizer) | {"name": folder.name, "source": ", ".join(args.file or [SOURCE])}
+    tokenizer = make_tokenizer(meta)
+    write_splits(folder, meta, {split: encode(text, tokenizer)
+                                for split, text in zip(SPLITS, texts(args.large, args.file))})
+
+
+if __name__ == "__main__":
+    run(main)
