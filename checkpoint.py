@@ -50,13 +50,13 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
         payload = read(init_from, hints_for(cfg))
     if payload is None:
         if cfg.architecture == "masked_lm":
-            raise UserError("architecture=masked_lm takes its network from a checkpoint: name one with --init_from, such "
-                            "as hf://FacebookAI/roberta-base")
+            raise UserError("architecture=masked_lm takes its network from a checkpoint: name one with --init_from, "
+                            "such as hf://FacebookAI/roberta-base")
         return cfg
     source = config_of(payload)
     if source.architecture != cfg.architecture:
-        raise UserError(f"{resume or init_from} has architecture={source.architecture}, and this run {cfg.architecture}: "
-                        f"use --architecture={source.architecture}")
+        raise UserError(f"{resume or init_from} has architecture={source.architecture}, and this run "
+                        f"{cfg.architecture}: use --architecture={source.architecture}")
     return dataclasses.replace(cfg, **{key: getattr(source, key) for key in cfg.network.of_source})
 
 

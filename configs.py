@@ -400,7 +400,7 @@ def bd3_openwebtext_8gpu():
 def roberta_wikitext():
     """RoBERTa, BERT or their kin (--init_from) at all mask rates, on WikiText-2: 30 passes, after 16 given tokens"""
     return Config(
-        dataset="wikitext", seq_len=256, prefix="fixed:16", architecture="masked_lm", conditioning="none",
+        dataset="wikitext", seq_len=256, prefix="fixed:16", architecture="masked_lm", dropout=0.1, conditioning="none",
         objective="mdlm", time_sampling="exact_k", weighting="simple",
         batch_size=16, micro_batch_size=16, max_steps=18_000, lr=5e-5, min_lr=0.0, lr_decay="linear", warmup_steps=500,
         beta2=0.999, weight_decay=0.01, grad_clip=1.0, ema_decay=0.999,

@@ -401,9 +401,10 @@ class BERT(MDLM):
     """The training of BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692), to compare diffusion with it.
 
     Every token is predicted with probability 0.15. Of the predicted tokens 80 % are shown as masks, 10 % as random
-    tokens and 10 % as they are. The loss is the mean CE of the predicted tokens. So this is MDLM at one mask rate, 0.15,
-    apart from the 20 % that are no masks. All else is MDLM's: validation reports its bound over all mask rates, and
-    samplers start from masks only, which this training never shows. The log's bits of training are those of the loss.
+    tokens and 10 % as they are. The loss is the sum of their CE, divided by the expected number of them. So this is
+    MDLM at one mask rate, 0.15, apart from the 20 % that are no masks (docs/adaptation.md). All else is MDLM's:
+    validation reports its bound over all mask rates, and samplers start from masks only, which this training never
+    shows. The log's bits of training are those of the loss.
     """
 
     blocks = None

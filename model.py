@@ -316,7 +316,7 @@ class DiT(nn.Module):
 
         where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. For 50,000 tokens
             the head is a third of the work, and nothing reads its logits at visible tokens.
-        visible, positions: as in Layout. With block_size both follow from the blocks. With predict_next they are those of
+        visible, positions: as in Layout. With block_size both follow from the blocks. With predict_next they are of
             L + 1 tokens: the mask comes first.
         past: what remember() returned for the P tokens before these.
         clean: (B, L) long, with block_size: the text of which xt is the noisy version. Every block of xt sees the clean

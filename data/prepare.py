@@ -1,8 +1,9 @@
 """Functions for the prepare_*.py scripts: download with a checksum, read text files, write a data set at once.
 
-A data set is a folder data/NAME with train.bin, val.bin, test.bin (raw uint8, uint16 or uint32 token ids) and meta.json, which
-names the tokenizer. It is built in a temporary folder and renamed when complete, so a data set that exists is whole. If
-it consists of short items, such as names, meta.json has their length, "record", and the character for padding, "pad".
+A data set is a folder data/NAME with train.bin, val.bin, test.bin (token ids, raw uint8, uint16 or uint32) and
+meta.json, which names the tokenizer. It is built in a temporary folder and renamed when complete, so a data set that
+exists is whole. If it consists of short items, such as names, meta.json has their length, "record", and the character
+for padding, "pad".
 """
 
 import gzip

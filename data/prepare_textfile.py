@@ -2,7 +2,7 @@
 
     python data/prepare_textfile.py book.txt --name book
     python data/prepare_textfile.py *.txt.gz --name letters --tokenizer gpt2
-    python data/prepare_textfile.py book.txt --name book_roberta --tokenizer roberta    # or hf://OWNER/NAME, or a folder
+    python data/prepare_textfile.py book.txt --name book_roberta --tokenizer roberta    # or hf://OWNER/NAME, a folder
     python data/prepare_textfile.py train.txt --val val.txt --test test.txt --name mine --alphabet text8
 
 Files are UTF-8, plain, .gz or .xz, and are joined in the order given. Without --val and --test, the last tenth of the

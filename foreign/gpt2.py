@@ -59,8 +59,8 @@ class GPT2(DiT):
     def misfit(cls, config):
         if (config.conditioning != "none" or not config.objective_class.has_mask or not config.tied
                 or config.head_bias or config.shift_tokens):
-            return (f"architecture={config.architecture} needs conditioning=none, noise=mask, and the defaults of tied, "
-                    "head_bias and shift_tokens")
+            return (f"architecture={config.architecture} needs conditioning=none, noise=mask, and the defaults of "
+                    "tied, head_bias and shift_tokens")
         return super().misfit(config)
 
     def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, dropout=0.0, bias=True, checkpoint_blocks=False,

@@ -4,7 +4,7 @@ Masked language modelling is absorbing diffusion at one mask rate (docs/adaptati
 tokens at every mask rate, if not well, and fine-tuning improves that. The differences to model.DiT are here:
 
 tokens     Ours are the tokens of texts, then the mask. Theirs are in another order, with special tokens among them.
-           The embedding looks ours up in a table, and the head's outputs are picked by it: special tokens are no output.
+           A table translates ours, and picks those of the head's outputs that are ours: special tokens are no output.
 frame      They were trained with special tokens around a text, such as <s> ... </s>. These are put around every text.
 positions  They are given explicitly where the network takes them. RoBERTa would count them from the tokens that are no
            padding, beginning at 2. There is no padding here, and no attention mask.
@@ -200,8 +200,8 @@ def translate(found, overrides):
     if ours.ids[-1] >= rows:
         raise UserError(f"{found.path} has {rows:,} tokens, and the tokenizer beside it {ours.ids[-1] + 1:,}")
     before, after = frame_of(tokenizer)
-    backbone = {"settings": settings.to_diff_dict() | {"model_type": settings.model_type}, "mask": tokenizer.mask_token_id,
-                "before": before, "after": after, "left_out": ours.left_out}
+    backbone = {"settings": settings.to_diff_dict() | {"model_type": settings.model_type},
+                "mask": tokenizer.mask_token_id, "before": before, "after": after, "left_out": ours.left_out}
     backbone_text = json.dumps(backbone)
     config = dict(dataset="wikitext", architecture="masked_lm", backbone=backbone_text, objective="mdlm",
                   conditioning="none", seq_len=overrides.get("seq_len", longest_text(backbone_text)),

@@ -110,7 +110,7 @@ def saved(tmp_path_factory):
 
 @torch.no_grad()
 def their_logits(model, tokenizer, xt, where, ours):
-    """The logits (N, V) of the original model, called as its authors do, at masked positions of our tokens xt (B, L)."""
+    """The logits (N, V) of the original model, called as its authors do, at `where` of our tokens xt (B, L)."""
     ids = [[tokenizer.mask_token_id if i == ours.vocab_size else ours.ids[i] for i in row] for row in xt.tolist()]
     framed = [tokenizer("a")["input_ids"] for _ in ids]
     before, after = framed[0][:1], framed[0][-1:]
@@ -171,7 +171,7 @@ def test_every_parameter_gets_a_gradient(saved):
 
 
 def test_weights_under_old_names_and_as_bin(saved, tmp_path):
-    """Old files call the gains and biases of norms gamma and beta; pytorch_model.bin is read without running a pickle."""
+    """Old files call the gains and biases of norms gamma and beta; and a .bin is read without running its pickle."""
     folder, model, tokenizer = saved("bert")
     state = {key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
              for key, value in model.state_dict().items()}
@@ -260,7 +260,8 @@ def test_before_any_fine_tuning(saved, roberta_data, call, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     result = call("evaluate.py", folder, "--curve", "--text", tmp_path / "text.txt", "--json", "--out_dir", tmp_path)
     assert result.code == 0 and json.loads(result.out)["masks"][-1] == 36, result.err
-    one = call("evaluate.py", folder, "--dataset=words", "--data_dir", roberta_data, "--check", "--repeats", "8", "--split", "train", "--n_tokens", "2000")
+    one = call("evaluate.py", folder, "--dataset=words", "--data_dir", roberta_data, "--check", "--repeats", "8",
+               "--split", "train", "--n_tokens", "2000")
     assert one.code == 0, one.err
 
 
@@ -478,7 +479,8 @@ def test_annealing_run(data_dir, call, tmp_path, monkeypatch):
     assert_identical(out, stopped)
     other = tmp_path / "other"
     train(call, "demo", data_dir, other, "--predict_next", "--max_steps=8", f"--init_from={ar}")
-    assert losses(other)[0] != losses(out)[0] and losses(other, "val_bits_per_token") != losses(out, "val_bits_per_token")
+    for key in ("bits_per_token", "val_bits_per_token"):
+        assert losses(other, key)[0] != losses(out, key)[0]
     assert call("sample.py", out, "--steps", "4").code == 0
     result = train(call, "demo", data_dir, tmp_path / "unshifted", "--max_steps=1", f"--init_from={ar}")
     assert result.code == 0 and "predict the next token: --predict_next would keep that" in result.err

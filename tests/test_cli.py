@@ -492,7 +492,7 @@ def commands_of(page):
         lines = block.replace("\\\n", " ").splitlines() or [" ".join(inline.split())]
         lines = [re.sub(r"\s+(#|\|\||>).*", "", line) for line in lines if not line.startswith("#")]
         found += [shlex.split(match[0]) for line in lines
-                  if (match := re.search(r"^make demo$|(?<![\w/])(data/)?\w+\.py( .*)?$", line))]
+                  if (match := re.search(r"^make demo$|(?<![\w/])((data|studies)/)?\w+\.py( .*)?$", line))]
     return found
 
 
