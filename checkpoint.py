@@ -165,9 +165,11 @@ def check_moments(model, cfg, moments, path):
     another shape."""
     shapes = {name: value.shape for name, value in model.named_parameters()}
     names = {p: name for name, p in model.named_parameters()}
-    keys = {names[p]: kind.keys for kind, parameters in optim.shares(model, cfg) for p in parameters}
-    fits = lambda name: name in shapes and name in moments and moments[name].keys() in (keys[name], set()) and all(
-        value.shape == (() if key == "step" else shapes[name]) for key, value in moments[name].items())
+    expected = {names[p]: kind.state_shapes(p.shape) for kind, parameters in optim.shares(model, cfg)
+                for p in parameters}
+    fits = lambda name: name in shapes and name in moments and moments[name].keys() in (
+        expected[name].keys(), set()) and all(
+        tuple(value.shape) == tuple(expected[name][key]) for key, value in moments[name].items())
     wrong = [name for name in sorted(shapes.keys() | moments.keys()) if not fits(name)]
     if wrong:
         raise UserError(f"the field 'optimizer' in {path} does not fit the model (first difference: {wrong[0]}): start "

@@ -20,6 +20,7 @@ from foreign.gpt2 import GPT2, NanoGPT
 from foreign.masked_lm import MaskedLM
 from foreign.tiny_diffusion import TinyDiffusion
 from model import DiT
+from optim import read_clip
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
 # A new objective or network gets a name here and a file of its own (diffusion.Absorbing lists what it must have).
@@ -98,16 +99,20 @@ class Config:
     micro_batch_size: int = setting(256, "maximum number of sequences in a pass of one GPU; gradients are accumulated",
                                     same_run=False)
     max_steps: int = setting(500_000, "number of optimiser steps")
-    optimizer: str = setting("adamw", "adamw for all weights, or muon (optim.py) for the matrices of the blocks",
-                             ("adamw", "muon"))
+    optimizer: str = setting("adamw", "adamw for all weights; muon for the matrices of the blocks; sm3 or sm3_nesterov, "
+                             "with half the memory of adamw, for all weights (optim.py)",
+                             ("adamw", "muon", "sm3", "sm3_nesterov"))
     lr: float = setting(1e-3, "peak learning rate")
     min_lr: float = setting(1e-5, "learning rate at max_steps")
     lr_decay: str = setting("cosine", "shape of the decay of the learning rate to min_lr", ("cosine", "linear"))
     warmup_steps: int = setting(2500, "steps of linear warm-up of the learning rate")
-    beta1: float = setting(0.9, "AdamW's first decay rate")
+    beta1: float = setting(0.9, "AdamW's first decay rate; SM3's momentum")
     beta2: float = setting(0.98, "AdamW's second decay rate")
-    weight_decay: float = setting(0.1, "AdamW's weight decay, on matrices only")
-    grad_clip: float = setting(0.1, "maximum gradient norm; larger gradients are scaled down; 0: no clipping")
+    weight_decay: float = setting(0.1, "weight decay, on matrices only")
+    clip: str = setting("norm", "gradient clipping: norm (to grad_clip), or adaptive, against the norm of the weights: "
+                        "agc:0.01 for each output, agc_tensor:0.003 for whole tensors")
+    grad_clip: float = setting(0.1, "maximum gradient norm of clip=norm; larger gradients are scaled down; 0: no "
+                               "clipping")
     ema_decay: float = setting(0.9999, "decay per step of the moving average (EMA) of the weights, used to evaluate")
     seed: int = setting(1, "random seed of the weights, data order, noise and dropout")
     # run
@@ -165,8 +170,16 @@ class Config:
         if (self.objective, self.noise) not in OBJECTIVES:
             others = " or ".join(name for name, noise in OBJECTIVES if noise == self.noise)
             raise UserError(f"noise={self.noise} does not work with objective={self.objective}: use {others}")
-        if self.optimizer == "muon" and self.fsdp:
-            raise UserError("optimizer=muon needs whole matrices, and --fsdp splits them: leave out one of the two")
+        if self.optimizer != "adamw" and self.fsdp:
+            raise UserError(f"optimizer={self.optimizer} needs whole matrices, and --fsdp splits them: leave out one of "
+                            "the two")
+        try:
+            read_clip(self.clip)
+        except ValueError:
+            raise UserError(f"clip={self.clip!r} is not valid: use norm, or a number above 0 as in agc:0.01 or "
+                            "agc_tensor:0.003")
+        if self.clip != "norm" and self.fsdp:
+            raise UserError(f"clip={self.clip} needs whole tensors, and --fsdp splits them: leave out one of the two")
         if self.objective_class.blocks != self.objective and (self.block_size or self.rate_range != "0:1"):
             raise UserError("block_size and rate_range need objective=block")
         for part in (self.network, self.objective_class):

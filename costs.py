@@ -12,7 +12,8 @@ from randomness import uniforms
 
 def numbers_kept(model, cfg):
     """Return how many numbers of state the optimisers keep."""
-    return sum(kind.numbers_kept(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)
+    return sum(math.prod(shape) for kind, parameters in optim.shares(model, cfg) for p in parameters
+               for shape in kind.state_shapes(p.shape).values() if shape)
 
 
 def sizes(cfg, vocab_size):

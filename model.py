@@ -355,6 +355,11 @@ class DiT(nn.Module):
         """The matrices of the blocks, without those of the time conditioning."""
         return [weight for block in self.blocks for weight in block.matrices()]
 
+    def output_layer(self):
+        """The parameters of the head, which are those of the embedding if it is tied."""
+        weight = self.embed.weight if self.head_weight is None else self.head_weight
+        return [weight] if self.head_bias is None else [weight, self.head_bias]
+
     def flops(self, seq_len, predicted=1.0):
         """Floating-point operations of a training step per token.
 

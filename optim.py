@@ -1,7 +1,8 @@
-"""Optimisation: AdamW, Muon, the learning rate, clipping, and the moving average of the weights.
+"""Optimisation: AdamW, Muon, SM3, the learning rate, clipping, and the moving average of the weights.
 
 The loop in train.py uses three members of an optimiser: `step_unless(bad)`, `zero_grad()` and `param_groups`. To add an
-optimiser, write a class like Muon and name it in `KINDS` and `shares`. To change the clipping, edit `clip_gradients`.
+optimiser, write a class like Muon and name it in `shares` and `make_optimizers`. Clipping rules are in
+`clip_gradients`.
 
 Muon is by Keller Jordan et al., 2024 (see also Moonlight, arXiv 2502.16982). Gradients of weight matrices have a few
 large singular values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so
@@ -12,6 +13,7 @@ and treats all matrices of one shape together.
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -28,10 +30,39 @@ def learning_rate(step, cfg):
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 
 
-def clip_gradients(parameters, cfg):
-    """Scale all gradients down together if their norm exceeds grad_clip (0: never). Returns the norm before scaling."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+def clip_gradients(model, cfg):
+    """Clip the gradients of a model in place, as cfg.clip says. Returns their norm before, all together.
+
+    norm: all gradients are scaled down together if their norm exceeds grad_clip (0: never).
+    agc:X: adaptive gradient clipping (arXiv 2102.06171, eq. 3). The gradient of each unit, the weights of one output, is
+        scaled down if its norm exceeds X times that of its weights, which counts at least 0.001.
+    agc_tensor:X: the same for whole tensors.
+    Both leave out the output layer, as the paper does, and so the embeddings if they are its weights.
+    """
+    kind, _, limit = cfg.clip.partition(":")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), kind == "norm" and cfg.grad_clip or math.inf)
+    if kind != "norm":
+        last = {id(p) for p in model.output_layer()}
+        for p in model.parameters():
+            if id(p) not in last and p.grad is not None:
+                clip_adaptively(p, float(limit), by_unit=kind == "agc")
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP
+
+
+@torch.no_grad()
+def clip_adaptively(p, limit, by_unit):
+    """Scale the gradient of a parameter as agc and agc_tensor say. A unit is a row of a matrix; a vector is one unit."""
+    units = tuple(range(1, p.dim())) if by_unit and p.dim() > 1 else None
+    size = lambda x: torch.linalg.vector_norm(x, dim=units, keepdim=True)
+    allowed = limit * size(p).clamp(min=1e-3)
+    p.grad.mul_((allowed / size(p.grad).clamp(min=1e-6)).clamp(max=1))
+
+
+def read_clip(text):
+    """Check a Config's `clip`. Raises ValueError if it is neither norm nor like agc:0.01 or agc_tensor:0.003."""
+    kind, _, limit = text.partition(":")
+    if not (text == "norm" or kind in ("agc", "agc_tensor") and 0 < float(limit) < math.inf):
+        raise ValueError(text)
 
 
 # ---- optimisers ------------------------------------------------------------------------------------------------------
@@ -40,12 +71,10 @@ def clip_gradients(parameters, cfg):
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, which can skip a step without waiting for the device."""
 
-    keys = {"step", "exp_avg", "exp_avg_sq"}  # of the state of each parameter
-
     @staticmethod
-    def numbers_kept(shape):
-        """Return how many numbers of state a parameter of this shape has."""
-        return 2 * math.prod(shape)
+    def state_shapes(shape):
+        """The state of a parameter of this shape: {name: shape}."""
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
 
     @staticmethod
     def flops(shape):
@@ -84,11 +113,9 @@ class Muon(torch.optim.Optimizer):
     the same learning rate and weight decay (Moonlight, arXiv 2502.16982, eq. 4).
     """
 
-    keys = {"momentum"}
-
     @staticmethod
-    def numbers_kept(shape):
-        return math.prod(shape)
+    def state_shapes(shape):
+        return {"momentum": shape}
 
     @staticmethod
     def flops(shape):
@@ -128,11 +155,68 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, list(steps), alpha=-lr * 0.2 * max(params[0].shape) ** 0.5)
 
 
-KINDS = AdamW, Muon
+class SM3(torch.optim.Optimizer):
+    """SM3-II with momentum (arXiv 1901.11150): AdaGrad with one number for each row and each column of a matrix.
+
+    Let mu_r be the number of row, or column, r. For entry i of the gradient g, in one step:
+
+        nu_i = min over the r with i of mu_r  +  g_i^2,      u_i = g_i / sqrt(nu_i),      mu_r = max over i in r of nu_i.
+
+    nu_i is never less than the sum of the squares of all g_i so far, which AdaGrad has. A vector has a number for each
+    entry: that is AdaGrad itself. So the state is the momentum and, of an m x n matrix, m + n numbers.
+
+    nesterov=False: m = beta m + (1 - beta) u, and the step is m, as in the authors' code.
+    nesterov=True: m = beta m + u, and the step is beta m + u. Steps are 1/(1 - beta) times as long.
+    Weight decay is decoupled, as AdamW's.
+    """
+
+    @staticmethod
+    def state_shapes(shape):
+        rank = len(shape)
+        return {"momentum": shape} | {
+            f"max_{i}": tuple(n if i == j else 1 for j, n in enumerate(shape)) for i in range(rank)}
+
+    @staticmethod
+    def flops(shape):
+        return 0
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, nesterov=False):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov))
+
+    def step_unless(self, bad):
+        """Take a step, unless bad, a bool tensor on the device, is True."""
+        self.step(good=~bad)
+
+    @torch.no_grad()
+    def step(self, good=True):
+        """Take a step if good, a bool or a bool tensor on the device, is True; else nothing changes."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.step_one(p, group, torch.as_tensor(good, device=p.device))
+
+    def step_one(self, p, group, good):
+        state, lr, beta = self.state[p], group["lr"], group["momentum"]
+        if not state:
+            for key, shape in self.state_shapes(p.shape).items():
+                state[key] = torch.zeros(shape, device=p.device)
+        sums, g = [state[f"max_{i}"] for i in range(p.dim())], p.grad.where(good, 0)
+        nu = functools.reduce(torch.minimum, sums) + g * g if sums else g * g
+        for i, numbers in enumerate(sums):
+            others = [j for j in range(p.dim()) if j != i]
+            numbers.copy_((nu.amax(others, keepdim=True) if others else nu).where(good, numbers))
+        u = g * nu.clamp(min=1e-30).rsqrt()
+        m = state["momentum"]
+        new = beta * m + (u if group["nesterov"] else (1 - beta) * u)
+        step = (beta * new + u if group["nesterov"] else new).where(good, 0)
+        m.copy_(new.where(good, m))
+        p.mul_(1 - lr * group["weight_decay"] * good).sub_(step, alpha=lr)
 
 
 def shares(model, cfg):
     """Return [(optimiser class, its parameters)], each parameter of the model once. Muon has the blocks' matrices."""
+    if cfg.optimizer.startswith("sm3"):
+        return [(SM3, list(model.parameters()))]
     matrices = model.matrices() if cfg.optimizer == "muon" else []
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     return [(AdamW, rest), (Muon, matrices)] if matrices else [(AdamW, rest)]
@@ -147,6 +231,9 @@ def make_optimizers(model, cfg, device, dtype):
             continue
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+        if kind is SM3:
+            optimizers.append(SM3(groups, cfg.lr, cfg.beta1, nesterov=cfg.optimizer == "sm3_nesterov"))
+            continue
         optimizers.append(AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu")))
     return optimizers
 

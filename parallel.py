@@ -164,6 +164,11 @@ def spread(model, device, fsdp, compiled):
     return net
 
 
+def bare(net):
+    """The model in what spread() returned."""
+    return net.module if isinstance(net, DistributedDataParallel) else net
+
+
 def average_gradients(net, wanted):
     """Set whether the next backward pass averages gradients over the processes: once per step is enough.
 

@@ -76,7 +76,7 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
         mark("backward")
         nats += nelbo.mean() / len(parts)
     nats = parallel.total(nats) / parallel.world
-    norm = clip_gradients(net.parameters(), cfg)
+    norm = clip_gradients(parallel.bare(net), cfg)
     bad = ~(nats.isfinite() & norm.isfinite())
     for optimizer in optimizers:
         optimizer.step_unless(bad)

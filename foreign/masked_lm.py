@@ -128,6 +128,9 @@ class MaskedLM(nn.Module):
     def matrices(self):
         return [weight for weight in self.blocks.parameters() if weight.dim() == 2]
 
+    def output_layer(self):
+        return [self.body.get_input_embeddings().weight, *self.head.parameters()]
+
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 

@@ -101,6 +101,9 @@ class TinyDiffusion(nn.Module):
         x = self.trunk(xt, t)
         return self.head(x if where is None else x[where])
 
+    def output_layer(self):
+        return list(self.head.parameters())
+
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 

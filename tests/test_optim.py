@@ -1,13 +1,16 @@
-"""Muon: orthogonal steps, against linear algebra and against torch's own."""
+"""Muon, against linear algebra and torch's own; SM3 and adaptive clipping, against their papers' rules written out."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
+import costs
 from cli import UserError
+from commands import assert_identical, assert_one_line, losses, stop_after, train
 from configs import Config, replace
-from optim import Muon, make_optimizers, orthogonalise
+from optim import SM3, Muon, clip_gradients, make_optimizers, orthogonalise
 from train import states
 
 CFG = Config(n_layer=2, n_head=2, n_embd=16, n_cond=8, seq_len=8, optimizer="muon", lr=0.01)
@@ -86,3 +89,144 @@ def test_where_it_does_not_go():
     """FSDP shares matrices out, and Muon needs whole ones."""
     with pytest.raises(UserError, match="optimizer=muon needs whole matrices"):
         replace(CFG, fsdp=True)
+
+
+# ---- SM3 -------------------------------------------------------------------------------------------------------------
+
+
+def literal_sm3(start, gradients, lr, beta, nesterov, decay):
+    """Algorithm SM3-II of arXiv 1901.11150, entry by entry, with momentum; the cover is all slices of each dimension."""
+    w, m = start.clone(), torch.zeros_like(start)
+    mu = [[0.0] * n for n in start.shape]
+    for g in gradients:
+        nu = torch.zeros_like(w)
+        new = [[0.0] * n for n in start.shape]
+        for i in itertools.product(*map(range, start.shape)):
+            nu[i] = min(mu[r][i[r]] for r in range(w.dim())) + g[i] ** 2
+            for r in range(w.dim()):
+                new[r][i[r]] = max(new[r][i[r]], nu[i].item())
+        mu = new
+        u = torch.where(nu > 0, g / nu.clamp(min=1e-30).sqrt(), 0)
+        m = beta * m + (u if nesterov else (1 - beta) * u)
+        w = (1 - lr * decay) * w - lr * (beta * m + u if nesterov else m)
+    return w
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4)])
+def test_sm3_is_the_papers(shape, nesterov):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    start, gradients = p.detach().clone(), [torch.randn(shape).double() for _ in range(6)]
+    gradients[2][0] = 0
+    optimizer = SM3([p], 0.1, momentum=0.9, weight_decay=0.2, nesterov=nesterov)
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step_unless(torch.tensor(False))
+    torch.testing.assert_close(p.detach(), literal_sm3(start, gradients, 0.1, 0.9, nesterov, 0.2), atol=1e-6, rtol=1e-6)
+
+
+def test_sm3_bounds_adagrad_and_is_it_for_vectors():
+    """nu is at least the sum of squares, and for vectors equal to it: torch's Adagrad."""
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.zeros(4, 6))
+    ours, theirs = (torch.nn.Parameter(torch.zeros(7)) for _ in range(2))
+    optimizer, adagrad = SM3([matrix, ours], 0.1, momentum=0.0), torch.optim.Adagrad([theirs], lr=0.1, eps=0)
+    squares = torch.zeros(4, 6)
+    for _ in range(5):
+        matrix.grad, ours.grad = torch.randn(4, 6), torch.randn(7)
+        theirs.grad = ours.grad.clone()
+        squares += matrix.grad ** 2
+        optimizer.step()
+        adagrad.step()
+        rows, columns = optimizer.state[matrix]["max_0"], optimizer.state[matrix]["max_1"]
+        assert (torch.minimum(rows, columns) >= squares - 1e-6).all()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_sm3_takes_half_the_memory():
+    """The state is the momentum and a number for each row and column; AdamW has two numbers for each weight."""
+    cfg = replace(CFG, optimizer="sm3")
+    model = cfg.make_model(27)
+    bytes_ = costs.numbers_kept(model, cfg)
+    assert bytes_ == sum(p.numel() + sum(p.shape) for p in model.parameters())
+    adamw = replace(CFG, optimizer="adamw")
+    assert costs.numbers_kept(model, adamw) == 2 * model.n_params()
+    for optimizer, config in ((make_optimizers(model, c, torch.device("cpu"), torch.float32)[0], c)
+                              for c in (cfg, adamw)):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        kept = sum(x.numel() for state in optimizer.state.values() for x in state.values() if x.dim())
+        assert kept == costs.numbers_kept(model, config)
+
+
+def test_a_bad_step_of_sm3_does_nothing():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(3, 4))
+    optimizer = SM3([p], 0.1, weight_decay=0.1)
+    p.grad = torch.randn(3, 4)
+    optimizer.step_unless(torch.tensor(False))
+    before = [p.detach().clone(), *(x.clone() for x in optimizer.state[p].values())]
+    p.grad = torch.full((3, 4), math.nan)
+    optimizer.step_unless(torch.tensor(True))
+    for a, b in zip(before, [p.detach(), *optimizer.state[p].values()]):
+        assert torch.equal(a, b)
+
+
+# ---- clipping --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", ["agc:0.05", "agc_tensor:0.05"])
+def test_adaptive_clipping(clip):
+    """Against the rule written out row by row, for all parameters but the output layer."""
+    cfg = replace(CFG, optimizer="adamw", clip=clip, head_bias=True)
+    model = cfg.make_model(27)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * torch.rand(p.shape[:1]).view(-1, *[1] * (p.dim() - 1)))
+    model.blocks[0].qkv.weight.data[1] = 0  # a unit of weights 0 counts as one of norm 0.001
+    for p in model.parameters():
+        scales = 10 ** (torch.rand(()) * 4 - 4 + torch.rand(p.shape[:1]) * 2)
+        p.grad = torch.randn_like(p) * scales.view(-1, *[1] * (p.dim() - 1))
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    total = clip_gradients(model, cfg)
+    assert total.item() == pytest.approx(math.sqrt(sum((g ** 2).sum().item() for g in before.values())), rel=1e-5)
+    clipped = kept = 0
+    for name, p in model.named_parameters():
+        if name in ("embed.weight", "head_bias"):
+            assert torch.equal(p.grad, before[name])
+            continue
+        rows = range(len(p)) if clip.startswith("agc:") and p.dim() > 1 else [slice(None)]
+        for row in rows:
+            g, most = before[name][row], 0.05 * max(p.detach()[row].norm().item(), 1e-3)
+            expected = g * most / g.norm() if g.norm() > most else g
+            torch.testing.assert_close(p.grad[row], expected)
+            clipped, kept = clipped + (g.norm() > most).item(), kept + (g.norm() <= most).item()
+    assert clipped > 5 and kept > 5
+
+
+def test_settings_of_clipping():
+    for wrong in ("agc", "agc:0", "agc:-1", "agc:x", "agc:inf", "agc:nan", "unit:0.1", "norm:1"):
+        with pytest.raises(UserError, match="clip="):
+            replace(CFG, clip=wrong)
+    for more in ({"optimizer": "sm3"}, {"optimizer": "adamw", "clip": "agc:0.01"}):
+        with pytest.raises(UserError, match="--fsdp splits them"):
+            replace(CFG, fsdp=True, **more)
+
+
+@pytest.mark.parametrize("flags", [["--optimizer=sm3", "--clip=agc:0.01"],
+                                   ["--optimizer=sm3_nesterov", "--clip=agc_tensor:0.003"]])
+def test_sm3_and_agc_resume_to_the_bit(flags, call, data_dir, tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = [*flags, "--lr=3e-3", "--max_steps=8"]
+    assert train(call, "mdlm_text8", data_dir, one, *flags).code == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(call, "mdlm_text8", data_dir, two, *flags)
+    assert train(call, "mdlm_text8", data_dir, two, *flags, "--resume=auto").code == 0
+    assert_identical(one, two)
+    assert losses(one)[-1] < losses(one)[0]
+    result = train(call, "mdlm_text8", data_dir, two, "--lr=3e-3", "--max_steps=8", "--resume=auto", "--optimizer=sm3")
+    assert_one_line(result, "of another run", "clip")
