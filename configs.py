@@ -19,6 +19,7 @@ from diffusion import BERT, D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, 
 from foreign.gpt2 import GPT2, NanoGPT
 from foreign.masked_lm import MaskedLM
 from foreign.tiny_diffusion import TinyDiffusion
+from mixers import MIXERS, RESIDUALS, MixerDiT
 from model import DiT
 from optim import read_clip
 from uniform import Uniform, UniformD3PM, UniformSEDD
@@ -28,7 +29,7 @@ OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): 
               ("block", "mask"): BlockDiffusion, ("bert", "mask"): BERT, ("ar", "mask"): AutoRegressive,
               ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD}
 NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion, "gpt2": GPT2, "nanogpt": NanoGPT,
-            "masked_lm": MaskedLM}
+            "masked_lm": MaskedLM, "mixers": MixerDiT}
 
 
 def setting(default, help, choices=None, same_run=True):
@@ -54,8 +55,17 @@ class Config:
     padding: str = setting("end", "place of the pads of an item (such as a name) in training: at the end, or all "
                            "together at a random place in the text", ("end", "random"))
     # model
-    architecture: str = setting("dit", "network: dit (model.py), or one of foreign/: masked_lm is BERT, RoBERTa and "
-                                "others of transformers", tuple(NETWORKS))
+    architecture: str = setting("dit", "network: dit (model.py), mixers (mixers.py), or one of foreign/: masked_lm is "
+                                "BERT, RoBERTa and others of transformers", tuple(NETWORKS))
+    mixer: str = setting("attention", "what mixes the tokens; architecture=mixers only", MIXERS)
+    residual: str = setting("zero", "branches of a block: zero at first (adaLN-Zero), with one learned gate (rezero), "
+                            "or plain; architecture=mixers only", RESIDUALS)
+    static_map: str = setting("full", "static maps have a number for each pair of positions, or for each distance; "
+                              "architecture=mixers only", ("full", "toeplitz"))
+    map_init: str = setting("", "first weights of static maps: orthogonal, or their standard deviation, as 0.004 or "
+                            "0.02/L; empty: the mixer's own; architecture=mixers only")
+    mask_aware: bool = setting(False, "keep masked tokens out of static maps; architecture=mixers only")
+    gate_bias: float = setting(1.0, "first bias of the gate of mixer=gmlp and amlp; architecture=mixers only")
     backbone: str = setting("", "settings of architecture=masked_lm, as JSON; empty: those of --init_from or --resume")
     n_layer: int = setting(12, "number of transformer blocks")
     n_head: int = setting(12, "number of attention heads")
@@ -99,8 +109,8 @@ class Config:
     micro_batch_size: int = setting(256, "maximum number of sequences in a pass of one GPU; gradients are accumulated",
                                     same_run=False)
     max_steps: int = setting(500_000, "number of optimiser steps")
-    optimizer: str = setting("adamw", "adamw for all weights; muon for the matrices of the blocks; sm3 or sm3_nesterov, "
-                             "with half the memory of adamw, for all weights (optim.py)",
+    optimizer: str = setting("adamw", "adamw for all weights; muon for the matrices of the blocks; sm3 or "
+                             "sm3_nesterov for all weights, with half the memory of adamw (optim.py)",
                              ("adamw", "muon", "sm3", "sm3_nesterov"))
     lr: float = setting(1e-3, "peak learning rate")
     min_lr: float = setting(1e-5, "learning rate at max_steps")
@@ -171,8 +181,8 @@ class Config:
             others = " or ".join(name for name, noise in OBJECTIVES if noise == self.noise)
             raise UserError(f"noise={self.noise} does not work with objective={self.objective}: use {others}")
         if self.optimizer != "adamw" and self.fsdp:
-            raise UserError(f"optimizer={self.optimizer} needs whole matrices, and --fsdp splits them: leave out one of "
-                            "the two")
+            raise UserError(f"optimizer={self.optimizer} needs whole matrices, and --fsdp splits them: leave out one "
+                            "of the two")
         try:
             read_clip(self.clip)
         except ValueError:
@@ -182,6 +192,10 @@ class Config:
             raise UserError(f"clip={self.clip} needs whole tensors, and --fsdp splits them: leave out one of the two")
         if self.objective_class.blocks != self.objective and (self.block_size or self.rate_range != "0:1"):
             raise UserError("block_size and rate_range need objective=block")
+        if self.architecture != "mixers":
+            for key in ("mixer", "residual", "static_map", "map_init", "mask_aware", "gate_bias"):
+                if getattr(self, key) != Config.__dataclass_fields__[key].default:
+                    raise UserError(f"{key} needs architecture=mixers")
         for part in (self.network, self.objective_class):
             if misfit := part.misfit(self):
                 raise UserError(misfit)

@@ -34,8 +34,8 @@ def clip_gradients(model, cfg):
     """Clip the gradients of a model in place, as cfg.clip says. Returns their norm before, all together.
 
     norm: all gradients are scaled down together if their norm exceeds grad_clip (0: never).
-    agc:X: adaptive gradient clipping (arXiv 2102.06171, eq. 3). The gradient of each unit, the weights of one output, is
-        scaled down if its norm exceeds X times that of its weights, which counts at least 0.001.
+    agc:X: adaptive gradient clipping (arXiv 2102.06171, eq. 3). The gradient of each unit, the weights of one output,
+        is scaled down if its norm exceeds X times that of its weights, which counts at least 0.001.
     agc_tensor:X: the same for whole tensors.
     Both leave out the output layer, as the paper does, and so the embeddings if they are its weights.
     """
@@ -51,7 +51,7 @@ def clip_gradients(model, cfg):
 
 @torch.no_grad()
 def clip_adaptively(p, limit, by_unit):
-    """Scale the gradient of a parameter as agc and agc_tensor say. A unit is a row of a matrix; a vector is one unit."""
+    """Scale the gradient of a parameter as agc and agc_tensor say. A row of a matrix is a unit; a vector is one."""
     units = tuple(range(1, p.dim())) if by_unit and p.dim() > 1 else None
     size = lambda x: torch.linalg.vector_norm(x, dim=units, keepdim=True)
     allowed = limit * size(p).clamp(min=1e-3)
@@ -160,7 +160,7 @@ class SM3(torch.optim.Optimizer):
 
     Let mu_r be the number of row, or column, r. For entry i of the gradient g, in one step:
 
-        nu_i = min over the r with i of mu_r  +  g_i^2,      u_i = g_i / sqrt(nu_i),      mu_r = max over i in r of nu_i.
+        nu_i = min over the r with i of mu_r  +  g_i^2,     u_i = g_i / sqrt(nu_i),     mu_r = max over i in r of nu_i.
 
     nu_i is never less than the sum of the squares of all g_i so far, which AdaGrad has. A vector has a number for each
     entry: that is AdaGrad itself. So the state is the momentum and, of an m x n matrix, m + n numbers.

@@ -1,0 +1,400 @@
+"""Networks that mix tokens by other means than attention (`--architecture=mixers --mixer=NAME`).
+
+A block is attention, or what stands in its place, and an MLP, as in model.DiT; gMLP is one layer in place of both. With
+x (B, L, D) after the norm, heads h of d = D/heads channels, and matrices that are learned:
+
+    name               tokens become                                      source
+    attention          softmax(q k^T / sqrt d) v                          Transformer, 1706.03762; rotary positions
+    mixer              W2_h gelu(W1_h x_h)                                MLP-Mixer, 2105.01601; here for each head
+    gmlp               V (u * (W_h norm(v) + b)), [u, v] = gelu(U x)      gMLP, 2105.08050
+    amlp               gmlp, with one small attention head in the gate    the same
+    synth_random       softmax(R_h) v                                     Synthesizer, 2005.00743
+    synth_factorised   softmax(A_h B_h^T) v                               the same
+    synth_dense        softmax(W2_h relu(W1_h x_h)) v                     the same; here for each head
+    container          (a_h softmax(q k^T / sqrt d) + b_h S_h) v          CONTAINER, 2106.01401
+    container_conv     as container, S a convolution over 5 tokens        the same, as its authors' code has it
+
+One head (`--n_head=1`) gives the single-head form of each. W1, W2, W, R and S are static maps: they weigh positions,
+not contents. A map has a number for each pair of positions (static_map=full), or for each distance (toeplitz). It
+belongs to the trained length. A shorter text of n tokens has positions 0 to n - 1 of it.
+
+mask_aware: masked tokens do not enter a static map. The others count L/(number of these) times as much instead; in a
+softmax the weights sum to 1 without the masked tokens. With all tokens masked nothing enters.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from model import DiT, LayerNorm, at_positions, modulate, rotary_tables, rotate, token_shift
+
+TINY = 64   # width of the attention head in amlp's gate
+RANK = 8    # of A and B of synth_factorised
+TAPS = 5    # tokens of container_conv's convolution
+
+
+# ---- static maps -----------------------------------------------------------------------------------------------------
+
+
+class Map(nn.Module):
+    """A matrix (n, n) for each head, which a text of n <= L tokens is multiplied by."""
+
+    def __init__(self, n_head, L, kind, init):
+        super().__init__()
+        self.L, self.kind, self.init = L, kind, init
+        self.weight = nn.Parameter(torch.empty(n_head, L, L) if kind == "full" else torch.empty(n_head, 2 * L - 1))
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draw the weights: `init` is 'orthogonal', a standard deviation, or one divided by L ('0.02/L')."""
+        if self.init == "orthogonal":
+            for matrix in self.weight if self.kind == "full" else [self.weight]:
+                nn.init.orthogonal_(matrix)
+        else:
+            self.weight.normal_(std=std_of(self.init, self.L))
+
+    def forward(self, n):
+        """The matrices of a text of n tokens: (heads, n, n). Row i says what the token at position i gets."""
+        if self.kind == "full":
+            return self.weight[:, :n, :n]
+        i = torch.arange(n, device=self.weight.device)
+        return self.weight[:, i[:, None] - i + self.L - 1]
+
+
+def std_of(init, L):
+    """The standard deviation that 'orthogonal', '0.004' or '0.02/L' means. Raises ValueError if it is none of these."""
+    if init == "orthogonal":
+        return None
+    number, slash, letter = init.partition("/")
+    if (slash, letter) not in (("", ""), ("/", "L")) or not 0 <= float(number) < math.inf:
+        raise ValueError(init)
+    return float(number) / (L if slash else 1)
+
+
+def split_heads(x, n_head):
+    """(B, L, D) -> (B, heads, L, D/heads)."""
+    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
+
+
+def join_heads(x):
+    return x.transpose(1, 2).flatten(2)
+
+
+def without_masks(x, known):
+    """x (B, heads, L, d) without its masked tokens, the others scaled up. known (B, L) bool, or None: x itself."""
+    if known is None:
+        return x
+    share = known.float().mean(1).clamp(min=1 / known.shape[1])
+    return x * (known / share[:, None])[:, None, :, None].to(x.dtype)
+
+
+def average(weights, v, known):
+    """softmax(weights) v without masked tokens: weights (..., heads, L, L), v (B, heads, L, d) -> (B, heads, L, d)."""
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    if known is None:
+        return weights.softmax(-1).to(v.dtype) @ v
+    some = known.any(1)  # a softmax over nothing would have nan as its gradient
+    weights = weights.masked_fill(~(known | ~some[:, None])[:, None, None], -torch.inf).softmax(-1)
+    return (weights * some[:, None, None, None]).to(v.dtype) @ v
+
+
+# ---- layers: x (B, L, D), known (B, L) or None -> (B, L, D) ----------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, D, n_head, L, kind, init):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
+        for name, table in zip(("cos", "sin"), rotary_tables(L, D // n_head)):
+            self.register_buffer(name, table, persistent=False)
+
+    def queries(self, x):
+        """Queries, keys and values (B, heads, L, d)."""
+        q, k, v = (split_heads(part, self.n_head) for part in self.qkv(x).chunk(3, -1))
+        cos, sin = self.cos[:x.shape[1]], self.sin[:x.shape[1]]
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x, known):
+        return self.out(join_heads(F.scaled_dot_product_attention(*self.queries(x))))
+
+    def mixing(self, L, D):
+        """Multiplications of a token with others."""
+        return 2 * L * D
+
+
+class Mixer(nn.Module):
+    def __init__(self, D, n_head, L, kind, init):
+        super().__init__()
+        self.n_head = n_head
+        self.inner, self.out = (Map(n_head, L, kind, init or f"{L ** -0.5}") for _ in range(2))
+
+    def forward(self, x, known):
+        n, x = x.shape[1], without_masks(split_heads(x, self.n_head), known)
+        h = F.gelu(self.inner(n).to(x.dtype) @ x, approximate="tanh")
+        return join_heads(self.out(n).to(x.dtype) @ h)
+
+    def mixing(self, L, D):
+        return 2 * L * D
+
+
+class Synthesizer(nn.Module):
+    """Weights of positions, from a table (random), from two thin tables (factorised), or from the token (dense)."""
+
+    def __init__(self, D, n_head, L, kind, init, form):
+        super().__init__()
+        self.n_head, self.form, d = n_head, form, D // n_head
+        self.value, self.out = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
+        if form == "random":
+            self.map = Map(n_head, L, kind, init or "0.02")
+        elif form == "factorised":
+            self.rows, self.columns = (nn.Parameter(torch.randn(n_head, L, RANK) * RANK ** -0.5) for _ in range(2))
+        else:
+            self.inner, self.outer = (nn.Parameter(torch.randn(n_head, d, n) * d ** -0.5) for n in (d, L))
+
+    def forward(self, x, known):
+        n = x.shape[1]
+        if self.form == "random":
+            weights = self.map(n)
+        elif self.form == "factorised":
+            weights = self.rows[:, :n] @ self.columns[:, :n].mT
+        else:
+            h = split_heads(x, self.n_head)
+            weights = F.relu(h @ self.inner.to(h.dtype)) @ self.outer[..., :n].to(h.dtype)
+        return self.out(join_heads(average(weights, split_heads(self.value(x), self.n_head), known)))
+
+    def mixing(self, L, D):
+        return L * D
+
+
+class Container(Attention):
+    """Attention and a static map of the values, each with a learned weight per head, 1 and 1 at first."""
+
+    def __init__(self, D, n_head, L, kind, init):
+        super().__init__(D, n_head, L, kind, init)
+        self.map = Map(n_head, L, kind, init or "0.02/L")
+        self.dynamic, self.static = (nn.Parameter(torch.ones(n_head)) for _ in range(2))
+
+    def forward(self, x, known):
+        q, k, v = self.queries(x)
+        a, b = self.dynamic[:, None, None].to(v.dtype), self.static[:, None, None].to(v.dtype)
+        static = self.map(x.shape[1]).to(v.dtype) @ without_masks(v, known)
+        return self.out(join_heads(a * F.scaled_dot_product_attention(q, k, v) + b * static))
+
+    def mixing(self, L, D):
+        return 3 * L * D
+
+
+class ContainerConv(Attention):
+    """Attention and a depthwise convolution of the values, in shares 1 - sigmoid(w) and sigmoid(w) per head, w = 0."""
+
+    def __init__(self, D, n_head, L, kind, init):
+        super().__init__(D, n_head, L, kind, init)
+        self.taps = nn.Parameter(torch.randn(D, 1, TAPS) * TAPS ** -0.5)
+        self.share = nn.Parameter(torch.zeros(n_head))
+
+    def forward(self, x, known):
+        q, k, v = self.queries(x)
+        share = self.share.sigmoid()[:, None, None].to(v.dtype)
+        kept = v if known is None else v * known[:, None, :, None].to(v.dtype)
+        local = F.conv1d(join_heads(kept).mT, self.taps.to(v.dtype), padding=TAPS // 2, groups=x.shape[-1]).mT
+        y = (1 - share) * F.scaled_dot_product_attention(q, k, v) + share * split_heads(local, self.n_head)
+        return self.out(join_heads(y))
+
+    def mixing(self, L, D):
+        return 2 * L * D + TAPS * D
+
+
+class MLP(nn.Module):
+    """The MLP of a block: it mixes channels, and no tokens."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.inner, self.out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x, known, at=None):
+        x, = at_positions(at, *x.shape[:2], x)
+        return self.out(F.gelu(self.inner(x), approximate="tanh"))
+
+    def mixing(self, L, D):
+        return 0
+
+
+class GMLP(nn.Module):
+    """gMLP's layer, which mixes channels and tokens: its width F is 6 D. A head has F/2/heads channels of the gate."""
+
+    def __init__(self, D, n_head, L, kind, init, gate_bias, tiny):
+        super().__init__()
+        self.n_head, width = n_head, 3 * D  # F/2
+        self.inner, self.out = nn.Linear(D, 2 * width), nn.Linear(width, D)
+        self.norm, self.map = LayerNorm(width, bias=True), Map(n_head, L, kind, init or f"{1e-3 / 3 ** 0.5}/L")
+        self.gate_bias, self.bias = gate_bias, nn.Parameter(torch.full((n_head, L), float(gate_bias)))
+        self.tiny = nn.Linear(D, 3 * TINY, bias=False) if tiny else None
+        self.tiny_out = nn.Linear(TINY, width, bias=False) if tiny else None
+
+    def forward(self, x, known, at=None):
+        B, n = x.shape[:2]
+        u, v = F.gelu(self.inner(x), approximate="tanh").chunk(2, -1)
+        v = without_masks(split_heads(self.norm(v).to(u.dtype), self.n_head), known)
+        gate = join_heads(self.map(n).to(u.dtype) @ v + self.bias[:, :n, None].to(u.dtype))
+        if self.tiny is not None:
+            q, k, values = (part[:, None] for part in self.tiny(x).chunk(3, -1))
+            gate = gate + self.tiny_out(F.scaled_dot_product_attention(q, k, values)[:, 0])
+        return self.out(*at_positions(at, B, n, u * gate))
+
+    def mixing(self, L, D):
+        return 3 * L * D + 2 * L * TINY * (self.tiny is not None)
+
+
+def layers(name, D, n_head, L, kind, init, gate_bias):
+    """The layers of a block of the mixer with this name."""
+    if name in ("gmlp", "amlp"):
+        return [GMLP(D, n_head, L, kind, init, gate_bias, tiny=name == "amlp")]
+    if name.startswith("synth_"):
+        return [Synthesizer(D, n_head, L, kind, init, name.removeprefix("synth_")), MLP(D)]
+    known = {"attention": Attention, "mixer": Mixer, "container": Container, "container_conv": ContainerConv}
+    return [known[name](D, n_head, L, kind, init), MLP(D)]
+
+
+MIXERS = ("attention", "mixer", "gmlp", "amlp", "synth_random", "synth_factorised", "synth_dense", "container",
+          "container_conv")
+MAPPED = ("mixer", "gmlp", "amlp", "synth_random", "container")  # these have static maps
+RESIDUALS = ("zero", "rezero", "plain")
+
+
+# ---- the network -----------------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """x + gate * layer(norm(x)), where a time, if there is one, shifts and scales the input of the layer.
+
+    zero: the branch begins at zero. With a time, its gate is a function of the time (adaLN-Zero, arXiv 2212.09748);
+        without, the weights of the layer's output are zero.
+    rezero: the gate is one learned number, 0 at first (ReZero, arXiv 2003.04887).
+    plain: there is no gate.
+    """
+
+    def __init__(self, layer, D, n_cond, residual, norm_bias, shift_tokens):
+        super().__init__()
+        self.layer, self.residual, self.shift_tokens = layer, residual, shift_tokens
+        self.norm = LayerNorm(D, norm_bias)
+        self.modulation = nn.Linear(n_cond, (3 if residual == "zero" else 2) * D) if n_cond else None
+        self.gate = nn.Parameter(torch.zeros(())) if residual == "rezero" else None
+
+    @torch.no_grad()
+    def init_weights(self):
+        for part in self.layer.modules():
+            if isinstance(part, nn.Linear):
+                bound = part.in_features ** -0.5
+                part.weight.uniform_(-bound, bound)
+                if part.bias is not None:
+                    part.bias.zero_()
+            elif isinstance(part, Map):
+                part.init_weights()
+        if self.modulation is not None:
+            self.modulation.weight.zero_()
+            self.modulation.bias.zero_()
+        elif self.residual == "zero":
+            self.layer.out.weight.zero_()
+
+    def forward(self, x, c, known, at):
+        B, L, D = x.shape
+        shift, scale, *gates = (None, None) if self.modulation is None else self.modulation(c).split(D, -1)
+        h = modulate(self.norm(x), shift, scale)
+        y = self.layer(token_shift(h) if self.shift_tokens else h, known, *([] if at is None else [at]))
+        x, *gates = at_positions(at, B, L, x, *gates)
+        gate = gates[0] if gates else self.gate
+        return x + (y if gate is None else gate * y)
+
+
+class MixerBlock(nn.ModuleList):
+    """The branches of a block, one after the other."""
+
+    def forward(self, x, c, known, at=None):
+        for branch in self:
+            x = branch(x, c, known, at if branch is self[-1] else None)
+        return x
+
+
+class MixerDiT(DiT):
+    """model.DiT with another mixer of tokens in its blocks. It reads whole texts: no past, no blocks, not causal."""
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.n_cond,
+                   config.dropout, config.clock, config.objective_class.has_mask, config.tied, config.head_bias,
+                   config.norm_bias, config.shift_tokens, config.checkpoint_blocks, config.mixer, config.residual,
+                   config.static_map, config.map_init, config.mask_aware, config.gate_bias)
+
+    @classmethod
+    def misfit(cls, config):
+        objective = config.objective_class
+        if objective.causal or config.block_size or config.predict_next or config.anneal_steps or config.fsdp:
+            return ("architecture=mixers reads whole texts and cannot be split: it takes no objective=ar or block, "
+                    "predict_next, anneal_steps or --fsdp")
+        if config.dropout:
+            return "architecture=mixers has no dropout: use dropout=0"
+        if config.mask_aware and not (objective.has_mask and config.mixer not in ("attention", "amlp")):
+            return "mask_aware is for noise=mask and mixers with static weights: leave it out"
+        if config.static_map != "full" and config.mixer not in MAPPED:
+            return f"static_map=toeplitz is for mixer={', '.join(MAPPED)}, which have static maps"
+        if config.map_init and config.mixer not in MAPPED:
+            return f"map_init is for mixer={', '.join(MAPPED)}, which have static maps"
+        try:
+            std_of(config.map_init or "0", 1)
+        except ValueError:
+            return f"map_init={config.map_init!r} is not valid: use orthogonal, or a number as in 0.004 or 0.02/L"
+        return super().misfit(config)
+
+    def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, n_cond=128, dropout=0.0, clock=None, mask=True,
+                 tied=True, head_bias=False, norm_bias=False, shift_tokens=False, checkpoint_blocks=False,
+                 mixer="attention", residual="zero", static_map="full", map_init="", mask_aware=False, gate_bias=1.0):
+        super().__init__(vocab_size, seq_len, 0, n_head, n_embd, n_cond, 0.0, clock, mask, tied, head_bias, norm_bias,
+                         checkpoint_blocks=checkpoint_blocks)
+        self.mask_aware, n_cond = mask_aware, n_cond if clock else 0
+        self.blocks = nn.ModuleList(
+            MixerBlock(Residual(layer, n_embd, n_cond, residual, norm_bias, shift_tokens)
+                       for layer in layers(mixer, n_embd, n_head, seq_len, static_map, map_init, gate_bias))
+            for _ in range(n_layer))
+        for block in self.blocks:
+            for branch in block:
+                branch.init_weights()
+
+    def trunk(self, xt, t, at=None):
+        """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L."""
+        (B, L), x = xt.shape, self.embed(xt).float()
+        assert L <= self.seq_len, f"{L} tokens, but the model was built for {self.seq_len}"
+        c, known = None if self.time_embed is None else self.time_embed(t), None
+        if self.mask_aware:
+            known = xt != self.vocab_size
+        for block in self.blocks:
+            inputs = (x, c, known, at if block is self.blocks[-1] else None)
+            x = (checkpoint(block, *inputs, use_reentrant=False) if self.checkpoint_blocks and self.training
+                 else block(*inputs))
+        x = self.norm(x)
+        if self.modulation is not None:
+            x = modulate(x, *at_positions(at, B, L, *self.modulation(c).chunk(2, dim=-1)))
+        return x
+
+    def forward(self, xt, t, where=None):
+        """xt (B, L) long in [0, V], t (B,) in (0, 1] -> logits (B, L, V), or (N, V) where `where` (B, L) is True."""
+        return self.head(self.trunk(xt, t, None if where is None else where.flatten().nonzero().squeeze(1)))
+
+    def matrices(self):
+        """The two-dimensional weights of the layers; static maps, which are one matrix for each head, are left out."""
+        return [part.weight for block in self.blocks for branch in block for part in branch.layer.modules()
+                if isinstance(part, nn.Linear)]
+
+    def flops(self, seq_len, predicted=1.0):
+        """Floating-point operations of a training step per token, counted as DiT.flops does."""
+        total = 6 * predicted * self.vocab_size * self.embed.embedding_dim
+        for block in self.blocks:
+            for branch in block:
+                weights = sum(part.weight.numel() for part in branch.layer.modules() if isinstance(part, nn.Linear))
+                last = block is self.blocks[-1] and isinstance(branch.layer, MLP)
+                total += 6 * (predicted if last else 1) * weights
+                total += 6 * branch.layer.mixing(seq_len, self.embed.embedding_dim)
+        return total
