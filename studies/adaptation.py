@@ -12,25 +12,20 @@
 
 All are one network of 0.8M parameters (mdlm_mini_fast without token shift, so that it is a plain transformer encoder),
 on the same windows, masks and seeds. Every run is one of train.py, every number one of evaluate.py. What is there is
-not run again, so an interrupted study continues with the same command. It writes adaptation.json, mask_rates.png and
-steps.png.
+not run again. The study writes adaptation.json, mask_rates.png and steps.png.
 """
 
 import json
-import math
-import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import log
-from cli import ArgumentParser, UserError, named, number, progress, require, run, table, write_file
+from cli import ArgumentParser, number, progress, require, run, table, write_file
 from plot import picture
+from studies import runs
+from studies.runs import mean_and_spread
 
 PLAIN = ["mdlm_mini_fast", "--no-shift_tokens", "--sample_interval=0", "--eval_sequences=256"]
 KINDS = {  # what a run has beside PLAIN
@@ -47,42 +42,17 @@ JUDGE_SEED = 1000  # of one more AR, which scores the samples
 
 def parse_args():
     p = ArgumentParser(description=__doc__)
-    p.add_argument("folder", type=named, help="folder for the runs and the results")
-    p.add_argument("--dataset", default="gutenberg", help="data set of characters (default: gutenberg)")
-    p.add_argument("--data_dir", default="", help="folder that has the data sets (default: data/)")
-    p.add_argument("--seeds", type=number(int, 1, 100), default=3, help="number of seeds (default 3)")
-    p.add_argument("--steps", type=number(int, 16), default=2000, help="training steps S (default 2000)")
-    p.add_argument("--windows", type=number(int, 2), default=1024, help="windows of the test split (default 1024)")
+    runs.add_arguments(p, steps=2000)
     p.add_argument("--samples", type=number(int, 1), default=64, help="samples of each model (default 64)")
     p.add_argument("--calls", default="16,64,128", help="sampling steps (default 16,64,128)")
-    p.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time, one thread each (default 1)")
-    p.add_argument("--flags", type=named, nargs="*", default=[], metavar="KEY=VALUE",
-                   help="settings of train.py for all runs, such as n_embd=64")
     return p.parse_args()
-
-
-def call(script, *arguments):
-    """Run a command of this project with one thread. Returns its stdout. Raises UserError with its last line."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise UserError(f"{script} {' '.join(map(str, arguments))} failed: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
-
-
-def once(path, measure):
-    """Return the JSON object in a file, which is measured and written if there is none yet."""
-    if not path.exists():
-        write_file(path, json.dumps(measure()) + "\n")
-    return json.loads(path.read_text())
 
 
 class Study:
     """The runs of the study: names are KIND_SEED or KIND_SEED_N."""
 
     def __init__(self, args):
-        self.args, self.folder = args, Path(args.folder)
-        self.extra = [f"--{flag}" for flag in args.flags]
+        self.args, self.folder = args, args.folder
         halves = [args.steps // 2**i for i in (4, 3, 2, 1, 0)]
         self.lengths = {"B": halves, "D": halves, "E": halves[2::2]}  # the numbers n
         seeds = range(1, args.seeds + 1)
@@ -93,55 +63,23 @@ class Study:
     def out(self, kind, seed, n):
         return self.folder / (f"{kind}_{seed}_{n}" if kind in SOURCES else f"{kind}_{seed}")
 
-    def train(self, kind, seed, n):
-        """Train one run, or continue it, and score it on the test split."""
-        out, warmup = self.out(kind, seed, n), max(1, n // 40)
-        flags = [*PLAIN, *KINDS[kind], f"--dataset={self.args.dataset}", f"--data_dir={self.args.data_dir}",
-                 f"--seed={seed}", f"--max_steps={n}", f"--warmup_steps={warmup}", f"--eval_interval={n}",
-                 f"--out_dir={out}", *self.extra]
+    def bits(self, kind, seed, n):
+        """Train one run, or continue it. Returns its bits per token on the test split."""
+        flags = [*PLAIN, *KINDS[kind], f"--seed={seed}", f"--max_steps={n}", f"--warmup_steps={max(1, n // 40)}",
+                 f"--eval_interval={n}"]
         if kind in SOURCES:
             flags += [f"--init_from={self.out(SOURCES[kind], seed, self.args.steps)}"]
         if kind == "E":
             flags += [f"--anneal_steps={n // 2}"]
-
-        def measure():
-            call("train.py", *flags, "--resume=auto")
-            seq_len = log.read(out / "log.jsonl")[0]["config"]["seq_len"]
-            return json.loads(call("evaluate.py", out, "--split", "test", "--data_dir", self.args.data_dir, "--json",
-                                   "--n_tokens", seq_len * self.args.windows))
-
-        return once(self.folder / f"{out.name}.json", measure)["bits_per_token"]
-
-    def bits(self):
-        """Train all. Returns {(kind, seed, n): bits per token on the test split}."""
-        found, total = {}, sum(map(len, self.stages))
-        with progress(total=total, desc="runs") as bar, ThreadPoolExecutor(self.args.jobs) as pool:
-            for stage in self.stages:
-                for key, bits in zip(stage, pool.map(lambda key: self.train(*key), stage)):
-                    found[key] = bits
-                    bar.update()
-        return found
-
-    def curve(self, kind, seed, n):
-        """The cross-entropy by mask rate: [(mask rate, bits)]."""
-        out = self.out(kind, seed, n)
-        found = once(self.folder / f"{out.name}.curve.json", lambda: json.loads(call(
-            "evaluate.py", out, "--split", "test", "--data_dir", self.args.data_dir, "--curve", "--json")))
-        return list(zip(found["mask_rate"], found["bits_per_token"]))
+        return runs.trained(self.out(kind, seed, n), flags, self.args)["bits_per_token"]
 
     def samples(self, kind, seed, n):
         """Samples and real text, judged: the rows of evaluate.py --samples."""
         out, judge = self.out(kind, seed, n), self.out("AR", JUDGE_SEED, None)
         steps = [] if kind == "AR" else ["--steps", self.args.calls]
-        return once(self.folder / f"{out.name}.samples.json", lambda: json.loads(call(
-            "evaluate.py", out, "--split", "test", "--data_dir", self.args.data_dir, "--samples", self.args.samples,
-            *steps, "--judge", judge, "--json")))["samples"]
-
-
-def mean_and_spread(values):
-    """Mean over seeds and standard error of it (None for one seed)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.mean(values), error
+        return runs.once(self.folder / f"{out.name}.samples.json", lambda: json.loads(runs.call(
+            "evaluate.py", out, *runs.data_flags(self.args), "--samples", self.args.samples, *steps, "--judge",
+            judge)))["samples"]
 
 
 def steps_to_reach(level, points):
@@ -155,28 +93,25 @@ def steps_to_reach(level, points):
 def main():
     args = parse_args()
     require("matplotlib", "a picture")
-    try:
-        Path(args.folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {args.folder}: {error.strerror}")
+    runs.make_folder(args.folder)
     study, seeds, S = Study(args), range(1, args.seeds + 1), args.steps
-    bits = study.bits()
+    bits = runs.in_stages(study.stages, study.bits, args.jobs)
+    lengths = study.lengths
 
     # ---- bits, and the steps to reach C ----
-    rows, by_steps = [], {}
-    for kind, n in [("A", S), ("C", S), ("AR", S), *((kind, n) for kind in SOURCES for n in study.lengths[kind])]:
+    rows, by_steps, needed = [], {}, {}
+    for kind, n in [("A", S), ("C", S), ("AR", S), *((kind, n) for kind in SOURCES for n in lengths[kind])]:
         mean, error = mean_and_spread([bits[kind, seed, n] for seed in seeds])
-        paired, paired_error = mean_and_spread([bits[kind, seed, n] - bits["C", seed, S] for seed in seeds])
-        rows.append(dict(run=kind, steps=n, bits=mean, stderr=error, less_c=paired, less_c_stderr=paired_error))
+        less, less_error = mean_and_spread([bits[kind, seed, n] - bits["C", seed, S] for seed in seeds])
+        rows.append(dict(run=kind, steps=n, bits=mean, stderr=error, less_c=less, less_c_stderr=less_error))
         if kind in SOURCES:
             by_steps.setdefault(kind, []).append((n, mean, error))
     print(f"bits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds; ± standard error "
           "over seeds")
     table(rows, {"run": ("", ""), "steps": ("steps", ",d"), "bits": ("bits", ".4f"), "stderr": ("±", ".4f"),
                  "less_c": ("less C", "+.4f"), "less_c_stderr": ("±", ".4f")}, sys.stdout)
-    needed = {}
     for kind in SOURCES:
-        needed[kind] = [steps_to_reach(bits["C", seed, S], [(n, bits[kind, seed, n]) for n in study.lengths[kind]])
+        needed[kind] = [steps_to_reach(bits["C", seed, S], [(n, bits[kind, seed, n]) for n in lengths[kind]])
                         for seed in seeds]
         print(f"steps that {kind} needs to reach C, by seed: "
               + ", ".join("not reached" if n is None else f"{n:,.0f}" for n in needed[kind]))
@@ -184,20 +119,18 @@ def main():
             log_x=True, level=(f"C, {S:,} steps", statistics.mean(bits["C", seed, S] for seed in seeds)))
 
     # ---- cross-entropy by mask rate ----
-    shown, curves = [("A", S), *(("B", n) for n in study.lengths["B"][::2]), ("C", S), ("D", S)], {}
+    shown, curves = [("A", S), *(("B", n) for n in lengths["B"][::2]), ("C", S), ("D", S)], {}
     for kind, n in progress(shown, desc="curves"):
-        points = [study.curve(kind, seed, n) for seed in seeds]
-        name = f"{kind} {n:,}" if kind in SOURCES else kind
-        curves[name] = [(column[0][0], *mean_and_spread([y for _, y in column])) for column in zip(*points)]
+        curves[f"{kind} {n:,}" if kind in SOURCES else kind] = runs.mean_curve(
+            [runs.curve_of(study.out(kind, seed, n), args) for seed in seeds])
     picture(study.folder / "mask_rates.png", curves, "mask rate", "bits per masked character")
 
     # ---- samples ----
     quality = []
-    shown = [("A", S), *(("B", n) for n in study.lengths["B"][::2]), ("C", S), ("D", S), ("AR", S)]
-    for kind, n in progress(shown, desc="samples"):
+    for kind, n in progress([*shown, ("AR", S)], desc="samples"):
         by_seed = [study.samples(kind, seed, n) for seed in seeds]
         for row in range(len(by_seed[0]) - 1):  # the last row is real text
-            one = [rows[row] for rows in by_seed]
+            one = [found[row] for found in by_seed]
             judge, judge_error = mean_and_spread([r["judge_bits_per_char"] for r in one])
             entropy, entropy_error = mean_and_spread([r["unigram_entropy_bits"] for r in one])
             quality.append(dict(

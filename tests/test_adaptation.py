@@ -21,7 +21,7 @@ from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
 from diffusion import BERT, MDLM, cross_entropy
 from likelihood import chain_rule
-from studies import adaptation
+from studies import adaptation, runs
 
 CPU = torch.device("cpu")
 TEXT = "the cat sat on the mat, and the dog's log was d\u00e9j\u00e0 vu \u2603 again. " * 20
@@ -598,7 +598,7 @@ def test_study(call, tmp_path, monkeypatch):
             return json.dumps({"samples": [row, row]})
         return json.dumps({"bits_per_token": 2.0 + len(calls) / 1000})
 
-    monkeypatch.setattr(adaptation, "call", answer)
+    monkeypatch.setattr(runs, "call", answer)
     monkeypatch.setattr(sys, "argv", ["adaptation.py", str(tmp_path / "study"), "--seeds", "2", "--steps", "32"])
     adaptation.main()
     trained = [words for words in calls if words[0] == "train.py"]

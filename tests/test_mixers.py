@@ -1,6 +1,8 @@
 """Mixers of tokens, against loops over tokens and channels; what they do to order, shorter texts and masks."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from commands import assert_identical, assert_one_line, losses, stop_after, trai
 from configs import Config, replace
 from cli import UserError
 from mixers import MAPPED, MIXERS, TINY, Map, Residual, layers, std_of
+from studies import mixers as study
+from studies import runs
 
 D, L, H = 12, 6, 2
 CFG = Config(architecture="mixers", n_layer=2, n_head=H, n_embd=D, n_cond=8, seq_len=L, conditioning="none",
@@ -295,3 +299,55 @@ def test_what_they_cannot_do(call, data_dir, tmp_path):
                     "mixer needs architecture=mixers")
     with pytest.raises(UserError, match="reads whole texts"):
         replace(CFG, fsdp=True)
+
+
+# ---- the study -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", study.TABLES)
+def test_study(table, data_dir, tmp_path, monkeypatch):
+    """The rows of each table are settings that exist; with recorded answers, the best learning rate is found."""
+    for row in study.TABLES[table]():
+        assert study.replace(study.configs.mdlm_mini_fast(), **study.BASE | row.settings).architecture == "mixers"
+    calls = []
+
+    def answer(script, *arguments):
+        words = [script, *map(str, arguments)]
+        calls.append(words)
+        if script == "train.py":
+            out = study.Path(next(w for w in words if w.startswith("--out_dir=")).removeprefix("--out_dir="))
+            out.mkdir()
+            lines = [{"step": 0, "run": "x", "config": {"seq_len": 128, "batch_size": 16}},
+                     {"step": 50, "tokens": 100, "bits_per_token": 4.0, "tokens_per_second": 2048.0,
+                      "memory_bytes": 5e6}]
+            (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            if "--lr=0.01" in words and "--seed=2" in words:
+                raise UserError("the weights are not finite after step 7")
+            return ""
+        if "--curve" in words:
+            return json.dumps({"mask_rate": [0.1, 1.0], "bits_per_token": [1.0, 4.0]})
+        return json.dumps({"bits_per_token": 2.5 if "lr=0.003" in words[1] else 3.0})
+
+    monkeypatch.setattr(runs, "call", answer)
+    monkeypatch.setattr(sys, "argv", ["mixers.py", str(tmp_path / "study"), "--table", table, "--seeds", "2",
+                                      "--dataset=tiny", f"--data_dir={data_dir}"])
+    study.main()
+    rows = json.loads((tmp_path / "study" / f"{table}.json").read_text())["rows"]
+    assert len(rows) == len(study.TABLES[table]()) and all(row["ms"] == 1000 for row in rows)
+    for row in rows:
+        if "0.003" in row["by_lr"]:
+            assert row["lr"] == 3e-3 and row["bits"] == 2.5
+        if "0.01" in row["by_lr"]:
+            assert row["by_lr"]["0.01"] is None and row["failed"] > 0
+    before = len(calls)
+    study.main()
+    assert len(calls) == before
+
+
+def test_matched_width():
+    """A row that is called matched has as many parameters as attention, within 6 %; the widths are multiples of 8."""
+    aim = study.n_params({"mixer": "attention"})
+    matched = [row for row in study.mixer_rows() if "matched" in row.name]
+    assert len(matched) > 5
+    for row in matched:
+        assert abs(study.n_params(row.settings) / aim - 1) < 0.06, row

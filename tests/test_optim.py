@@ -95,7 +95,7 @@ def test_where_it_does_not_go():
 
 
 def literal_sm3(start, gradients, lr, beta, nesterov, decay):
-    """Algorithm SM3-II of arXiv 1901.11150, entry by entry, with momentum; the sets are all rows, columns, and so on."""
+    """Algorithm SM3-II of arXiv 1901.11150, entry by entry, with momentum; its sets are all rows, columns and so on."""
     w, m = start.clone(), torch.zeros_like(start)
     mu = [[0.0] * n for n in start.shape]
     for g in gradients:

@@ -1,0 +1,171 @@
+"""Which mixers, optimisers and clipping rules train well? Tables of many small runs, one command for each table.
+
+    python studies/mixers.py out/mixers --table mixers        # all mixers, as they are and with equal parameters
+    python studies/mixers.py out/mixers --table gates         # gMLP by gate bias, first weights and residual
+    python studies/mixers.py out/mixers --table optimizers    # AdamW, Muon and SM3 by clipping
+    python studies/mixers.py out/mixers --table masks         # masks kept out of static maps, and Toeplitz maps
+
+All runs are MDLM of 128 x 4 on texts of 128 characters, with equally many tokens, without token shift. Each row is
+trained at every learning rate of its table with every seed. The best learning rate of a row is that with the lowest
+mean bits. A run fails if it does not reach the bits of single characters, which need no mixing, or ends in numbers that
+are not finite. Timings are those of the log, while `--jobs` runs shared the machine. It writes TABLE.json and, for
+mixers and masks, TABLE.png.
+"""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import configs
+import log
+from cli import ArgumentParser, note, require, run, table, write_file
+from configs import replace
+from data.loader import load_meta, load_split
+from mixers import MIXERS
+from plot import picture
+from studies import runs
+from studies.runs import mean_and_spread
+
+BASE = dict(optimizer="adamw", shift_tokens=False, sample_interval=0, eval_sequences=256, architecture="mixers")
+LRS = (1e-3, 3e-3, 6e-3)
+
+
+class Row(NamedTuple):
+    name: str
+    settings: dict  # fields of Config beside BASE
+    lrs: tuple = LRS
+
+
+def mixer_rows():
+    """Each mixer at the width of the base, and at the width with as many parameters as attention."""
+    rows = []
+    for mixer in MIXERS:
+        for heads in (4, 1) if mixer in ("attention", "mixer", "gmlp") else (4,):
+            name = mixer + (", 1 head" if heads == 1 else "")
+            settings = {"mixer": mixer, "n_head": heads}
+            rows.append(Row(name, settings))
+            width = matched_width(settings)
+            if width != 128:
+                rows.append(Row(f"{name}, matched", settings | {"n_embd": width}))
+    return rows
+
+
+def n_params(settings):
+    with torch.device("meta"):
+        return replace(configs.mdlm_mini_fast(), **BASE | settings).make_model(27).n_params()
+
+
+def matched_width(settings):
+    """The width, a multiple of 8, at which a network has as many parameters as attention at width 128, nearly."""
+    aim = n_params({"mixer": "attention"})
+    return min(range(64, 257, 8), key=lambda width: abs(n_params(settings | {"n_embd": width}) - aim))
+
+
+def gate_rows():
+    return [Row(f"bias {bias}, init {init or '.00058/L'}, {residual}",
+                {"mixer": "gmlp", "gate_bias": bias, "map_init": init, "residual": residual}, (3e-3, 1e-2))
+            for bias in (1.0, 0.0) for init in ("", "0.02/L", "0.004", "orthogonal")
+            for residual in ("zero", "rezero", "plain")]
+
+
+def optimizer_rows():
+    clips = ({"grad_clip": 1.0}, {"grad_clip": 0.1}, {"clip": "agc:0.003"}, {"clip": "agc:0.01"},
+             {"clip": "agc_tensor:0.003"})
+    words = lambda clip: ", ".join(f"{key}={value}" for key, value in clip.items())
+    return [Row(f"{optimizer}, {words(clip)}", {"mixer": "attention", "optimizer": optimizer} | clip, lrs)
+            for optimizer, lrs in (("adamw", (1e-3, 3e-3, 1e-2)), ("muon", (1e-3, 3e-3, 1e-2)),
+                                   ("sm3", (3e-2, 1e-1, 3e-1)), ("sm3_nesterov", (3e-3, 1e-2, 3e-2)))
+            for clip in clips]
+
+
+def mask_rows():
+    return [Row(f"{mixer}, {kind}{', mask_aware' * aware}",
+                {"mixer": mixer, "static_map": kind, "mask_aware": aware}, (3e-3,))
+            for mixer in ("mixer", "gmlp", "synth_random", "container") for kind in ("full", "toeplitz")
+            for aware in (False, True)] + [Row("attention", {"mixer": "attention"}, (3e-3,))]
+
+
+TABLES = {"mixers": mixer_rows, "gates": gate_rows, "optimizers": optimizer_rows, "masks": mask_rows}
+
+
+def folder_of(row, lr, seed):
+    return "_".join(str(part).replace(":", "-").replace("/", "per") for part in (
+        *(f"{key}={value}" for key, value in row.settings.items() if value != ""), f"lr={lr:g}", seed))
+
+
+def measure(row, lr, seed, args):
+    """Train one run. Returns its bits (infinite if its weights became so), milliseconds per step, and bytes."""
+    out = args.folder / folder_of(row, lr, seed)
+    flags = ["mdlm_mini_fast", *(f"--{key}={value}" for key, value in (BASE | row.settings).items() if value != ""),
+             f"--lr={lr}", f"--seed={seed}", f"--max_steps={args.steps}", f"--warmup_steps={args.steps // 20}",
+             f"--eval_interval={args.steps}", "--max_skipped=1000000"]
+    bits = runs.trained(out, flags, args)["bits_per_token"]
+    lines = [line for line in log.read(out / "log.jsonl") if "tokens_per_second" in line]
+    speed = statistics.median(line["tokens_per_second"] for line in lines)
+    config = log.read(out / "log.jsonl")[0]["config"]
+    return {"bits": math.inf if bits is None else bits, "ms": 1000 * config["batch_size"] * config["seq_len"] / speed,
+            "memory": max(line["memory_bytes"] for line in lines)}
+
+
+def unigram_bits(args):
+    """Entropy of single characters of the training split."""
+    tokens = load_split(args.dataset, "train", 1, args.data_dir)[:10**7]
+    V = load_meta(args.dataset, args.data_dir)["vocab_size"]
+    share = torch.bincount(torch.from_numpy(tokens.astype("int64")), minlength=V).double() / len(tokens)
+    return -torch.xlogy(share, share).sum().item() / math.log(2)
+
+
+def main():
+    p = ArgumentParser(description=__doc__)
+    runs.add_arguments(p, steps=600)
+    p.add_argument("--table", choices=TABLES, required=True, help="the table to make")
+    args = p.parse_args()
+    require("matplotlib", "a picture")
+    runs.make_folder(args.folder)
+    rows, seeds, level = TABLES[args.table](), range(1, args.seeds + 1), unigram_bits(args)
+    keys = [(row.name, lr, seed) for row in rows for lr in row.lrs for seed in seeds]
+    by_name = {row.name: row for row in rows}
+    note(f"{len(keys)} runs of {args.steps:,} steps")
+    found = runs.in_stages([keys], lambda name, lr, seed: measure(by_name[name], lr, seed, args), args.jobs)
+
+    results, best = [], {}
+    for row in rows:
+        means = {lr: mean_and_spread([found[row.name, lr, seed]["bits"] for seed in seeds]) for lr in row.lrs}
+        best[row.name] = lr = min(row.lrs, key=lambda lr: means[lr][0])
+        all_runs = [found[row.name, rate, seed] for rate in row.lrs for seed in seeds]
+        results.append(dict(
+            row=row.name, bits=log.finite(means[lr][0]), stderr=means[lr][1], lr=lr, params=n_params(row.settings),
+            by_lr={f"{rate:g}": log.finite(mean) for rate, (mean, _) in means.items()},
+            failed=sum(run["bits"] > level for run in all_runs) / len(all_runs),
+            ms=statistics.median(run["ms"] for run in all_runs), memory=max(run["memory"] for run in all_runs) / 1e6))
+    print(f"bits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds, {args.steps:,} "
+          f"steps; ± standard error over seeds; failed: share of all runs above {level:.3f} bits")
+    table(results, {"row": ("", ""), "bits": ("bits", ".4f"), "stderr": ("±", ".4f"), "lr": ("lr", "g"),
+                    "failed": ("failed", ".2f"), "params": ("parameters", ",d"), "ms": ("ms/step", ".0f"),
+                    "memory": ("MB", ".0f")}, sys.stdout)
+    curves = {}
+    if args.table == "masks":
+        curves = {row.name: runs.mean_curve([runs.curve_of(args.folder / folder_of(row, best[row.name], seed), args)
+                                             for seed in seeds]) for row in rows}
+        picture(args.folder / "masks.png", curves, "mask rate", "bits per masked character")
+    if args.table == "mixers":
+        series = {}
+        for row in rows:
+            logs = [log.read(args.folder / folder_of(row, best[row.name], seed) / "log.jsonl") for seed in seeds]
+            training = [[(line["tokens"], line["bits_per_token"]) for line in lines if line.get("bits_per_token")]
+                        for lines in logs]
+            if "matched" not in row.name:
+                series[row.name] = runs.mean_curve(training)
+        picture(args.folder / "mixers.png", series, "training tokens", "bits per character (training)", log_x=True)
+    write_file(args.folder / f"{args.table}.json", json.dumps({"rows": results, "curves": curves}) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,114 @@
+"""Runs of train.py and scores of evaluate.py, each done once and kept: what studies of many runs share.
+
+A study that is interrupted continues with the same command: what is there is not run again.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import log
+from cli import UserError, number, progress, write_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def add_arguments(parser, steps, jobs=1):
+    """Add the flags of every study of runs."""
+    parser.add_argument("folder", type=Path, help="folder for the runs and the results")
+    parser.add_argument("--dataset", default="gutenberg", help="data set of characters (default: gutenberg)")
+    parser.add_argument("--data_dir", default="", help="folder that has the data sets (default: data/)")
+    parser.add_argument("--seeds", type=number(int, 1, 100), default=3, help="number of seeds (default 3)")
+    parser.add_argument("--steps", type=number(int, 16), default=steps, help=f"training steps (default {steps})")
+    parser.add_argument("--windows", type=number(int, 2), default=1024, help="windows of the test split (default 1024)")
+    parser.add_argument("--jobs", type=number(int, 1), default=jobs,
+                        help=f"runs at a time, one thread each (default {jobs})")
+    parser.add_argument("--flags", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="settings of train.py for all runs, such as n_embd=64")
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}")
+
+
+def call(script, *arguments):
+    """Run a command of this project with one thread. Returns its stdout. Raises UserError with its last line."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise UserError(f"{script} {' '.join(map(str, arguments))} failed: {last}")
+    return done.stdout
+
+
+def once(path, measure):
+    """Return the JSON object in a file, which is measured and written if there is none yet."""
+    if not path.exists():
+        write_file(path, json.dumps(measure()) + "\n")
+    return json.loads(path.read_text())
+
+
+def trained(out, flags, args):
+    """Train the run `out`, or continue it, and score it: evaluate.py's JSON object on the test split.
+
+    A run whose weights or likelihood become infinite has bits_per_token None.
+    """
+    def measure():
+        try:
+            return train_and_score()
+        except UserError as error:
+            if "not finite" in str(error):
+                return {"bits_per_token": None}
+            raise
+
+    def train_and_score():
+        call("train.py", *flags, f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--out_dir={out}",
+             *(f"--{flag}" for flag in args.flags), "--resume=auto")
+        seq_len = log.read(out / "log.jsonl")[0]["config"]["seq_len"]
+        return json.loads(call("evaluate.py", out, *data_flags(args), "--n_tokens", seq_len * args.windows))
+
+    return once(out.with_name(f"{out.name}.json"), measure)
+
+
+def data_flags(args):
+    """Flags of evaluate.py that all scores of a study have."""
+    return ["--split", "test", "--data_dir", args.data_dir, "--json"]
+
+
+def curve_of(out, args):
+    """The cross-entropy by mask rate of a run: [(mask rate, bits)]."""
+    found = once(out.with_name(f"{out.name}.curve.json"),
+                 lambda: json.loads(call("evaluate.py", out, *data_flags(args), "--curve")))
+    return list(zip(found["mask_rate"], found["bits_per_token"]))
+
+
+def in_stages(stages, work, jobs):
+    """Call work(*key) for the keys of each stage, a list, `jobs` at a time. Returns {key: result}."""
+    found = {}
+    with progress(total=sum(map(len, stages)), desc="runs") as bar, ThreadPoolExecutor(jobs) as pool:
+        for stage in stages:
+            for key, result in zip(stage, pool.map(lambda key: work(*key), stage)):
+                found[key] = result
+                bar.update()
+    return found
+
+
+def mean_and_spread(values):
+    """Mean over seeds and the standard error of it (None for one seed)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2 or not math.isfinite(mean):
+        return mean, None
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
+
+
+def mean_curve(curves):
+    """[(x, mean, standard error)] of curves [(x, y)] with the same x."""
+    return [(column[0][0], *mean_and_spread([y for _, y in column])) for column in zip(*curves)]
