@@ -277,9 +277,9 @@ class Residual(nn.Module):
     plain: there is no gate.
     """
 
-    def __init__(self, layer, D, n_cond, residual, norm_bias, shift_tokens):
+    def __init__(self, layer, D, n_cond=0, residual="plain", dropout=0.0, norm_bias=False, shift_tokens=False):
         super().__init__()
-        self.layer, self.residual, self.shift_tokens = layer, residual, shift_tokens
+        self.layer, self.residual, self.dropout, self.shift_tokens = layer, residual, dropout, shift_tokens
         self.norm = LayerNorm(D, norm_bias)
         self.modulation = nn.Linear(n_cond, (3 if residual == "zero" else 2) * D) if n_cond else None
         self.gate = nn.Parameter(torch.zeros(())) if residual == "rezero" else None
@@ -305,6 +305,7 @@ class Residual(nn.Module):
         shift, scale, *gates = (None, None) if self.modulation is None else self.modulation(c).split(D, -1)
         h = modulate(self.norm(x), shift, scale)
         y = self.layer(token_shift(h) if self.shift_tokens else h, known, *([] if at is None else [at]))
+        y = F.dropout(y, self.dropout, self.training)
         x, *gates = at_positions(at, B, L, x, *gates)
         gate = gates[0] if gates else self.gate
         return x + (y if gate is None else gate * y)
@@ -335,8 +336,6 @@ class MixerDiT(DiT):
         if objective.causal or config.block_size or config.predict_next or config.anneal_steps or config.fsdp:
             return ("architecture=mixers reads whole texts and cannot be split: it takes no objective=ar or block, "
                     "predict_next, anneal_steps or --fsdp")
-        if config.dropout:
-            return "architecture=mixers has no dropout: use dropout=0"
         if config.mask_aware and not (objective.has_mask and config.mixer not in ("attention", "amlp")):
             return "mask_aware is for noise=mask and mixers with static weights: leave it out"
         if config.static_map != "full" and config.mixer not in MAPPED:
@@ -356,7 +355,7 @@ class MixerDiT(DiT):
                          checkpoint_blocks=checkpoint_blocks)
         self.mask_aware, n_cond = mask_aware, n_cond if clock else 0
         self.blocks = nn.ModuleList(
-            MixerBlock(Residual(layer, n_embd, n_cond, residual, norm_bias, shift_tokens)
+            MixerBlock(Residual(layer, n_embd, n_cond, residual, dropout, norm_bias, shift_tokens)
                        for layer in layers(mixer, n_embd, n_head, seq_len, static_map, map_init, gate_bias))
             for _ in range(n_layer))
         for block in self.blocks:

@@ -25,7 +25,7 @@ import storage
 from attention import annealed
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
                  require, run)
-from costs import check_fits, flops_per_token, training_bytes, weight_bytes
+from costs import check_fits, flops_per_token, numbers_kept, training_bytes, weight_bytes
 from data.loader import check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, records, windows
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
@@ -193,7 +193,8 @@ def main():
         together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
     torch.manual_seed(cfg.seed)
     model = cfg.make_model(meta["vocab_size"])  # made on the CPU: equal weights on every device and in every process
-    n_params, flops = model.n_params(), flops_per_token(model, objective, cfg)
+    n_params, kept = model.n_params(), 4 * numbers_kept(model, cfg)
+    flops = flops_per_token(model, objective, cfg)
     net, optimizers, ema, state, lock = start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop)
     step, best_val, tally, wandb_id = state
     peak = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
@@ -249,10 +250,11 @@ def main():
     # ---- the loop ---------------------------------------------------------------------------------------------------
     report(f"{name}: {n_params / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
            f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}, {str(dtype).removeprefix('torch.')}"
-           f"{', compiled' if compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, writing to {out_dir}"
+           f"{', compiled' if compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, "
+           f"optimiser state {kept / 1e6:,.1f} MB, writing to {out_dir}"
            + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if step else ""),
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
-           versions=storage.versions())
+           optimizer_bytes=kept, versions=storage.versions())
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
     first_step, seconds, stopped = step, 0.0, 0         # of this process; seconds: training only, without validation

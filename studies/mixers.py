@@ -111,7 +111,8 @@ def measure(row, lr, seed, args):
     speed = statistics.median(line["tokens_per_second"] for line in lines)
     config = log.read(out / "log.jsonl")[0]["config"]
     return {"bits": math.inf if bits is None else bits, "ms": 1000 * config["batch_size"] * config["seq_len"] / speed,
-            "memory": max(line["memory_bytes"] for line in lines)}
+            "memory": max(line["memory_bytes"] for line in lines),
+            "state": log.read(out / "log.jsonl")[0]["optimizer_bytes"]}
 
 
 def unigram_bits(args):
@@ -144,12 +145,13 @@ def main():
             row=row.name, bits=log.finite(means[lr][0]), stderr=means[lr][1], lr=lr, params=n_params(row.settings),
             by_lr={f"{rate:g}": log.finite(mean) for rate, (mean, _) in means.items()},
             failed=sum(run["bits"] > level for run in all_runs) / len(all_runs),
-            ms=statistics.median(run["ms"] for run in all_runs), memory=max(run["memory"] for run in all_runs) / 1e6))
+            ms=statistics.median(run["ms"] for run in all_runs), memory=max(run["memory"] for run in all_runs) / 1e6,
+            state=all_runs[0]["state"] / 1e6))
     print(f"bits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds, {args.steps:,} "
           f"steps; ± standard error over seeds; failed: share of all runs above {level:.3f} bits")
     table(results, {"row": ("", ""), "bits": ("bits", ".4f"), "stderr": ("±", ".4f"), "lr": ("lr", "g"),
                     "failed": ("failed", ".2f"), "params": ("parameters", ",d"), "ms": ("ms/step", ".0f"),
-                    "memory": ("MB", ".0f")}, sys.stdout)
+                    "memory": ("MB", ".0f"), "state": ("optimiser MB", ".1f")}, sys.stdout)
     curves = {}
     if args.table == "masks":
         curves = {row.name: runs.mean_curve([runs.curve_of(args.folder / folder_of(row, best[row.name], seed), args)

@@ -12,7 +12,7 @@ import storage
 from commands import assert_identical, assert_one_line, losses, stop_after, train
 from configs import Config, replace
 from cli import UserError
-from mixers import MAPPED, MIXERS, TINY, Map, Residual, layers, std_of
+from mixers import MAPPED, MIXERS, TINY, Map, layers, std_of
 from studies import mixers as study
 from studies import runs
 
@@ -190,7 +190,7 @@ def test_order_tells_them_apart():
     order, x = torch.tensor([3, 0, 5, 1, 4, 2]), torch.randn(1, L, D, dtype=torch.float64)
     mlp = layers("attention", D, H, L, "full", "", 1.0)[1].double()
     torch.testing.assert_close(mlp(x[:, order], None), mlp(x, None)[:, order])
-    still = Residual(one_layer("attention"), D, 0, "plain", False, False).layer
+    still = one_layer("attention")
     still.cos.fill_(1)  # attention without positions
     still.sin.fill_(0)
     torch.testing.assert_close(still(x[:, order], None), still(x, None)[:, order])
@@ -271,7 +271,7 @@ def test_a_run(name, call, data_dir, tmp_path, monkeypatch):
     """Train with Muon, resume to the bit, score, sample a shorter text, export."""
     one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--architecture=mixers", f"--mixer={name}", "--mask_aware", "--optimizer=muon", "--max_steps=8",
-             "--conditioning=none", "--lr=3e-3", "--dropout=0"]
+             "--conditioning=none", "--lr=3e-3", "--dropout=0.1"]
     assert train(call, "mdlm_text8", data_dir, one, *flags).code == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -286,11 +286,10 @@ def test_a_run(name, call, data_dir, tmp_path, monkeypatch):
 
 
 def test_what_they_cannot_do(call, data_dir, tmp_path):
-    go = lambda *flags: train(call, "mdlm_text8", data_dir, tmp_path / "no", "--architecture=mixers", "--dropout=0",
-                              *flags)
+    go = lambda *flags: train(call, "mdlm_text8", data_dir, tmp_path / "no", "--architecture=mixers", *flags)
     for flags, words in ((["--objective=ar", "--time_sampling=uniform"], "reads whole texts"),
-                         (["--predict_next"], "reads whole texts"), (["--dropout=0.1"], "has no dropout"),
-                         (["--mask_aware"], "mask_aware is for"), (["--static_map=toeplitz"], "static maps"),
+                         (["--predict_next"], "reads whole texts"), (["--mask_aware"], "mask_aware is for"),
+                         (["--static_map=toeplitz"], "static maps"),
                          (["--mixer=gmlp", "--map_init=1/M"], "map_init='1/M' is not valid"),
                          (["--mixer=synth_dense", "--map_init=0.1"], "map_init is for"),
                          (["--objective=block", "--block_size=8"], "reads whole texts")):
@@ -317,7 +316,7 @@ def test_study(table, data_dir, tmp_path, monkeypatch):
         if script == "train.py":
             out = study.Path(next(w for w in words if w.startswith("--out_dir=")).removeprefix("--out_dir="))
             out.mkdir()
-            lines = [{"step": 0, "run": "x", "config": {"seq_len": 128, "batch_size": 16}},
+            lines = [{"step": 0, "run": "x", "optimizer_bytes": 8, "config": {"seq_len": 128, "batch_size": 16}},
                      {"step": 50, "tokens": 100, "bits_per_token": 4.0, "tokens_per_second": 2048.0,
                       "memory_bytes": 5e6}]
             (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
