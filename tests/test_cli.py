@@ -507,6 +507,8 @@ def folders(command):
         return set(), {"out/demo"}
     text = " ".join(command)
     named = set(re.findall(r"(?<![\w/])out/[\w.-]+", text))
+    if command[0].startswith("studies/"):
+        return set(), named
     if command[0] != "train.py":
         return named, set()
     chosen = re.search(r"--out_dir[ =](\S+)", text)
