@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import ArgumentParser, number, progress, require, run, table, write_file
+from cli import ArgumentParser, number, require, run, table, write_file
 from plot import picture
 from studies import runs
 from studies.runs import mean_and_spread
@@ -119,18 +119,20 @@ def main():
             log_x=True, level=(f"C, {S:,} steps", statistics.mean(bits["C", seed, S] for seed in seeds)))
 
     # ---- cross-entropy by mask rate ----
-    shown, curves = [("A", S), *(("B", n) for n in lengths["B"][::2]), ("C", S), ("D", S)], {}
-    for kind, n in progress(shown, desc="curves"):
-        curves[f"{kind} {n:,}" if kind in SOURCES else kind] = runs.mean_curve(
-            [runs.curve_of(study.out(kind, seed, n), args) for seed in seeds])
+    shown = [("A", S), *(("B", n) for n in lengths["B"][::2]), ("C", S), ("D", S)]
+    found = runs.in_stages([[(kind, seed, n) for kind, n in shown for seed in seeds]],
+                           lambda *key: runs.curve_of(study.out(*key), args), args.jobs)
+    curves = {f"{kind} {n:,}" if kind in SOURCES else kind: runs.mean_curve([found[kind, seed, n] for seed in seeds])
+              for kind, n in shown}
     picture(study.folder / "mask_rates.png", curves, "mask rate", "bits per masked character")
 
     # ---- samples ----
-    quality = []
-    for kind, n in progress([*shown, ("AR", S)], desc="samples"):
-        by_seed = [study.samples(kind, seed, n) for seed in seeds]
+    quality, shown = [], [*shown, ("AR", S)]
+    found = runs.in_stages([[(kind, seed, n) for kind, n in shown for seed in seeds]], study.samples, args.jobs)
+    for kind, n in shown:
+        by_seed = [found[kind, seed, n] for seed in seeds]
         for row in range(len(by_seed[0]) - 1):  # the last row is real text
-            one = [found[row] for found in by_seed]
+            one = [rows_of_seed[row] for rows_of_seed in by_seed]
             judge, judge_error = mean_and_spread([r["judge_bits_per_char"] for r in one])
             entropy, entropy_error = mean_and_spread([r["unigram_entropy_bits"] for r in one])
             quality.append(dict(
