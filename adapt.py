@@ -29,7 +29,7 @@ def adapt(model, source, cfg, path):
     source: the payload of another model, whose averaged weights are taken. A line on stderr says what was taken,
     resized and new. Raises UserError if the rest of the tensors do not fit, or the networks differ otherwise.
     """
-    check_same_network(source, cfg, path)
+    notes = check_same_network(source, cfg, path)
     weights, ours = dict(source["ema"]), dict(model.named_parameters())
     resized = []
     if POSITIONS in weights and POSITIONS in ours and len(weights[POSITIONS]) != len(ours[POSITIONS]):
@@ -43,7 +43,8 @@ def adapt(model, source, cfg, path):
     check_finite(weights, path)
     words = [f"{len(ours) - len(new) - len(resized)} of {len(ours)} tensors taken as they are"]
     words += [f"{what}: {', '.join(names)}" for what, names in (("resized", resized), ("new", new)) if names]
-    note(f"weights of {path}: {'; '.join(words)}")
+    for line in (*notes, f"weights of {path}: {'; '.join(words)}"):
+        note(line)
     return weights
 
 
@@ -66,17 +67,19 @@ def first_value(name, drawn, weights):
 
 
 def check_same_network(source, cfg, path):
-    """Raise UserError if weights of the right shapes are of another network; note other changes of their meaning."""
+    """Raise UserError if weights of the right shapes are of another network. Returns lines on their other changes."""
     before, now = dataclasses.asdict(config_of(source)), dataclasses.asdict(cfg)
     differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
     other = differ(("architecture", "n_layer", "n_embd", "n_head", "shift_tokens"))
     if other:
         raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
-    schedule = ["schedule"] if cfg.conditioning == "sigma" else []
+    notes, schedule = [], ["schedule"] if cfg.conditioning == "sigma" else []
     other = differ(("objective", "noise", "block_size", "conditioning", *schedule))
     if other:
-        note(f"the weights in {path} were trained with other settings: {'; '.join(other)}")
+        notes.append(f"the weights in {path} were trained with other settings: {'; '.join(other)}")
     predicted_next = config_of(source).objective_class.causal or before["predict_next"]
     if predicted_next != (cfg.objective_class.causal or now["predict_next"]):
-        note(f"the outputs of {path} predict {'the next token' if predicted_next else 'the token itself'}: "
-             f"{'--predict_next' if predicted_next else '--no-predict_next'} would keep that")
+        keep = "--predict_next" if predicted_next else "--no-predict_next"
+        notes.append(f"the outputs of {path} predict {'the next token' if predicted_next else 'the token itself'}"
+                     + (f": {keep} would keep that" if now["predict_next"] or not cfg.block_size else ""))
+    return notes

@@ -53,11 +53,16 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
             raise UserError("architecture=masked_lm takes its network from a checkpoint: name one with --init_from, "
                             "such as hf://FacebookAI/roberta-base")
         return cfg
-    source = config_of(payload)
+    source, where = config_of(payload), init_from if not resume else out_dir if resume == "auto" else resume
     if source.architecture != cfg.architecture:
-        raise UserError(f"{resume or init_from} has architecture={source.architecture}, and this run "
+        raise UserError(f"{where} has architecture={source.architecture}, and this run "
                         f"{cfg.architecture}: use --architecture={source.architecture}")
-    return dataclasses.replace(cfg, **{key: getattr(source, key) for key in cfg.network.of_source})
+    found = {key: getattr(source, key) for key in cfg.network.of_source}
+    other = [f"{key}={value} (not {getattr(cfg, key)})" for key, value in found.items()
+             if key != "backbone" and value != getattr(cfg, key)]
+    if other:
+        note(f"the size of the network is that of {where}: {', '.join(other)}")
+    return dataclasses.replace(cfg, **found)
 
 
 def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):

@@ -23,7 +23,7 @@ SOURCE = "Salesforce/wikitext"  # on the Hugging Face Hub, as parquet files
 
 def texts(large, files):
     """The texts of the splits train, val, test. Raises UserError if they cannot be loaded."""
-    if files and not any(file.endswith(".parquet") for file in files):
+    if files and not all(file.endswith(".parquet") for file in files):
         return [read_text(file) for file in files]
     require("datasets", "the download of WikiText")
     from datasets import load_dataset
@@ -38,8 +38,9 @@ def texts(large, files):
             found = load_dataset(SOURCE, f"wikitext-{103 if large else 2}-raw-v1")
             found = {"train": found["train"], "val": found["validation"], "test": found["test"]}
         return ["".join(found[split]["text"]) for split in SPLITS]
-    except (OSError, ConnectionError, DatasetGenerationError, KeyError) as error:
-        raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({str(error).splitlines()[0][:150]})"
+    except (OSError, ConnectionError, DatasetGenerationError, KeyError, ValueError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0][:150]
+        raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({reason})"
                         + ("" if files else "; download its parquet files elsewhere and pass --file"))
 
 

@@ -1,6 +1,7 @@
 """Convert text to token ids and back. The `meta` of a data set or checkpoint, plain JSON types, names its tokenizer."""
 
 import json
+import re
 import string
 from pathlib import Path
 
@@ -27,7 +28,6 @@ KNOWN = {
     "text8_framed_uniform": characters("\u2401\u2402\u2403\u2404\u2405\u2406\u2407\u2408"
                                        + string.ascii_lowercase + " "),
     "gpt2_padded": {"tokenizer": "gpt2", "vocab_size": 50258},  # Duo: [PAD] is one more token
-    "gpt2_rounded": {"tokenizer": "gpt2", "vocab_size": 50304},  # nanoGPT: a multiple of 64
     "bert": {"tokenizer": "bert", "vocab_size": 30521},         # without [MASK]
     "bert_uniform": {"tokenizer": "bert", "vocab_size": 30522},
     "oxen": characters("\u2400\ufffd" + LETTERS + "\n "),       # its baby names; [PAD] [UNK]
@@ -119,39 +119,63 @@ class HubTokenizer:
         from tokenizers import Tokenizer
         try:
             self.tokenizer, parts = Tokenizer.from_str(definition), json.loads(definition)
-            self.byte_level = (parts["decoder"] or {}).get("type") == "ByteLevel"
-            unknown = None if self.byte_level else parts["model"].get("unk_token")
+            self.pieces = {i: piece for piece, i in self.tokenizer.get_vocab().items()}
+            self.decoder = json.dumps(parts["decoder"])
+            unknown = self.unknown_of(parts["model"])
             special = {token["id"] for token in parts["added_tokens"]
                        if token["special"] and token["content"] != unknown}
         except Exception as error:  # a plain Exception of the library; or parts that are missing
             raise UserError(f"the definition of the tokenizer is damaged: {str(error).splitlines()[0][:100]}")
+        if max(self.pieces) > 10**7:
+            raise UserError(f"the tokenizer has a token number {max(self.pieces):,}, which is above ten million")
         self.tokenizer.encode_special_tokens = True
-        known = set(self.tokenizer.get_vocab().values())
-        self.ids = sorted(known - (special if left_out is None else left_out))  # ours -> the tokenizer's
-        self.left_out = sorted(set(range(max(known) + 1)) - set(self.ids))
+        self.ids = sorted(self.pieces.keys() - (special if left_out is None else left_out))  # ours -> the tokenizer's
+        self.left_out = sorted(set(range(max(self.pieces) + 1)) - set(self.ids))
         self.vocab_size = len(self.ids)
 
+    def unknown_of(self, model):
+        """The token for characters that the tokenizer does not know, or None if it knows all, as byte-level ones do."""
+        if self.byte_level:
+            return None
+        return self.pieces[model["unk_id"]] if model.get("unk_id") is not None else model.get("unk_token")
+
+    @property
+    def byte_level(self):
+        return "ByteLevel" in self.decoder
+
     def encode(self, text):
-        """Convert a str to (n,) uint16 or uint32. Special tokens in the text are read as plain text."""
-        ids = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-        return np.searchsorted(self.ids, ids).astype(id_type(self.vocab_size))
+        """Convert a str to (n,) uint16 or uint32. Special tokens in the text are read as plain text.
+
+        Raises UserError if the tokenizer makes a token of it that is left out.
+        """
+        theirs = np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        found = np.searchsorted(self.ids, theirs).clip(max=self.vocab_size - 1)
+        strange = theirs[np.array(self.ids)[found] != theirs] if len(theirs) else theirs
+        if len(strange):
+            raise UserError(f"the tokenizer makes the special token {self.pieces[strange[0]]} of this text: leave out "
+                            "what stands for it")
+        return found.astype(id_type(self.vocab_size))
 
     def decode(self, ids):
         return self.tokenizer.decode([self.ids[i] for i in ids], skip_special_tokens=False)
 
     def lengths(self):
-        """Return the length of each token, with the space before a word: (V,) in characters, (V,) in bytes of UTF-8.
+        """Return the length of each token: (V,) in characters, (V,) in bytes of UTF-8.
 
-        A character of several bytes counts for the token in which it starts.
+        A character of several bytes counts for the token in which it starts. WordPiece drops spaces. One is counted
+        before every token that neither continues a word nor is a punctuation mark. An unknown token counts as its name.
         """
-        pieces = [self.tokenizer.id_to_token(i) for i in self.ids]
+        pieces = [self.pieces[i] for i in self.ids]
         if self.byte_level:  # a character of a piece stands for a byte
             alphabet = byte_alphabet()
             pieces = [bytes(alphabet[c] for c in piece if c in alphabet) for piece in pieces]
-        else:
-            pieces = [piece[2:] if piece.startswith("##") else piece.replace("\u2581", " ") if "\u2581" in piece
+        elif "WordPiece" in self.decoder:
+            pieces = [piece[2:] if piece.startswith("##") else piece if len(piece) == 1 and not piece.isalnum()
                       else " " + piece for piece in pieces]
             pieces = [piece.encode() for piece in pieces]
+        else:  # a mark stands for a space; <0x0A> is a byte
+            pieces = [bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", piece)
+                      else piece.replace("\u2581", " ").encode() for piece in pieces]
         return (np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]),
                 np.array([len(piece) for piece in pieces]))
 
@@ -175,7 +199,7 @@ def from_hub(name):
     place, _, revision = str(name).removeprefix("hf://").partition("@") if str(name).startswith("hf://") else (
         str(name), "", "")
     try:
-        found = AutoTokenizer.from_pretrained(place, revision=revision or "main")
+        found = AutoTokenizer.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
         if found.backend_tokenizer.get_vocab_size() > len(found.all_special_ids):  # else it was made of no file
             return found
         raise FileNotFoundError

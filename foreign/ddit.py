@@ -118,8 +118,7 @@ WITHOUT_MASK = {27: ("text8", None), 35: ("text8_framed_uniform", None), 50257: 
                 50258: ("gpt2_padded", None), 30522: ("bert_uniform", None)}
 # The data set of a vocabulary, where its name differs.
 DATA_OF = {"text8_framed": "text8", "text8_framed_uniform": "text8", "gpt2_padded": "openwebtext",
-           "gpt2_rounded": "openwebtext", "bert": "lm1b", "bert_uniform": "lm1b", "oxen": "names",
-           "oxen_words": "names"}
+           "bert": "lm1b", "bert_uniform": "lm1b", "oxen": "names", "oxen_words": "names"}
 OXEN = {99: ("oxen", 98), 98: ("oxen_words", 97), 3: ("ox", 2)}
 
 
@@ -133,7 +132,7 @@ def vocabulary(rows, table, uniform, dataset, data_dir, path):
     V, theirs = rows - (not uniform), None
     if dataset and (dataset not in KNOWN or not known):
         meta = load_meta(dataset, data_dir) | {"name": dataset}
-        keys = ("name", "tokenizer", "alphabet", "vocab_size", "pad", "record")
+        keys = ("name", "tokenizer", "alphabet", "definition", "vocab_size", "pad", "record")
         theirs = {key: meta[key] for key in keys if key in meta}
     if known:
         meta = dict(KNOWN[known], name=DATA_OF.get(known, known))

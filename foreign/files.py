@@ -33,7 +33,9 @@ class Found(NamedTuple):
     path: Path      # of the file with the weights
 
 
-WEIGHTS = ("ckpt.pt", "model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.pth", "checkpoint.pth",
+SHARDS = "model.safetensors.index.json"  # names the files of weights that are in several
+WEIGHTS = ("ckpt.pt", "model.safetensors", SHARDS, "pytorch_model.bin", "checkpoints-meta/checkpoint.pth",
+           "checkpoint.pth",
            "checkpoints/checkpoint.pth", "diffusion_model.pt", "checkpoints/last.ckpt", "last.ckpt")
 
 
@@ -78,10 +80,13 @@ def read_files(path):
     if weights is None:
         raise UserError(f"{path} has no checkpoint: neither one of {', '.join(WEIGHTS)}, nor exactly one other file of "
                         "weights")
-    if weights.suffix == ".safetensors":
+    if weights.name == SHARDS or weights.suffix == ".safetensors":
         from safetensors.torch import load_file
         try:
-            payload = load_file(weights)
+            names = [weights.name]
+            if weights.name == SHARDS:
+                names = sorted({Path(name).name for name in json.loads(weights.read_text())["weight_map"].values()})
+            payload = {key: value for name in names for key, value in load_file(weights.parent / name).items()}
         except Exception as error:
             raise UserError(f"{weights} cannot be read as safetensors: {str(error).splitlines()[0][:100]}")
     else:

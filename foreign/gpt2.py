@@ -15,7 +15,8 @@ from foreign.ddit import vocabulary
 from foreign.files import tensors
 from model import Block, DiT
 
-END = 50256  # GPT-2's end-of-text, which stands before every text
+END = 50256      # GPT-2's end-of-text, which stands before every text
+ROUNDED = 50304  # rows of nanoGPT's models of GPT-2's tokens: the last 47 are no tokens
 
 
 class GPT2Block(Block):
@@ -108,6 +109,7 @@ def our_weights(state, transposed, path):
     head, tokens = state.get("lm_head.weight"), state.get("transformer.wte.weight", state.get("wte.weight"))
     if head is not None and not torch.equal(head, tokens):
         raise UserError(f"{path} has a head of its own, lm_head.weight, and GPT-2's is that of its embeddings")
+    tokens = tokens[:END + 1] if len(tokens) == ROUNDED else tokens
     ours = {}
     for key, value in state.items():
         if LEFT_OUT.search(key):
@@ -126,6 +128,7 @@ def translate(found, name, dataset, overrides, data_dir):
     """Translate GPT2LMHeadModel of transformers ("gpt2") or nanoGPT's ckpt.pt ("nanogpt").
 
     Neither names its tokens: 50,257 or 50,304 rows are GPT-2's, others those of the data set that the user names.
+    nanoGPT rounds the number of rows up. What is too much is cut off, so no probability goes to what is no token.
     """
     state, settings = tensors(found.payload), found.settings
     if name == "nanogpt":
@@ -133,10 +136,11 @@ def translate(found, name, dataset, overrides, data_dir):
         sizes = {"n_layer": args["n_layer"], "n_head": args["n_head"], "bias": args["bias"]}
         step = found.payload.get("iter_num", 0)
     else:
-        if settings.get("activation_function", "gelu_new") != "gelu_new" or settings.get("n_inner") or not settings.get(
-                "scale_attn_weights", True) or settings.get("scale_attn_by_inverse_layer_idx"):
-            raise UserError(f"{found.path} is a variant of GPT-2 (activation_function, n_inner or the scale of "
-                            "attention), which is not supported")
+        usual = {"activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
+                 "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5}
+        other = [f"{key}={settings[key]}" for key in usual if settings.get(key, usual[key]) != usual[key]]
+        if other:
+            raise UserError(f"{found.path} is a variant of GPT-2 that is not supported: {', '.join(other)}")
         sizes, step = {"n_layer": settings["n_layer"], "n_head": settings["n_head"], "bias": True}, 0
     weights = our_weights(state, name == "gpt2", found.path)
     (longest, n_embd), V = weights["positions.weight"].shape, len(weights["embed.weight"]) - 1
@@ -144,7 +148,7 @@ def translate(found, name, dataset, overrides, data_dir):
     if seq_len > longest:
         raise UserError(f"{found.path} has {longest:,} positions: use --override seq_len={longest} or less")
     weights["positions.weight"] = weights["positions.weight"][:seq_len].clone()
-    meta, _ = vocabulary(V + 1, {50258: ("openwebtext", None), 50305: ("gpt2_rounded", None)}, False, dataset, data_dir,
+    meta, _ = vocabulary(V + 1, {50258: ("openwebtext", None)}, False, dataset, data_dir,
                          found.path)
     config = dict(dataset=meta["name"], seq_len=seq_len, architecture=name, n_layer=sizes["n_layer"],
                   n_head=sizes["n_head"], n_embd=n_embd, norm_bias=bool(sizes["bias"]), conditioning="none",

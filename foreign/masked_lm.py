@@ -18,10 +18,13 @@ import re
 import torch
 import torch.nn as nn
 
-from cli import UserError, require
+from cli import UserError, note, require
 from data.tokenizer import HubTokenizer, definition_of, from_hub, hub_meta
 
 SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
+MOST = {"num_hidden_layers": 1000, "num_attention_heads": 1000, "hidden_size": 10**5, "vocab_size": 10**7}
+NOT_KEPT = ("auto_map", "quantization_config", "dtype", "torch_dtype", "transformers_version", "attn_implementation",
+            "_attn_implementation", "experts_implementation", "_experts_implementation")  # code, kernels, formats
 
 
 class Given(nn.Module):
@@ -32,24 +35,77 @@ class Given(nn.Module):
         return BaseModelOutput(last_hidden_state=inputs_embeds)
 
 
-def settings_of(backbone):
-    """The settings of transformers (its config object) in the JSON text of Config.backbone."""
+def read_settings(settings):
+    """The config object of transformers of a dict, without what names code, kernels or number formats.
+
+    Raises UserError if it is of no model that transformers knows, or has sizes that are none.
+    """
     require("transformers", "a masked language model of transformers")
     from transformers import AutoConfig
-    return AutoConfig.for_model(**json.loads(backbone)["settings"])
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        found = AutoConfig.for_model(**{key: value for key, value in settings.items() if key not in NOT_KEPT})
+        sizes = {key: getattr(found, key) for key in MOST}
+    except Exception as error:  # unknown model types, settings of wrong types
+        raise UserError(f"transformers knows no model with these settings (model_type {name_of(settings)}): "
+                        f"{first_line(error)}")
+    for key, value in sizes.items():
+        if type(value) is not int or not 0 < value <= MOST[key]:
+            raise UserError(f"its {key} is {str(value)[:30]}, not a number from 1 to {MOST[key]:,}")
+    return found
 
 
 def build(settings):
-    """The model of transformers of these settings, with random weights."""
+    """The model of transformers of these settings, with random weights. Raises UserError if there is none."""
     from transformers import AutoModelForMaskedLM
-    return AutoModelForMaskedLM.from_config(settings)
+    try:
+        return AutoModelForMaskedLM.from_config(settings)
+    except Exception as error:
+        raise UserError(f"transformers cannot build a masked language model of model_type {settings.model_type} with "
+                        f"these settings: {first_line(error)}")
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+
+
+def name_of(settings):
+    return str(settings.get("model_type"))[:50]
+
+
+@functools.lru_cache
+def read_backbone(text):
+    """Config.backbone as a dict. Raises UserError if it is not what translate() writes."""
+    def numbers(value):
+        return isinstance(value, list) and all(type(i) is int and 0 <= i < rows for i in value)
+
+    try:
+        found = json.loads(text)
+        rows = read_settings(found["settings"]).vocab_size
+        good = (numbers([found["mask"]]) and all(numbers(found[key]) for key in ("before", "after", "left_out"))
+                and (found["first"] is None or type(found["first"]) is int and 0 <= found["first"] < 10**6)
+                and all(isinstance(name, str) for name in found["unused"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise UserError("backbone is not what --init_from makes of a model of transformers: leave out --backbone")
+    return found
+
+
+def longest_text(backbone):
+    """How many tokens of text a network has positions for."""
+    positions = read_settings(backbone["settings"]).max_position_embeddings
+    return positions - (backbone["first"] or 0) - len(backbone["before"]) - len(backbone["after"])
 
 
 class MaskedLM(nn.Module):
     """Denoiser over V = vocab_size tokens and the mask (id V), which is not told the time.
 
-    backbone: JSON text with the settings of transformers, and with the numbers that its tokenizer has for the mask, for
-    what is put before and after a text, and for what is left out.
+    backbone: the settings of transformers; the numbers that its tokenizer has for the mask, for what is put before and
+    after a text, and for what is left out; the number of the first position (None: the network counts itself); and the
+    names of weights that no output depends on.
     """
 
     of_source = ("backbone", *SIZES)
@@ -59,15 +115,16 @@ class MaskedLM(nn.Module):
         if not config.backbone:
             raise UserError("architecture=masked_lm is a network of a checkpoint: `train.py --init_from` has one, and "
                             "nothing else can make it")
-        settings = settings_of(config.backbone)
+        backbone = read_backbone(config.backbone)
+        settings = read_settings(backbone["settings"])
         for ours, theirs in SIZES.items():
             setattr(settings, theirs, getattr(config, ours))
         if getattr(settings, "layer_types", None):  # one for each layer
             settings.layer_types = settings.layer_types[:config.n_layer]
         for key, value in settings.to_dict().items():
-            if "dropout" in key and isinstance(value, (int, float)):
+            if "dropout" in key and type(value) in (int, float):
                 setattr(settings, key, config.dropout)
-        return cls(vocab_size, build(settings), json.loads(config.backbone), config.checkpoint_blocks)
+        return cls(vocab_size, build(settings), backbone, config.checkpoint_blocks)
 
     @classmethod
     def misfit(cls, config):
@@ -79,10 +136,7 @@ class MaskedLM(nn.Module):
                     "no --fsdp, and the defaults of tied, head_bias, norm_bias, shift_tokens, predict_next and "
                     "anneal_steps")
         if config.backbone:
-            try:
-                longest = longest_text(config.backbone)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                return f"backbone is not what --init_from makes it: {str(error).splitlines()[0][:100]}"
+            longest = longest_text(read_backbone(config.backbone))
             if config.seq_len > longest:
                 return f"seq_len={config.seq_len} is more than the {longest} tokens that the network has positions for"
 
@@ -91,25 +145,25 @@ class MaskedLM(nn.Module):
         self.vocab_size, self.body = vocab_size, model.base_model
         setattr(model, model.base_model_prefix, Given())
         self.head = model
-        self.body.config.use_cache = False
         if checkpoint_blocks:
             self.body.gradient_checkpointing_enable()
-        self.n_before, self.n_after = len(backbone["before"]), len(backbone["after"])
-        self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
-        self.first = first_position(self.body.config)
+        self.n_before, self.first = len(backbone["before"]), backbone["first"]
         left_out = set(backbone["left_out"])
-        rows = self.body.get_input_embeddings().num_embeddings
-        tokens = [i for i in range(rows) if i not in left_out][:vocab_size]
+        tokens = [i for i in range(self.body.config.vocab_size) if i not in left_out][:vocab_size]
         for name, ids in (("ids", [*tokens, backbone["mask"]]), ("tokens", tokens), ("before", backbone["before"]),
                           ("after", backbone["after"])):
             self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
+        for name, p in self.named_parameters():
+            p.requires_grad_(name not in backbone["unused"])  # DistributedDataParallel would wait for their gradients
 
     def trunk(self, xt):
         """Tokens xt (B, L) -> features (B, L, D), the input of the head."""
         B, L = xt.shape
         ids = torch.cat((self.before.expand(B, -1), self.ids[xt], self.after.expand(B, -1)), 1)
-        positions = self.first + torch.arange(ids.shape[1], device=xt.device)[None]
-        x = self.body(input_ids=ids, **({"position_ids": positions} if self.takes_positions else {}))[0]
+        more = {}
+        if self.first is not None:
+            more["position_ids"] = self.first + torch.arange(ids.shape[1], device=xt.device)[None]
+        x = self.body(input_ids=ids, **more)[0]
         return x[:, self.n_before:self.n_before + L]
 
     def forward(self, xt, t, where=None):
@@ -119,14 +173,10 @@ class MaskedLM(nn.Module):
         logits = self.head(inputs_embeds=x).logits.index_select(-1, self.tokens)
         return logits if where is None else logits[0]
 
-    @property
-    def blocks(self):
-        """The transformer blocks: the list in the body that has one for each layer."""
-        n = self.body.config.num_hidden_layers
-        return next(part for part in self.body.modules() if isinstance(part, nn.ModuleList) and len(part) == n)
-
     def matrices(self):
-        return [weight for weight in self.blocks.parameters() if weight.dim() == 2]
+        """The matrices of the body but for its embeddings."""
+        return [p for name, p in self.body.named_parameters() if p.dim() == 2 and "embed" not in name.lower()
+                and p.requires_grad]
 
     def output_layer(self):
         return [self.body.get_input_embeddings().weight, *self.head.parameters()]
@@ -141,25 +191,7 @@ class MaskedLM(nn.Module):
         return 6 * (sum(weight.numel() for weight in self.matrices()) + predicted * head) + 12 * n * seq_len * D
 
 
-def first_position(settings):
-    """The number of the first position: RoBERTa and its kin count from the number of the padding, plus one."""
-    from transformers import AutoModel
-    with torch.device("meta"):
-        body = AutoModel.from_config(settings)
-    return settings.pad_token_id + 1 if hasattr(
-        getattr(body, "embeddings", None), "create_position_ids_from_input_ids") else 0
-
-
-@functools.lru_cache
-def longest_text(backbone):
-    """How many tokens of text the network has positions for."""
-    settings, parts = settings_of(backbone), json.loads(backbone)
-    return settings.max_position_embeddings - first_position(settings) - len(parts["before"]) - len(parts["after"])
-
-
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-PLAIN = (bool, int, float, str, type(None))
 
 
 def is_masked_lm(settings):
@@ -175,21 +207,15 @@ def translate(found, overrides):
     one mask rate.
     """
     require("transformers", f"{found.path}, a masked language model of transformers,")
-    from transformers import AutoConfig
-    from transformers.utils import logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    kept = {key: value for key, value in found.settings.items()
-            if key not in ("auto_map", "quantization_config", "dtype", "torch_dtype", "transformers_version")}
     try:
-        settings = AutoConfig.for_model(**kept)
+        settings = read_settings(found.settings)
         with torch.device("meta"):
             kind = type(build(settings))
-    except Exception as error:  # unknown model types, settings of wrong types
-        raise UserError(f"{found.path} has a config.json of no masked language model that this version of transformers "
-                        f"knows ({settings_name(found.settings)}): {str(error).splitlines()[0][:100]}")
+    except UserError as error:
+        raise UserError(f"{found.path} cannot be used: {error}")
     state = {key: value.float() for key, value in found.payload.items() if torch.is_tensor(value)}
-    model, report = kind.from_pretrained(None, config=settings, state_dict=state, output_loading_info=True)
+    model, report = kind.from_pretrained(None, config=settings, state_dict=state, output_loading_info=True,
+                                         ignore_mismatched_sizes=True)
     lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if lacking:
         raise UserError(f"{found.path} lacks weights of {kind.__name__}, or has them in other shapes: "
@@ -198,25 +224,48 @@ def translate(found, overrides):
     if tokenizer.mask_token_id is None:
         raise UserError(f"the tokenizer of {found.path.parent} has no mask token")
     meta = hub_meta(definition_of(tokenizer)) | {"name": "wikitext"}
-    ours = HubTokenizer(meta["definition"])
-    rows = model.get_input_embeddings().num_embeddings
-    if ours.ids[-1] >= rows:
-        raise UserError(f"{found.path} has {rows:,} tokens, and the tokenizer beside it {ours.ids[-1] + 1:,}")
-    before, after = frame_of(tokenizer)
-    backbone = {"settings": settings.to_diff_dict() | {"model_type": settings.model_type},
-                "mask": tokenizer.mask_token_id, "before": before, "after": after, "left_out": ours.left_out}
-    backbone_text = json.dumps(backbone)
-    config = dict(dataset="wikitext", architecture="masked_lm", backbone=backbone_text, objective="mdlm",
-                  conditioning="none", seq_len=overrides.get("seq_len", longest_text(backbone_text)),
+    ours, (before, after) = HubTokenizer(meta["definition"]), frame_of(tokenizer)
+    most = max(ours.ids[-1], tokenizer.mask_token_id, *before, *after)
+    if most >= settings.vocab_size:
+        raise UserError(f"{found.path} has {settings.vocab_size:,} tokens, and the tokenizer beside it {most + 1:,}")
+    kept = {key: value for key, value in settings.to_diff_dict().items() if key not in NOT_KEPT}
+    backbone = {"settings": kept | {"model_type": settings.model_type}, "mask": tokenizer.mask_token_id,
+                "before": before, "after": after,
+                "left_out": [i for i in ours.left_out if i < settings.vocab_size], "first": None, "unused": []}
+    model.eval()
+    try:
+        backbone["first"] = first_position(model.base_model, settings, ours.ids[-4:])
+        network = MaskedLM(meta["vocab_size"], model, backbone)
+        network(torch.arange(min(4, meta["vocab_size"]))[None], None).sum().backward()
+    except Exception as error:
+        raise UserError(f"{found.path} is a {kind.__name__}, and this kind of network is not supported: "
+                        f"{first_line(error)}")
+    backbone["unused"] = [name for name, p in network.named_parameters() if p.grad is None]
+    config = dict(dataset="wikitext", architecture="masked_lm", backbone=json.dumps(backbone), objective="mdlm",
+                  conditioning="none", seq_len=overrides.get("seq_len", longest_text(backbone)),
                   **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
-    network = MaskedLM(meta["vocab_size"], model, backbone)
     weights = {name: p.detach() for name, p in network.named_parameters()}
-    return dict(name=re.sub(r"\W", "_", settings_name(found.settings)), config=config, meta=meta, model=weights,
-                ema=weights, step=0)
+    return dict(name=re.sub(r"\W", "_", name_of(found.settings)), config=config, meta=meta, model=weights, ema=weights,
+                step=0)
 
 
-def settings_name(settings):
-    return str(settings.get("model_type"))[:50]
+@torch.no_grad()
+def first_position(body, settings, ids):
+    """The position at which a network of transformers begins to count, or None if it is not told positions.
+
+    RoBERTa and its kin begin after the number of the padding. So both are tried: the right one gives what the network
+    computes by itself for a text without padding.
+    """
+    if "position_ids" not in inspect.signature(body.forward).parameters:
+        return None
+    ids = torch.tensor([ids])
+    expected = body(input_ids=ids)[0]
+    for first in {0, (settings.pad_token_id or 0) + 1}:
+        positions = first + torch.arange(ids.shape[1])[None]
+        if torch.allclose(body(input_ids=ids, position_ids=positions)[0], expected, atol=1e-5):
+            return first
+    note(f"{type(body).__name__} counts positions in a way of its own, and is left to it")
+    return None
 
 
 def frame_of(tokenizer):

@@ -131,6 +131,9 @@ def unknown(found, state):
     near = sorted(families, key=lambda name: -len(families[name] & ours) / len(families[name] | ours))[:2]
     lacking, more = (sorted(keys)[:3] for keys in (families[near[0]] - ours, ours - families[near[0]]))
     what = [f"{verb} {', '.join(keys)}" for verb, keys in (("lacks", lacking), ("has", more)) if keys]
+    if found.settings.get("model_type"):
+        return UserError(f"{found.path} is a model of transformers, {masked_lm.name_of(found.settings)}: if it has a "
+                         "masked language model (a class ...ForMaskedLM), use --format masked_lm")
     return UserError(f"{found.path} has no known format; the most similar are {near[0]}, then {near[1]}; compared with "
                      f"the first, it {' and '.join(what)}")
 

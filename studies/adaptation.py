@@ -138,7 +138,7 @@ def main():
             quality.append(dict(
                 run=kind, steps=n, calls=statistics.mean(r["nfe"] for r in one), judge=judge,
                 judge_stderr=judge_error, entropy=entropy, entropy_stderr=entropy_error,
-                known_words=statistics.mean(r["known_words"] for r in one)))
+                known_words=statistics.mean(r["known_words"] or 0 for r in one)))
     real = by_seed[0][-1]
     quality.append(dict(run="real text", steps=None, calls=None, judge=real["judge_bits_per_char"],
                         judge_stderr=real["judge_stderr_per_char"], entropy=real["unigram_entropy_bits"],

@@ -18,7 +18,7 @@ from attention import annealed
 from commands import assert_identical, assert_one_line, losses, stop_after, train
 from configs import Config, replace
 from data.loader import load_meta, load_split
-from data.tokenizer import make_tokenizer
+from data.tokenizer import HubTokenizer, make_tokenizer
 from diffusion import BERT, MDLM, cross_entropy
 from likelihood import chain_rule
 from studies import adaptation, runs
@@ -183,6 +183,100 @@ def test_weights_under_old_names_and_as_bin(saved, tmp_path):
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_weights_in_several_files_and_in_half_precision(saved, tmp_path):
+    folder, model, tokenizer = saved("roberta")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    from safetensors.torch import save_file
+    (tmp_path / "half").mkdir()
+    model.config.save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    save_file({name: p.detach().half() for name, p in model.named_parameters()}, tmp_path / "half/model.safetensors")
+    whole, shards, half = (checkpoint.load_model(path, CPU)[0]
+                           for path in (folder, tmp_path / "shards", tmp_path / "half"))
+    for one, two, three in zip(*(network.parameters() for network in (whole, shards, half))):
+        assert torch.equal(one, two) and three.dtype == torch.float32
+        torch.testing.assert_close(one, three, atol=1e-2, rtol=1e-3)
+
+
+def test_uneven_frame_and_unused_weights(saved, tmp_path):
+    """A frame of one token; a pooler that no output depends on; a network that counts positions from elsewhere."""
+    import transformers as hf
+    from tokenizers import processors
+    tokens = word_pieces()
+    tokens.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
+    torch.manual_seed(0)
+    models = [hf.BertForMaskedLM(hf.BertConfig(vocab_size=60, **SIZES, tie_word_embeddings=False)),
+              hf.MPNetForMaskedLM(hf.MPNetConfig(vocab_size=60, **SIZES))]
+    for i, model in enumerate(models):
+        model.eval().save_pretrained(tmp_path / str(i))
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=tokens, **names)
+        tokenizer.save_pretrained(tmp_path / str(i))
+        network, config, meta, _ = checkpoint.load_model(tmp_path / str(i), CPU)
+        backbone = json.loads(config.backbone)
+        assert (backbone["before"], backbone["after"]) == ([2], []) and backbone["first"] == (0, 2)[i]
+        ours = make_tokenizer(meta)
+        xt = torch.randint(1, ours.vocab_size, (2, 9))  # 0 is [UNK], whose number is MPNet's padding
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([[2, *(ours.ids[j] for j in row)] for row in xt.tolist()])).logits
+            torch.testing.assert_close(network(xt, None), expected[:, 1:, ours.ids], atol=1e-5, rtol=1e-5)
+        network.train()
+        network(xt, None).sum().backward()
+        missing = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing and backbone["unused"] == [name for name, p in network.named_parameters() if p.grad is None]
+
+
+def test_recomputation_and_flops(saved):
+    """--checkpoint_blocks reaches the network; the head counts by its share of predicted tokens."""
+    _, config, meta, _ = checkpoint.load_model(saved("roberta")[0], CPU)
+    for flag in (False, True):
+        network = replace(config, checkpoint_blocks=flag).make_model(meta["vocab_size"])
+        assert network.body.is_gradient_checkpointing == flag
+    head = sum(p.numel() for p in network.head.parameters() if p.dim() == 2)
+    assert network.flops(8, 1.0) - network.flops(8, 0.5) == pytest.approx(3 * head)
+    with pytest.raises(storage.UserError, match="no --fsdp"):
+        replace(config, fsdp=True)
+    for wrong in ("{}", "x", "[1]", json.dumps(json.loads(config.backbone) | {"mask": 10**6}),
+                  json.dumps(json.loads(config.backbone) | {"before": ["a"]})):
+        with pytest.raises(storage.UserError, match="backbone is not what"):
+            replace(config, backbone=wrong)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "word_pieces"])
+def test_tokens_without_bytes(kind):
+    """Unknown characters stay unknown; lengths are those of the text, a space before each word included."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    if kind == "unigram":
+        found = Tokenizer(models.Unigram([
+            ("<s>", 0.0), ("<unk>", 0.0), ("\u2581the", -1.0), ("\u2581cat", -1.0), ("s", -2.0), ("\u2581", -3.0),
+            ("\u00e9", -3.0)], unk_id=1))
+        found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        found.add_special_tokens(["<s>", "<unk>"])
+        text, unknown = "the cats the\u00e9", "<unk>"
+    else:
+        found, text, unknown = word_pieces(), "the cat sat, on the mat.", "[UNK]"
+    tokenizer = HubTokenizer(json.dumps(json.loads(found.to_str())))
+    assert unknown in [tokenizer.pieces[i] for i in tokenizer.ids]
+    assert "<s>" not in [tokenizer.pieces[i] for i in tokenizer.ids]
+    assert tokenizer.decode(tokenizer.encode("the \u2603"))[-len(unknown):] == unknown
+    chars, sizes = (lengths[tokenizer.encode(text)].sum() for lengths in tokenizer.lengths())
+    assert chars == len(text) + 1 and sizes == len(text.encode()) + 1  # a space before the first word
+    with pytest.raises(storage.UserError, match="makes the special token"):
+        HubTokenizer(json.dumps(json.loads(found.to_str())), left_out={tokenizer.encode("the")[0].item()
+                                                                      + len(tokenizer.left_out)}).encode("the")
+
+
+def test_large_vocabularies(tmp_path):
+    from data.prepare import write_splits
+    from data.tokenizer import id_type
+    assert [id_type(n).__name__ for n in (256, 257, 65536, 65537)] == ["uint8", "uint16", "uint16", "uint32"]
+    meta = {"tokenizer": "hf", "definition": "{}", "vocab_size": 70_000, "name": "large"}
+    write_splits(tmp_path / "large", meta, {split: [69_999, 1] for split in ("train", "val", "test")})
+    assert load_split("large", "train", 1, tmp_path).tolist() == [69_999, 1]
+
+
 def test_bad_folders(saved, tmp_path, call, monkeypatch):
     folder, model, tokenizer = saved("roberta")
     go = lambda: call("sample.py", tmp_path)
@@ -195,7 +289,24 @@ def test_bad_folders(saved, tmp_path, call, monkeypatch):
     assert_one_line(go(), "lacks weights of RobertaForMaskedLM", "lm_head.dense.weight")
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "robert"}))
-    assert_one_line(go(), "no masked language model that this version of transformers knows (robert)")
+    assert_one_line(go(), "transformers knows no model with these settings (model_type robert)")
+    for change, words in (({"num_hidden_layers": 10**7}, "its num_hidden_layers is 10000000"),
+                          ({"hidden_size": "x"}, "knows no model with these settings"),
+                          ({"vocab_size": 50}, "in other shapes"), ({"num_attention_heads": 5}, "cannot build")):
+        (tmp_path / "config.json").write_text(json.dumps(settings | change))
+        assert_one_line(go(), words)
+    (tmp_path / "config.json").write_text(json.dumps(
+        settings | {"auto_map": {"AutoConfig": "evil.E"}, "attn_implementation": "evil/kernel", "dtype": "float16",
+                    "quantization_config": {"quant_method": "x"}}))
+    tokenizer_only = tmp_path / "other"
+    small = byte_level(["<mask>"], 270)
+    import transformers
+    transformers.PreTrainedTokenizerFast(tokenizer_object=small, bos_token="<s>").save_pretrained(tokenizer_only)
+    model.save_pretrained(tokenizer_only)
+    assert_one_line(call("sample.py", tokenizer_only), "has no mask token")
+    big = byte_level(["<mask>"], 330)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=big, mask_token="<mask>").save_pretrained(tokenizer_only)
+    assert_one_line(call("sample.py", tokenizer_only), "tokens, and the tokenizer beside it")
     model.save_pretrained(tmp_path)
     assert_one_line(call("sample.py", tmp_path, "--override", "seq_len=39"), "seq_len=39 is more than the 36 tokens")
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -362,6 +473,30 @@ def test_gpt2_logits(left_to_right):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_rows_that_are_no_tokens_are_cut(tmp_path):
+    """nanoGPT's 50,304 rows become GPT-2's 50,257, so its models and data sets fit."""
+    pytest.importorskip("transformers")
+    _, model = gpt2_folder(tmp_path, activation_function="gelu")
+    contents = as_nanogpt(model)
+    weight = contents["model"]["_orig_mod.transformer.wte.weight"]
+    padded = torch.cat((weight, torch.randn(47, 16)))
+    contents["model"] |= {"_orig_mod.transformer.wte.weight": padded, "_orig_mod.lm_head.weight": padded}
+    torch.save(contents, tmp_path / "ckpt.pt")
+    payload = storage.read(tmp_path / "ckpt.pt")
+    assert payload["meta"]["vocab_size"] == 50257 and torch.equal(payload["ema"]["embed.weight"],
+                                                                  torch.cat((weight, weight[-1:])))
+    short = storage.read(tmp_path / "ckpt.pt", storage.Hints(overrides={"seq_len": 10}))
+    assert short["config"]["seq_len"] == 10 and len(short["ema"]["positions.weight"]) == 10
+
+
+@pytest.mark.parametrize("change", [{"n_inner": 32}, {"scale_attn_by_inverse_layer_idx": True},
+                                    {"scale_attn_weights": False}, {"layer_norm_epsilon": 1e-12}])
+def test_variants_of_gpt2_are_refused(change, tmp_path, call):
+    pytest.importorskip("transformers")
+    folder, _ = gpt2_folder(tmp_path, **change)
+    assert_one_line(call("sample.py", folder), "a variant of GPT-2 that is not supported", next(iter(change)))
+
+
 def test_nanogpt_of_characters(data_dir, call, tmp_path):
     """Its file does not name its characters; the data set that is named has them. The start is a mean of all rows."""
     args = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=27, dropout=0.0)
@@ -377,6 +512,7 @@ def test_nanogpt_of_characters(data_dir, call, tmp_path):
     assert result.code == 0 and result.out.startswith("the ") and len(result.out) == 17, result
     flags = ["--architecture=nanogpt", "--conditioning=none", "--predict_next", "--seq_len=15", "--max_steps=2"]
     result = train(call, "mdlm_text8", data_dir, tmp_path / "out", *flags, f"--init_from={path}")
+    assert "n_layer=1 (not 2), n_embd=8 (not 32)" in result.err
     assert result.code == 0 and storage.read(tmp_path / "out")["config"]["n_embd"] == 8, result.err
     assert "9 of 9 tensors taken as they are" in result.err, result.err
     torch.save({"model": state | {"lm_head.weight": torch.randn(27, 8)}, "model_args": args}, path)
@@ -461,6 +597,7 @@ def test_annealed():
         share = visible[~left].float().mean().item()
         assert abs(share - (step + 1) / 10) < 4 * math.sqrt((step + 1) / 10 * (9 - step) / 10 / n) + 1e-6
     assert not torch.equal(annealed(40, 4, 10, 3), annealed(40, 4, 10, 4))
+    assert not torch.equal(annealed(40, 4, 10, 3), annealed(40, 9, 20, 3))  # the same share, another step
     assert annealed(40, 9, 10, 3) is None and annealed(40, 0, 0, 3) is None
 
 
@@ -477,6 +614,13 @@ def test_annealing_run(data_dir, call, tmp_path, monkeypatch):
         train(call, "demo", data_dir, stopped, *flags, f"--init_from={ar}")
     assert train(call, "demo", data_dir, stopped, *flags, "--resume=auto").code == 0
     assert_identical(out, stopped)
+    seen = []  # the visibility of each step
+    original = annealed
+    monkeypatch.setattr("attention.annealed", lambda *args: seen.append(original(*args)) or seen[-1])
+    assert train(call, "demo", data_dir, tmp_path / "watched", *flags, f"--init_from={ar}").code == 0
+    n_right = [None if v is None else (v.sum() - 33 * 34 // 2).item() for v in seen]
+    assert len(seen) == 8 and n_right[5:] == [None] * 3 and n_right[:5] == sorted(n_right[:5]) and n_right[0] > 0
+    assert seen[0].shape == (33, 33)
     other = tmp_path / "other"
     train(call, "demo", data_dir, other, "--predict_next", "--max_steps=8", f"--init_from={ar}")
     for key in ("bits_per_token", "val_bits_per_token"):
@@ -485,7 +629,8 @@ def test_annealing_run(data_dir, call, tmp_path, monkeypatch):
     result = train(call, "demo", data_dir, tmp_path / "unshifted", "--max_steps=1", f"--init_from={ar}")
     assert result.code == 0 and "predict the next token: --predict_next would keep that" in result.err
     for flag in ("--predict_next", "--anneal_steps=5"):
-        assert_one_line(train(call, "ar_demo", data_dir, tmp_path / "no", flag), "are for masks in whole texts")
+        for config, more in (("ar_demo", []), ("bd3_demo", []), ("udlm_text8", ["--conditioning=none"])):
+            assert_one_line(train(call, config, data_dir, tmp_path / "no", flag, *more), "are for masks in whole texts")
 
 
 # ---- what is new changes nothing -------------------------------------------------------------------------------------
@@ -503,6 +648,8 @@ def test_new_tensors_do_not_change_the_function(new, capsys):
     source = {"config": vars(before) | {}, "ema": dict(network.named_parameters())}
     storage.fill(other, adapt(other, source, now, "it"))
     assert "; new: " in capsys.readouterr().err
+    if now.conditioning != "none":
+        assert other.time_embed.fc_in.weight.abs().max() > 0
     xt, t = torch.randint(12, (3, 12)), torch.rand(3)
     with torch.no_grad():
         torch.testing.assert_close(other(xt, t), network(xt, t))
@@ -512,10 +659,13 @@ def test_what_may_not_be_new():
     before = Config(n_layer=2, n_head=2, n_embd=32, n_cond=8, seq_len=12, conditioning="time", objective="mdlm")
     source = {"config": vars(before) | {}, "ema": dict(before.make_model(11).named_parameters())}
     for change, words in (({"conditioning": "none"}, "do not fit the model"), ({"n_layer": 3}, "of another network"),
-                          ({"shift_tokens": True}, "of another network")):
+                          ({"shift_tokens": True}, "of another network"), ({"n_head": 4}, "of another network")):
         now = replace(before, **change)
         with pytest.raises(storage.UserError, match=words):
             adapt(now.make_model(11), source, now, "it")
+    source["ema"]["norm.weight"] = torch.full((32,), math.nan)
+    with pytest.raises(storage.UserError, match="not finite"):
+        adapt(before.make_model(11), source, before, "it")
 
 
 # ---- BERT's training -------------------------------------------------------------------------------------------------
