@@ -204,8 +204,12 @@ def from_hub(name):
             return found
         raise FileNotFoundError
     except Exception as error:  # of many kinds: network, files, missing libraries
-        raise UserError(f"{name} has no tokenizer that can be read ({type(error).__name__}): it must have a "
-                        "tokenizer.json, or be on the Hub, and then go online once")
+        kind = type(error).__name__
+        if str(name).startswith("hf://"):
+            raise UserError(f"the tokenizer of {name} is not in the Hub's cache and could not be downloaded ({kind}): go "
+                            "online once")
+        raise UserError(f"{name} has no tokenizer that can be read ({kind}): put its tokenizer.json and "
+                        "tokenizer_config.json there")
 
 
 def definition_of(tokenizer):

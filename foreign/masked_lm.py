@@ -14,6 +14,7 @@ import functools
 import inspect
 import json
 import re
+import warnings
 
 import torch
 import torch.nn as nn
@@ -22,7 +23,8 @@ from cli import UserError, note, require
 from data.tokenizer import HubTokenizer, definition_of, from_hub, hub_meta
 
 SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
-MOST = {"num_hidden_layers": 1000, "num_attention_heads": 1000, "hidden_size": 10**5, "vocab_size": 10**7}
+MOST = {"num_hidden_layers": 1000, "num_attention_heads": 1000, "hidden_size": 10**5, "vocab_size": 10**7,
+        "max_position_embeddings": 10**6}
 NOT_KEPT = ("auto_map", "quantization_config", "dtype", "torch_dtype", "transformers_version", "attn_implementation",
             "_attn_implementation", "experts_implementation", "_experts_implementation")  # code, kernels, formats
 
@@ -61,7 +63,8 @@ def build(settings):
     """The model of transformers of these settings, with random weights. Raises UserError if there is none."""
     from transformers import AutoModelForMaskedLM
     try:
-        return AutoModelForMaskedLM.from_config(settings)
+        with warnings.catch_warnings(action="ignore"):  # about tensors without elements
+            return AutoModelForMaskedLM.from_config(settings)
     except Exception as error:
         raise UserError(f"transformers cannot build a masked language model of model_type {settings.model_type} with "
                         f"these settings: {first_line(error)}")
@@ -86,7 +89,8 @@ def read_backbone(text):
         rows = read_settings(found["settings"]).vocab_size
         good = (numbers([found["mask"]]) and all(numbers(found[key]) for key in ("before", "after", "left_out"))
                 and (found["first"] is None or type(found["first"]) is int and 0 <= found["first"] < 10**6)
-                and all(isinstance(name, str) for name in found["unused"]))
+                and all(isinstance(name, str) for name in found["unused"])
+                and isinstance(found["autocast"], bool))
     except (AttributeError, KeyError, TypeError, ValueError):
         good = False
     if not good:
@@ -104,8 +108,8 @@ class MaskedLM(nn.Module):
     """Denoiser over V = vocab_size tokens and the mask (id V), which is not told the time.
 
     backbone: the settings of transformers; the numbers that its tokenizer has for the mask, for what is put before and
-    after a text, and for what is left out; the number of the first position (None: the network counts itself); and the
-    names of weights that no output depends on.
+    after a text, and for what is left out; the number of the first position (None: the network counts itself); the
+    names of weights that no output depends on; and whether the network can compute in bfloat16.
     """
 
     of_source = ("backbone", *SIZES)
@@ -147,7 +151,7 @@ class MaskedLM(nn.Module):
         self.head = model
         if checkpoint_blocks:
             self.body.gradient_checkpointing_enable()
-        self.n_before, self.first = len(backbone["before"]), backbone["first"]
+        self.n_before, self.first, self.autocast = len(backbone["before"]), backbone["first"], backbone["autocast"]
         left_out = set(backbone["left_out"])
         tokens = [i for i in range(self.body.config.vocab_size) if i not in left_out][:vocab_size]
         for name, ids in (("ids", [*tokens, backbone["mask"]]), ("tokens", tokens), ("before", backbone["before"]),
@@ -168,9 +172,11 @@ class MaskedLM(nn.Module):
 
     def forward(self, xt, t, where=None):
         """Map xt (B, L) long in [0, V], and t, which is not used, to logits (B, L, V), or (N, V) where `where`."""
-        x = self.trunk(xt)
-        x = x if where is None else x[where][None]
-        logits = self.head(inputs_embeds=x).logits.index_select(-1, self.tokens)
+        kind = xt.device.type
+        with torch.autocast(kind, enabled=self.autocast and torch.is_autocast_enabled(kind)):
+            x = self.trunk(xt)
+            x = x if where is None else x[where][None]
+            logits = self.head(inputs_embeds=x).logits.index_select(-1, self.tokens)
         return logits if where is None else logits[0]
 
     def matrices(self):
@@ -231,12 +237,15 @@ def translate(found, overrides):
     kept = {key: value for key, value in settings.to_diff_dict().items() if key not in NOT_KEPT}
     backbone = {"settings": kept | {"model_type": settings.model_type}, "mask": tokenizer.mask_token_id,
                 "before": before, "after": after,
-                "left_out": [i for i in ours.left_out if i < settings.vocab_size], "first": None, "unused": []}
+                "left_out": [i for i in ours.left_out if i < settings.vocab_size], "first": None, "unused": [],
+                "autocast": True}
     model.eval()
     try:
         backbone["first"] = first_position(model.base_model, settings, ours.ids[-4:])
         network = MaskedLM(meta["vocab_size"], model, backbone)
-        network(torch.arange(min(4, meta["vocab_size"]))[None], None).sum().backward()
+        text = torch.arange(min(4, meta["vocab_size"]))[None]
+        network(text, None).sum().backward()
+        network.autocast = backbone["autocast"] = works_in_bfloat16(network, text)
     except Exception as error:
         raise UserError(f"{found.path} is a {kind.__name__}, and this kind of network is not supported: "
                         f"{first_line(error)}")
@@ -247,6 +256,16 @@ def translate(found, overrides):
     weights = {name: p.detach() for name, p in network.named_parameters()}
     return dict(name=re.sub(r"\W", "_", name_of(found.settings)), config=config, meta=meta, model=weights, ema=weights,
                 step=0)
+
+
+@torch.no_grad()
+def works_in_bfloat16(network, text):
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            network(text, None)
+        return True
+    except RuntimeError:  # some networks mix number formats then
+        return False
 
 
 @torch.no_grad()
@@ -264,7 +283,8 @@ def first_position(body, settings, ids):
         positions = first + torch.arange(ids.shape[1])[None]
         if torch.allclose(body(input_ids=ids, position_ids=positions)[0], expected, atol=1e-5):
             return first
-    note(f"{type(body).__name__} counts positions in a way of its own, and is left to it")
+    if expected.isfinite().all():
+        note(f"{type(body).__name__} counts positions in a way of its own, and is left to it")
     return None
 
 

@@ -228,6 +228,24 @@ def test_uneven_frame_and_unused_weights(saved, tmp_path):
         assert not missing and backbone["unused"] == [name for name, p in network.named_parameters() if p.grad is None]
 
 
+def test_networks_that_cannot_compute_in_bfloat16(tmp_path):
+    """DeBERTa's masks exceed bfloat16: it computes in float32 then, and the same as without autocast."""
+    import transformers as hf
+    torch.manual_seed(0)
+    model = hf.DebertaForMaskedLM(hf.DebertaConfig(vocab_size=60, **SIZES, relative_attention=True,
+                                                   pos_att_type=["c2p"]))
+    model.eval().save_pretrained(tmp_path)
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
+    hf.PreTrainedTokenizerFast(tokenizer_object=word_pieces(), **names).save_pretrained(tmp_path)
+    network, config, _, _ = checkpoint.load_model(tmp_path, CPU)
+    xt = torch.randint(50, (2, 9))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = network(xt, None)
+    with torch.no_grad():
+        assert torch.equal(found, network(xt, None))
+    assert json.loads(config.backbone)["autocast"] is False
+
+
 def test_recomputation_and_flops(saved):
     """--checkpoint_blocks reaches the network; the head counts by its share of predicted tokens."""
     _, config, meta, _ = checkpoint.load_model(saved("roberta")[0], CPU)
