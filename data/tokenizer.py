@@ -206,8 +206,8 @@ def from_hub(name):
     except Exception as error:  # of many kinds: network, files, missing libraries
         kind = type(error).__name__
         if str(name).startswith("hf://"):
-            raise UserError(f"the tokenizer of {name} is not in the Hub's cache and could not be downloaded ({kind}): go "
-                            "online once")
+            raise UserError(f"the tokenizer of {name} is not in the Hub's cache and could not be downloaded ({kind}): "
+                            "go online once")
         raise UserError(f"{name} has no tokenizer that can be read ({kind}): put its tokenizer.json and "
                         "tokenizer_config.json there")
 

@@ -481,7 +481,8 @@ def test_a_missing_tokenizer(tmp_path):
     folder = folder_of(tmp_path / "lm1b", ddit_state(30522, prefix="backbone."),
                        {"model_type": "mdlm", "model_length": 8, "time_conditioning": False})
     result = offline(tmp_path / "cache", "sample.py", folder, "--steps=1")
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("sample.py: the tokenizer of hf://google-bert")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("sample.py: the tokenizer of hf://google-bert")
     assert "Traceback" not in result.stderr
     vocabulary = cached(tmp_path / "cache", "google-bert/bert-base-uncased")
     vocabulary.mkdir(parents=True)
