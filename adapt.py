@@ -61,7 +61,7 @@ def first_value(name, drawn, weights):
         return drawn
     value = torch.zeros_like(drawn)
     if name.startswith("blocks.") and name.endswith("modulation.bias"):
-        for gate in value.chunk(6)[2::3]:  # shift, scale, gate of the attention; then of the MLP
+        for gate in value.split(weights["embed.weight"].shape[1])[2::3]:  # shift, scale, gate; perhaps of two layers
             gate.fill_(1)
     return value
 
@@ -70,11 +70,12 @@ def check_same_network(source, cfg, path):
     """Raise UserError if weights of the right shapes are of another network. Returns lines on their other changes."""
     before, now = dataclasses.asdict(config_of(source)), dataclasses.asdict(cfg)
     differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
-    other = differ(("architecture", "n_layer", "n_embd", "n_head", "shift_tokens"))
+    other = differ(("architecture", "n_layer", "n_embd", "n_head", "shift_tokens", "mixer", "residual", "mask_aware"))
     if other:
         raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
-    notes, schedule = [], ["schedule"] if cfg.conditioning == "sigma" else []
-    other = differ(("objective", "noise", "block_size", "conditioning", *schedule))
+    notes, clock = [], {"sigma": ["schedule"], "step": ["T"]}.get(cfg.conditioning, [])
+    scale = ["scale_by_sigma"] if cfg.objective == before["objective"] == "sedd" else []
+    other = differ(("objective", "noise", "block_size", "conditioning", *clock, *scale))
     if other:
         notes.append(f"the weights in {path} were trained with other settings: {'; '.join(other)}")
     predicted_next = config_of(source).objective_class.causal or before["predict_next"]

@@ -1,8 +1,8 @@
 """Visibility for model.py: which tokens a token sees, in blocks, and in a past that is kept as keys and values.
 
-Without blocks and without a past every token sees all others, and nothing here is used. Block diffusion
+Without blocks, past and annealing a token sees all tokens, or in a causal network those on its left. Block diffusion
 (block_diffusion.py) uses blocks and a past. A causal network that writes token after token uses a past
-(sampling.left_to_right).
+(sampling.left_to_right). A causal network that becomes a diffusion model uses `annealed` (adapt.py).
 """
 
 import functools

@@ -21,7 +21,7 @@ from foreign.masked_lm import MaskedLM
 from foreign.tiny_diffusion import TinyDiffusion
 from mixers import MIXERS, RESIDUALS, MixerDiT
 from model import DiT
-from optim import read_clip
+from optim import parse_clip
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
 # A new objective or network gets a name here and a file of its own (diffusion.Absorbing lists what it must have).
@@ -57,14 +57,15 @@ class Config:
     # model
     architecture: str = setting("dit", "network: dit (model.py), mixers (mixers.py), or one of foreign/: masked_lm is "
                                 "BERT, RoBERTa and others of transformers", tuple(NETWORKS))
-    mixer: str = setting("attention", "what mixes the tokens; architecture=mixers only", MIXERS)
+    mixer: str = setting("attention", "what mixes the tokens; architecture=mixers only", tuple(MIXERS))
     residual: str = setting("zero", "branches of a block: zero at first (adaLN-Zero), with one learned gate (rezero), "
                             "or plain; architecture=mixers only", RESIDUALS)
     static_map: str = setting("full", "static maps have a number for each pair of positions, or for each distance; "
                               "architecture=mixers only", ("full", "toeplitz"))
     map_init: str = setting("", "first weights of static maps: orthogonal, or their standard deviation, as 0.004 or "
                             "0.02/L; empty: the mixer's own; architecture=mixers only")
-    mask_aware: bool = setting(False, "keep masked tokens out of static maps; architecture=mixers only")
+    mask_aware: bool = setting(False, "leave masked tokens out where tokens are mixed without attention; "
+                               "architecture=mixers only")
     gate_bias: float = setting(1.0, "first bias of the gate of mixer=gmlp and amlp; architecture=mixers only")
     backbone: str = setting("", "settings of architecture=masked_lm, as JSON; empty: those of --init_from or --resume")
     n_layer: int = setting(12, "number of transformer blocks")
@@ -99,8 +100,8 @@ class Config:
     scale_by_sigma: bool = setting(True, "multiply the network's scores by alpha/(1 - alpha); sedd with masks only")
     time_sampling: str = setting("uniform", "how training draws the time of each sequence; exact_k: not for d3pm or "
                                  "uniform noise", ("uniform", "stratified", "exact_k"))
-    weighting: str = setting("nelbo", "loss weight of a masked token: as in the bound, or (mdlm, and always with bert) "
-                             "the same for all",
+    weighting: str = setting("nelbo", "loss weight of a masked token: nelbo, as in the bound; or simple, the same for "
+                             "all (mdlm, block); bert always has the same for all",
                              ("nelbo", "simple"))
     anneal_steps: int = setting(0, "steps in which attention grows from causal to full, at random places; 0: full at "
                                 "once")
@@ -110,7 +111,7 @@ class Config:
                                     same_run=False)
     max_steps: int = setting(500_000, "number of optimiser steps")
     optimizer: str = setting("adamw", "adamw for all weights; muon for the matrices of the blocks; sm3 or "
-                             "sm3_nesterov for all weights, with half the memory of adamw (optim.py)",
+                             "sm3_nesterov for all weights, with about half of adamw's state (optim.py)",
                              ("adamw", "muon", "sm3", "sm3_nesterov"))
     lr: float = setting(1e-3, "peak learning rate")
     min_lr: float = setting(1e-5, "learning rate at max_steps")
@@ -118,7 +119,7 @@ class Config:
     warmup_steps: int = setting(2500, "steps of linear warm-up of the learning rate")
     beta1: float = setting(0.9, "AdamW's first decay rate; SM3's momentum")
     beta2: float = setting(0.98, "AdamW's second decay rate")
-    weight_decay: float = setting(0.1, "weight decay, on matrices only")
+    weight_decay: float = setting(0.1, "weight decay, of tensors with two or more dimensions")
     clip: str = setting("norm", "gradient clipping: norm (to grad_clip), or adaptive, against the norm of the weights: "
                         "agc:0.01 for each output, agc_tensor:0.003 for whole tensors")
     grad_clip: float = setting(0.1, "maximum gradient norm of clip=norm; larger gradients are scaled down; 0: no "
@@ -184,7 +185,7 @@ class Config:
             raise UserError(f"optimizer={self.optimizer} needs whole matrices, and --fsdp splits them: leave out one "
                             "of the two")
         try:
-            read_clip(self.clip)
+            parse_clip(self.clip)
         except ValueError:
             raise UserError(f"clip={self.clip!r} is not valid: use norm, or a number above 0 as in agc:0.01 or "
                             "agc_tensor:0.003")

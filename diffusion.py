@@ -180,7 +180,7 @@ class Absorbing:
         if config.lambda_ce:
             return "lambda_ce is only for objective=d3pm: use lambda_ce=0"
         if config.weighting == "simple":
-            return "weighting=simple is only for objective=mdlm: use weighting=nelbo"
+            return "weighting=simple is only for objective=mdlm and block: use weighting=nelbo"
 
     def __init__(self, mask_id, schedule="linear"):
         self.mask_id = mask_id
@@ -387,7 +387,7 @@ class MDLM(Absorbing):
 
 
 class Selection(NamedTuple):
-    """The tokens that BERT predicts, in place of Noise."""
+    """Which tokens BERT predicts, and how it shows them. It has the place of Noise."""
 
     mask: torch.Tensor    # (B, L) bool, True where a token is predicted
     t: torch.Tensor       # (B,) float32, the mask rate; no network is told it
@@ -431,10 +431,8 @@ class BERT(MDLM):
         return torch.where(noise.mask, shown, x0)
 
     def loss(self, model, x0, noise):
-        logits = model(self.shown(x0, noise), noise.t, where=noise.mask)
-        ce = torch.zeros(x0.shape, device=logits.device).masked_scatter(noise.mask,
-                                                                        cross_entropy(logits, x0[noise.mask]))
-        nats = self.weighted(ce, noise.weight)
+        shown = self.shown(x0, noise)
+        nats = self.nelbo(lambda xt, t, where: model(shown, t, where=where), x0, noise)
         return nats.mean(), nats.detach()
 
 

@@ -6,22 +6,25 @@ x (B, L, D) after the norm, heads h of d = D/heads channels, and matrices that a
     name               tokens become                                      source
     attention          softmax(q k^T / sqrt d) v                          Transformer, 1706.03762; rotary positions
     mixer              W2_h gelu(W1_h x_h)                                MLP-Mixer, 2105.01601; here for each head
-    gmlp               V (u * (W_h norm(v) + b)), [u, v] = gelu(U x)      gMLP, 2105.08050
+    gmlp               O (u * (W_h norm(v) + b)), [u, v] = gelu(U x)      gMLP, 2105.08050
     amlp               gmlp, with one small attention head in the gate    the same
     synth_random       softmax(R_h) v                                     Synthesizer, 2005.00743
     synth_factorised   softmax(A_h B_h^T) v                               the same
-    synth_dense        softmax(W2_h relu(W1_h x_h)) v                     the same; here for each head
+    synth_dense        softmax(Q_h relu(P_h x_h)) v                       the same; here for each head
     container          (a_h softmax(q k^T / sqrt d) + b_h S_h) v          CONTAINER, 2106.01401
     container_conv     as container, S a convolution over 5 tokens        the same, as its authors' code has it
 
-One head (`--n_head=1`) gives the single-head form of each. W1, W2, W, R and S are static maps: they weigh positions,
-not contents. A map has a number for each pair of positions (static_map=full), or for each distance (toeplitz). It
-belongs to the trained length. A shorter text of n tokens has positions 0 to n - 1 of it.
+One head (`--n_head=1`) gives the single-head form of each. In mixer, gmlp, amlp, synth_random and container W1, W2, W,
+R and S are static maps: they weigh positions, not contents. A map has a number for each pair of positions
+(static_map=full), or for each distance (toeplitz). It belongs to the trained length. A shorter text of n tokens has
+positions 0 to n - 1 of it.
 
-mask_aware: masked tokens do not enter a static map. The others count L/(number of these) times as much instead; in a
-softmax the weights sum to 1 without the masked tokens. With all tokens masked nothing enters.
+mask_aware: masked tokens do not enter where tokens are mixed without attention. In a static map the others count
+n/(their number) times as much. In a softmax the weights of the others sum to 1. A convolution only leaves the masked
+tokens out. If all tokens are masked, nothing enters.
 """
 
+import functools
 import math
 
 import torch
@@ -49,9 +52,9 @@ class Map(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw the weights: `init` is 'orthogonal', a standard deviation, or one divided by L ('0.02/L')."""
+        """Draw the weights. init: 'orthogonal', or a standard deviation: '0.004', or '0.02/L' for 0.02 divided by L."""
         if self.init == "orthogonal":
-            for matrix in self.weight if self.kind == "full" else [self.weight]:
+            for matrix in self.weight:
                 nn.init.orthogonal_(matrix)
         else:
             self.weight.normal_(std=std_of(self.init, self.L))
@@ -167,7 +170,7 @@ class Synthesizer(nn.Module):
         return self.out(join_heads(average(weights, split_heads(self.value(x), self.n_head), known)))
 
     def mixing(self, L, D):
-        return L * D
+        return 2 * L * D + D * D // self.n_head if self.form == "dense" else L * D
 
 
 class Container(Attention):
@@ -224,14 +227,14 @@ class MLP(nn.Module):
 
 
 class GMLP(nn.Module):
-    """gMLP's layer, which mixes channels and tokens: its width F is 6 D. A head has F/2/heads channels of the gate."""
+    """gMLP's layer, which mixes channels and tokens. Its width is 6 D. u and v have 3 D channels, 3 D/heads a head."""
 
-    def __init__(self, D, n_head, L, kind, init, gate_bias, tiny):
+    def __init__(self, D, n_head, L, kind, init, gate_bias, tiny=False):
         super().__init__()
-        self.n_head, width = n_head, 3 * D  # F/2
+        self.n_head, width = n_head, 3 * D  # of u, and of v
         self.inner, self.out = nn.Linear(D, 2 * width), nn.Linear(width, D)
         self.norm, self.map = LayerNorm(width, bias=True), Map(n_head, L, kind, init or f"{1e-3 / 3 ** 0.5}/L")
-        self.gate_bias, self.bias = gate_bias, nn.Parameter(torch.full((n_head, L), float(gate_bias)))
+        self.bias = nn.Parameter(torch.full((n_head * L,), float(gate_bias)))  # a vector has no weight decay
         self.tiny = nn.Linear(D, 3 * TINY, bias=False) if tiny else None
         self.tiny_out = nn.Linear(TINY, width, bias=False) if tiny else None
 
@@ -239,7 +242,8 @@ class GMLP(nn.Module):
         B, n = x.shape[:2]
         u, v = F.gelu(self.inner(x), approximate="tanh").chunk(2, -1)
         v = without_masks(split_heads(self.norm(v).to(u.dtype), self.n_head), known)
-        gate = join_heads(self.map(n).to(u.dtype) @ v + self.bias[:, :n, None].to(u.dtype))
+        bias = self.bias.view(self.n_head, -1, 1)[:, :n].to(u.dtype)
+        gate = join_heads(self.map(n).to(u.dtype) @ v + bias)
         if self.tiny is not None:
             q, k, values = (part[:, None] for part in self.tiny(x).chunk(3, -1))
             gate = gate + self.tiny_out(F.scaled_dot_product_attention(q, k, values)[:, 0])
@@ -249,18 +253,21 @@ class GMLP(nn.Module):
         return 3 * L * D + 2 * L * TINY * (self.tiny is not None)
 
 
+# What makes the layer that mixes tokens, by its name.
+MIXERS = {"attention": Attention, "mixer": Mixer, "gmlp": GMLP, "amlp": functools.partial(GMLP, tiny=True),
+          "synth_random": functools.partial(Synthesizer, form="random"),
+          "synth_factorised": functools.partial(Synthesizer, form="factorised"),
+          "synth_dense": functools.partial(Synthesizer, form="dense"), "container": Container,
+          "container_conv": ContainerConv}
+
+
 def layers(name, D, n_head, L, kind, init, gate_bias):
     """The layers of a block of the mixer with this name."""
     if name in ("gmlp", "amlp"):
-        return [GMLP(D, n_head, L, kind, init, gate_bias, tiny=name == "amlp")]
-    if name.startswith("synth_"):
-        return [Synthesizer(D, n_head, L, kind, init, name.removeprefix("synth_")), MLP(D)]
-    known = {"attention": Attention, "mixer": Mixer, "container": Container, "container_conv": ContainerConv}
-    return [known[name](D, n_head, L, kind, init), MLP(D)]
+        return [MIXERS[name](D, n_head, L, kind, init, gate_bias=gate_bias)]
+    return [MIXERS[name](D, n_head, L, kind, init), MLP(D)]
 
 
-MIXERS = ("attention", "mixer", "gmlp", "amlp", "synth_random", "synth_factorised", "synth_dense", "container",
-          "container_conv")
 MAPPED = ("mixer", "gmlp", "amlp", "synth_random", "container")  # these have static maps
 RESIDUALS = ("zero", "rezero", "plain")
 
@@ -336,12 +343,14 @@ class MixerDiT(DiT):
         if objective.causal or config.block_size or config.predict_next or config.anneal_steps or config.fsdp:
             return ("architecture=mixers reads whole texts and cannot be split: it takes no objective=ar or block, "
                     "predict_next, anneal_steps or --fsdp")
-        if config.mask_aware and not (objective.has_mask and config.mixer not in ("attention", "amlp")):
-            return "mask_aware is for noise=mask and mixers with static weights: leave it out"
+        if config.mask_aware and not (objective.has_mask and config.mixer != "attention"):
+            return "mask_aware is for noise=mask and mixers other than attention: leave it out"
         if config.static_map != "full" and config.mixer not in MAPPED:
             return f"static_map=toeplitz is for mixer={', '.join(MAPPED)}, which have static maps"
         if config.map_init and config.mixer not in MAPPED:
             return f"map_init is for mixer={', '.join(MAPPED)}, which have static maps"
+        if config.map_init == "orthogonal" and config.static_map != "full":
+            return "map_init=orthogonal is for static_map=full: a Toeplitz map is not orthogonal"
         try:
             std_of(config.map_init or "0", 1)
         except ValueError:

@@ -31,38 +31,42 @@ def learning_rate(step, cfg):
 
 
 def clip_gradients(model, cfg):
-    """Clip the gradients of a model in place, as cfg.clip says. Returns their norm before, all together.
+    """Clip the gradients of a model in place, as cfg.clip says. Returns the norm of all gradients before clipping.
 
     norm: all gradients are scaled down together if their norm exceeds grad_clip (0: never).
-    agc:X: adaptive gradient clipping (arXiv 2102.06171, eq. 3). The gradient of each unit, the weights of one output,
-        is scaled down if its norm exceeds X times that of its weights, which counts at least 0.001.
-    agc_tensor:X: the same for whole tensors.
+    agc:X: adaptive clipping by unit (arXiv 2102.06171, eq. 3): g <- g min(1, X max(|w|, 0.001)/|g|). A unit is w[i],
+        the part of a tensor with one first index, such as the weights of one output. A vector is one unit.
+    agc_tensor:X: the same rule with whole tensors as units.
     Both leave out the output layer, as the paper does, and so the embeddings if they are its weights.
     """
-    kind, _, limit = cfg.clip.partition(":")
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), kind == "norm" and cfg.grad_clip or math.inf)
+    kind, limit = parse_clip(cfg.clip)
+    most = (cfg.grad_clip or math.inf) if kind == "norm" else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
     if kind != "norm":
         last = {id(p) for p in model.output_layer()}
         for p in model.parameters():
             if id(p) not in last and p.grad is not None:
-                clip_adaptively(p, float(limit), by_unit=kind == "agc")
+                clip_adaptively(p, limit, by_unit=kind == "agc")
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP
 
 
 @torch.no_grad()
 def clip_adaptively(p, limit, by_unit):
-    """Scale the gradient of a parameter as agc and agc_tensor say. A row of a matrix is a unit; a vector is one."""
+    """Clip the gradient of a parameter by the rule of agc (by_unit) or agc_tensor."""
     units = tuple(range(1, p.dim())) if by_unit and p.dim() > 1 else None
     size = lambda x: torch.linalg.vector_norm(x, dim=units, keepdim=True)
     allowed = limit * size(p).clamp(min=1e-3)
     p.grad.mul_((allowed / size(p.grad).clamp(min=1e-6)).clamp(max=1))
 
 
-def read_clip(text):
-    """Check a Config's `clip`. Raises ValueError if it is neither norm nor like agc:0.01 or agc_tensor:0.003."""
+def parse_clip(text):
+    """Config.clip as (kind, limit). Raises ValueError if it is neither norm nor like agc:0.01 or agc_tensor:0.003."""
     kind, _, limit = text.partition(":")
-    if not (text == "norm" or kind in ("agc", "agc_tensor") and 0 < float(limit) < math.inf):
+    if text == "norm":
+        return "norm", None
+    if kind not in ("agc", "agc_tensor") or not 0 < float(limit) < math.inf:
         raise ValueError(text)
+    return kind, float(limit)
 
 
 # ---- optimisers ------------------------------------------------------------------------------------------------------
@@ -172,9 +176,8 @@ class SM3(torch.optim.Optimizer):
 
     @staticmethod
     def state_shapes(shape):
-        rank = len(shape)
-        return {"momentum": shape} | {
-            f"max_{i}": tuple(n if i == j else 1 for j, n in enumerate(shape)) for i in range(rank)}
+        return {"momentum": shape} | {f"max_{i}": tuple(n if i == j else 1 for j, n in enumerate(shape))
+                                      for i in range(max(1, len(shape)))}
 
     @staticmethod
     def flops(shape):
@@ -200,8 +203,8 @@ class SM3(torch.optim.Optimizer):
         if not state:
             for key, shape in self.state_shapes(p.shape).items():
                 state[key] = torch.zeros(shape, device=p.device)
-        sums, g = [state[f"max_{i}"] for i in range(p.dim())], p.grad.where(good, 0)
-        nu = functools.reduce(torch.minimum, sums) + g * g if sums else g * g
+        sums, g = [state[f"max_{i}"] for i in range(max(1, p.dim()))], p.grad.where(good, 0)
+        nu = functools.reduce(torch.minimum, sums) + g * g
         for i, numbers in enumerate(sums):
             others = [j for j in range(p.dim()) if j != i]
             numbers.copy_((nu.amax(others, keepdim=True) if others else nu).where(good, numbers))
@@ -223,7 +226,7 @@ def shares(model, cfg):
 
 
 def make_optimizers(model, cfg, device, dtype):
-    """Return the optimisers of a run. Only matrices and embeddings have weight decay."""
+    """Return the optimisers of a run. Tensors of two or more dimensions have weight decay."""
     optimizers = []
     for kind, parameters in shares(model, cfg):
         if kind is Muon:

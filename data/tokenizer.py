@@ -104,8 +104,8 @@ class GPT2Tokenizer:
 class HubTokenizer:
     """A tokenizer of Hugging Face's tokenizers, such as that of BERT, RoBERTa or ModernBERT.
 
-    Special tokens such as <s> and [PAD] are no tokens of a text, and are left out: our ids are those of the other
-    tokens, in their order. An unknown token stays if the tokenizer makes it of characters that it does not know.
+    Special tokens such as <s> and [PAD] are no tokens of a text, and are left out. The other tokens get the ids
+    0 ... V - 1, in the tokenizer's order. An unknown token stays if the tokenizer makes it of unknown characters.
     """
 
     unit, end = "token", None
@@ -144,7 +144,7 @@ class HubTokenizer:
         return "ByteLevel" in self.decoder
 
     def encode(self, text):
-        """Convert a str to (n,) uint16 or uint32. Special tokens in the text are read as plain text.
+        """Convert a str to (n,) uint8, uint16 or uint32. Special tokens in the text are read as plain text.
 
         Raises UserError if the tokenizer makes a token of it that is left out.
         """
@@ -152,8 +152,8 @@ class HubTokenizer:
         found = np.searchsorted(self.ids, theirs).clip(max=self.vocab_size - 1)
         strange = theirs[np.array(self.ids)[found] != theirs] if len(theirs) else theirs
         if len(strange):
-            raise UserError(f"the tokenizer makes the special token {self.pieces[strange[0]]} of this text: leave out "
-                            "what stands for it")
+            raise UserError(f"the tokenizer turns a part of this text into its special token "
+                            f"{self.pieces[strange[0]]}: remove that part")
         return found.astype(id_type(self.vocab_size))
 
     def decode(self, ids):
@@ -213,7 +213,7 @@ def from_hub(name):
 
 
 def definition_of(tokenizer):
-    """What HubTokenizer needs of a tokenizer of transformers: its tokenizer.json without what is for whole batches."""
+    """The tokenizer.json of a tokenizer, without truncation, padding and the special tokens around a text: a str."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps(parts | {"truncation": None, "padding": None, "post_processor": None}, ensure_ascii=False)
 
@@ -227,7 +227,7 @@ HUB = {"bert": "hf://google-bert/bert-base-uncased", "roberta": "hf://FacebookAI
 
 
 def tokens_of(name):
-    """The meta of the tokens that prepare scripts call gpt2, bert, roberta, hf://owner/name, or by a folder's name.
+    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, hf://owner/name or a folder.
 
     Raises UserError if there is no such tokenizer.
     """

@@ -108,7 +108,8 @@ def our_weights(state, transposed, path):
     """
     head, tokens = state.get("lm_head.weight"), state.get("transformer.wte.weight", state.get("wte.weight"))
     if head is not None and not torch.equal(head, tokens):
-        raise UserError(f"{path} has a head of its own, lm_head.weight, and GPT-2's is that of its embeddings")
+        raise UserError(f"{path} has a head of its own: lm_head.weight differs from the embeddings, and GPT-2's head "
+                        "has the same weights as they")
     tokens = tokens[:END + 1] if len(tokens) == ROUNDED else tokens
     ours = {}
     for key, value in state.items():
@@ -119,7 +120,7 @@ def our_weights(state, transposed, path):
         if transposed and value.dim() == 2 and key.startswith("blocks."):
             value = value.T
         ours[key] = value
-    start = tokens[END] if len(tokens) > END else tokens.float().mean(0).to(tokens.dtype)
+    start = tokens[END] if len(tokens) == END + 1 else tokens.float().mean(0).to(tokens.dtype)
     ours["embed.weight"] = torch.cat((tokens, start[None]))
     return ours
 
@@ -128,7 +129,7 @@ def translate(found, name, dataset, overrides, data_dir):
     """Translate GPT2LMHeadModel of transformers ("gpt2") or nanoGPT's ckpt.pt ("nanogpt").
 
     Neither names its tokens: 50,257 or 50,304 rows are GPT-2's, others those of the data set that the user names.
-    nanoGPT rounds the number of rows up. What is too much is cut off, so no probability goes to what is no token.
+    nanoGPT rounds the number of rows up. Rows that are no tokens are cut off, so they get no probability.
     """
     state, settings = tensors(found.payload), found.settings
     if name == "nanogpt":

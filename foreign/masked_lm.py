@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, ModernBERT and all other masked language models of transformers, as denoisers.
+"""BERT, RoBERTa, ModernBERT and most other masked language models of transformers, as denoisers.
 
 Masked language modelling is absorbing diffusion at one mask rate (docs/adaptation.md). So these networks predict masked
 tokens at every mask rate, if not well, and fine-tuning improves that. The differences to model.DiT are here:
@@ -29,7 +29,7 @@ NOT_KEPT = ("auto_map", "quantization_config", "dtype", "torch_dtype", "transfor
             "_attn_implementation", "experts_implementation", "_experts_implementation")  # code, kernels, formats
 
 
-class Given(nn.Module):
+class PassThrough(nn.Module):
     """In place of the body of a model of transformers: returns the features that it is given as inputs_embeds."""
 
     def forward(self, input_ids=None, inputs_embeds=None, **_):
@@ -38,9 +38,9 @@ class Given(nn.Module):
 
 
 def read_settings(settings):
-    """The config object of transformers of a dict, without what names code, kernels or number formats.
+    """Turn a dict into a config object of transformers. Keys that name code, kernels or number formats are left out.
 
-    Raises UserError if it is of no model that transformers knows, or has sizes that are none.
+    Raises UserError if transformers does not know the model, or if a size is out of range.
     """
     require("transformers", "a masked language model of transformers")
     from transformers import AutoConfig
@@ -108,7 +108,7 @@ class MaskedLM(nn.Module):
     """Denoiser over V = vocab_size tokens and the mask (id V), which is not told the time.
 
     backbone: the settings of transformers; the numbers that its tokenizer has for the mask, for what is put before and
-    after a text, and for what is left out; the number of the first position (None: the network counts itself); the
+    after a text, and for what is left out; the number of the first position (None: it is not told positions); the
     names of weights that no output depends on; and whether the network can compute in bfloat16.
     """
 
@@ -147,14 +147,14 @@ class MaskedLM(nn.Module):
     def __init__(self, vocab_size, model, backbone, checkpoint_blocks=False):
         super().__init__()
         self.vocab_size, self.body = vocab_size, model.base_model
-        setattr(model, model.base_model_prefix, Given())
+        setattr(model, model.base_model_prefix, PassThrough())
         self.head = model
         if checkpoint_blocks:
             self.body.gradient_checkpointing_enable()
         self.n_before, self.first, self.autocast = len(backbone["before"]), backbone["first"], backbone["autocast"]
         left_out = set(backbone["left_out"])
         tokens = [i for i in range(self.body.config.vocab_size) if i not in left_out][:vocab_size]
-        for name, ids in (("ids", [*tokens, backbone["mask"]]), ("tokens", tokens), ("before", backbone["before"]),
+        for name, ids in (("ids", [*tokens, backbone["mask"]]), ("before", backbone["before"]),
                           ("after", backbone["after"])):
             self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
         for name, p in self.named_parameters():
@@ -171,20 +171,22 @@ class MaskedLM(nn.Module):
         return x[:, self.n_before:self.n_before + L]
 
     def forward(self, xt, t, where=None):
-        """Map xt (B, L) long in [0, V], and t, which is not used, to logits (B, L, V), or (N, V) where `where`."""
+        """Map xt (B, L) long in [0, V], and t, which is not used, to logits (B, L, V), or (N, V) at the N
+        True positions of `where` (B, L)."""
         kind = xt.device.type
         with torch.autocast(kind, enabled=self.autocast and torch.is_autocast_enabled(kind)):
             x = self.trunk(xt)
             x = x if where is None else x[where][None]
-            logits = self.head(inputs_embeds=x).logits.index_select(-1, self.tokens)
+            logits = self.head(inputs_embeds=x).logits.index_select(-1, self.ids[:-1])
         return logits if where is None else logits[0]
 
     def matrices(self):
-        """The matrices of the body but for its embeddings."""
-        return [p for name, p in self.body.named_parameters() if p.dim() == 2 and "embed" not in name.lower()
-                and p.requires_grad]
+        """The weights of the linear layers of the body."""
+        weights = [part.weight for part in self.body.modules() if isinstance(part, nn.Linear)]
+        return [weight for weight in weights if weight.requires_grad]
 
     def output_layer(self):
+        """The embeddings and all parameters of the head."""
         return [self.body.get_input_embeddings().weight, *self.head.parameters()]
 
     def n_params(self):
@@ -272,8 +274,8 @@ def works_in_bfloat16(network, text):
 def first_position(body, settings, ids):
     """The position at which a network of transformers begins to count, or None if it is not told positions.
 
-    RoBERTa and its kin begin after the number of the padding. So both are tried: the right one gives what the network
-    computes by itself for a text without padding.
+    RoBERTa and its kin begin after the number of the padding. So 0 and pad_token_id + 1 are tried. The right one gives
+    the same output as no position_ids.
     """
     if "position_ids" not in inspect.signature(body.forward).parameters:
         return None

@@ -5,7 +5,8 @@
     python studies/mixers.py out/mixers --table optimizers    # AdamW, Muon and SM3 by clipping
     python studies/mixers.py out/mixers --table masks         # masks kept out of static maps, and Toeplitz maps
 
-All runs are MDLM of 128 x 4 on texts of 128 characters, with equally many tokens, without token shift. Each row is
+All runs are MDLM of 4 blocks, 128 wide unless a row is called matched, on texts of 128 characters, with equally many
+tokens, without token shift. Each row is
 trained at every learning rate of its table with every seed. The best learning rate of a row is that with the lowest
 mean bits. A run fails if it does not reach the bits of single characters, which need no mixing, or ends in numbers that
 are not finite. Timings are those of the log, while `--jobs` runs shared the machine. It writes TABLE.json and, for
@@ -31,7 +32,7 @@ from data.loader import load_meta, load_split
 from mixers import MIXERS
 from plot import picture
 from studies import runs
-from studies.runs import mean_and_spread
+from studies.runs import mean_and_error
 
 BASE = dict(optimizer="adamw", shift_tokens=False, sample_interval=0, eval_sequences=256, architecture="mixers")
 LRS = (1e-3, 3e-3, 6e-3)
@@ -106,13 +107,12 @@ def measure(row, lr, seed, args):
     flags = ["mdlm_mini_fast", *(f"--{key}={value}" for key, value in (BASE | row.settings).items() if value != ""),
              f"--lr={lr}", f"--seed={seed}", f"--max_steps={args.steps}", f"--warmup_steps={args.steps // 20}",
              f"--eval_interval={args.steps}", "--max_skipped=1000000"]
-    bits = runs.trained(out, flags, args)["bits_per_token"]
-    lines = [line for line in log.read(out / "log.jsonl") if "tokens_per_second" in line]
+    bits, (first, *lines) = runs.trained(out, flags, args), log.read(out / "log.jsonl")
+    lines, config = [line for line in lines if "tokens_per_second" in line], first["config"]
     speed = statistics.median(line["tokens_per_second"] for line in lines)
-    config = log.read(out / "log.jsonl")[0]["config"]
-    return {"bits": math.inf if bits is None else bits, "ms": 1000 * config["batch_size"] * config["seq_len"] / speed,
+    return {"bits": bits, "ms": 1000 * config["batch_size"] * config["seq_len"] / speed,
             "memory": max(line["memory_bytes"] for line in lines),
-            "state": log.read(out / "log.jsonl")[0]["optimizer_bytes"]}
+            "state": first["optimizer_bytes"]}
 
 
 def unigram_bits(args):
@@ -138,7 +138,7 @@ def main():
 
     results, best = [], {}
     for row in rows:
-        means = {lr: mean_and_spread([found[row.name, lr, seed]["bits"] for seed in seeds]) for lr in row.lrs}
+        means = {lr: mean_and_error([found[row.name, lr, seed]["bits"] for seed in seeds]) for lr in row.lrs}
         best[row.name] = lr = min(row.lrs, key=lambda lr: means[lr][0])
         all_runs = [found[row.name, rate, seed] for rate in row.lrs for seed in seeds]
         results.append(dict(

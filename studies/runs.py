@@ -57,9 +57,9 @@ def once(path, measure):
 
 
 def trained(out, flags, args):
-    """Train the run `out`, or continue it, and score it: evaluate.py's JSON object on the test split.
+    """Train the run `out`, or continue it. Returns its bits per token on the test split.
 
-    A run whose weights or likelihood become infinite has bits_per_token None.
+    They are infinite if its weights or its likelihood became so.
     """
     def measure():
         try:
@@ -75,7 +75,8 @@ def trained(out, flags, args):
         seq_len = log.read(out / "log.jsonl")[0]["config"]["seq_len"]
         return json.loads(call("evaluate.py", out, *data_flags(args), "--n_tokens", seq_len * args.windows))
 
-    return once(out.with_name(f"{out.name}.json"), measure)
+    bits = once(out.with_name(f"{out.name}.json"), measure)["bits_per_token"]
+    return math.inf if bits is None else bits
 
 
 def data_flags(args):
@@ -101,7 +102,7 @@ def in_stages(stages, work, jobs):
     return found
 
 
-def mean_and_spread(values):
+def mean_and_error(values):
     """Mean over seeds and the standard error of it (None for one seed)."""
     mean = sum(values) / len(values)
     if len(values) < 2 or not math.isfinite(mean):
@@ -111,4 +112,4 @@ def mean_and_spread(values):
 
 def mean_curve(curves):
     """[(x, mean, standard error)] of curves [(x, y)] with the same x."""
-    return [(column[0][0], *mean_and_spread([y for _, y in column])) for column in zip(*curves)]
+    return [(column[0][0], *mean_and_error([y for _, y in column])) for column in zip(*curves)]

@@ -281,7 +281,7 @@ def test_tokens_without_bytes(kind):
     assert tokenizer.decode(tokenizer.encode("the \u2603"))[-len(unknown):] == unknown
     chars, sizes = (lengths[tokenizer.encode(text)].sum() for lengths in tokenizer.lengths())
     assert chars == len(text) + 1 and sizes == len(text.encode()) + 1  # a space before the first word
-    with pytest.raises(storage.UserError, match="makes the special token"):
+    with pytest.raises(storage.UserError, match="into its special token"):
         HubTokenizer(json.dumps(json.loads(found.to_str())), left_out={tokenizer.encode("the")[0].item()
                                                                       + len(tokenizer.left_out)}).encode("the")
 
@@ -655,9 +655,12 @@ def test_annealing_run(data_dir, call, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("new", [{"conditioning": "time"}, {"tied": False}, {"head_bias": True}, {"norm_bias": True},
-                                 {"conditioning": "step", "tied": False, "head_bias": True, "norm_bias": True}])
+                                 {"conditioning": "step", "tied": False, "head_bias": True, "norm_bias": True},
+                                 {"conditioning": "time", "architecture": "mixers", "mixer": "gmlp"},
+                                 {"conditioning": "time", "architecture": "mixers", "mixer": "synth_dense"}])
 def test_new_tensors_do_not_change_the_function(new, capsys):
     before = Config(n_layer=2, n_head=2, n_embd=32, n_cond=8, seq_len=12, conditioning="none", objective="mdlm")
+    before = replace(before, **{key: value for key, value in new.items() if key in ("architecture", "mixer")})
     torch.manual_seed(0)
     network = before.make_model(11).eval()
     storage.fill(network, {name: p + 0.3 * torch.randn_like(p) for name, p in network.named_parameters()})

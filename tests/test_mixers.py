@@ -93,7 +93,7 @@ def naive(name, layer, x, known):
         part = slice(head * d, (head + 1) * d)
         if name in ("gmlp", "amlp"):
             for i in range(n):
-                out[i, part] = u[i, part] * (layer.bias[head, i] + extra[i, part] + sum(
+                out[i, part] = u[i, part] * (layer.bias.view(heads, L)[head, i] + extra[i, part] + sum(
                     matrix(layer.map, head, i, j) * scale * v[j, part] for j in range(n) if seen[j]))
         elif name == "mixer":
             rows = [[sum(matrix(layer.inner, head, i, j) * scale * x[j, head * d + c].item()
@@ -140,7 +140,7 @@ def test_against_loops(name, kind):
             x = torch.randn(3, n, D, dtype=torch.float64)
             known = torch.rand(3, n) < 0.6
             known[2] = False
-            for given in [None] if name in ("attention", "amlp") else [None, known]:
+            for given in [None] if name == "attention" else [None, known]:
                 found = layer(x, given)
                 for b in range(3):
                     expected = naive(name, layer, x[b], None if given is None else given[b])
@@ -152,7 +152,7 @@ def test_gradients(name, kind):
     """Against finite differences, for the input and all weights."""
     layer = one_layer(name, kind)
     x = torch.randn(2, 4, D, dtype=torch.float64, requires_grad=True)
-    known = torch.tensor([[True, False, True, True], [False] * 4]) if name not in ("attention", "amlp") else None
+    known = torch.tensor([[True, False, True, True], [False] * 4]) if name != "attention" else None
     names, weights = zip(*layer.named_parameters())
     project = torch.randn(2, 4, D, dtype=torch.float64)
 
@@ -238,7 +238,7 @@ def test_number_of_parameters(width, expected):
 @pytest.mark.parametrize("name", MIXERS)
 def test_network(name):
     """where picks, recomputation changes nothing, every parameter learns, and masked tokens are left out if asked."""
-    aware = name not in ("attention", "amlp")
+    aware = name != "attention"
     torch.manual_seed(0)
     cfg = replace(CFG, mixer=name, conditioning="time", mask_aware=aware, shift_tokens=True)
     net = cfg.make_model(5).train()
@@ -255,7 +255,7 @@ def test_network(name):
         torch.testing.assert_close(a, b)
     assert all(p.grad.abs().max() > 0 for p in net.parameters())
     assert len(net.matrices()) >= 2 and net.flops(L, 0.5) < net.flops(L, 1.0)
-    if aware and not name.startswith("container"):  # these attend to masks, too
+    if aware and name not in ("amlp", "container", "container_conv"):  # these attend to masks, too
         net = replace(cfg, shift_tokens=False).make_model(5).eval()
         storage.fill(net, {key: p + 0.3 * torch.randn_like(p) for key, p in net.named_parameters()})
         xt = torch.tensor([[0, 5, 1, 5, 2, 3]])
@@ -291,6 +291,7 @@ def test_what_they_cannot_do(call, data_dir, tmp_path):
                          (["--predict_next"], "reads whole texts"), (["--mask_aware"], "mask_aware is for"),
                          (["--static_map=toeplitz"], "static maps"),
                          (["--mixer=gmlp", "--map_init=1/M"], "map_init='1/M' is not valid"),
+                         (["--mixer=gmlp", "--map_init=orthogonal", "--static_map=toeplitz"], "is for static_map=full"),
                          (["--mixer=synth_dense", "--map_init=0.1"], "map_init is for"),
                          (["--objective=block", "--block_size=8"], "reads whole texts")):
         assert_one_line(go(*flags), words)

@@ -96,6 +96,7 @@ def test_where_it_does_not_go():
 
 def literal_sm3(start, gradients, lr, beta, nesterov, decay):
     """Algorithm SM3-II of arXiv 1901.11150, entry by entry, with momentum; its sets are all rows, columns and so on."""
+    start, gradients = (start[None], [g[None] for g in gradients]) if start.dim() == 0 else (start, gradients)
     w, m = start.clone(), torch.zeros_like(start)
     mu = [[0.0] * n for n in start.shape]
     for g in gradients:
@@ -113,17 +114,19 @@ def literal_sm3(start, gradients, lr, beta, nesterov, decay):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
 def test_sm3_is_the_papers(shape, nesterov):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
     start, gradients = p.detach().clone(), [torch.randn(shape).double() for _ in range(6)]
-    gradients[2][0] = 0
+    if shape:
+        gradients[2][0] = 0
     optimizer = SM3([p], 0.1, momentum=0.9, weight_decay=0.2, nesterov=nesterov)
     for g in gradients:
         p.grad = g.clone()
         optimizer.step_unless(torch.tensor(False))
-    torch.testing.assert_close(p.detach(), literal_sm3(start, gradients, 0.1, 0.9, nesterov, 0.2), atol=1e-6, rtol=1e-6)
+    expected = literal_sm3(start, gradients, 0.1, 0.9, nesterov, 0.2).view(shape)
+    torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_sm3_bounds_adagrad_and_is_it_for_vectors():
@@ -149,7 +152,7 @@ def test_sm3_takes_half_the_memory():
     cfg = replace(CFG, optimizer="sm3")
     model = cfg.make_model(27)
     bytes_ = costs.numbers_kept(model, cfg)
-    assert bytes_ == sum(p.numel() + sum(p.shape) for p in model.parameters())
+    assert bytes_ == sum(p.numel() + sum(p.shape) for p in model.parameters())  # in numbers
     adamw = replace(CFG, optimizer="adamw")
     assert costs.numbers_kept(model, adamw) == 2 * model.n_params()
     for optimizer, config in ((make_optimizers(model, c, torch.device("cpu"), torch.float32)[0], c)
