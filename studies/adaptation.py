@@ -5,7 +5,7 @@
 
     A      trained as BERT is: 15 % of the tokens are predicted (diffusion.BERT), S steps
     B n    A, then n steps at all mask rates
-    C      all S steps at all mask rates (MDLM)
+    C      all S steps at all mask rates (MDLM), and once more with 2 S steps, as many as B S has had
     D n    a left-to-right network of S steps, then n steps at all mask rates and with full attention; it predicts the
            next token
     E n    as D n, but attention grows from causal to full in the first half of the n steps
@@ -50,7 +50,7 @@ def parse_args():
 
 
 class Study:
-    """The runs of the study: names are KIND_SEED or KIND_SEED_N."""
+    """The runs of the study: names are KIND_SEED, and KIND_SEED_N if they have other than S steps from nothing."""
 
     def __init__(self, args):
         self.args, self.folder = args, args.folder
@@ -58,11 +58,12 @@ class Study:
         self.lengths = {"B": halves, "D": halves, "E": halves[2::2]}  # the numbers n
         seeds = range(1, args.seeds + 1)
         first = [(kind, seed, args.steps) for seed in seeds for kind in ("A", "C", "AR")]
-        self.stages = [first + [("AR", JUDGE_SEED, args.steps)],
+        self.stages = [first + [("AR", JUDGE_SEED, args.steps)] + [("C", seed, 2 * args.steps) for seed in seeds],
                        [(kind, seed, n) for kind in SOURCES for n in self.lengths[kind] for seed in seeds]]
 
     def out(self, kind, seed, n):
-        return self.folder / (f"{kind}_{seed}_{n}" if kind in SOURCES else f"{kind}_{seed}")
+        plain = kind not in SOURCES and n == self.args.steps
+        return self.folder / (f"{kind}_{seed}" if plain else f"{kind}_{seed}_{n}")
 
     def bits(self, kind, seed, n):
         """Train one run, or continue it. Returns its bits per token on the test split."""
@@ -76,7 +77,7 @@ class Study:
 
     def samples(self, kind, seed, n):
         """Samples and real text, judged: the rows of evaluate.py --samples."""
-        out, judge = self.out(kind, seed, n), self.out("AR", JUDGE_SEED, None)
+        out, judge = self.out(kind, seed, n), self.out("AR", JUDGE_SEED, self.args.steps)
         steps = [] if kind == "AR" else ["--steps", self.args.calls]
         return runs.once(self.folder / f"{out.name}.samples.json", lambda: json.loads(runs.call(
             "evaluate.py", out, *runs.data_flags(self.args), "--samples", self.args.samples, *steps, "--judge",
@@ -101,7 +102,7 @@ def main():
 
     # ---- bits, and the steps to reach C ----
     rows, by_steps, needed = [], {}, {}
-    for kind, n in [("A", S), ("C", S), ("AR", S), *((kind, n) for kind in SOURCES for n in lengths[kind])]:
+    for kind, n in [("A", S), ("C", S), ("C", 2 * S), ("AR", S), *((kind, n) for kind in SOURCES for n in lengths[kind])]:
         mean, error = mean_and_error([bits[kind, seed, n] for seed in seeds])
         less, less_error = mean_and_error([bits[kind, seed, n] - bits["C", seed, S] for seed in seeds])
         rows.append(dict(run=kind, steps=n, bits=mean, stderr=error, less_c=less, less_c_stderr=less_error))

@@ -773,11 +773,11 @@ def test_study(call, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["adaptation.py", str(tmp_path / "study"), "--seeds", "2", "--steps", "32"])
     adaptation.main()
     trained = [words for words in calls if words[0] == "train.py"]
-    assert len(trained) == 2 * (3 + 5 + 5 + 2) + 1
+    assert len(trained) == 2 * (4 + 5 + 5 + 2) + 1
     assert sum("--predict_next" in words for words in trained) == 14
     assert sum("--anneal_steps=16" in words for words in trained) == 2
     found = json.loads((tmp_path / "study/adaptation.json").read_text())
-    assert len(found["bits"]) == 3 + 12 and {"mask_rates.png", "steps.png"} < {
+    assert len(found["bits"]) == 4 + 12 and {"mask_rates.png", "steps.png"} < {
         path.name for path in (tmp_path / "study").iterdir()}
     before = len(calls)
     adaptation.main()
