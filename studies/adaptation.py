@@ -102,7 +102,8 @@ def main():
 
     # ---- bits, and the steps to reach C ----
     rows, by_steps, needed = [], {}, {}
-    for kind, n in [("A", S), ("C", S), ("C", 2 * S), ("AR", S), *((kind, n) for kind in SOURCES for n in lengths[kind])]:
+    tuned = [(kind, n) for kind in SOURCES for n in lengths[kind]]
+    for kind, n in [("A", S), ("C", S), ("C", 2 * S), ("AR", S), *tuned]:
         mean, error = mean_and_error([bits[kind, seed, n] for seed in seeds])
         less, less_error = mean_and_error([bits[kind, seed, n] - bits["C", seed, S] for seed in seeds])
         rows.append(dict(run=kind, steps=n, bits=mean, stderr=error, less_c=less, less_c_stderr=less_error))
