@@ -82,7 +82,7 @@ def optimizer_rows():
     words = lambda clip: ", ".join(f"{key}={value}" for key, value in clip.items())
     return [Row(f"{optimizer}, {words(clip)}", {"mixer": "attention", "optimizer": optimizer} | clip, lrs)
             for optimizer, lrs in (("adamw", (1e-3, 3e-3, 1e-2)), ("muon", (1e-3, 3e-3, 1e-2)),
-                                   ("sm3", (3e-2, 1e-1, 3e-1)), ("sm3_nesterov", (3e-3, 1e-2, 3e-2)))
+                                   ("sm3", (1e-2, 3e-2, 1e-1)), ("sm3_nesterov", (1e-3, 3e-3, 1e-2)))
             for clip in clips]
 
 
