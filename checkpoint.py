@@ -33,7 +33,7 @@ OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # English data sets of f
 
 
 def hints_for(cfg):
-    """What a run knows of a foreign checkpoint that it starts from: the run's data have the same tokens."""
+    """Return the Hints for a foreign checkpoint that a run starts from: its tokens are those of the run's data."""
     return Hints(dataset=cfg.dataset, data_dir=cfg.data_dir)
 
 
@@ -41,7 +41,7 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
     """The Config, where settings in its network's `of_source` are those of the checkpoint that the run begins with.
 
     So `--init_from` of any size needs no flags for the size. For the main process. Raises UserError if the checkpoint
-    cannot be read or has another kind of network, and if there is none for a network that exists only in checkpoints.
+    cannot be read or has another kind of network.
     """
     if not cfg.network.of_source or cfg.backbone:
         return cfg
@@ -49,9 +49,6 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
     if payload is None and init_from:
         payload = read(init_from, hints_for(cfg))
     if payload is None:
-        if cfg.architecture == "masked_lm":
-            raise UserError("architecture=masked_lm takes its network from a checkpoint: name one with --init_from, "
-                            "such as hf://FacebookAI/roberta-base")
         return cfg
     source, where = config_of(payload), init_from if not resume else out_dir if resume == "auto" else resume
     if source.architecture != cfg.architecture:

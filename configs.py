@@ -15,7 +15,8 @@ import torch
 
 from block_diffusion import BlockDiffusion
 from cli import ArgumentParser, UserError
-from diffusion import BERT, D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
+from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
+from foreign.bert import BERT
 from foreign.gpt2 import GPT2, NanoGPT
 from foreign.masked_lm import MaskedLM
 from foreign.tiny_diffusion import TinyDiffusion
@@ -193,10 +194,10 @@ class Config:
             raise UserError(f"clip={self.clip} needs whole tensors, and --fsdp splits them: leave out one of the two")
         if self.objective_class.blocks != self.objective and (self.block_size or self.rate_range != "0:1"):
             raise UserError("block_size and rate_range need objective=block")
-        if self.architecture != "mixers":
-            for key in ("mixer", "residual", "static_map", "map_init", "mask_aware", "gate_bias"):
-                if getattr(self, key) != Config.__dataclass_fields__[key].default:
-                    raise UserError(f"{key} needs architecture=mixers")
+        for name, network in NETWORKS.items():
+            for key in network.own:
+                if key not in self.network.own and getattr(self, key) != Config.__dataclass_fields__[key].default:
+                    raise UserError(f"{key} needs architecture={name}")
         for part in (self.network, self.objective_class):
             if misfit := part.misfit(self):
                 raise UserError(misfit)

@@ -330,6 +330,8 @@ class MixerBlock(nn.ModuleList):
 class MixerDiT(DiT):
     """model.DiT with another mixer of tokens in its blocks. It reads whole texts: no past, no blocks, not causal."""
 
+    own = ("mixer", "residual", "static_map", "map_init", "mask_aware", "gate_bias")
+
     @classmethod
     def from_config(cls, config, vocab_size):
         return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.n_cond,

@@ -199,6 +199,7 @@ class DiT(nn.Module):
     autoregressive baseline, so that the first token is predicted, too. With it shift_tokens looks to the left only.
     """
 
+    own = ()        # settings of Config that no other network has
     of_source = ()  # settings that a run which begins with a checkpoint takes from it
 
     @classmethod

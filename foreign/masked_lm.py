@@ -112,13 +112,13 @@ class MaskedLM(nn.Module):
     names of weights that no output depends on; and whether the network can compute in bfloat16.
     """
 
-    of_source = ("backbone", *SIZES)
+    own, of_source = ("backbone",), ("backbone", *SIZES)
 
     @classmethod
     def from_config(cls, config, vocab_size):
         if not config.backbone:
-            raise UserError("architecture=masked_lm is a network of a checkpoint: `train.py --init_from` has one, and "
-                            "nothing else can make it")
+            raise UserError("architecture=masked_lm is a network of a checkpoint: a run takes its network from a "
+                            "checkpoint that --init_from names, such as hf://FacebookAI/roberta-base")
         backbone = read_backbone(config.backbone)
         settings = read_settings(backbone["settings"])
         for ours, theirs in SIZES.items():

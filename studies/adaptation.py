@@ -1,9 +1,9 @@
-"""Is BERT text diffusion at one mask rate? Train as BERT, continue at all rates, compare with diffusion throughout.
+"""Compare diffusion throughout with BERT's training and with left-to-right training, each continued at all mask rates.
 
     python studies/adaptation.py out/adaptation                        # all runs, the tables and the figures
     python studies/adaptation.py out/adaptation --seeds 1 --steps 200  # a quick look
 
-    A      trained as BERT is: 15 % of the tokens are predicted (diffusion.BERT), S steps
+    A      trained as BERT is: 15 % of the tokens are predicted (foreign/bert.py), S steps
     B n    A, then n steps at all mask rates
     C      all S steps at all mask rates (MDLM), and once more with 2 S steps, as many as B S has had
     D n    a left-to-right network of S steps, then n steps at all mask rates and with full attention; it predicts the

@@ -1,4 +1,4 @@
-"""Which mixers, optimisers and clipping rules train well? Tables of many small runs, one command for each table.
+"""Compare mixers, optimisers and clipping rules in tables of many small runs, one command for each table.
 
     python studies/mixers.py out/mixers --table mixers        # all mixers, as they are and with equal parameters
     python studies/mixers.py out/mixers --table gates         # gMLP by gate bias, first weights and residual

@@ -141,6 +141,24 @@ def assert_identical(one, two):
         assert losses(one, key) == losses(two, key), key
 
 
+def assert_resumes_exactly(call, monkeypatch, config, data_dir, folder, flags, start=()):
+    """Assert that a small run that is stopped after three steps and resumed agrees bit for bit with a whole one.
+
+    start: more flags for the two beginnings. Returns the folder of the whole run and the Result of its command.
+    """
+    whole, stopped = folder / "whole", folder / "stopped"
+    result = train(call, config, data_dir, whole, *flags, *start)
+    assert result.code == 0, result.err
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train(call, config, data_dir, stopped, *flags, *start)
+    assert len(losses(stopped)) < len(losses(whole))
+    again = train(call, config, data_dir, stopped, *flags, "--resume=auto")
+    assert again.code == 0, again.err
+    assert_identical(whole, stopped)
+    return whole, result
+
+
 def assert_one_line(result, *words):
     """Assert that a command was refused: exit code 2, no stdout, one line on stderr that contains these words."""
     assert result.code == 2, result

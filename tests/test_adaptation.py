@@ -15,11 +15,12 @@ import configs
 import storage
 from adapt import adapt, resize
 from attention import annealed
-from commands import assert_identical, assert_one_line, losses, stop_after, train
+from commands import assert_one_line, assert_resumes_exactly, losses, train
 from configs import Config, replace
 from data.loader import load_meta, load_split
 from data.tokenizer import HubTokenizer, make_tokenizer
-from diffusion import BERT, MDLM, cross_entropy
+from diffusion import MDLM, cross_entropy
+from foreign.bert import BERT
 from likelihood import chain_rule
 from studies import adaptation, runs
 
@@ -355,19 +356,11 @@ def test_fine_tuning(saved, roberta_data, call, tmp_path, monkeypatch):
     meta = load_meta("words", roberta_data)
     tokens = load_split("words", "train", 1, roberta_data)
     assert make_tokenizer(meta).decode(tokens[:200]) in TEXT * 10
-    out, stopped = tmp_path / "out", tmp_path / "stopped"
-    start = [*TUNE, f"--init_from={folder}"]
-    result = train(call, "roberta_wikitext", roberta_data, out, *start)
+    out, result = assert_resumes_exactly(  # to resume, no --init_from is needed
+        call, monkeypatch, "roberta_wikitext", roberta_data, tmp_path, TUNE, [f"--init_from={folder}"])
     n = len(list(checkpoint.load_model(folder, CPU)[0].parameters()))
-    assert result.code == 0 and f"{n} of {n} tensors taken as they are" in result.err, result.err
+    assert f"{n} of {n} tensors taken as they are" in result.err, result.err
     assert losses(out)[-1] < losses(out)[0]
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        train(call, "roberta_wikitext", roberta_data, stopped, *start)
-    assert len(losses(stopped)) < 6
-    result = train(call, "roberta_wikitext", roberta_data, stopped, *TUNE, "--resume=auto")  # no --init_from needed
-    assert result.code == 0, result.err
-    assert_identical(out, stopped)
     payload = storage.read(out)
     assert payload["config"]["architecture"] == "masked_lm" and payload["meta"]["definition"] == meta["definition"]
     assert call("checkpoint.py", "export", out, tmp_path / "shared").code == 0
@@ -404,6 +397,8 @@ def test_wrong_starts(saved, roberta_data, call, trained, data_dir, tmp_path):
                     "architecture=masked_lm needs")
     assert_one_line(train(call, "demo", data_dir, tmp_path / "out", f"--init_from={saved('roberta')[0]}"),
                     "the checkpoint's tokenizer is 'hf'")
+    assert_one_line(train(call, "demo", data_dir, tmp_path / "out", "--backbone=x"),
+                    "backbone needs architecture=masked_lm")
     assert_one_line(call("bench.py", "roberta_wikitext"), "architecture=masked_lm is a network of a checkpoint")
     assert not (tmp_path / "out").exists()
 
@@ -552,7 +547,7 @@ def diffusion_twin(network, config, V):
 
 
 def assert_same_likelihood(network, config, V, L):
-    """With causal attention, --order l2r of the diffusion model is the left-to-right model's likelihood."""
+    """Assert that with causal attention --order l2r of the diffusion model is the left-to-right model's likelihood."""
     x0 = torch.randint(V, (3, L))
     twin, objective = diffusion_twin(network, config, V)
     one = chain_rule(network, config.make_objective(V), x0, "l2r")
@@ -590,7 +585,7 @@ def test_gpt2_as_diffusion(tmp_path, capsys):
 
 
 def test_after_annealing_it_is_a_plain_network():
-    """With full attention the network is a plain bidirectional one, called with the mask before the text."""
+    """The network with full attention is a plain bidirectional one, called with the mask before the text."""
     config = Config(n_layer=2, n_head=2, n_embd=32, seq_len=12, conditioning="none", objective="mdlm")
     torch.manual_seed(0)
     next_token, plain = (replace(config, seq_len=n, predict_next=n == 12).make_model(11).eval() for n in (12, 13))
@@ -621,17 +616,12 @@ def test_annealed():
 
 def test_annealing_run(data_dir, call, tmp_path, monkeypatch):
     """From our ar model: what is taken is said, the run resumes to the bit in the middle of annealing."""
-    ar, out, stopped = (tmp_path / name for name in ("ar", "out", "stopped"))
+    ar = tmp_path / "ar"
     assert train(call, "ar_demo", data_dir, ar, "--max_steps=10").code == 0
     flags = ["--predict_next", "--anneal_steps=6", "--max_steps=8"]
-    result = train(call, "demo", data_dir, out, *flags, f"--init_from={ar}")
-    assert result.code == 0 and "tensors taken as they are" in result.err and "objective=ar, now mdlm" in result.err
+    out, result = assert_resumes_exactly(call, monkeypatch, "demo", data_dir, tmp_path, flags, [f"--init_from={ar}"])
+    assert "tensors taken as they are" in result.err and "objective=ar, now mdlm" in result.err
     assert "predict the next" not in result.err
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        train(call, "demo", data_dir, stopped, *flags, f"--init_from={ar}")
-    assert train(call, "demo", data_dir, stopped, *flags, "--resume=auto").code == 0
-    assert_identical(out, stopped)
     seen = []  # the visibility of each step
     original = annealed
     monkeypatch.setattr("attention.annealed", lambda *args: seen.append(original(*args)) or seen[-1])

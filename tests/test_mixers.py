@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import storage
-from commands import assert_identical, assert_one_line, losses, stop_after, train
+from commands import assert_one_line, assert_resumes_exactly, losses, train
 from configs import Config, replace
 from cli import UserError
 from mixers import MAPPED, MIXERS, TINY, Map, layers, std_of
@@ -50,7 +50,7 @@ def matrix(table, head, i, j):
 
 
 def naive(name, layer, x, known):
-    """What the docstring of mixers.py says, by loops: x (n, D), known (n,) bool or None -> (n, D)."""
+    """Compute the formula in the docstring of mixers.py by loops: x (n, D), known (n,) bool or None -> (n, D)."""
     n, heads = len(x), layer.n_head
     linear = lambda part, row: (part.weight @ row + (0 if part.bias is None else part.bias))
     seen = [True] * n if known is None else known.tolist()
@@ -171,7 +171,7 @@ def test_gradients(name, kind):
 @pytest.mark.parametrize("conditioning", ["none", "time"])
 @pytest.mark.parametrize("name", MIXERS)
 def test_identity_at_first(name, conditioning):
-    """With residual=zero and rezero a block is the identity before training; plain it is not."""
+    """A block is the identity before training with residual=zero and rezero, and not with plain."""
     x = torch.randn(2, L, D)
     for residual in ("zero", "rezero", "plain"):
         net = replace(CFG, mixer=name, residual=residual, conditioning=conditioning).make_model(5)
@@ -182,7 +182,7 @@ def test_identity_at_first(name, conditioning):
 
 @torch.no_grad()
 def test_order_tells_them_apart():
-    """What a permutation of the tokens, and a shift, do to a layer.
+    """Permuting the tokens, and shifting them, tells the layers apart.
 
     Dense synthesizers permute the rows of their weights but not the columns; static maps follow neither. A Toeplitz map
     commutes with a shift inside a text that is zero at its ends, and a full map does not. MLPs commute with all.
@@ -269,15 +269,9 @@ def test_network(name):
 @pytest.mark.parametrize("name", ["gmlp", "synth_dense"])
 def test_a_run(name, call, data_dir, tmp_path, monkeypatch):
     """Train with Muon, resume to the bit, score, sample a shorter text, export."""
-    one, two = tmp_path / "one", tmp_path / "two"
     flags = ["--architecture=mixers", f"--mixer={name}", "--mask_aware", "--optimizer=muon", "--max_steps=8",
              "--conditioning=none", "--lr=3e-3", "--dropout=0.1"]
-    assert train(call, "mdlm_text8", data_dir, one, *flags).code == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        train(call, "mdlm_text8", data_dir, two, *flags)
-    assert train(call, "mdlm_text8", data_dir, two, *flags, "--resume=auto").code == 0
-    assert_identical(one, two)
+    one, _ = assert_resumes_exactly(call, monkeypatch, "mdlm_text8", data_dir, tmp_path, flags)
     assert losses(one)[-1] < losses(one)[0]
     assert call("evaluate.py", one, "--check", "--split=train", "--n_tokens=2000", "--repeats=4").code == 0
     assert call("checkpoint.py", "export", one, tmp_path / "shared").code == 0

@@ -8,7 +8,7 @@ import torch
 
 import costs
 from cli import UserError
-from commands import assert_identical, assert_one_line, losses, stop_after, train
+from commands import assert_one_line, assert_resumes_exactly, losses, train
 from configs import Config, replace
 from optim import SM3, Muon, clip_gradients, make_optimizers, orthogonalise
 from train import states
@@ -222,14 +222,8 @@ def test_settings_of_clipping():
 @pytest.mark.parametrize("flags", [["--optimizer=sm3", "--clip=agc:0.01"],
                                    ["--optimizer=sm3_nesterov", "--clip=agc_tensor:0.003"]])
 def test_sm3_and_agc_resume_to_the_bit(flags, call, data_dir, tmp_path, monkeypatch):
-    one, two = tmp_path / "one", tmp_path / "two"
     flags = [*flags, "--lr=3e-3", "--max_steps=8"]
-    assert train(call, "mdlm_text8", data_dir, one, *flags).code == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        train(call, "mdlm_text8", data_dir, two, *flags)
-    assert train(call, "mdlm_text8", data_dir, two, *flags, "--resume=auto").code == 0
-    assert_identical(one, two)
+    one, _ = assert_resumes_exactly(call, monkeypatch, "mdlm_text8", data_dir, tmp_path, flags)
     assert losses(one)[-1] < losses(one)[0]
-    result = train(call, "mdlm_text8", data_dir, two, "--lr=3e-3", "--max_steps=8", "--resume=auto", "--optimizer=sm3")
+    result = train(call, "mdlm_text8", data_dir, one, "--lr=3e-3", "--max_steps=8", "--resume=auto", "--optimizer=sm3")
     assert_one_line(result, "of another run", "clip")
