@@ -126,7 +126,24 @@ def attend(q, k, v, visible, causal):
         return flex(q, k, v, block_mask=visible)
     if isinstance(visible, Tiles):
         q, k, v = (x.split(visible.width, 2) for x in (q, k, v))
-        return torch.cat([F.scaled_dot_product_attention(
-            queries, *(torch.cat([x[i] for i in seen], 2) for x in (k, v)), mask)
-            for queries, seen, mask in zip(q, visible.seen, visible.masks)], 2)
+        return torch.cat([attend(queries, *(torch.cat([x[i] for i in seen], 2) for x in (k, v)), mask, False)
+                          for queries, seen, mask in zip(q, visible.seen, visible.masks)], 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
+        return attend_by_products(q, k, v, visible, causal)
     return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal and visible is None)
+
+
+def attend_by_products(q, k, v, visible, causal):
+    """attend with the scores as a tensor (B heads, L, P + L), softmax(q k^T / sqrt(head_dim)) v.
+
+    In bfloat16 on CPUs, training to 512 keys is two to five times as fast as with PyTorch's own function, which keeps no
+    scores and computes them again for the gradient. The softmax is computed in float32 and kept in bfloat16.
+    """
+    B, heads, L, head_dim = q.shape
+    if causal and visible is None:
+        visible = torch.ones(L, k.shape[2], dtype=torch.bool).tril()
+    with torch.autocast("cpu", enabled=False):
+        scores = torch.baddbmm(q.new_zeros(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=head_dim ** -0.5)
+        if visible is not None:
+            scores = scores.view(B, heads, L, -1).masked_fill(~visible, -torch.inf).flatten(0, 1)
+        return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, heads, L, -1)

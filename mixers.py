@@ -32,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attention import attend
 from model import DiT, LayerNorm, at_positions, modulate, rotary_tables, rotate, token_shift
 
 TINY = 64   # width of the attention head in amlp's gate
@@ -122,7 +123,7 @@ class Attention(nn.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def forward(self, x, known):
-        return self.out(join_heads(F.scaled_dot_product_attention(*self.queries(x))))
+        return self.out(join_heads(attend(*self.queries(x), None, False)))
 
     def mixing(self, L, D):
         """Multiplications of a token with others."""
@@ -185,7 +186,7 @@ class Container(Attention):
         q, k, v = self.queries(x)
         a, b = self.dynamic[:, None, None].to(v.dtype), self.static[:, None, None].to(v.dtype)
         static = self.map(x.shape[1]).to(v.dtype) @ without_masks(v, known)
-        return self.out(join_heads(a * F.scaled_dot_product_attention(q, k, v) + b * static))
+        return self.out(join_heads(a * attend(q, k, v, None, False) + b * static))
 
     def mixing(self, L, D):
         return 3 * L * D
@@ -204,7 +205,7 @@ class ContainerConv(Attention):
         share = self.share.sigmoid()[:, None, None].to(v.dtype)
         kept = v if known is None else v * known[:, None, :, None].to(v.dtype)
         local = F.conv1d(join_heads(kept).mT, self.taps.to(v.dtype), padding=TAPS // 2, groups=x.shape[-1]).mT
-        y = (1 - share) * F.scaled_dot_product_attention(q, k, v) + share * split_heads(local, self.n_head)
+        y = (1 - share) * attend(q, k, v, None, False) + share * split_heads(local, self.n_head)
         return self.out(join_heads(y))
 
     def mixing(self, L, D):
@@ -246,7 +247,7 @@ class GMLP(nn.Module):
         gate = join_heads(self.map(n).to(u.dtype) @ v + bias)
         if self.tiny is not None:
             q, k, values = (part[:, None] for part in self.tiny(x).chunk(3, -1))
-            gate = gate + self.tiny_out(F.scaled_dot_product_attention(q, k, values)[:, 0])
+            gate = gate + self.tiny_out(attend(q, k, values, None, False)[:, 0])
         return self.out(*at_positions(at, B, n, u * gate))
 
     def mixing(self, L, D):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import configs
+from attention import attend, attend_by_products
 from model import Block, DiT, rotary_tables, rotate, token_shift
 
 
@@ -101,6 +102,27 @@ def test_attention_is_softmax_attention():
         out.append(weights @ v[..., s])
     torch.testing.assert_close(block.attention(*block.heads(x, cos, sin)), block.attn_out(torch.cat(out, -1)),
                                atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seen", ["all", "left", "mask", "mask per text"])
+def test_attention_by_products(seen):
+    """The two ways to compute attention agree, with their gradients; in bfloat16 up to some roundings."""
+    L, P = 12, 0 if seen == "left" else 5
+    g = torch.Generator().manual_seed(0)
+    visible = {"mask": torch.rand(L, P + L, generator=g) < 0.5,
+               "mask per text": torch.rand(3, 1, L, P + L, generator=g) < 0.5}.get(seen)
+    if visible is not None:
+        visible[..., 0] = True
+    q, k, v = (torch.randn(3, 2, n, 8, generator=g, dtype=torch.double) for n in (L, P + L, P + L))
+    found = []
+    for function, dtype in ((attend, torch.double), (attend_by_products, torch.double), (attend, torch.bfloat16)):
+        inputs = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
+        y = function(*inputs, visible, seen == "left")
+        assert y.dtype == dtype
+        found.append([y, *torch.autograd.grad(y.double().square().sum(), inputs)])
+    for exact, products, rounded in zip(*found):
+        torch.testing.assert_close(products, exact, atol=1e-12, rtol=1e-12)
+        assert (rounded.double() - exact).norm() < 0.03 * exact.norm()
 
 
 def by_the_formulas(model, xt, t, clock, n_head):
