@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import storage
-from commands import assert_one_line, assert_resumes_exactly, losses, train
+from commands import (STEADY, assert_one_line, assert_resumes_exactly, assert_same_training, finish_well, losses,
+                      start, train)
 from configs import Config, replace
 from cli import UserError
 from mixers import MAPPED, MIXERS, TINY, Map, layers, std_of
@@ -254,6 +255,8 @@ def test_network(name):
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
     assert all(p.grad.abs().max() > 0 for p in net.parameters())
+    expected, net.trunk = net(xt, t, where), torch.compile(net.trunk, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(net(xt, t, where), expected)
     assert len(net.matrices()) >= 2 and net.flops(L, 0.5) < net.flops(L, 1.0)
     if aware and name not in ("amlp", "container", "container_conv"):  # these attend to masks, too
         net = replace(cfg, shift_tokens=False).make_model(5).eval()
@@ -277,6 +280,15 @@ def test_a_run(name, call, data_dir, tmp_path, monkeypatch):
     assert call("checkpoint.py", "export", one, tmp_path / "shared").code == 0
     assert len(call("sample.py", tmp_path / "shared", "--length=10", "--steps=4").out) == 11
     assert call("bench.py", "mdlm_text8", *flags[:3], *flags[-3:], "--estimate").code == 0
+
+
+@pytest.mark.parametrize("name", ["gmlp", "container"])
+def test_two_processes(name, call, data_dir, tmp_path):
+    """They train as one does: maps, gates and weights of heads are averaged, too."""
+    flags = ["--architecture=mixers", f"--mixer={name}", "--residual=rezero", "--mask_aware", *STEADY]
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *flags).code == 0
+    finish_well(start("mdlm_text8", data_dir, tmp_path / "two", *flags, n=2))
+    assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
 def test_what_they_cannot_do(call, data_dir, tmp_path):
