@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import local_sgd
 from block_diffusion import BlockDiffusion
 from cli import ArgumentParser, UserError
 from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
@@ -40,7 +41,7 @@ def setting(default, help, choices=None, same_run=True):
 
 COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size", "micro_batch_size", "max_steps",
           "eval_interval", "eval_sequences", "checkpoint_interval", "log_interval",
-          "max_skipped"}  # these are at least 1; other numbers are at least 0
+          "max_skipped", "local_group", "fragments"}  # these are at least 1; other numbers are at least 0
 MOST = {"seq_len": 10**7, "n_layer": 10**4, "n_head": 10**4, "n_embd": 10**6, "n_cond": 10**6,
         "T": 10**7}  # T: float32 cannot tell more steps apart
 
@@ -125,6 +126,17 @@ class Config:
                         "agc:0.01 for each output, agc_tensor:0.003 for whole tensors")
     grad_clip: float = setting(0.1, "maximum gradient norm of clip=norm; larger gradients are scaled down; 0: no "
                                "clipping")
+    local_steps: int = setting(0, "steps that each worker takes alone between two exchanges of weights (local_sgd.py); 0: "
+                               "gradients are averaged in every step")
+    local_group: int = setting(1, "number of processes of a worker; local_steps only", same_run=False)
+    outer_lr: float = setting(0.7, "learning rate of an exchange; local_steps only")
+    outer_momentum: float = setting(0.9, "Nesterov's momentum of an exchange; local_steps only")
+    pull: float = setting(1.0, "share of the way to the common weights that a worker goes in an exchange; local_steps "
+                          "only")
+    delay: int = setting(0, "steps from sending weights to using the mean; local_steps only")
+    fragments: int = setting(1, "number of parts of the weights that are exchanged in turn; local_steps only")
+    eager: bool = setting(False, "use one's own part of the mean at once; needs delay as large as local_steps")
+    send_dtype: str = setting("float32", "number format of what is sent; local_steps only", ("float32", "bfloat16"))
     ema_decay: float = setting(0.9999, "decay per step of the moving average (EMA) of the weights, used to evaluate")
     seed: int = setting(1, "random seed of the weights, data order, noise and dropout")
     # run
@@ -198,7 +210,7 @@ class Config:
             for key in network.own:
                 if key not in self.network.own and getattr(self, key) != Config.__dataclass_fields__[key].default:
                     raise UserError(f"{key} needs architecture={name}")
-        for part in (self.network, self.objective_class):
+        for part in (self.network, self.objective_class, local_sgd):
             if misfit := part.misfit(self):
                 raise UserError(misfit)
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+import parallel
 from cli import UserError, note
 
 
@@ -75,6 +76,12 @@ class Tally(NamedTuple):
         in_a_row = (self.in_a_row + 1) * bad
         return Tally(self.nats + torch.where(bad, 0, nats), self.steps + ~bad, self.skipped + bad, in_a_row,
                      torch.maximum(self.most_in_a_row, in_a_row))
+
+    def of_all(self):
+        """The tally of all workers together: sums, and the largest number of steps in a row (local_sgd.py)."""
+        if parallel.n_teams == 1:
+            return self
+        return Tally(*parallel.total_of_teams(torch.stack(self[:3])), *parallel.largest(torch.stack(self[3:])))
 
     def next_line(self):
         """The tally after a log line."""

@@ -245,18 +245,23 @@ def make_optimizers(model, cfg, device, dtype):
 
 
 class EMA:
-    """Exponential moving average of a model's weights with warm-up: update n has decay min(decay, (1+n)/(10+n))."""
+    """Exponential moving average of a model's weights with warm-up: step n has decay min(decay, (1+n)/(10+n)).
 
-    def __init__(self, model, decay):
+    of: the weights that are averaged, if not the model's own (the anchor of local_sgd.py).
+    """
+
+    def __init__(self, model, decay, of=None):
         self.model, self.decay, self.updates = model, decay, 0
         self.average = [p.detach().clone() for p in model.parameters()]
         # The part that this process holds: a share with FSDP, else all.
         self.weights, self.averages = parallel.local(model.parameters()), parallel.local(self.average)
+        self.of = of or self.weights
 
-    def update(self):
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+    def update(self, steps=1):
+        """Update the average after some steps, with the decay of the last one for each."""
+        self.updates += steps
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** steps
+        torch._foreach_lerp_(self.averages, self.of, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self):

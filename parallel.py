@@ -6,6 +6,7 @@ Then an error in one process is raised in all, and none waits for ever. A single
 communication.
 """
 
+import functools
 import os
 import signal
 from datetime import timedelta
@@ -19,6 +20,10 @@ from cli import UserError, pick_device
 rank = int(os.environ.get("RANK", 0))
 world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 is_main = rank == 0
+
+# Processes that train one copy of the weights are a team. All are one team, unless form_teams is called.
+team, team_size = None, world
+leaders, n_teams = None, 1  # leaders: the group of the first processes of all teams
 
 
 def join(timeout_minutes):
@@ -44,6 +49,21 @@ def share_of_batch(cfg, world):
         raise UserError(f"batch_size={cfg.batch_size} must be a multiple of processes x micro_batch_size = "
                         f"{world} x {micro}")
     return cfg.batch_size // world, micro
+
+
+def form_teams(size):
+    """Split the processes into teams of `size`, the workers of local_sgd.py. Raises UserError if it does not divide them.
+    """
+    global team, team_size, leaders, n_teams
+    if world % size:
+        raise UserError(f"local_group={size} does not divide the number of processes, {world}")
+    team_size, n_teams = size, world // size
+    if dist.is_initialized():
+        for first in range(0, world, size):  # every process has to take part in making every group
+            group = dist.new_group(list(range(first, first + size)))
+            if first <= rank < first + size:
+                team = group
+        leaders = dist.new_group(list(range(0, world, size)))
 
 
 def leave():
@@ -92,10 +112,23 @@ def on_main(function):
     return result[0]
 
 
-def total(x):
-    """Sum a tensor over the processes, in place, and return it."""
+def total(x, group=None):
+    """Sum a tensor over the processes (of a group), in place, and return it."""
     if dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def total_of_teams(counts):
+    """Sum counts, a tensor that is equal in all processes of a team, over the teams."""
+    return total(counts.clone()) / team_size
+
+
+def largest(x):
+    """The largest value of each number of a tensor in any process."""
+    x = x.clone()
+    if dist.is_initialized():
+        dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
 
 
@@ -126,10 +159,7 @@ class StopSignals:
         """(number, name) of the signal that any process has received, or (0, 0). All processes get the same answer."""
         if "RANK" in os.environ and os.getppid() != self.parent:
             self.received = LOST_PARENT
-        number = torch.tensor(self.received)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        number = number.item()
+        number = largest(torch.tensor(self.received)).item()
         return number, "the end of torchrun" if number == LOST_PARENT else number and signal.Signals(number).name
 
 
@@ -156,9 +186,9 @@ def spread(model, device, fsdp, compiled):
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # training, validation, both texts of block diffusion, last batches
         model.trunk = torch.compile(model.trunk)
-    if not dist.is_initialized():
+    if team_size == 1:
         return model
-    net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+    net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, process_group=team,
                                   gradient_as_bucket_view=True)
     net.broadcast_buffers = False  # the buffers are tables that never change
     return net
@@ -202,3 +232,66 @@ def copy_from_main(target, source):
             from torch.distributed.tensor import distribute_tensor
             source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(source)
+
+
+# ---- workers that exchange their weights (local_sgd.py) ------------------------------------------------------------
+
+
+class Arrived:
+    """An average that is there."""
+
+    def __init__(self, mean):
+        self.mean = mean
+
+    def wait(self):
+        return self.mean
+
+
+class Average:
+    """The average of lists of tensors over all teams, while it is under way.
+
+    messages: one list for each worker of this process, of which train.py has one; the processes of a team have the same.
+    dtype: in which the numbers are sent and added up. The leaders of the teams add up, and tell their teams.
+    """
+
+    def __init__(self, messages, dtype):
+        self.like, self.n = messages[0], n_teams * len(messages)
+        flat = [torch.cat([x.flatten() for x in message]).to(dtype) for message in messages]
+        self.sum = functools.reduce(torch.add, flat)
+        self.work = dist.all_reduce(self.sum, group=leaders, async_op=True) if (
+            n_teams > 1 and rank % team_size == 0) else None
+
+    def wait(self):
+        """The averages, as a list like the messages."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        if n_teams > 1 and team_size > 1:
+            dist.broadcast(self.sum, rank // team_size * team_size, group=team)
+        mean = self.sum.to(self.like[0].dtype) / self.n
+        return [x.view(y.shape) for x, y in zip(mean.split([y.numel() for y in self.like]), self.like)]
+
+
+def gather_from_teams(x):
+    """In the main process [x of the first process of each team], else None. One team sends after the other."""
+    found = [x]
+    for leader in range(team_size, world, team_size):
+        box = [x]
+        if rank == leader:
+            dist.send_object_list(box, 0, device=torch.device("cpu"))
+        elif is_main:
+            dist.recv_object_list(box, leader, device=torch.device("cpu"))
+            found.append(box[0])
+    return found if is_main else None
+
+
+def hand_out(found):
+    """Give every process its team's entry of a list that the main process has."""
+    for other in range(1, world):
+        box = [found[other // team_size] if is_main else None]
+        if is_main:
+            dist.send_object_list(box, other, device=torch.device("cpu"))
+        elif rank == other:
+            dist.recv_object_list(box, 0, device=torch.device("cpu"))
+            return box[0]
+    return found[0]

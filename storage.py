@@ -5,6 +5,7 @@
     model      raw weights                       ema     their moving average, which evaluate.py and sample.py use
     optimizer  its tensors by parameter name     name    the name of the config function
     step, best_val, tally, wandb_id              the state from which a resumed run continues
+    workers    with local_steps only: the state of each worker (local_sgd.py)
     versions   of torch, numpy and Python        sha256  of all of the above
 
 The folder of a run has ckpt.pt, the last checkpoint; ckpt_prev.pt, the one before; and ckpt_best.pt, that of the best
@@ -235,6 +236,11 @@ def is_weights(x):
     return isinstance(x, dict) and len(x) > 0 and all(is_text(key) and is_floats(value) for key, value in x.items())
 
 
+def is_tree(x):
+    """Tell whether x is a dict of tensors of floats, or of such dicts."""
+    return isinstance(x, dict) and all(is_text(key) and (is_floats(value) or is_tree(value)) for key, value in x.items())
+
+
 def is_json(x):
     """Tell whether x consists of the types that JSON has."""
     if isinstance(x, dict):
@@ -257,6 +263,8 @@ FIELDS = {
     "optimizer": (lambda x: isinstance(x, dict) and all(
         is_text(name) and (entries == {} or is_weights(entries)) for name, entries in x.items()),
                   "tensors of real numbers by parameter"),
+    "workers": (lambda x: isinstance(x, list) and len(x) > 0 and all(map(is_tree, x)),
+                "a list of states of workers"),
 }
 
 

@@ -20,6 +20,7 @@ import torch
 
 import checkpoint
 import configs
+import local_sgd
 import parallel
 import storage
 from attention import annealed
@@ -60,8 +61,8 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
 
     visible: which tokens each token sees in this step (attention.annealed); None: all.
 
-    Returns, for the whole batch, the bound in nats per token, the gradient norm, and whether one of the two is not
-    finite. If so, weights and optimiser state stay as they were. All three are tensors: nothing here waits for a CUDA
+    Returns, for the whole batch (of a worker, with local_steps), the bound in nats per token, the gradient norm, and
+    whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors: nothing here waits for a CUDA
     GPU. mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats, denoiser = torch.zeros((), device=device), net
@@ -75,7 +76,7 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
         (loss / len(parts)).backward()
         mark("backward")
         nats += nelbo.mean() / len(parts)
-    nats = parallel.total(nats) / parallel.world
+    nats = parallel.total(nats, parallel.team) / parallel.team_size
     norm = clip_gradients(parallel.bare(net), cfg)
     bad = ~(nats.isfinite() & norm.isfinite())
     for optimizer in optimizers:
@@ -93,15 +94,20 @@ def states(optimizers):
             for p in group["params"]}
 
 
-def state_of(model, ema, optimizers=()):
+def state_of(model, ema, optimizers=(), exchange=None, tally=None):
     """Collect weights, averages and optimiser state for a checkpoint in the main process. All processes call it."""
     parameters = dict(model.named_parameters())
-    state = {"model": {name: parallel.whole(p) for name, p in parameters.items()},
+    weights = parameters if exchange is None else exchange.workers[0].tensors("anchor")
+    state = {"model": {name: parallel.whole(p) for name, p in weights.items()},
              "ema": {name: parallel.whole(average) for name, average in zip(parameters, ema.average)}}
     if optimizers:
         moments = states(optimizers)
         state["optimizer"] = {name: {key: parallel.whole(value) for key, value in moments[p].items()}
                               for name, p in parameters.items()}
+    if optimizers and exchange is not None:
+        own = exchange.state() | {"optimizer": {name: moments[p] for name, p in parameters.items()},
+                                  "tally": {"tally": torch.stack(tally)}}
+        state["workers"] = parallel.gather_from_teams(local_sgd.to_cpu(own))
     return state
 
 
@@ -136,8 +142,24 @@ def add_arguments(parser):
                         "--resume finds a run")
 
 
+def restore_worker(workers, model, optimizers, exchange):
+    """Restore this process's worker from the list of workers, which only the main process has. Returns its tally."""
+    def check():
+        if len(workers) != parallel.n_teams:
+            raise UserError(f"the run has {len(workers)} workers, and {parallel.n_teams} were started: start as many (torchrun "
+                            "--nproc_per_node), or begin a new run with --init_from")
+
+    on_main(check)
+    own, moments = parallel.hand_out(workers), states(optimizers)
+    exchange.restore(own)
+    for name, p in model.named_parameters():
+        for key, value in own["optimizer"][name].items():
+            moments[p][key].copy_(value)
+    return own["tally"]["tally"]
+
+
 def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
-    """Set up a new run, or a run that continues from a checkpoint. Returns (net, optimizers, ema, RunState, lock).
+    """Set up a new run, or one that continues from a checkpoint. Returns (net, optimizers, ema, exchange, RunState, lock).
 
     net is the model on its device, wrapped for training. The checkpoint's memory is freed on return. The caller keeps
     the lock of out_dir."""
@@ -149,14 +171,19 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
     if copied:
         for key, p in model.named_parameters():
             parallel.copy_from_main(p, source and source[key])
-    optimizers, ema = make_optimizers(model, cfg, device, dtype), EMA(model, cfg.ema_decay)
+    optimizers, exchange = make_optimizers(model, cfg, device, dtype), None
+    if cfg.local_steps:
+        exchange = local_sgd.of_this_process(model, cfg)
+    ema = EMA(model, cfg.ema_decay, exchange and list(exchange.workers[0].tensors("anchor").values()))
     step, best_val, tally, wandb_id = 0, math.inf, torch.zeros(5), None
     if resumed:
         step, best_val, tally, wandb_id = on_main(
             lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
         restore(payload, model, ema, optimizers)
+        if exchange is not None:
+            tally = restore_worker(payload and payload["workers"], model, optimizers, exchange)
         ema.updates = step
-    return net, optimizers, ema, RunState(step, best_val, Tally(*tally.to(device)), wandb_id), lock
+    return net, optimizers, ema, exchange, RunState(step, best_val, Tally(*tally.to(device)), wandb_id), lock
 
 
 def compiles(cfg, device):
@@ -167,6 +194,8 @@ def compiles(cfg, device):
 def main():
     name, cfg, args = configs.from_command_line("train.py", __doc__, add_arguments)
     parallel.join(cfg.timeout_minutes)
+    if cfg.local_steps:
+        parallel.form_teams(cfg.local_group)
     rank, world, is_main = parallel.rank, parallel.world, parallel.is_main
     stop = parallel.StopSignals()
     if cfg.fsdp and "RANK" not in os.environ:
@@ -193,9 +222,10 @@ def main():
         together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
     torch.manual_seed(cfg.seed)
     model = cfg.make_model(meta["vocab_size"])  # made on the CPU: equal weights on every device and in every process
+    local_sgd.deal([name for name, _ in model.named_parameters()], cfg.fragments)  # checks that it can be done
     n_params, kept = model.n_params(), 4 * numbers_kept(model, cfg)
     flops = flops_per_token(model, objective, cfg)
-    net, optimizers, ema, state, lock = start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop)
+    net, optimizers, ema, exchange, state, lock = start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop)
     step, best_val, tally, wandb_id = state
     peak = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
     peak = parallel.total(torch.tensor(peak, dtype=torch.float64)).item()
@@ -216,6 +246,9 @@ def main():
         # All processes score equally many windows, because FSDP needs all of them in every call: some are scored twice.
         mine = [i % n for i in range(rank, n + -n % world, world)]
         nats = torch.zeros(2, n, dtype=torch.float64)
+        if cfg.eager:  # the workers' anchors, and so their averages, differ a little: all validate the main one's
+            for average in ema.average:
+                parallel.copy_from_main(average, average)
         with ema.applied():
             nats[0, mine] = bound(model, objective, val_data, mine, prefix_range=cfg.prefix_range)
         nats[1, mine] = 1
@@ -234,7 +267,7 @@ def main():
         return text_of(state.xt[0].tolist(), xt[0].tolist(), end, tokenizer)
 
     def save(filename, to_resume):
-        state = state_of(model, ema, optimizers if to_resume else ())
+        state = state_of(model, ema, optimizers if to_resume else (), exchange, tally)
 
         def write():
             if not all(weights.isfinite().all() for kind in ("model", "ema") for weights in state[kind].values()):
@@ -249,7 +282,8 @@ def main():
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
     report(f"{name}: {n_params / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
-           f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}, {str(dtype).removeprefix('torch.')}"
+           f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}"
+           f"{f', {parallel.n_teams} workers that exchange every {cfg.local_steps} steps' if exchange else ''}, {str(dtype).removeprefix('torch.')}"
            f"{', compiled' if compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, "
            f"optimiser state {kept / 1e6:,.1f} MB, writing to {out_dir}"
            + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if step else ""),
@@ -269,13 +303,17 @@ def main():
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
         visible = annealed(cfg.seq_len + cfg.predict_next, step, cfg.anneal_steps, cfg.seed)
         nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype, visible=visible)
-        ema.update()
         tally = tally.count(nats, bad)
         step += 1
         bar.update()
+        if exchange is not None and not exchange.after(step):
+            continue  # within a round a worker hears nothing of the others
+        taken = 1 if exchange is None else (step - 1) % cfg.local_steps + 1  # steps since the last exchange
+        due = lambda interval: step == cfg.max_steps or step // interval > (step - taken) // interval
+        ema.update(taken)
 
-        if step % cfg.log_interval == 0 or step == cfg.max_steps:
-            counted, tally = tally.numbers(), tally.next_line()  # waits for the GPU, so that `elapsed` is right
+        if due(cfg.log_interval):
+            counted, tally = tally.of_all().numbers(), tally.next_line()  # waits for the GPU, so `elapsed` is right
             elapsed = time.perf_counter() - clock
             clock += elapsed
             seconds += elapsed
@@ -295,7 +333,7 @@ def main():
                                 f"step {step + 1:,}: the last good checkpoint in {out_dir} is unchanged; try a smaller "
                                 "--lr in a new run")
         paused = time.perf_counter()
-        if step % cfg.eval_interval == 0 or step == cfg.max_steps:
+        if due(cfg.eval_interval):
             bits, error = validate()
             report(f"step {step:,}  validation {unit} {bits:.4f} {plus_minus(error)}"
                    f"{'  (best so far)' if bits < best_val else ''}",
@@ -303,11 +341,11 @@ def main():
             if bits < best_val:
                 best_val = bits
                 save("ckpt_best.pt", to_resume=False)
-        if cfg.sample_interval and step % cfg.sample_interval == 0:
+        if cfg.sample_interval and step // cfg.sample_interval > (step - taken) // cfg.sample_interval:
             text = sample()
             report(f"step {step:,}  sample  {text}", sample=text)
         stopped, stopped_by = stop.agreed()
-        if step % cfg.checkpoint_interval == 0 or step == cfg.max_steps or stopped:
+        if due(cfg.checkpoint_interval) or stopped:
             save("ckpt.pt", to_resume=True)
         clock += time.perf_counter() - paused
         if stopped and step < cfg.max_steps:

@@ -1,0 +1,239 @@
+"""Local SGD: workers that train for many steps alone, and then agree on their weights, over slow links.
+
+    torchrun --nproc_per_node=4 train.py CONFIG --local_steps=50                     DiLoCo (arXiv 2311.08105)
+    ... --local_steps=50 --delay=50 --pull=0.6 --outer_lr=1 --outer_momentum=0       Overlap Local-SGD (arXiv 2002.09539)
+    ... --local_steps=50 --delay=50 --eager                                          eager updates (arXiv 2502.12996)
+    ... --local_steps=50 --fragments=3 --delay=5 --pull=0.5 --send_dtype=bfloat16    Streaming DiLoCo (arXiv 2501.18512)
+
+A worker is one copy of the weights: one process, or `local_group` processes that share its batch (DDP). Its optimiser
+is its own and is never averaged. The anchor is the copy that all workers agree on. It is what is validated, averaged
+(EMA) and sampled. After h = local_steps steps, with the weights w_k of worker k = 1 ... K and the anchor a,
+
+    mean = sum_k w_k / K,    D = a - mean,    M <- mu M + D,    a <- a - lr (D + mu M),    w_k <- w_k + pull (a - w_k).
+
+This is one step of SGD with Nesterov's momentum, and D takes the place of the gradient. It is called the outer step; lr
+is outer_lr, mu is outer_momentum. With lr = 1, mu = 0 and pull = 1 the workers are averaged (local SGD, arXiv
+1805.09767).
+
+delay: the mean arrives that many steps later, and training goes on meanwhile.
+fragments: the blocks are dealt out to P fragments (blocks i, i + P, ... to fragment i, all other weights to the last).
+    Each fragment has its own turn, h / P steps after another, so that less is sent at a time.
+eager: the part of the mean that a worker knows, its own difference, is used at once; see EagerFragment.
+
+At the last step of a run everything is exchanged, and nothing stays under way. Nothing else crosses the links in a round:
+losses are added up, signals are heard, and files are written after a round.
+"""
+
+import re
+
+import torch
+
+import parallel
+from cli import UserError
+
+
+def misfit(cfg):
+    """A message that says which settings of a Config contradict local_steps, or None."""
+    own = ("local_group", "outer_lr", "outer_momentum", "pull", "delay", "fragments", "eager", "send_dtype")
+    changed = [key for key in own if getattr(cfg, key) != type(cfg).__dataclass_fields__[key].default]
+    if changed and not cfg.local_steps:
+        return f"{changed[0]} needs local_steps, the number of steps between two exchanges"
+    if cfg.local_steps and cfg.fsdp:
+        return "local_steps needs whole copies of the weights, and --fsdp splits them: leave out one of the two"
+    if cfg.outer_momentum >= 1 or cfg.pull > 1:
+        return "outer_momentum must be below 1, and pull at most 1"
+    if cfg.local_steps and max(cfg.delay, cfg.fragments) > cfg.local_steps:
+        return "delay and fragments must be at most local_steps"
+    if cfg.eager and not (cfg.delay == cfg.local_steps and cfg.pull == 1):
+        return f"eager needs delay={cfg.local_steps}, as many as local_steps, and pull=1"
+
+
+# ---- one worker ------------------------------------------------------------------------------------------------------
+
+
+def outer_step(anchor, mean, momentum, lr, mu):
+    """Take one step of SGD with Nesterov's momentum, in place, on lists of tensors: D = anchor - mean is the gradient.
+
+    anchor - lr (D + mu M) is computed as mean + (1 - lr) D - lr mu M. So it is the mean to the last bit if lr = 1 and
+    mu = 0.
+    """
+    difference = torch._foreach_sub(anchor, mean)
+    torch._foreach_mul_(momentum, mu)
+    torch._foreach_add_(momentum, difference)
+    torch._foreach_copy_(anchor, mean)
+    torch._foreach_add_(anchor, difference, alpha=1 - lr)
+    torch._foreach_add_(anchor, momentum, alpha=-lr * mu)
+
+
+class Fragment:
+    """Some of the weights of a worker, with their anchor and the momentum of the outer step. All are lists of tensors."""
+
+    kept = ("anchor", "momentum")  # the state of a run, beside the weights
+
+    def __init__(self, names, params, cfg, n_workers):
+        self.names, self.cfg, self.n_workers = names, cfg, n_workers
+        self.params = [p.detach() for p in params]
+        self.anchor = [p.clone() for p in self.params]
+        self.momentum = [torch.zeros_like(p) for p in self.params]
+
+    def send(self):
+        """What the worker sends: its weights, or, in bfloat16, their difference from the anchor, which is small."""
+        if self.cfg.send_dtype == "float32":
+            return self.params
+        return torch._foreach_sub(self.anchor, self.params)
+
+    def receive(self, mean):
+        """Take the outer step with the mean of what all workers sent, and pull the weights to the anchor."""
+        if self.cfg.send_dtype != "float32":
+            mean = torch._foreach_sub(self.anchor, mean)
+        outer_step(self.anchor, mean, self.momentum, self.cfg.outer_lr, self.cfg.outer_momentum)
+        torch._foreach_lerp_(self.params, self.anchor, self.cfg.pull)
+
+    def finish(self):
+        """End the run with the anchor as the weights."""
+        torch._foreach_copy_(self.params, self.anchor)
+
+
+class EagerFragment(Fragment):
+    """A fragment whose worker does not wait for the mean (arXiv 2502.12996, algorithm 2).
+
+    Let d_k be the difference, anchor - weights, of worker k in this round, and d'_k, with mean d', that of the round
+    before. The mean d is still under way, but d' has arrived. So the outer step takes, for the gradient,
+
+        d_k / K + (d' - d'_k / K):
+
+    its own share of this round, and the others' share of the last. The anchors of the workers differ by their latest
+    shares. Every difference is applied once in all: the share of the others comes one round later.
+    """
+
+    kept = ("anchor", "momentum", "own", "late")
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.own = [torch.zeros_like(p) for p in self.params]   # d_k, as it was sent
+        self.late = [torch.zeros_like(p) for p in self.params]  # d' - d'_k / K, or zero if it is still under way
+
+    def send(self):
+        self.own = torch._foreach_sub(self.anchor, self.params)
+        gradient = torch._foreach_add(self.late, self.own, alpha=1 / self.n_workers)
+        outer_step(self.anchor, torch._foreach_sub(self.anchor, gradient), self.momentum, self.cfg.outer_lr,
+                   self.cfg.outer_momentum)
+        torch._foreach_copy_(self.params, self.anchor)
+        torch._foreach_zero_(self.late)
+        return self.own
+
+    def receive(self, mean):
+        self.late = torch._foreach_sub(mean, torch._foreach_mul(self.own, 1 / self.n_workers))
+
+    def finish(self):
+        """Apply what came last, by itself: with one worker it is zero, and nothing moves."""
+        torch._foreach_add_(self.anchor, self.late, alpha=-self.cfg.outer_lr * (1 + self.cfg.outer_momentum))
+        torch._foreach_zero_(self.late)
+        super().finish()
+
+
+def deal(names, n):
+    """Deal parameters out to n fragments by their names: block i to fragment i modulo n, all others to the last.
+
+    Returns n lists of names. Raises UserError if one would be empty.
+    """
+    blocks = [re.search(r"\bblocks\.(\d+)\.", name) for name in names]
+    places = [int(found[1]) % n if found else n - 1 for found in blocks]
+    dealt = [[name for name, place in zip(names, places) if place == i] for i in range(n)]
+    if not all(dealt):
+        raise UserError(f"the network has no {n} blocks to deal out: use fewer fragments")
+    return dealt
+
+
+class Worker:
+    """The fragments of a model's weights."""
+
+    def __init__(self, model, cfg, n_workers):
+        self.params = dict(model.named_parameters())
+        kind = EagerFragment if cfg.eager else Fragment
+        self.fragments = [kind(names, [self.params[name] for name in names], cfg, n_workers)
+                          for names in deal(list(self.params), cfg.fragments)]
+
+    def tensors(self, key):
+        """{name of a parameter: its tensor in the list `key` of its fragment}, in the order of the model."""
+        found = {name: x for part in self.fragments for name, x in zip(part.names, getattr(part, key))}
+        return {name: found[name] for name in self.params}
+
+
+# ---- the exchange ----------------------------------------------------------------------------------------------------
+
+
+def of_this_process(model, cfg):
+    """The Exchange of this process's worker with those of all teams of processes."""
+    dtype = getattr(torch, cfg.send_dtype)
+    return Exchange([Worker(model, cfg, parallel.n_teams)], cfg, lambda messages: parallel.Average(messages, dtype))
+
+
+def to_cpu(x):
+    """Copy a tree of dicts with tensors to the CPU."""
+    return {key: to_cpu(value) for key, value in x.items()} if isinstance(x, dict) else x.detach().cpu()
+
+
+class Exchange:
+    """What the workers of this process, one in train.py, exchange with all others.
+
+    average: sums lists of tensors, one of each worker here, over all workers, and divides by their number. It returns an
+        object whose wait() gives the result (parallel.Average).
+    """
+
+    def __init__(self, workers, cfg, average):
+        self.workers, self.cfg, self.average = workers, cfg, average
+        self.under_way = [None] * cfg.fragments  # of each fragment: the average that has not been used yet
+
+    def last_sent(self, i, step):
+        """The last step, up to this one, after which fragment i is sent: multiples of h, shifted by i h / P; or less than 1."""
+        h = self.cfg.local_steps
+        shift = i * h // self.cfg.fragments
+        return (step + shift) // h * h - shift
+
+    def arrive(self, i):
+        mean, self.under_way[i] = self.under_way[i].wait(), None
+        for worker in self.workers:
+            worker.fragments[i].receive(mean)
+
+    def after(self, step):
+        """Do what is due after a training step. Returns whether a round ends with it."""
+        last = step == self.cfg.max_steps
+        for i in range(self.cfg.fragments):
+            sent = self.last_sent(i, step)
+            if self.under_way[i] and (step >= sent + self.cfg.delay or sent == step or last):
+                self.arrive(i)
+            if sent == step or last:
+                self.under_way[i] = self.average([worker.fragments[i].send() for worker in self.workers])
+                if not self.cfg.delay or last:
+                    self.arrive(i)
+            if last:
+                for worker in self.workers:
+                    worker.fragments[i].finish()
+        return last or step % self.cfg.local_steps == 0
+
+    # ---- checkpoints: the state of the only worker here ------------------------------------------------------------
+
+    def state(self):
+        """{kind: {name: tensor}} of the worker, with the means that are under way."""
+        worker, state = self.workers[0], {}
+        state["weights"] = dict(worker.params)
+        for key in worker.fragments[0].kept:
+            state[key] = worker.tensors(key)
+        state["mean"] = {}
+        for part, average in zip(worker.fragments, self.under_way):
+            if average:
+                state["mean"] |= zip(part.names, average.wait())
+        return state
+
+    def restore(self, state):
+        """Copy what state() returned back."""
+        worker = self.workers[0]
+        with torch.no_grad():
+            for name, p in worker.params.items():
+                p.copy_(state["weights"][name])
+        for i, part in enumerate(worker.fragments):
+            for key in part.kept:
+                torch._foreach_copy_(getattr(part, key), [state[key][name] for name in part.names])
+            if part.names[0] in state["mean"]:
+                self.under_way[i] = parallel.Arrived([state["mean"][name].to(part.params[0].device) for name in part.names])
