@@ -212,11 +212,11 @@ class Exchange:
                     worker.fragments[i].finish()
         return last or step % self.cfg.local_steps == 0
 
-    # ---- checkpoints: the state of the only worker here ------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
-    def state(self):
-        """{kind: {name: tensor}} of the worker, with the means that are under way."""
-        worker, state = self.workers[0], {}
+    def state(self, k=0):
+        """{kind: {name: tensor}} of worker k of those here, with the means that are under way."""
+        worker, state = self.workers[k], {}
         state["weights"] = dict(worker.params)
         for key in worker.fragments[0].kept:
             state[key] = worker.tensors(key)
@@ -226,9 +226,9 @@ class Exchange:
                 state["mean"] |= zip(part.names, average.wait())
         return state
 
-    def restore(self, state):
-        """Copy what state() returned back."""
-        worker = self.workers[0]
+    def restore(self, state, k=0):
+        """Copy what state(k) returned back."""
+        worker = self.workers[k]
         with torch.no_grad():
             for name, p in worker.params.items():
                 p.copy_(state["weights"][name])
