@@ -136,8 +136,8 @@ def attend(q, k, v, visible, causal):
 def attend_by_products(q, k, v, visible, causal):
     """attend with the scores as a tensor (B heads, L, P + L), softmax(q k^T / sqrt(head_dim)) v.
 
-    In bfloat16 on CPUs, training to 512 keys is two to five times as fast as with PyTorch's own function, which keeps no
-    scores and computes them again for the gradient. The softmax is computed in float32 and kept in bfloat16.
+    In bfloat16 on CPUs, training with up to 512 keys is two to five times as fast as with PyTorch's own function, which
+    keeps no scores and computes them again for the gradient. The softmax is computed in float32, kept in bfloat16.
     """
     B, heads, L, head_dim = q.shape
     if causal and visible is None:

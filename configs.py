@@ -126,8 +126,8 @@ class Config:
                         "agc:0.01 for each output, agc_tensor:0.003 for whole tensors")
     grad_clip: float = setting(0.1, "maximum gradient norm of clip=norm; larger gradients are scaled down; 0: no "
                                "clipping")
-    local_steps: int = setting(0, "steps that each worker takes alone between two exchanges of weights (local_sgd.py); 0: "
-                               "gradients are averaged in every step")
+    local_steps: int = setting(0, "steps that each worker takes alone between two exchanges of weights (local_sgd.py); "
+                               "0: gradients are averaged in every step")
     local_group: int = setting(1, "number of processes of a worker; local_steps only", same_run=False)
     outer_lr: float = setting(0.7, "learning rate of an exchange; local_steps only")
     outer_momentum: float = setting(0.9, "Nesterov's momentum of an exchange; local_steps only")

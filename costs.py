@@ -45,7 +45,8 @@ def training_bytes(cfg, vocab_size, local, micro, shares=1):
     """Bytes that one process of a run needs at least on its device.
 
     These are weights, gradients, averages and moments, all divided by `shares`; with local_steps an anchor, a momentum
-    and a message; the tables; the input of every block in a micro-batch; the tokens and noise of a step. local, micro: sequences per process and step, and per micro-step.
+    and a message; the tables; the input of every block in a micro-batch; the tokens and noise of a step.
+    local, micro: sequences per process and step, and per micro-step.
     """
     n_params, kept, tables = sizes(cfg, vocab_size)
     state = 4 * ((6 if cfg.local_steps else 3) * n_params + kept) / shares

@@ -1,9 +1,9 @@
 """Local SGD: workers that train for many steps alone, and then agree on their weights, over slow links.
 
-    torchrun --nproc_per_node=4 train.py CONFIG --local_steps=50                     DiLoCo (arXiv 2311.08105)
-    ... --local_steps=50 --delay=50 --pull=0.6 --outer_lr=1 --outer_momentum=0       Overlap Local-SGD (arXiv 2002.09539)
-    ... --local_steps=50 --delay=50 --eager                                          eager updates (arXiv 2502.12996)
-    ... --local_steps=50 --fragments=3 --delay=5 --pull=0.5 --send_dtype=bfloat16    Streaming DiLoCo (arXiv 2501.18512)
+    torchrun --nproc_per_node=4 train.py CONFIG --local_steps=50                    DiLoCo (arXiv 2311.08105)
+    ... --local_steps=50 --delay=50 --pull=0.6 --outer_lr=1 --outer_momentum=0      Overlap Local-SGD (arXiv 2002.09539)
+    ... --local_steps=50 --delay=50 --eager                                         eager updates (arXiv 2502.12996)
+    ... --local_steps=50 --fragments=3 --delay=5 --pull=0.5 --send_dtype=bfloat16   Streaming DiLoCo (arXiv 2501.18512)
 
 A worker is one copy of the weights: one process, or `local_group` processes that share its batch (DDP). Its optimiser
 is its own and is never averaged. The anchor is the copy that all workers agree on. It is what is validated, averaged
@@ -20,8 +20,8 @@ fragments: the blocks are dealt out to P fragments (blocks i, i + P, ... to frag
     Each fragment has its own turn, h / P steps after another, so that less is sent at a time.
 eager: the part of the mean that a worker knows, its own difference, is used at once; see EagerFragment.
 
-At the last step of a run everything is exchanged, and nothing stays under way. Nothing else crosses the links in a round:
-losses are added up, signals are heard, and files are written after a round.
+At the last step of a run everything is exchanged, and nothing stays under way. Nothing else crosses the links in a
+round: losses are added up, signals are heard, and files are written after it.
 """
 
 import re
@@ -66,7 +66,7 @@ def outer_step(anchor, mean, momentum, lr, mu):
 
 
 class Fragment:
-    """Some of the weights of a worker, with their anchor and the momentum of the outer step. All are lists of tensors."""
+    """Some of the weights of a worker, with their anchor and the momentum of the outer step: lists of tensors."""
 
     kept = ("anchor", "momentum")  # the state of a run, beside the weights
 
@@ -177,8 +177,8 @@ def to_cpu(x):
 class Exchange:
     """What the workers of this process, one in train.py, exchange with all others.
 
-    average: sums lists of tensors, one of each worker here, over all workers, and divides by their number. It returns an
-        object whose wait() gives the result (parallel.Average).
+    average: a function of lists of tensors, one of each worker here. It starts to average them over all workers, and
+        returns an object whose wait() gives the result (parallel.Average).
     """
 
     def __init__(self, workers, cfg, average):
@@ -186,7 +186,7 @@ class Exchange:
         self.under_way = [None] * cfg.fragments  # of each fragment: the average that has not been used yet
 
     def last_sent(self, i, step):
-        """The last step, up to this one, after which fragment i is sent: multiples of h, shifted by i h / P; or less than 1."""
+        """The last step, up to this one, after which fragment i is sent: h n - i h / P with an integer n."""
         h = self.cfg.local_steps
         shift = i * h // self.cfg.fragments
         return (step + shift) // h * h - shift
@@ -236,4 +236,5 @@ class Exchange:
             for key in part.kept:
                 torch._foreach_copy_(getattr(part, key), [state[key][name] for name in part.names])
             if part.names[0] in state["mean"]:
-                self.under_way[i] = parallel.Arrived([state["mean"][name].to(part.params[0].device) for name in part.names])
+                device = part.params[0].device
+                self.under_way[i] = parallel.Arrived([state["mean"][name].to(device) for name in part.names])

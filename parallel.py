@@ -52,7 +52,9 @@ def share_of_batch(cfg, world):
 
 
 def form_teams(size):
-    """Split the processes into teams of `size`, the workers of local_sgd.py. Raises UserError if it does not divide them.
+    """Split the processes into teams of `size`, the workers of local_sgd.py.
+
+    Raises UserError if the size does not divide their number.
     """
     global team, team_size, leaders, n_teams
     if world % size:
@@ -250,7 +252,7 @@ class Arrived:
 class Average:
     """The average of lists of tensors over all teams, while it is under way.
 
-    messages: one list for each worker of this process, of which train.py has one; the processes of a team have the same.
+    messages: one list for each worker of this process; train.py has one worker. The processes of a team have the same.
     dtype: in which the numbers are sent and added up. The leaders of the teams add up, and tell their teams.
     """
 

@@ -238,7 +238,8 @@ def is_weights(x):
 
 def is_tree(x):
     """Tell whether x is a dict of tensors of floats, or of such dicts."""
-    return isinstance(x, dict) and all(is_text(key) and (is_floats(value) or is_tree(value)) for key, value in x.items())
+    return isinstance(x, dict) and all(is_text(key) and (is_floats(value) or is_tree(value))
+                                       for key, value in x.items())
 
 
 def is_json(x):

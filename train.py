@@ -62,8 +62,9 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
     visible: which tokens each token sees in this step (attention.annealed); None: all.
 
     Returns, for the whole batch (of a worker, with local_steps), the bound in nats per token, the gradient norm, and
-    whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors: nothing here waits for a CUDA
-    GPU. mark: called with the name of each part when it is done, for the timing of bench.py.
+    whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors:
+    nothing here waits for a CUDA GPU.
+    mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats, denoiser = torch.zeros((), device=device), net
     if visible is not None:
@@ -146,8 +147,8 @@ def restore_worker(workers, model, optimizers, exchange):
     """Restore this process's worker from the list of workers, which only the main process has. Returns its tally."""
     def check():
         if len(workers) != parallel.n_teams:
-            raise UserError(f"the run has {len(workers)} workers, and {parallel.n_teams} were started: start as many (torchrun "
-                            "--nproc_per_node), or begin a new run with --init_from")
+            raise UserError(f"the run has {len(workers)} workers, and {parallel.n_teams} were started: start as many "
+                            "(torchrun --nproc_per_node), or begin a new run with --init_from")
 
     on_main(check)
     own, moments = parallel.hand_out(workers), states(optimizers)
@@ -159,7 +160,9 @@ def restore_worker(workers, model, optimizers, exchange):
 
 
 def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
-    """Set up a new run, or one that continues from a checkpoint. Returns (net, optimizers, ema, exchange, RunState, lock).
+    """Set up a new run, or one that continues from a checkpoint.
+
+    Returns (net, optimizers, ema, exchange, RunState, lock).
 
     net is the model on its device, wrapped for training. The checkpoint's memory is freed on return. The caller keeps
     the lock of out_dir."""
@@ -283,7 +286,8 @@ def main():
     # ---- the loop ---------------------------------------------------------------------------------------------------
     report(f"{name}: {n_params / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
            f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}"
-           f"{f', {parallel.n_teams} workers that exchange every {cfg.local_steps} steps' if exchange else ''}, {str(dtype).removeprefix('torch.')}"
+           f"{f', {parallel.n_teams} workers that exchange every {cfg.local_steps} steps' if exchange else ''}"
+           f", {str(dtype).removeprefix('torch.')}"
            f"{', compiled' if compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, "
            f"optimiser state {kept / 1e6:,.1f} MB, writing to {out_dir}"
            + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if step else ""),

@@ -5,10 +5,10 @@ A file of machines is a table with two kinds of lines (# begins a comment):
     machine NAME REGION SPEED [jitter=0.1] [fails_every=24] [recovers=300]
     link REGION REGION GBIT_PER_SECOND [MILLISECONDS]
 
-A machine of speed 1 takes step_seconds for a training step, one of speed 1/2 twice as long. jitter: the standard deviation
-of the logarithm of that time. fails_every: mean hours of work between two failures; after a failure the machine is
-away for `recovers` seconds, and repeats its steps since its last exchange. A link goes both ways. It carries one
-transfer at a time in each direction, and others wait, unless contention=False.
+A machine of speed 1 takes step_seconds for a training step, one of speed 1/2 twice as long. jitter: the standard
+deviation of the logarithm of that time. fails_every: mean hours of work between two failures. After a failure the
+machine is away for `recovers` seconds, and repeats its steps since its last exchange. A link goes both ways. It carries
+one transfer at a time in each direction, and others wait, unless contention=False.
 """
 
 import heapq
@@ -125,7 +125,7 @@ class Clock:
         return done + link.latency
 
     def ring(self):
-        """The regions in the order in which the slowest link from one to the next, and back to the first, is fastest."""
+        """The regions in the best order: the slowest link from one to the next, and back to the first, is fastest."""
         first, *others = self.found.regions
         slowest = lambda ring: min(self.found.links[pair].bits_per_second for pair in zip(ring, ring[1:] + ring[:1]))
         return max(([first, *rest] for rest in itertools.permutations(others)), key=slowest)
@@ -197,10 +197,10 @@ class Timed:
 class Event(NamedTuple):
     """Something that happens to weights.
 
-    start: worker `who` takes the weights of its server, and trains `steps` steps, its own steps `first`, first + 1, ... .
+    start: worker `who` takes the weights of its server, and trains `steps` steps, its own steps first, first + 1, ... .
     apply: its difference arrives and is applied.
-    With several servers, `who` is a server: send: it sends its difference to the global one. apply_global: that arrives,
-    and a copy of the global weights leaves. merge: the copy arrives.
+    With several servers `who` is a server in the following. send: it sends its difference to the global one.
+    apply_global: that arrives, and a copy of the global weights leaves. merge: the copy arrives.
     """
 
     time: float
@@ -216,9 +216,9 @@ def asynchronous(clock, n_bytes, local_steps, total_steps, servers=False, merge_
 
     local_steps: of each worker's rounds. Each round: weights travel from the server to the worker, it trains, and its
     difference travels back. The server is in the first region; servers: there is one in each region, for the workers
-    there, which sends to the global one in the first region when merge_every differences have been applied to it since its
-    last merge (HALoS, arXiv 2506.04531). What is applied between sending and merging is never sent, unless `carry`. At
-    the end each server sends what it has.
+    there, which sends to the global one in the first region when merge_every differences have been applied to it since
+    its last merge (HALoS, arXiv 2506.04531). What is applied between sending and merging is never sent, unless `carry`.
+    At the end each server sends what it has.
     """
     machines, regions = clock.found.machines, clock.found.regions
     server_of = [regions.index(machine.region) if servers else 0 for machine in machines]

@@ -9,8 +9,8 @@ All runs are MDLM of 4 blocks, 128 wide unless a row is called matched, on texts
 tokens, without token shift. Each row is
 trained at every learning rate of its table with every seed. The best learning rate of a row is that with the lowest
 mean bits. A run fails if it does not reach the bits of single characters, which need no mixing, or ends in numbers that
-are not finite. Timings are those of the log, while `--jobs` runs shared the machine. It writes TABLE.json and, for
-mixers and masks, TABLE.png.
+are not finite. Afterwards it times a training step of each row with one thread, in alternation, on random tokens, and
+measures the activations of a step. It writes TABLE.json and, for mixers and masks, TABLE.png.
 """
 
 import json
@@ -24,9 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import bench
 import configs
 import log
-from cli import ArgumentParser, note, require, run, table, write_file
+from cli import ArgumentParser, note, pick_dtype, progress, require, run, table, write_file
 from configs import replace
 from data.loader import load_meta, load_split
 from mixers import MIXERS
@@ -77,8 +78,7 @@ def gate_rows():
 
 
 def optimizer_rows():
-    clips = ({"grad_clip": 1.0}, {"grad_clip": 0.1}, {"clip": "agc:0.003"}, {"clip": "agc:0.01"},
-             {"clip": "agc_tensor:0.003"})
+    clips = {"grad_clip": 1.0}, {"clip": "agc:0.003"}, {"clip": "agc:0.01"}
     words = lambda clip: ", ".join(f"{key}={value}" for key, value in clip.items())
     return [Row(f"{optimizer}, {words(clip)}", {"mixer": "attention", "optimizer": optimizer} | clip, lrs)
             for optimizer, lrs in (("adamw", (1e-3, 3e-3, 1e-2)), ("muon", (1e-3, 3e-3, 1e-2)),
@@ -107,12 +107,23 @@ def measure(row, lr, seed, args):
     flags = ["mdlm_mini_fast", *(f"--{key}={value}" for key, value in (BASE | row.settings).items() if value != ""),
              f"--lr={lr}", f"--seed={seed}", f"--max_steps={args.steps}", f"--warmup_steps={args.steps // 20}",
              f"--eval_interval={args.steps}", "--max_skipped=1000000"]
-    bits, (first, *lines) = runs.trained(out, flags, args), log.read(out / "log.jsonl")
-    lines, config = [line for line in lines if "tokens_per_second" in line], first["config"]
-    speed = statistics.median(line["tokens_per_second"] for line in lines)
-    return {"bits": bits, "ms": 1000 * config["batch_size"] * config["seq_len"] / speed,
-            "memory": max(line["memory_bytes"] for line in lines),
-            "state": first["optimizer_bytes"]}
+    return {"bits": runs.trained(out, flags, args), "state": log.read(out / "log.jsonl")[0]["optimizer_bytes"]}
+
+
+def costs_of(rows, repeats=15):
+    """{name of a row: (milliseconds of a training step, MB of its activations)}, the former medians."""
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    config = lambda row: replace(configs.mdlm_mini_fast(), **BASE | row.settings)
+    trainings = [bench.Training(row.name, config(row), 27, cpu, pick_dtype(cpu)) for row in rows]
+    seconds = [[bench.timed(training.step, cpu) for training in trainings]
+               for _ in progress(range(repeats + 2), desc="timing")]
+    found = {training.name: (1000 * statistics.median(times[2:]), bench.measured_bytes(training) / 1e6)
+             for training, times in zip(trainings, zip(*seconds))}
+    for training in trainings:
+        training.stream.close()
+    torch.set_num_threads(threads)
+    return found
 
 
 def unigram_bits(args):
@@ -136,7 +147,7 @@ def main():
     note(f"{len(keys)} runs of {args.steps:,} steps")
     found = runs.in_stages([keys], lambda name, lr, seed: measure(by_name[name], lr, seed, args), args.jobs)
 
-    results, best = [], {}
+    results, best, costs = [], {}, costs_of(rows)
     for row in rows:
         means = {lr: mean_and_error([found[row.name, lr, seed]["bits"] for seed in seeds]) for lr in row.lrs}
         best[row.name] = lr = min(row.lrs, key=lambda lr: means[lr][0])
@@ -145,13 +156,12 @@ def main():
             row=row.name, bits=log.finite(means[lr][0]), stderr=means[lr][1], lr=lr, params=n_params(row.settings),
             by_lr={f"{rate:g}": log.finite(mean) for rate, (mean, _) in means.items()},
             failed=sum(run["bits"] > level for run in all_runs) / len(all_runs),
-            ms=statistics.median(run["ms"] for run in all_runs), memory=max(run["memory"] for run in all_runs) / 1e6,
-            state=all_runs[0]["state"] / 1e6))
+            ms=costs[row.name][0], activations=costs[row.name][1], state=all_runs[0]["state"] / 1e6))
     print(f"bits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds, {args.steps:,} "
           f"steps; ± standard error over seeds; failed: share of all runs above {level:.3f} bits")
     table(results, {"row": ("", ""), "bits": ("bits", ".4f"), "stderr": ("±", ".4f"), "lr": ("lr", "g"),
                     "failed": ("failed", ".2f"), "params": ("parameters", ",d"), "ms": ("ms/step", ".0f"),
-                    "memory": ("MB", ".0f"), "state": ("optimiser MB", ".1f")}, sys.stdout)
+                    "activations": ("MB", ".0f"), "state": ("optimiser MB", ".1f")}, sys.stdout)
     curves = {}
     if args.table == "masks":
         curves = {row.name: runs.mean_curve([runs.curve_of(args.folder / folder_of(row, best[row.name], seed), args)

@@ -11,10 +11,11 @@ Algorithms, for K workers with learning rate lr = outer_lr and momentum mu = out
     ddp      gradients are averaged in every step (local_steps and the outer step play no part)
     local    workers exchange weights after local_steps steps, as in train.py: DiLoCo, and with --delay, --eager and
              --fragments its relatives (local_sgd.py)
-    async    Async Local-SGD (arXiv 2401.09135): a worker sends its difference when it is done, the server takes an outer step at
-             once, and the worker goes on with the new weights. Nobody waits. --buffer N: delayed Nesterov; see Server
-    halos    HALoS (arXiv 2506.04531): async within each region, with a server of its own, and between these servers and a
-             global one
+    async    Async Local-SGD (arXiv 2401.09135): a worker sends its difference when it is done, the server takes an
+             outer step at once, and the worker goes on with the new weights. Nobody waits. --buffer N: delayed
+             Nesterov; see Server
+    halos    HALoS (arXiv 2506.04531): async within each region, with a server of its own, and between these servers and
+             a global one
 
 --dynamic_steps gives slow machines fewer local steps: h_k = ceil(local_steps * speed_k / fastest speed).
 
@@ -23,8 +24,8 @@ A local step has the learning rate of the step that the run as a whole has reach
 settings and the seed. The times (studies/clock.py) do not depend on the weights, so an interrupted run replays them and
 goes on with --resume from its last checkpoint.
 
-It writes ckpt.pt, which evaluate.py and sample.py read, run.png, and log.jsonl. A line of the log has the validation of the
-averaged (EMA) weights of the server, the simulated hours, and since the line before, in the mean over the updates,
+It writes ckpt.pt, which evaluate.py and sample.py read, run.png, and log.jsonl. A line of the log has the validation of
+the averaged (EMA) weights of the server, the simulated hours, and since the line before, in the mean over the updates,
 
     staleness   updates of other workers between the start of a worker's round and its own update
     drift       |server's weights at the update - at the start of the round| / |server's weights|
@@ -33,6 +34,7 @@ averaged (EMA) weights of the server, the simulated hours, and since the line be
 
 import dataclasses
 import functools
+import json
 import math
 import sys
 from pathlib import Path
@@ -78,15 +80,20 @@ def add_arguments(parser):
                         help="learning rate of the global server; halos (default 0.3)")
     parser.add_argument("--global_momentum", type=number(float, 0, 0.999), default=0.5,
                         help="momentum of the global server; halos (default 0.5)")
-    parser.add_argument("--global_buffer", type=number(int, 1), default=2, help="buffer of the global server (default 2)")
+    parser.add_argument("--global_buffer", type=number(int, 1), default=2,
+                        help="buffer of the global server (default 2)")
     parser.add_argument("--step_seconds", type=number(float, 1e-9), default=1.0,
                         help="seconds of a local step of a machine of speed 1 (default 1)")
-    parser.add_argument("--model_bytes", type=number(float, 1), help="bytes of the weights (default: the model's, in float32)")
-    parser.add_argument("--no_contention", action="store_true", help="transfers over one link do not wait for each other")
+    parser.add_argument("--model_bytes", type=number(float, 1),
+                        help="bytes of the weights (default: the model's, in float32)")
+    parser.add_argument("--no_contention", action="store_true",
+                        help="transfers over one link do not wait for each other")
     parser.add_argument("--relative_speeds", action="store_true", help="divide all speeds by the largest")
     parser.add_argument("--clock_only", action="store_true", help="print times and bytes; do not train")
-    parser.add_argument("--init_from", type=named, metavar="CKPT", help="checkpoint whose averaged weights training starts from")
-    parser.add_argument("--resume", action="store_true", help="continue the run in out_dir")
+    parser.add_argument("--json", action="store_true", help="with --clock_only: print one JSON object")
+    parser.add_argument("--init_from", type=named, metavar="CKPT",
+                        help="checkpoint whose averaged weights training starts from")
+    parser.add_argument("--resume", action="store_true", help="continue the run in out_dir, if there is one")
 
 
 # ---- weights at a server ---------------------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ class Server:
 
 
 class RegionalServer(Server):
-    """A server of HALoS: it sends what it has moved since it merged, and merges the answer by w <- (1 - a) w + a answer.
+    """A server of HALoS. It sends what it has moved since it merged, and merges the answer: w <- (1 - a) w + a answer.
 
     carry: what moved it between sending and merging is part of what it sends next.
     """
@@ -201,8 +208,8 @@ class Copy:
         if self.stream is None:
             sim, local = self.sim, self.sim.local
             endless = replace(sim.cfg, max_steps=10**9)
-            self.stream = batches(sim.tokens, sim.objective, endless, self.taken, range(self.k * local, (self.k + 1) * local),
-                                  sim.micro, False, *sim.records)
+            mine = range(self.k * local, (self.k + 1) * local)
+            self.stream = batches(sim.tokens, sim.objective, endless, self.taken, mine, sim.micro, False, *sim.records)
         return next(self.stream)
 
     def step(self, lr, parts=None):
@@ -266,22 +273,25 @@ class Simulation:
     def open(self):
         """Open the folder. Sets `first`, the number of events of an earlier part of the run. Raises UserError."""
         self.payload, step = None, 0
-        if self.args.resume:
+        if self.args.resume and (self.out / "ckpt.pt").exists():
             self.payload = storage.read(self.out)
             before = self.payload.get("settings", {})
             changed = [key for key in self.settings if before.get(key) != self.settings[key]]
             if changed:
-                raise UserError(f"{self.out} holds another run ({changed[0]} was {before.get(changed[0])}): use its settings")
+                raise UserError(f"{self.out} holds another run ({changed[0]} was {before.get(changed[0])}): use its "
+                                "settings")
             self.first, self.progress, step = (self.payload[key] for key in ("events", "progress", "step"))
-        elif (self.out / "log.jsonl").exists():
+        elif not self.args.resume and (self.out / "log.jsonl").exists():
             raise UserError(f"{self.out} already holds a run: continue it with --resume, or choose another --out_dir")
         self.lock = storage.claim(self.out)
         self.bar = progress(total=self.cfg.max_steps, initial=step, desc=self.args.algorithm, unit="step")
-        self.log, self.logged = Log(self.out, step, self.name, dataclasses.asdict(self.cfg) | {"wandb": False}, self.bar), step
+        self.log = Log(self.out, step, self.name, dataclasses.asdict(self.cfg) | {"wandb": False}, self.bar)
+        self.logged = step
 
     def begin(self, weights, kept):
-        """Begin or continue. weights: of the server, which change in place; they are averaged (EMA), validated and saved.
+        """Begin or continue.
 
+        weights: of the server, which change in place. They are averaged (EMA), validated and saved.
         kept: {name: object with state() and restore()}, all that the rest of the run depends on.
         """
         self.weights, self.kept, self.ema = weights, kept, EMA(self.model, self.cfg.ema_decay, weights)
@@ -295,8 +305,8 @@ class Simulation:
         names = [name for name, _ in self.model.named_parameters()]
         storage.save(self.out / "ckpt.pt", {
             "name": self.name, "config": dataclasses.asdict(self.cfg), "meta": self.meta, "step": self.logged,
-            "model": dict(zip(names, self.weights)), "ema": dict(zip(names, self.ema.average)), "settings": self.settings,
-            "events": events, "progress": self.progress,
+            "model": dict(zip(names, self.weights)), "ema": dict(zip(names, self.ema.average)),
+            "settings": self.settings, "events": events, "progress": self.progress,
             "simulation": {name: thing.state() for name, thing in self.kept.items()}}, keep_previous=True)
 
     def update(self, staleness=0, drift=0.0, cosine=0.0):
@@ -318,7 +328,8 @@ class Simulation:
         self.logged = step
         with self.ema.applied():
             nats = bound(self.model, self.objective, self.windows, prefix_range=self.cfg.prefix_range)
-        bits, error = mean_and_error(nats / math.log(2), by_rate(self.windows.n, times=self.objective.times(self.cfg.seq_len)))
+        order = by_rate(self.windows.n, times=self.objective.times(self.cfg.seq_len))
+        bits, error = mean_and_error(nats / math.log(2), order)
         means = {key: value / self.updates if self.updates else None for key, value in self.sums.items()}
         used = sum(self.clock.busy) / (self.K * seconds) if seconds else 1.0
         self.log.write(
@@ -403,7 +414,8 @@ def exchanges(sim, n_bytes):
         if training:
             exchange.after(step)
             if ended:
-                sim.update(cosine=cosine(torch._foreach_sub(before, sim.weights), workers[0].tensors("momentum").values()))
+                moved = torch._foreach_sub(before, sim.weights)
+                sim.update(cosine=cosine(moved, workers[0].tensors("momentum").values()))
                 sim.report(progress, max(rounds.now), step, step == cfg.max_steps)
     return max(rounds.now)
 
@@ -479,8 +491,8 @@ def check(cfg, args, K):
     if args.dynamic_steps and args.algorithm == "ddp":
         raise UserError("--dynamic_steps needs rounds: use another --algorithm than ddp")
     if cfg.batch_size % K or cfg.batch_size // K % min(cfg.micro_batch_size, cfg.batch_size // K):
-        raise UserError(f"batch_size={cfg.batch_size} must be a multiple of the {K} machines, and a machine's share one of "
-                        "micro_batch_size")
+        raise UserError(f"batch_size={cfg.batch_size} must be a multiple of the {K} machines, and a machine's share "
+                        "one of micro_batch_size")
     if cfg.local_group > 1 or cfg.anneal_steps or cfg.fsdp:
         raise UserError("local_group, anneal_steps and fsdp are not simulated")
 
@@ -491,20 +503,27 @@ def main():
     check(cfg, args, len(found.machines))
     if not args.clock_only:
         require("matplotlib", "a picture")
+        if args.json:
+            raise UserError("--json is for --clock_only: log.jsonl has the numbers of a run")
     clock = Clock(found, args.step_seconds, cfg.seed, not args.no_contention, args.relative_speeds)
     sim = Simulation(name, cfg, args, clock)
     if not args.clock_only:
         sim.open()
     n_bytes = args.model_bytes or 4 * sum(w.numel() for w in sim.start)
     seconds = ALGORITHMS[args.algorithm](sim, n_bytes)
+    if args.json:
+        print(json.dumps({"hours": seconds / 3600, "utilisation": sum(clock.busy) / sim.K / seconds,
+                          "gigabytes": sum(clock.sent.values()) / 1e9,
+                          "bytes": {"-".join(pair): sent for pair, sent in clock.sent.items() if sent}}))
+        return
     note(f"{args.algorithm}: {seconds / 3600:.3f} hours, utilisation {sum(clock.busy) / sim.K / seconds:.0%}, "
          f"{sum(clock.sent.values()) / 1e9:.3f} GB sent")
     table([{"link": " - ".join(pair), "bytes": sent / 1e9} for pair, sent in clock.sent.items() if sent],
           {"link": ("from - to", ""), "bytes": ("GB", ".3f")}, sys.stdout)
     if not args.clock_only:
         lines = [line for line in read_log(sim.out / "log.jsonl") if "val_bits_per_token" in line]
-        picture(sim.out / "run.png", {args.algorithm: [(line["hours"], line["val_bits_per_token"], line["val_stderr"])
-                                                       for line in lines]}, "simulated hours", "bits per token (validation)")
+        curve = [(line["hours"], line["val_bits_per_token"], line["val_stderr"]) for line in lines]
+        picture(sim.out / "run.png", {args.algorithm: curve}, "simulated hours", "bits per token (validation)")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import torch
 
 import parallel
 import storage
-from commands import (STEADY, assert_identical, assert_one_line, assert_same_training, finish, finish_well, log, losses,
-                      read_until, start, train)
+from commands import (STEADY, assert_identical, assert_one_line, finish, finish_well, losses, read_until, start, train)
 from configs import Config, replace
 from local_sgd import Exchange, Worker, deal, outer_step
 
@@ -87,7 +86,8 @@ def literally(cfg, start):
             def apply_mean():
                 mean = sum(sent[i, k][1] for k in range(K)) / K
                 for k in range(K):
-                    anchors[k][at], momenta[k][at] = nesterov(anchors[k][at], anchors[k][at] - mean, momenta[k][at], cfg)
+                    gradient = anchors[k][at] - mean
+                    anchors[k][at], momenta[k][at] = nesterov(anchors[k][at], gradient, momenta[k][at], cfg)
                     w[k][at] = (1 - cfg.pull) * w[k][at] + cfg.pull * anchors[k][at]
                     sent.pop((i, k))
 

@@ -323,9 +323,8 @@ def test_study(table, data_dir, tmp_path, monkeypatch):
         if script == "train.py":
             out = study.Path(next(w for w in words if w.startswith("--out_dir=")).removeprefix("--out_dir="))
             out.mkdir()
-            lines = [{"step": 0, "run": "x", "optimizer_bytes": 8, "config": {"seq_len": 128, "batch_size": 16}},
-                     {"step": 50, "tokens": 100, "bits_per_token": 4.0, "tokens_per_second": 2048.0,
-                      "memory_bytes": 5e6}]
+            lines = [{"step": 0, "run": "x", "optimizer_bytes": 8, "config": {"seq_len": 128}},
+                     {"step": 50, "tokens": 100, "bits_per_token": 4.0}]
             (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             if "--lr=0.01" in words and "--seed=2" in words:
                 raise UserError("the weights are not finite after step 7")
@@ -335,6 +334,7 @@ def test_study(table, data_dir, tmp_path, monkeypatch):
         return json.dumps({"bits_per_token": 2.5 if "lr=0.003" in words[1] else 3.0})
 
     monkeypatch.setattr(runs, "call", answer)
+    monkeypatch.setattr(study, "costs_of", lambda rows: {row.name: (1000, 5) for row in rows})
     monkeypatch.setattr(sys, "argv", ["mixers.py", str(tmp_path / "study"), "--table", table, "--seeds", "2",
                                       "--dataset=tiny", f"--data_dir={data_dir}"])
     study.main()
@@ -348,6 +348,12 @@ def test_study(table, data_dir, tmp_path, monkeypatch):
     before = len(calls)
     study.main()
     assert len(calls) == before
+
+
+def test_costs():
+    """A step takes time, and a mixer's activations are those of its step: gMLP has more of them than MLP-Mixer."""
+    found = study.costs_of([study.Row(name, {"mixer": name, "n_layer": 1}) for name in ("mixer", "gmlp")], repeats=1)
+    assert all(ms > 0 for ms, _ in found.values()) and found["gmlp"][1] > found["mixer"][1] > 1
 
 
 def test_matched_width():

@@ -2,14 +2,13 @@
 
 import itertools
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import storage
-from commands import ROOT, SMALL, assert_one_line, finish_well, log, losses, start, train
+from commands import ROOT, SMALL, assert_one_line, finish_well, log, losses, start
 from studies import simulator
 from studies.clock import Clock, asynchronous, read_machines
 
@@ -66,7 +65,7 @@ def test_hours_of_the_halos_paper(call, data_dir):
 
 
 def test_what_halos_never_sends():
-    """Differences applied to a region's server between sending and merging: 31, 21 and 57 % in the three far regions."""
+    """The share of differences that a region's server takes between sending and merging: 31, 21 and 57 % far away."""
     found, share = events(8, True, servers=True, merge_every=32), {}
     for region in range(4):
         away, n, lost = False, 0, 0
@@ -79,7 +78,8 @@ def test_what_halos_never_sends():
     assert [share[1], share[2], share[3]] == pytest.approx([0.31, 0.21, 0.57], abs=0.01)
 
 
-@pytest.mark.parametrize("kwargs", [{}, dict(servers=True, merge_every=5), dict(servers=True, merge_every=5, carry=True)])
+@pytest.mark.parametrize("kwargs", [{}, dict(servers=True, merge_every=5),
+                                    dict(servers=True, merge_every=5, carry=True)])
 def test_no_update_is_lost_or_applied_twice(kwargs):
     """Each round that is begun is applied once, rounds of a worker follow each other, and all steps are taken."""
     found, open_rounds, steps, times = events(8, True, **kwargs), {}, 0, []
@@ -178,7 +178,8 @@ RUN = ["--max_steps=12", "--lr=3e-3", "--eval_interval=4", "--dropout=0.1", "--l
 
 @pytest.mark.parametrize("flags", [["--local_steps=4"], ["--local_steps=4", "--delay=4", "--eager"],
                                    ["--local_steps=4", "--fragments=2", "--delay=1", "--pull=0.5"],
-                                   ["--local_steps=4", "--delay=4", "--pull=0.6", "--outer_lr=1", "--outer_momentum=0"]])
+                                   ["--local_steps=4", "--delay=4", "--pull=0.6", "--outer_lr=1",
+                                    "--outer_momentum=0"]])
 def test_equal_machines_do_what_two_processes_do(flags, data_dir, tmp_path):
     """The anchor and its average, bit for bit, and so the validations."""
     out = simulate(tmp_path, data_dir, EQUAL, *RUN, *flags)
@@ -213,7 +214,8 @@ def test_halos_of_one_region_is_async(data_dir, tmp_path):
 @pytest.mark.parametrize("flags", [["--algorithm=ddp"],
                                    ["--local_steps=3", "--delay=2", "--pull=0.5", "--dynamic_steps"],
                                    ["--algorithm=async", "--local_steps=3", "--buffer=2", "--dynamic_steps",
-                                    "--outer_lr=0.3"], ["--algorithm=halos", "--local_steps=2", "--merge_every=2", "--carry"]])
+                                    "--outer_lr=0.3"],
+                                   ["--algorithm=halos", "--local_steps=2", "--merge_every=2", "--carry"]])
 def test_a_run(flags, call, data_dir, tmp_path):
     """On uneven machines all tokens are seen, the model learns and can be scored, and a run that is continued from its
     checkpoint before the last ends with the same weights and the same log."""
@@ -233,8 +235,9 @@ def test_a_run(flags, call, data_dir, tmp_path):
     for key in ("model", "ema", "simulation"):
         assert storage.digest(one[key]) == storage.digest(other[key]), key
     assert [line for line in log(parts) if "val_bits_per_token" in line] == lines
-    assert_one_line(call("studies/simulator.py", "mdlm_text8", *SMALL, *flags[:-1], f"--machines={tmp_path}/machines.txt",
-                         f"--data_dir={data_dir}", f"--out_dir={parts}", "--resume", "--local_steps=7"), "another run")
+    assert_one_line(call("studies/simulator.py", "mdlm_text8", *SMALL, *flags[:-1], "--local_steps=7", "--resume",
+                         f"--machines={tmp_path}/machines.txt", f"--data_dir={data_dir}", f"--out_dir={parts}"),
+                    "another run")
 
 
 def test_wrong_tables(tmp_path):
@@ -250,9 +253,10 @@ def test_wrong_tables(tmp_path):
 
 
 def test_what_contradicts(call, data_dir, tmp_path):
-    go = lambda *flags: call("studies/simulator.py", "mdlm_text8", *SMALL, f"--data_dir={data_dir}", f"--machines={HALOS}",
-                             "--batch_size=16", "--micro_batch_size=1", f"--out_dir={tmp_path}/no", *flags)
-    for flags, words in (([], "needs --local_steps"), (["--algorithm=async", "--local_steps=3", "--delay=1"], "are for"),
+    go = lambda *flags: call("studies/simulator.py", "mdlm_text8", *SMALL, f"--data_dir={data_dir}", "--batch_size=16",
+                             f"--machines={HALOS}", "--micro_batch_size=1", f"--out_dir={tmp_path}/no", *flags)
+    for flags, words in (([], "needs --local_steps"),
+                         (["--algorithm=async", "--local_steps=3", "--delay=1"], "are for"),
                          (["--local_steps=3", "--buffer=2"], "--buffer is for"),
                          (["--algorithm=ddp", "--dynamic_steps"], "needs rounds"),
                          (["--algorithm=ddp", "--batch_size=8"], "multiple of the 16 machines"),

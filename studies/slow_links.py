@@ -1,0 +1,214 @@
+"""Compare ways to train on uneven machines: does it hurt that machines differ, and does drift explain it?
+
+    python studies/slow_links.py out/slow_links --jobs 2
+
+A network (mdlm_mini_fast with AdamW, 0.8M parameters) is first trained by one worker. Then four workers go on with
+rounds of 50 local steps, on machines that are equal, or slightly, moderately or very different (studies/machines):
+
+    ddp        averaged gradients: one network, a batch four times as large
+    diloco     exchanges of all workers together
+    async      one server, Nesterov's momentum for every difference
+    async dn   one server, delayed Nesterov with a buffer of 4, and dynamic local steps
+    halos      two regions with a server each, delayed Nesterov, dynamic local steps
+    plain, lookahead    one worker with all four batches, without and with an outer step every 50 steps
+
+At last 16 machines in 4 regions (studies/machines/halos.txt) do the same, with the times of a network of 70M
+parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. The result is the time to the bits that the last of them
+reaches.
+
+All see the same number of tokens. The learning rates of the servers are tuned first, on moderately different machines
+with one seed. It prints bits per character on the test split, the same windows and masks for all, differences from
+diloco by seed, and over all runs how drift goes with the difference. What is there is not run again. It writes
+slow_links.json, slow_links.png and hours.png.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import log
+from cli import ArgumentParser, number, require, run, table, write_file
+from plot import picture
+from studies import runs
+from studies.runs import ROOT, mean_and_error
+
+LEVELS = ("none", "slight", "moderate", "very")
+BASE = ["mdlm_mini_fast", "--optimizer=adamw", "--lr=3e-3", "--sample_interval=0", "--eval_sequences=256"]
+HALOS = ["--algorithm=halos", "--dynamic_steps", "--buffer=2", "--merge_every=4", "--global_buffer=2", "--carry"]
+ALGORITHMS = {
+    "ddp": ["--algorithm=ddp"],
+    "diloco": ["--algorithm=local"],
+    "async": ["--algorithm=async"],
+    "async dn": ["--algorithm=async", "--buffer=4", "--dynamic_steps"],
+    "halos": HALOS,
+}
+TUNED = {  # flags to choose from, with one seed
+    "diloco": [["--outer_lr=0.7"], ["--outer_lr=0.35"]],
+    "async": [["--outer_lr=0.7"], ["--outer_lr=0.35"], ["--outer_lr=0.175"], ["--outer_lr=0.0875"]],
+    "async dn": [["--outer_lr=0.7"], ["--outer_lr=0.35"]],
+    "halos": [[f"--outer_lr={lr}", f"--global_lr={top}", f"--merge_weight={weight}"]
+              for lr, top, weight in ((0.7, 0.7, 0.5), (0.7, 1, 0.25), (0.35, 0.7, 0.5), (0.7, 1, 1))],
+}
+
+
+REGIONS = ["--step_seconds=0.238391", "--model_bytes=281.7e6", "--relative_speeds", "--batch_size=64"]
+OF_16 = {"async dn": ["--buffer=16"], "halos": ["--buffer=4", "--merge_every=8"]}
+
+
+class Study:
+    def __init__(self, args):
+        self.args, self.flags = args, {}
+
+    def flags_of(self, seed, eval_interval=50):
+        a = self.args
+        return [*BASE, f"--seed={seed}", f"--dataset={a.dataset}", f"--data_dir={a.data_dir}", f"--max_steps={a.steps}",
+                f"--warmup_steps={a.steps // 20}", f"--eval_interval={eval_interval}",
+                *(f"--{flag}" for flag in a.flags)]
+
+    def first(self, seed):
+        """The network that all go on from."""
+        out = self.args.folder / f"first_{seed}"
+        runs.once(out.with_suffix(".done"), lambda: self.call(
+            "train.py", *self.flags_of(seed), f"--max_steps={self.args.first}", f"--eval_interval={self.args.first}",
+            f"--out_dir={out}", "--resume=auto"))
+        return out
+
+    @staticmethod
+    def call(*command):
+        runs.call(*command)
+        return {}
+
+    def score(self, out):
+        return json.loads(runs.call("evaluate.py", out, *runs.data_flags(self.args), "--n_tokens",
+                                    128 * self.args.windows))
+
+    def measure(self, name, level, seed, extra=()):
+        """Bits on the test split and the means of the log of one run."""
+        folder = "_".join([name.replace(" ", "_"), level, *(flag.strip("-") for flag in extra), str(seed)])
+        out = self.args.folder / folder
+
+        def work():
+            common = [*self.flags_of(seed), f"--init_from={self.first(seed)}", f"--out_dir={out}"]
+            if level == "one":
+                runs.call("train.py", *common, *extra, "--resume=auto")
+            else:
+                steps = [] if name == "ddp" else [f"--local_steps={self.args.local_steps}"]
+                regions = [*REGIONS, *OF_16.get(name, ())] if level == "halos" else []
+                runs.call("studies/simulator.py", *common, *ALGORITHMS[name], *steps, "--micro_batch_size=4",
+                          f"--machines={ROOT}/studies/machines/{level}.txt", *extra, *regions, "--resume")
+            lines = [line for line in log.read(out / "log.jsonl") if "val_bits_per_token" in line]
+            mean = lambda key: float(np.mean([line[key] for line in lines if line.get(key) is not None] or [0.0]))
+            return {"bits": self.score(out)["bits_per_token"], "drift": mean("drift"), "staleness": mean("staleness"),
+                    "cosine": mean("cosine"), "hours": lines[-1].get("hours"),
+                    "utilisation": lines[-1].get("utilisation"),
+                    "gigabytes": sum(lines[-1].get("bytes", {}).values()) / 1e9,
+                    "curve": [(line["hours"], line["val_bits_per_token"]) for line in lines if "hours" in line]}
+
+        return runs.once(out.with_name(f"{folder}.json"), work)
+
+    def levels(self, name):
+        """ddp and diloco take the same steps on all machines, so they are trained once: only their times differ."""
+        return ("very",) if name in ("ddp", "diloco") else LEVELS
+
+    def times(self, name, level, extra):
+        """Hours and utilisation of ddp or diloco, without training."""
+        def work():
+            steps = [] if name == "ddp" else [f"--local_steps={self.args.local_steps}"]
+            return json.loads(runs.call(
+                "studies/simulator.py", *self.flags_of(1), *ALGORITHMS[name], *steps, *extra, "--micro_batch_size=4",
+                f"--machines={ROOT}/studies/machines/{level}.txt", "--clock_only", "--json"))
+
+        return runs.once(self.args.folder / f"clock_{name}_{level}.json", work)
+
+    def all(self):
+        """Tune, then run everything. Returns {(name, level, seed): result}."""
+        seeds = range(1, self.args.seeds + 1)
+        for seed in seeds:
+            self.first(seed)
+        trials = [(name, "moderate", 1, tuple(flags)) for name, choices in TUNED.items() for flags in choices]
+        found = runs.in_stages([trials], self.measure, self.args.jobs)
+        best = {name: min((key for key in trials if key[0] == name), key=lambda key: found[key]["bits"])[3]
+                for name in TUNED}
+        keys = [(name, level, seed, best.get(name, ())) for seed in seeds for name in ALGORITHMS
+                for level in self.levels(name)]
+        keys += [("one", "one", seed, flags) for seed in seeds
+                 for flags in ((), (f"--local_steps={self.args.local_steps}",))]
+        regions = [(name, "halos", seed, best.get(name, ())) for seed in seeds for name in ALGORITHMS]
+        found |= runs.in_stages([keys, regions], self.measure, self.args.jobs)
+        return found, best, keys, trials
+
+
+def correlation(x, y, draws=2000):
+    """Pearson's correlation and its standard error, from samples of the pairs with replacement (bootstrap)."""
+    x, y, rng = np.array(x), np.array(y), np.random.default_rng(0)
+    samples = [rng.integers(len(x), size=len(x)) for _ in range(draws)]
+    values = [np.corrcoef(x[i], y[i])[0, 1] for i in samples if x[i].std() > 0 and y[i].std() > 0]
+    return float(np.corrcoef(x, y)[0, 1]), float(np.std(values))
+
+
+def main():
+    p = ArgumentParser(description=__doc__)
+    runs.add_arguments(p, steps=1000)
+    p.add_argument("--first", type=number(int, 1), default=400, help="steps of the first network (default 400)")
+    p.add_argument("--local_steps", type=number(int, 1), default=50, help="steps of a round (default 50)")
+    args = p.parse_args()
+    require("matplotlib", "a picture")
+    runs.make_folder(args.folder)
+    study, seeds = Study(args), range(1, args.seeds + 1)
+    found, best, keys, trials = study.all()
+
+    print("tuning, seed 1, moderately different machines:")
+    table([{"name": name, "flags": " ".join(flags), "bits": found[name, level, seed, flags]["bits"]}
+           for name, level, seed, flags in trials],
+          {"name": ("", ""), "flags": ("", ""), "bits": ("bits", ".4f")}, sys.stdout)
+    base = {seed: found["diloco", "very", seed, best["diloco"]]["bits"] for seed in seeds}
+    rows, points = [], []
+    for name in ("ddp", "diloco"):
+        for level in LEVELS[:-1]:
+            rows.append({"name": name, "level": level, **study.times(name, level, best.get(name, ()))})
+    for name, level, flags in dict.fromkeys((name, level, flags) for name, level, _, flags in keys):
+        these = [found[name, level, seed, flags] for seed in seeds]
+        bits, _ = mean_and_error([one["bits"] for one in these])
+        more, error = mean_and_error([one["bits"] - base[seed] for one, seed in zip(these, seeds)])
+        mean = lambda key: sum(one[key] or 0 for one in these) / len(these)
+        rows.append({"name": name if level != "one" else ("lookahead" if flags else "plain"), "level": level,
+                     "bits": bits, "more": more, "error": error,
+                     "hours": mean("hours"), "utilisation": mean("utilisation"),
+                     "gigabytes": mean("gigabytes"), "staleness": mean("staleness"), "drift": mean("drift")})
+        points += [(name, one["drift"], one["bits"] - base[seed]) for one, seed in zip(these, seeds)
+                   if name in ("async", "async dn", "halos")]
+    print(f"\nbits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds; more: than "
+          "diloco, by seed")
+    table(rows, {"name": ("", ""), "level": ("machines", ""), "bits": ("bits", ".4f"), "more": ("more", "+.4f"),
+                 "error": ("±", ".4f"), "hours": ("hours", ".2f"), "utilisation": ("utilised", ".2f"),
+                 "gigabytes": ("GB", ".2f"), "staleness": ("staleness", ".1f"), "drift": ("drift", ".4f")}, sys.stdout)
+    r, r_error = correlation([point[1] for point in points], [point[2] for point in points])
+    print(f"\ndrift and the difference from diloco: correlation {r:.2f} ± {r_error:.2f} over {len(points)} runs")
+    within = {}
+    for name in ("async", "async dn", "halos"):
+        chosen = [point for point in points if point[0] == name]
+        within[name] = correlation([point[1] for point in chosen], [point[2] for point in chosen])
+        print(f"  within {name}: {within[name][0]:.2f} ± {within[name][1]:.2f} over {len(chosen)} runs")
+    series = {name: sorted((drift, more, 0.0) for other, drift, more in points if other == name) for name in within}
+    picture(args.folder / "slow_links.png", series, "drift", "bits more than diloco")
+    hours = {name: runs.mean_curve([found[name, "halos", seed, best.get(name, ())]["curve"] for seed in seeds])
+             for name in ALGORITHMS}
+    target = max(points[-1][1] for points in hours.values())
+    print(f"\n16 machines in 4 regions: hours to {target:.4f} bits per character (validation, mean of the seeds)")
+    table([{"name": name, "hours": next(hour for hour, bits, _ in points if bits <= target), "all": points[-1][0],
+            "bits": points[-1][1], "error": points[-1][2],
+            "gigabytes": found[name, "halos", 1, best.get(name, ())]["gigabytes"]} for name, points in hours.items()],
+          {"name": ("", ""), "hours": ("hours", ".3f"), "all": ("at the end: hours", ".3f"), "bits": ("bits", ".4f"),
+           "error": ("±", ".4f"), "gigabytes": ("GB between regions and machines", ".0f")}, sys.stdout)
+    picture(args.folder / "hours.png", hours, "simulated hours on 16 machines in 4 regions",
+            "bits per character (validation)")
+    write_file(args.folder / "slow_links.json", json.dumps(
+        {"rows": rows, "regions": hours, "correlation": [r, r_error], "within": within, "best": best}) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
