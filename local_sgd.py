@@ -163,17 +163,6 @@ class Worker:
 # ---- the exchange ----------------------------------------------------------------------------------------------------
 
 
-def of_this_process(model, cfg):
-    """The Exchange of this process's worker with those of all teams of processes."""
-    dtype = getattr(torch, cfg.send_dtype)
-    return Exchange([Worker(model, cfg, parallel.n_teams)], cfg, lambda messages: parallel.Average(messages, dtype))
-
-
-def to_cpu(x):
-    """Copy a tree of dicts with tensors to the CPU."""
-    return {key: to_cpu(value) for key, value in x.items()} if isinstance(x, dict) else x.detach().cpu()
-
-
 class Exchange:
     """What the workers of this process, one in train.py, exchange with all others.
 
@@ -238,3 +227,46 @@ class Exchange:
             if part.names[0] in state["mean"]:
                 device = part.params[0].device
                 self.under_way[i] = parallel.Arrived([state["mean"][name].to(device) for name in part.names])
+
+
+# ---- in train.py -----------------------------------------------------------------------------------------------------
+
+
+def of_this_process(model, cfg):
+    """The Exchange of this process's worker with those of all teams of processes."""
+    dtype = getattr(torch, cfg.send_dtype)
+    return Exchange([Worker(model, cfg, parallel.n_teams)], cfg, lambda messages: parallel.Average(messages, dtype))
+
+
+def to_cpu(x):
+    """Copy a tree of dicts with tensors to the CPU."""
+    return {key: to_cpu(value) for key, value in x.items()} if isinstance(x, dict) else x.detach().cpu()
+
+
+def gather(exchange, moments, tally):
+    """In the main process: the states of all workers, with those of their optimisers, for a checkpoint. Else None.
+
+    moments: {parameter: its state}. tally: a tensor, the counts of log.Tally of this worker.
+    """
+    params = exchange.workers[0].params
+    return parallel.gather_from_teams(to_cpu(exchange.state() | {
+        "optimizer": {name: moments[p] for name, p in params.items()}, "tally": {"tally": tally}}))
+
+
+def hand_out(workers, exchange, moments):
+    """Restore this process's worker from what gather() returned, which only the main process has. Returns its tally.
+
+    Raises UserError if there are more or fewer workers now.
+    """
+    def check():
+        if len(workers) != parallel.n_teams:
+            raise UserError(f"the run has {len(workers)} workers, and {parallel.n_teams} were started: start as many "
+                            "(torchrun --nproc_per_node), or begin a new run with --init_from")
+
+    parallel.on_main(check)
+    own = parallel.hand_out(workers)
+    exchange.restore(own)
+    for name, p in exchange.workers[0].params.items():
+        for key, value in own["optimizer"][name].items():
+            moments[p][key].copy_(value)
+    return own["tally"]["tally"]

@@ -105,10 +105,8 @@ def state_of(model, ema, optimizers=(), exchange=None, tally=None):
         moments = states(optimizers)
         state["optimizer"] = {name: {key: parallel.whole(value) for key, value in moments[p].items()}
                               for name, p in parameters.items()}
-    if optimizers and exchange is not None:
-        own = exchange.state() | {"optimizer": {name: moments[p] for name, p in parameters.items()},
-                                  "tally": {"tally": torch.stack(tally)}}
-        state["workers"] = parallel.gather_from_teams(local_sgd.to_cpu(own))
+        if exchange is not None:
+            state["workers"] = local_sgd.gather(exchange, moments, torch.stack(tally))
     return state
 
 
@@ -143,22 +141,6 @@ def add_arguments(parser):
                         "--resume finds a run")
 
 
-def restore_worker(workers, model, optimizers, exchange):
-    """Restore this process's worker from the list of workers, which only the main process has. Returns its tally."""
-    def check():
-        if len(workers) != parallel.n_teams:
-            raise UserError(f"the run has {len(workers)} workers, and {parallel.n_teams} were started: start as many "
-                            "(torchrun --nproc_per_node), or begin a new run with --init_from")
-
-    on_main(check)
-    own, moments = parallel.hand_out(workers), states(optimizers)
-    exchange.restore(own)
-    for name, p in model.named_parameters():
-        for key, value in own["optimizer"][name].items():
-            moments[p][key].copy_(value)
-    return own["tally"]["tally"]
-
-
 def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
     """Set up a new run, or one that continues from a checkpoint.
 
@@ -184,7 +166,7 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
             lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
         restore(payload, model, ema, optimizers)
         if exchange is not None:
-            tally = restore_worker(payload and payload["workers"], model, optimizers, exchange)
+            tally = local_sgd.hand_out(payload and payload["workers"], exchange, states(optimizers))
         ema.updates = step
     return net, optimizers, ema, exchange, RunState(step, best_val, Tally(*tally.to(device)), wandb_id), lock
 
