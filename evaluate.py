@@ -4,6 +4,7 @@
     python evaluate.py out/demo out/mdlm_demo --split test     # the difference of two, on the same masks
     python evaluate.py out/demo --check                        # two estimators; exit code 1 if they disagree
     python evaluate.py out/demo --order confidence             # the exact likelihood along an order of reveals
+    python evaluate.py out/demo --orders 8                     # the likelihood over all orders, from two sides
     python evaluate.py out/demo --text book.txt                # any text, zero-shot
     python evaluate.py out/demo --curve                        # cross-entropy by mask rate
     python evaluate.py out/demo --curse                        # the cost of decoding in parallel
@@ -33,6 +34,7 @@ from sampling import SAMPLERS
 from storage import add_hints, hints_of
 from studies.baselines import reference_points
 from studies.curves import context, curse, curve
+from studies.orders import orders
 from studies.quality import open_judge, read_samples, samples
 from studies.subject import check_comparable, open_subject
 
@@ -83,7 +85,7 @@ def parse_args():
     data.add_argument("--seq_len", type=number(int, 1), help="tokens per window (default, maximum: as in training)")
     data.add_argument("--n_tokens", type=number(int, 1),
                       help="approximate number of tokens to score, in windows spread over the split (default: all of "
-                           "it; 256 windows for --curve, --curse and --context)")
+                           "it; 256 windows for --orders, --curve, --curse, --context)")
     how = p.add_argument_group("estimate of the likelihood")
     how.add_argument("--estimator", choices=[name for name in ESTIMATORS if name != "chain_rule"],
                      help="estimator of the bound (default: t_step for d3pm, exact_k for other masked models, rates "
@@ -102,6 +104,8 @@ def parse_args():
                        help="use two estimators of the bound; exit code 1 if they differ by more than their errors")
     modes.add_argument("--order", choices=ORDERS,
                        help="compute the exact likelihood of revealing the tokens one by one in this order (slow)")
+    modes.add_argument("--orders", type=number(int, 1, 10**5), metavar="K",
+                       help="bound -log p from above by K random orders, and on samples from both sides (slow)")
     modes.add_argument("--curve", action="store_true",
                        help="measure the cross-entropy by mask rate; writes curve.json and curve.png")
     modes.add_argument("--curse", action="store_true",
@@ -332,7 +336,7 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)
     out = sys.stderr if args.json else sys.stdout
-    mode = next((mode for mode in ("curve", "curse", "context", "samples") if getattr(args, mode)), None)
+    mode = next((mode for mode in ("orders", "curve", "curse", "context", "samples") if getattr(args, mode)), None)
     if mode and (args.estimator or args.T or args.repeats > 1 or args.baselines or args.normalised or args.block_size):
         raise UserError("--estimator, --T, --repeats, --normalised, --block_size and --baselines are for the bound: "
                         f"leave them out with --{mode}")
@@ -340,7 +344,7 @@ def main():
         raise UserError("--samples compares with the data set: leave out --text")
     if mode != "samples" and (args.judge or args.sampler or given_flags(args, args.steps) or cuts(args)):
         raise UserError("--judge and the flags of samplers need --samples")
-    if args.out_dir and not mode:
+    if args.out_dir and mode in (None, "orders"):
         raise UserError("--out_dir needs --curve, --curse, --context or --samples, which write files: leave it out")
     if args.other and mode not in (None, "curse"):
         raise UserError(f"--{mode} takes one checkpoint, not two")
@@ -351,9 +355,11 @@ def main():
     def opened(path):
         return open_subject(path, device, dtype, args.batch_size, hints_of(args), args.raw, args.normalised, args.split,
                             args.dataset, args.data_dir, args.text, args.seq_len, args.n_tokens,
-                            256 if mode in ("curve", "curse", "context") else None, args.block_size)
+                            256 if mode in ("orders", "curve", "curse", "context") else None, args.block_size)
 
-    if mode == "curve":
+    if mode == "orders":
+        result = orders(opened(args.checkpoint), args.orders, args.seed, out)
+    elif mode == "curve":
         result = curve(opened(args.checkpoint), args.out_dir, args.seed, out)
     elif mode == "curse":
         subjects = [opened(path) for path in (args.checkpoint, args.other) if path]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from categorical import inverse_cdf
 from cli import autocast, progress
 from data.loader import gather
 from randomness import give_prefix, prefix_lengths, repeated_uniforms, strata
@@ -148,17 +149,22 @@ def chain_rule(model, objective, x0, order, v=None):
 
     Block diffusion reveals the tokens of each block in this order, given the clean blocks before: all blocks at once.
     """
+    return nats_of_blocks(model, objective, x0, order, v).sum(1) / x0.shape[1]
+
+
+def nats_of_blocks(model, objective, x0, order, v=None):
+    """chain_rule in nats of each block of the texts (B, L/n); a text without blocks is one block: (B, 1)."""
     if n := objective.block_size:
         def blocks_beside_clean(xt, t, where):  # of (B L/n, n)
             return model(xt.view(x0.shape), t.repeat_interleave(n).view(x0.shape), where=where.view(x0.shape), clean=x0)
 
         v = v if v is None else v.reshape(-1, n)
-        return order_nats(blocks_beside_clean, objective, x0.reshape(-1, n), order, v).view(len(x0), -1).mean(1)
-    return order_nats(model, objective, x0, order, v)
+        return order_nats(blocks_beside_clean, objective, x0.reshape(-1, n), order, v).view(len(x0), -1)
+    return order_nats(model, objective, x0, order, v)[:, None]
 
 
 def order_nats(model, objective, x0, order, v):
-    """chain_rule of texts without blocks."""
+    """chain_rule of texts without blocks, in nats of the whole text: (B,)."""
     B, L = x0.shape
     if order != "confidence":
         order = torch.arange(L).expand(B, L) if order == "l2r" else v.argsort(1)
@@ -166,7 +172,7 @@ def order_nats(model, objective, x0, order, v):
     rows, nats = torch.arange(B, device=x0.device), torch.zeros(B, device=x0.device)
     for position, _, ce in reveal(model, objective, x0, order):
         nats += ce[rows, position]
-    return nats / L
+    return nats
 
 
 def chain_rule_of(model, objective, data, order, seed=0, show=False):
@@ -180,3 +186,45 @@ def chain_rule_of(model, objective, data, order, seed=0, show=False):
                                        v[:, 0]).cpu().double())
             bar.update(len(chunk))
     return torch.cat(nats)
+
+
+# ---- over all orders: from two sides ---------------------------------------------------------------------------------
+
+
+def along_orders(model, objective, x0, v):
+    """log p(x0) of the tokens one by one in K random orders: x0 (B, L), v (B, K, L) -> l (B, blocks, K) float64, nats.
+
+    The model that reveals tokens in random order has p(x) = E exp l(order), with the mean over all orders.
+    """
+    B, K, L = v.shape
+    nats = nats_of_blocks(model, objective, x0.repeat_interleave(K, 0), "random", v.flatten(0, 1))
+    return -nats.double().view(B, K, -1).transpose(1, 2)
+
+
+@torch.no_grad()
+def draw_with_orders(model, objective, v, u, device):
+    """Draw texts, revealing one token per call: v, u (B, L) -> x0 (B, L) long, l (B, blocks) along the orders of v.
+
+    Each order is sorted by v, as in chain_rule, block after block. u: uniform numbers that the tokens are drawn by.
+    """
+    B, L = v.shape
+    n = objective.block_size or L
+    order = (v.view(B, -1, n).argsort(2) + torch.arange(0, L, n)[:, None]).flatten(1).to(device)
+    xt, rows = torch.full((B, L), objective.mask_id, device=device), torch.arange(B, device=device)
+    l = torch.zeros(B, L // n, dtype=torch.float64, device=device)
+    for i in range(L):
+        t = objective.time(torch.full((B,), (n - i % n) / n, dtype=torch.float64)).to(device)
+        if n < L:  # blocks before this one are clean
+            t = torch.where(torch.arange(L, device=device) // n < i // n, 0, t[:, None])
+        where = torch.zeros(B, L, dtype=torch.bool, device=device)
+        where[rows, order[:, i]] = True
+        log_p = model(xt, t, where=where).float().log_softmax(-1)
+        tokens = inverse_cdf(log_p.exp(), u[:, i, None].to(device))
+        l[:, i // n] += log_p[rows, tokens]
+        xt[rows, order[:, i]] = tokens
+    return xt, l
+
+
+def log_mean(l):
+    """log of the mean of exp l over K orders, summed over the blocks: l (B, blocks, K) -> (B,)."""
+    return (l.logsumexp(2) - math.log(l.shape[2])).sum(1)

@@ -2,6 +2,7 @@
 on a world that can be enumerated."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -9,13 +10,17 @@ import pytest
 import torch
 
 import world
+from block_diffusion import BlockDiffusion
+from commands import assert_one_line
 from configs import clock
 from diffusion import D3PM, MDLM, AutoRegressive, Noise, cross_entropy
 from evaluate import agree
-from likelihood import ORDERS, Windows, bound, by_rate, chain_rule, chain_rule_of, mean_and_error
+from likelihood import (ORDERS, Windows, along_orders, bound, by_rate, chain_rule, chain_rule_of, draw_with_orders,
+                        log_mean, mean_and_error)
 from model import DiT
 from randomness import repeated_uniforms
 from studies.curves import area, measure_curse, measure_curve
+from studies.orders import measure_orders, two_sides
 from world import ENTROPY, MASK, P_DATA, SEQUENCES, L, V
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -257,6 +262,96 @@ def test_random_orders_average_to_the_bound():
         nats = bound(model, MDLM(MASK), windows_of(SEQUENCES[i].expand(n, L)))
         mean, error = mean_and_error(nats, by_rate(n))
         assert abs(mean - torch.stack(orders).mean(0)[i].item()) < 4 * error < 0.1
+
+
+# ---- over all orders -------------------------------------------------------------------------------------------------
+
+ALL_ORDERS = torch.tensor(list(itertools.permutations(range(L))))  # (6, L)
+
+
+def log_p_along(model):
+    """log p(x | order) of all sequences and orders of the world by the chain rule written out: (27, 6)."""
+    found = torch.zeros(len(SEQUENCES), len(ALL_ORDERS), dtype=torch.float64)
+    for i, x in enumerate(SEQUENCES):
+        for j, order in enumerate(ALL_ORDERS):
+            xt = torch.full((1, L), MASK)
+            for step, position in enumerate(order):
+                t = torch.tensor([(L - step) / L])
+                found[i, j] += model(xt, t)[0, position].log_softmax(-1)[x[position]]
+                xt[0, position] = x[position]
+    return found
+
+
+@pytest.mark.parametrize("sees_time", [True, False])
+def test_two_sides_of_the_likelihood(sees_time):
+    """By enumeration of all orders: p is a distribution; the log-mean of K orders is below log p, rises with K, and is
+    the bound at K = 1; with the true order of a sample among them it is above log p, falls with K; both tend to it."""
+    l = log_p_along(world.random_denoiser(3, sees_time))
+    log_p = l.logsumexp(1) - math.log(6)
+    assert log_p.exp().sum().item() == pytest.approx(1)
+    truth = (log_p.exp() * log_p).sum()
+    true_order = (l - math.log(6)).exp()  # p(x, order)
+    below, above = [], []
+    for K in (1, 2, 3):
+        tuples = torch.tensor(list(itertools.product(range(6), repeat=K)))
+        values = log_mean(l[:, tuples].flatten(0, 1)[:, None]).view(27, -1)
+        assert (values.mean(1) < log_p).all()
+        below.append((log_p.exp() * values.mean(1)).sum())
+        others = values.view(27, 6, -1).mean(2)  # the mean over all but the first order
+        above.append((true_order * others).sum())
+    assert below[0] < below[1] < below[2] < truth < above[2] < above[1] < above[0]
+    assert below[0] == pytest.approx((log_p.exp() * l.mean(1)).sum())
+    orders = torch.randint(6, (4000,), generator=torch.Generator().manual_seed(0))
+    assert log_mean(l[:, None, orders]).sub(log_p).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("sees_time", [True, False])
+def test_orders_of_the_world(sees_time):
+    """along_orders and draw_with_orders by the chain rule written out; samples have the distribution E exp l."""
+    model, objective, n = world.random_denoiser(3, sees_time), MDLM(MASK), 20000
+    l = log_p_along(model)
+    g = torch.Generator().manual_seed(1)
+    v, u = torch.rand(2, n, L, generator=g, dtype=torch.float64)
+    number = lambda rows: (rows * torch.tensor([V**2, V, 1])).sum(1)
+    place = {tuple(order.tolist()): i for i, order in enumerate(ALL_ORDERS)}
+    which = torch.tensor([place[tuple(order)] for order in v.argsort(1).tolist()])
+    x0, drawn = draw_with_orders(model, objective, v, u, CPU)
+    torch.testing.assert_close(drawn[:, 0], l[number(x0), which], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(along_orders(model, objective, x0, v[:, None])[:, 0, 0], drawn[:, 0], atol=1e-5, rtol=1e-5)
+    p = l.exp().mean(1)
+    frequency = torch.bincount(number(x0), minlength=27) / n
+    assert (frequency - p).abs().max() < 5 * (0.25 / n) ** 0.5
+    data = windows_of(world_text(1000))
+    found = two_sides(*measure_orders(model, objective, data, 3))
+    assert (found["log_mean"] <= found["bound"] + 1e-9).all()
+    sides = [found[name].mean().item() for name in ("samples_below", "samples_above")]
+    error = max(found[name].std().item() for name in found) / 1000**0.5
+    assert sides[0] - 4 * error < -(p * p.log()).sum() < sides[1] + 4 * error and sides[0] < sides[1]
+
+
+@pytest.mark.parametrize("conditioning", ["none", "time"])
+def test_orders_in_blocks(conditioning):
+    """Texts of block diffusion are drawn block after block, with the likelihood that along_orders gives them."""
+    torch.manual_seed(0)
+    model = DiT(4, 6, n_layer=2, n_head=2, n_embd=16, n_cond=8, clock=clock(conditioning), block_size=3)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    objective = BlockDiffusion(4, 3)
+    v, u = torch.rand(2, 5, 6, dtype=torch.float64)
+    x0, l = draw_with_orders(model.eval(), objective, v, u, CPU)
+    assert l.shape == (5, 2)
+    torch.testing.assert_close(along_orders(model, objective, x0, v[:, None])[..., 0], l, atol=1e-5, rtol=1e-5)
+
+
+def test_orders_command(call, trained, data_dir):
+    """evaluate.py --orders says both sides, and refuses what has no orders."""
+    flags = ["--data_dir", data_dir, "--n_tokens=320"]
+    result = json.loads(call("evaluate.py", trained, "--orders=3", "--json", *flags).out)
+    assert result["log_mean"]["bits_per_token"] < result["bound"]["bits_per_token"]
+    assert result["samples_below"]["bits_per_token"] < result["samples_above"]["bits_per_token"]
+    assert result["orders"] == 3 and result["gap"]["stderr"] > 0
+    assert_one_line(call("evaluate.py", trained, "--orders=33", *flags), "use --batch_size 33 or more")
+    assert_one_line(call("evaluate.py", trained, "--orders=3", "--repeats=2", *flags), "leave them out with --orders")
 
 
 def test_autoregressive_prefixes():

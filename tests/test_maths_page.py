@@ -570,6 +570,30 @@ def names_of(body):
                         if isinstance(target, ast.Name))
 
 
+# ---- the likelihood from two sides -----------------------------------------------------------------------------------
+
+
+def test_two_sides():
+    """p(o | x), the probability Q of K orders of which one is true, and the two inequalities with their gaps."""
+    orders = math.factorial(L)
+    l = np.log(np.random.default_rng(2).dirichlet(np.ones(len(TEXTS)), orders).T)  # (texts, orders): any p_o
+    p = np.exp(l).mean(1)
+    given_text = np.exp(l) / orders / p[:, None]  # p(o | x)
+    assert given_text.sum(1) == pytest.approx(np.ones(len(TEXTS))) and p.sum() == pytest.approx(1)
+    for K in (1, 2, 3):
+        tuples = np.array(list(itertools.product(range(orders), repeat=K)))
+        means = np.exp(l[:, tuples]).mean(2)  # (texts, tuples)
+        U = np.full(means.shape, orders**-float(K))
+        Q = given_text[:, tuples].mean(2) * orders ** -(K - 1.0)
+        assert Q == pytest.approx(U * means / p[:, None]) and Q.sum(1) == pytest.approx(np.ones(len(TEXTS)))
+        above = (Q * np.log(means)).sum(1) - np.log(p)
+        assert above == pytest.approx((Q * np.log(Q / U)).sum(1)) and (above > 0).all()
+        below = (U * np.log(means)).sum(1) - np.log(p)
+        assert (below < 0).all()
+        if K == 1:
+            assert below + np.log(p) == pytest.approx(l.mean(1))
+
+
 def test_names_exist():
     """Every file and every module.function that the page names exists."""
     quoted = re.findall(r"`([^`\n]+)`", PAGE)
@@ -585,8 +609,8 @@ def test_names_exist():
 
 
 def test_sections_and_lines():
-    """Section 1 to section 13, in this order, in lines of at most 120 characters."""
-    assert re.findall(r"^## (\d+)\. ", PAGE, re.MULTILINE) == [str(i) for i in range(1, 14)]
+    """Sections 1 to 14, in this order, in lines of at most 120 characters."""
+    assert re.findall(r"^## (\d+)\. ", PAGE, re.MULTILINE) == [str(i) for i in range(1, 15)]
     assert max(map(len, PAGE.splitlines())) <= 120
 
 
