@@ -36,7 +36,8 @@ from studies.baselines import reference_points
 from studies.curves import context, curse, curve
 from studies.orders import orders
 from studies.quality import open_judge, read_samples, samples
-from studies.subject import check_comparable, open_subject
+from studies.raw_text import compare_on_text
+from studies.subject import check_comparable, different_tokens, open_subject
 
 ESTIMATORS = {
     "exact_k": "continuous-time bound, exact k", "continuous": "continuous-time bound, independent masks",
@@ -208,10 +209,14 @@ def likelihood(subject, estimator, args):
                  for i, c in zip(data.starts, given))
     n_tokens = int(counts.sum())
     n_chars, n_bytes = (int(counts @ lengths) for lengths in subject.tokenizer.lengths())
+    if subject.n_bytes is not None:  # of the text itself: the lengths of tokens give this share of it
+        of_all = np.bincount(data.tokens, minlength=subject.meta["vocab_size"]) @ subject.tokenizer.lengths()[1]
+        n_bytes = n_bytes * (subject.n_bytes / of_all)
     perplexity = 2**bits if bits < 1024 else None  # beyond 1024 a float overflows
     result = {
         "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": data.n,
         "n_tokens": n_tokens, "bits_per_char": bits * n_tokens / n_chars, "bits_per_byte": bits * n_tokens / n_bytes,
+        "n_bytes": round(n_bytes), "n_bytes_of_text": subject.n_bytes,
         "perplexity": perplexity, "estimator": method, "dataset": subject.dataset,
         "split": subject.split, "seq_len": data.seq_len, "block_size": subject.config.block_size,
         "repeats": args.repeats,
@@ -249,6 +254,10 @@ def score(args, open_subject, out):
         if args.check:
             raise UserError("--check takes one checkpoint, not two")
         two = open_subject(args.other)
+        if args.text and different_tokens(one, two):
+            if args.order:
+                raise UserError("--order compares tokens, and these models have different ones: leave it out")
+            return compare_on_text(one, two, [pick_estimator(subject, args) for subject in (one, two)], args, out)
         check_comparable(one, two, args.dataset or args.text)
         return compare(one, two, args, out)
     if args.check and one.config.objective_class.causal and one.config.prefix != "none":

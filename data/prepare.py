@@ -1,9 +1,9 @@
 """Functions for the prepare_*.py scripts: download with a checksum, read text files, write a data set at once.
 
 A data set is a folder data/NAME with train.bin, val.bin, test.bin (token ids, raw uint8, uint16 or uint32) and
-meta.json, which names the tokenizer. It is built in a temporary folder and renamed when complete, so a data set that
-exists is whole. If it consists of short items, such as names, meta.json has their length, "record", and the character
-for padding, "pad".
+meta.json, which names the tokenizer, and has the bytes of UTF-8 of the text that each split was made of. It is built in
+a temporary folder and renamed when complete, so a data set that exists is whole. If it consists of short items, such as
+names, meta.json has their length, "record", and the character for padding, "pad".
 """
 
 import gzip
@@ -30,17 +30,17 @@ def parser(description):
     return p
 
 
-def write_splits(folder, meta, splits):
-    """Write a data set that fits into memory: splits {"train": ids, "val": ids, "test": ids}."""
+def write_splits(folder, meta, texts, encode):
+    """Write a data set that fits into memory: texts {"train": str, "val": str, "test": str}; encode: str -> ids."""
     with DatasetWriter(folder, meta) as writer:
         for split in SPLITS:
-            writer.append(split, splits[split])
+            writer.append(split, encode(texts[split]), len(texts[split].encode()))
 
 
-def cut(ids, train, val):
-    """Cut ids into consecutive splits: the fraction `train`, the fraction `val`, and the rest for test."""
-    a, b = round(train * len(ids)), round((train + val) * len(ids))
-    return {"train": ids[:a], "val": ids[a:b], "test": ids[b:]}
+def cut(text, train, val):
+    """Cut a sequence into consecutive splits: the fraction `train`, the fraction `val`, and the rest for test."""
+    a, b = round(train * len(text)), round((train + val) * len(text))
+    return {"train": text[:a], "val": text[a:b], "test": text[b:]}
 
 
 def is_prepared(folder):
@@ -103,7 +103,8 @@ def read_text(path):
 class DatasetWriter:
     """Write a data set into a temporary folder beside its place; leaving the `with` block renames the folder.
 
-    append(split, ids) may be called any number of times and keeps no ids in memory. After an exception nothing is left.
+    append(split, ids, n_bytes) may be called any number of times and keeps no ids in memory. n_bytes: of the text, in
+    UTF-8, without tokens that are no text. After an exception nothing is left.
     """
 
     def __init__(self, folder, meta):
@@ -120,14 +121,15 @@ class DatasetWriter:
         self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
         self.files = {split: open(self.temporary / f"{split}.bin", "wb") for split in SPLITS}
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
-        self.sizes = dict.fromkeys(SPLITS, 0)
+        self.sizes, self.bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
         return self
 
-    def append(self, split, ids):
+    def append(self, split, ids, n_bytes):
         content = np.asarray(ids).astype(self.dtype).tobytes()
         self.files[split].write(content)
         self.hashes[split].update(content)
         self.sizes[split] += len(ids)
+        self.bytes[split] += n_bytes
 
     def __exit__(self, kind, error, traceback):
         try:
@@ -149,7 +151,7 @@ class DatasetWriter:
         empty = [split for split in SPLITS if not self.sizes[split]]
         if empty:
             raise UserError(f"the {' and '.join(empty)} split would be empty: use a longer text")
-        meta = dict(self.meta, dtype=np.dtype(self.dtype).name, sizes=self.sizes,
+        meta = dict(self.meta, dtype=np.dtype(self.dtype).name, sizes=self.sizes, bytes=self.bytes,
                     sha256={split: digest.hexdigest() for split, digest in self.hashes.items()})
         (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         self.temporary.chmod(0o755)

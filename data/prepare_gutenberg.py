@@ -117,7 +117,8 @@ def main():
         for book, text in zip(books, texts):
             if hashlib.sha256(text.encode()).hexdigest()[:16] != book["sha256"]:
                 different.append(f"{book['title']}: {len(text):,} characters, the list has {int(book['characters']):,}")
-            writer.append(book["split"], tokenizer.encode(" " * bool(writer.sizes[book["split"]]) + text))
+            text = " " * bool(writer.sizes[book["split"]]) + text
+            writer.append(book["split"], tokenizer.encode(text), len(text))
             bar.update()
     if different:
         print(*different, f"{len(different)} of {len(books)} books differ from the list", sep="\n", file=sys.stderr)

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, note, run
-from data.prepare import cut, fetch, is_prepared, parser, read_text, write_splits
+from data.prepare import DatasetWriter, cut, fetch, is_prepared, parser, read_text
 from data.tokenizer import CharTokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
@@ -57,8 +57,9 @@ def main():
     meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet), "pad": PAD, "record": RECORD,
             "name": args.name, "source": Path(args.file).name if args.file else URL}
     encode = CharTokenizer(alphabet).encode
-    write_splits(folder, meta, {split: encode("".join(name.ljust(RECORD, PAD) for name in part))
-                                for split, part in cut(names, train=0.9, val=0.05).items()})
+    with DatasetWriter(folder, meta) as writer:
+        for split, part in cut(names, train=0.9, val=0.05).items():
+            writer.append(split, encode("".join(name.ljust(RECORD, PAD) for name in part)), len("".join(part).encode()))
     note(f"{len(names):,} names{f'; left out: {counts}' if counts else ''}")
 
 

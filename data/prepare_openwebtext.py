@@ -59,13 +59,15 @@ def start_worker(share):
 
 
 def encode(texts):
-    """Encode documents as {split: tokens}, with end-of-text after each document."""
-    tokens = {split: [] for split in SPLITS}
+    """Encode documents as {split: (tokens, bytes)}, with end-of-text, which has no bytes, after each document."""
+    tokens, n_bytes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     for text in texts:
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
         split = "test" if place < held_out else "val" if place < 2 * held_out else "train"
         tokens[split] += [tokenizer.encode(text), [tokenizer.end_of_text]]
-    return {split: np.concatenate(parts).astype(np.uint16) for split, parts in tokens.items() if parts}
+        n_bytes[split] += len(text.encode())
+    return {split: (np.concatenate(parts).astype(np.uint16), n_bytes[split])
+            for split, parts in tokens.items() if parts}
 
 
 def main():
@@ -88,8 +90,8 @@ def main():
         # Pool.imap would read the whole corpus ahead; waves of a few batches per process keep memory bounded.
         while wave := list(itertools.islice(batches, 8 * args.num_proc)):
             for texts, encoded in zip(wave, pool.imap(encode, wave)):
-                for split, ids in encoded.items():
-                    writer.append(split, ids)
+                for split, (ids, n_bytes) in encoded.items():
+                    writer.append(split, ids, n_bytes)
                 bar.update(len(texts))
 
 

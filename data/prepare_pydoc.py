@@ -87,7 +87,8 @@ def main():
             part = hash_of(words) % 10
             split = "test" if part == 0 else "val" if part == 1 else "train"
             text = " ".join(words)
-            writer.append(split, tokenizer.encode(f"{text} " if name == "pydoc" else f" {text}"))  # GPT-2: " word"
+            text = f"{text} " if name == "pydoc" else f" {text}"  # GPT-2: " word"
+            writer.append(split, tokenizer.encode(text), len(text))
 
 
 if __name__ == "__main__":

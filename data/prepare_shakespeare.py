@@ -33,7 +33,7 @@ def main():
         text, alphabet = " ".join(text8_words(text)), KNOWN["text8"]["alphabet"]
     meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet),
             "name": name, "source": URL}
-    write_splits(folder, meta, cut(CharTokenizer(alphabet).encode(text), train=0.9, val=0.05))
+    write_splits(folder, meta, cut(text, train=0.9, val=0.05), CharTokenizer(alphabet).encode)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, named, progress, run
+from data.loader import SPLITS
 from data.prepare import cut, is_prepared, parser, read_text, write_splits
 from data.tokenizer import KNOWN, make_tokenizer, text8_words, tokens_of
 
@@ -60,9 +61,22 @@ def main():
                             "use --tokenizer gpt2")
         meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet)}
     meta |= {"name": args.name, "source": ", ".join(Path(file).name for file in args.files)}
-    ids = [encode(text, make_tokenizer(meta)) for text in texts]
-    write_splits(folder, meta,
-                 dict(zip(("train", "val", "test"), ids)) if args.val else cut(ids[0], train=0.9, val=0.05))
+    tokenizer = make_tokenizer(meta)
+    if args.val:
+        splits = dict(zip(SPLITS, texts))
+    else:
+        splits = cut(texts[0], train=0.9, val=0.05)
+        if args.tokenizer != "char":
+            splits = whole_lines(*splits.values())
+    write_splits(folder, meta, splits, lambda text: encode(text, tokenizer))
+
+
+def whole_lines(train, val, test):
+    """The same splits, with the beginnings of val and test moved to that of a line, so that no token is cut there."""
+    moved = test.find("\n") + 1
+    val, test = val + test[:moved], test[moved:]
+    moved = val.find("\n") + 1
+    return {"train": train + val[:moved], "val": val[moved:], "test": test}
 
 
 def encode(text, tokenizer):

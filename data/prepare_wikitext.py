@@ -57,8 +57,8 @@ def main():
         return
     meta = tokens_of(args.tokenizer) | {"name": folder.name, "source": ", ".join(args.file or [SOURCE])}
     tokenizer = make_tokenizer(meta)
-    write_splits(folder, meta, {split: encode(text, tokenizer)
-                                for split, text in zip(SPLITS, texts(args.large, args.file))})
+    found = dict(zip(SPLITS, texts(args.large, args.file)))
+    write_splits(folder, meta, found, lambda text: encode(text, tokenizer))
 
 
 if __name__ == "__main__":

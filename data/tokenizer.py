@@ -65,8 +65,9 @@ class CharTokenizer:
         return "".join(self.alphabet[i] for i in ids if self.alphabet[i] != self.pad)
 
     def lengths(self):
-        """Return the length of each token: (V,) in characters and (V,) in bytes of UTF-8."""
-        return np.ones(self.vocab_size, dtype=int), np.array([len(c.encode()) for c in self.alphabet])
+        """Return the length of each token: (V,) in characters, (V,) in bytes of UTF-8. The pad is no text: 0 bytes."""
+        return (np.ones(self.vocab_size, dtype=int),
+                np.array([len(c.encode()) * (c != self.pad) for c in self.alphabet]))
 
 
 class GPT2Tokenizer:
@@ -95,8 +96,8 @@ class GPT2Tokenizer:
 
     def lengths(self):
         """Return the length of each token: (V,) in characters that start in it, and (V,) in bytes of UTF-8."""
-        pieces = [self.bpe.decode_single_token_bytes(i) for i in range(self.end_of_text + 1)]
-        pieces += [b""] * (self.vocab_size - len(pieces))
+        pieces = [self.bpe.decode_single_token_bytes(i) for i in range(self.end_of_text)]
+        pieces += [b""] * (self.vocab_size - len(pieces))  # end-of-text and padding are no text
         return (np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]),
                 np.array([len(piece) for piece in pieces]))
 

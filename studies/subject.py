@@ -30,6 +30,8 @@ class Subject(NamedTuple):
     where: str            # dataset and split in words
     data_dir: str
     data: Windows
+    n_bytes: int = None   # bytes of UTF-8 of the text that all tokens were made of; None: unknown (an old data set)
+    text: str = None      # the text of a text file, as it was encoded
 
     def read_split(self, name):
         """Return all tokens of a split of the data set, in the checkpoint's ids."""
@@ -103,18 +105,26 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
         content, how = read_text(text), "as it stands"
         if meta.get("alphabet") == TEXT8_ALPHABET:
             content, how = " ".join(text8_words(content)), "in text8's 27 symbols"
-        tokens = tokenizer.encode(content)
+        tokens, n_bytes = tokenizer.encode(content), len(content.encode())
         if len(tokens) < seq_len:
             raise UserError(f"{text} has {len(tokens):,} tokens, fewer than one window of {seq_len}: "
                             f"use a longer text{f' or --seq_len={len(tokens)}' if len(tokens) else ''}")
         dataset, split = text, None
         where = f"{text} ({how}, no detokenisation; the last {len(tokens) % seq_len} tokens left out)"
     else:
-        tokens = recode(load_split(dataset, split, seq_len, data_dir), load_meta(dataset, data_dir), meta, dataset)
+        data_meta, content = load_meta(dataset, data_dir), None
+        tokens = recode(load_split(dataset, split, seq_len, data_dir), data_meta, meta, dataset)
+        n_bytes = data_meta["bytes"][split] if "bytes" in data_meta else None
         where = f"{dataset} {split}"
     starts = windows(tokens, seq_len, max(1, round(n_tokens / seq_len)) if n_tokens else n_windows)
     return Subject(path, model, config, meta, step, tokenizer, dataset, split, where, data_dir,
-                   Windows(tokens, starts, seq_len, batch_size, device, dtype))
+                   Windows(tokens, starts, seq_len, batch_size, device, dtype), n_bytes, content)
+
+
+def different_tokens(one, two):
+    """The first part of the description of their tokens in which two subjects differ, or None."""
+    return next((key for key in ("tokenizer", "alphabet", "vocab_size", "definition")
+                 if one.meta.get(key) != two.meta.get(key)), None)
 
 
 def check_comparable(one, two, named_data):
@@ -122,12 +132,10 @@ def check_comparable(one, two, named_data):
 
     Their checkpoints must have been trained on the same data, unless the user named the data (named_data).
     """
-    for key in ("tokenizer", "alphabet", "vocab_size"):
-        if one.meta.get(key) != two.meta.get(key):
-            raise UserError(f"{one.path} and {two.path} have different data ({key} {one.meta.get(key)!r} and "
-                            f"{two.meta.get(key)!r}): their bits per token cannot be compared")
-    if one.meta.get("definition") != two.meta.get("definition"):
-        raise UserError(f"{one.path} and {two.path} have different tokenizers: their bits per token cannot be compared")
+    if key := different_tokens(one, two):
+        values = "" if key == "definition" else f", {one.meta.get(key)!r} and {two.meta.get(key)!r}"
+        raise UserError(f"{one.path} and {two.path} have different tokens ({key}{values}): their bits per token cannot "
+                        "be compared; --text FILE compares bits per byte")
     if one.dataset != two.dataset:
         raise UserError(f"{one.path} and {two.path} have different data ({one.dataset} and {two.dataset}): "
                         "choose one for both with --dataset")

@@ -437,7 +437,7 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     assert_one_line(go("--curve", "--out_dir", tmp_path / "nowhere"), "is not a folder")
     assert_one_line(go("--estimator=raw"), "invalid choice: 'raw'")
     assert train(call, "mdlm_text8", data_dir, tmp_path / "caps", "--dataset=caps", "--max_steps=1").code == 0
-    assert_one_line(go(tmp_path / "caps"), "different data", "alphabet")
+    assert_one_line(go(tmp_path / "caps"), "different tokens (alphabet", "--text FILE compares bits per byte")
     assert train(call, "mdlm_text8", data_dir, tmp_path / "short", "--seq_len=16", "--max_steps=1").code == 0
     assert_one_line(go(tmp_path / "short"), "windows of 32 and 16 tokens", "--seq_len=16")
     assert_one_line(call("evaluate.py"), "checkpoint")

@@ -246,7 +246,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     """An exception while a data set is written removes the temporary folder; the data set's name never appears."""
     with pytest.raises(KeyboardInterrupt):
         with DatasetWriter(tmp_path / "mine", META) as writer:
-            writer.append("train", [1, 2, 3])
+            writer.append("train", [1, 2, 3], 3)
             raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -267,7 +267,7 @@ def test_a_folder_in_the_way_is_found_before_the_work(tmp_path):
 def small(tmp_path):
     with DatasetWriter(tmp_path / "small", META) as writer:
         for split, n in (("train", 27), ("val", 20), ("test", 7)):
-            writer.append(split, np.arange(n))
+            writer.append(split, np.arange(n), n)
     return tmp_path
 
 
