@@ -52,6 +52,8 @@ class Config:
     dataset: str = setting("text8", "name of the data set: a folder in data_dir that data/prepare_*.py made")
     data_dir: str = setting("", "folder that has the data sets; empty: data/ of this repository", same_run=False)
     seq_len: int = setting(256, "tokens per sequence")
+    unique_tokens: int = setting(0, "tokens of the training split to train on, always the same ones, evenly spread; 0: "
+                                 "all")
     prefix: str = setting("none", "number of first tokens that are given and not in the loss: none, fixed:64, or "
                          "uniform:0:128 (random)")
     padding: str = setting("end", "place of the pads of an item (such as a name) in training: at the end, or all "
@@ -189,6 +191,9 @@ class Config:
             raise UserError("seed must be below 2**63")
         if self.prefix_range[1] >= self.seq_len:
             raise UserError(f"prefix={self.prefix} leaves nothing to predict of seq_len={self.seq_len}: shorten it")
+        if 0 < self.unique_tokens < self.seq_len:
+            raise UserError(f"unique_tokens={self.unique_tokens} is less than one sequence of seq_len={self.seq_len}: "
+                            "use more")
         if not (self.dropout < 1 and self.ema_decay < 1 and self.beta1 < 1 and self.beta2 < 1):
             raise UserError("dropout, ema_decay, beta1 and beta2 must be below 1")
         if (self.objective, self.noise) not in OBJECTIVES:

@@ -27,7 +27,8 @@ from attention import annealed
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
                  require, run)
 from costs import check_fits, flops_per_token, numbers_kept, training_bytes, weight_bytes
-from data.loader import check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, records, windows
+from data.loader import (check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, records, subset,
+                         windows)
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
@@ -200,6 +201,7 @@ def main():
     record, pad = together(lambda: records(cfg, meta))
     train_tokens, val_tokens = together(lambda: [load_split(cfg.dataset, split, cfg.seq_len, cfg.data_dir)
                                                  for split in ("train", "val")])
+    train_tokens = together(lambda: subset(train_tokens, cfg.unique_tokens, record))
     tokenizer = together(lambda: make_tokenizer(meta))
     objective = cfg.make_objective(meta["vocab_size"])
     for needed, where in ((weight_bytes(cfg, meta["vocab_size"]), torch.device("cpu")),
@@ -308,12 +310,14 @@ def main():
             bits = counted.nats / counted.steps / math.log(2) if counted.steps else math.nan
             left = (cfg.max_steps - step) * seconds / (step - first_step)
             mfu, memory = rate * flops / peak, memory_used(device)
-            report(f"step {step:,}  tokens {step * cfg.batch_size * cfg.seq_len:,}  {unit} {bits:.3f}  "
+            epochs = step * cfg.batch_size * cfg.seq_len / len(train_tokens)
+            report(f"step {step:,}  tokens {step * cfg.batch_size * cfg.seq_len:,}  "
+                   + f"epoch {epochs:.1f}  " * (cfg.unique_tokens > 0) + f"{unit} {bits:.3f}  "
                    f"lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
                    f"{memory / 1e9:.1f} GB  {duration(left)} left"
                    + (f"  {counted.skipped:.0f} steps skipped (not finite)" if counted.skipped else ""),
                    bits_per_token=finite(bits), lr=lr, grad_norm=finite(norm.item()), skipped=int(counted.skipped),
-                   tokens_per_second=rate, mfu=mfu, memory_bytes=memory, seconds_left=left)
+                   epochs=epochs, tokens_per_second=rate, mfu=mfu, memory_bytes=memory, seconds_left=left)
             if counted.most_in_a_row >= cfg.max_skipped:
                 raise UserError(f"loss or gradient was not finite in {counted.most_in_a_row:.0f} steps in a row before "
                                 f"step {step + 1:,}: the last good checkpoint in {out_dir} is unchanged; try a smaller "

@@ -89,6 +89,25 @@ def load_split(name, split, seq_len, data_dir=""):
     return tokens
 
 
+PIECE = 2**14  # tokens
+
+
+def subset(tokens, n, record=1):
+    """Return n of the tokens, always the same: pieces of up to PIECE tokens that are evenly spread over the split.
+
+    n = 0: all of them. The pieces begin at multiples of `record`. Raises UserError if there are fewer tokens than n.
+    """
+    if not n:
+        return tokens
+    if n > len(tokens):
+        raise UserError(f"unique_tokens={n:,} is more than the {len(tokens):,} tokens of the training split")
+    size = min(PIECE // record * record or record, n)
+    sizes = [size] * (n // size) + [n % size] * (n % size > 0)
+    last = len(tokens) - sum(sizes)  # what is left between the pieces, shared out evenly
+    starts = [i * size + last * i // max(1, len(sizes) - 1) // record * record for i in range(len(sizes))]
+    return np.concatenate([tokens[start:start + size] for start, size in zip(starts, sizes)])
+
+
 def gather(tokens, starts, seq_len):
     """Return the windows tokens[start : start + seq_len], (len(starts), seq_len) long."""
     return torch.from_numpy(np.stack([tokens[start:start + seq_len] for start in starts]).astype(np.int64))

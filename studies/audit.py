@@ -7,7 +7,7 @@
 A claim is a function claim(model, x0, rng) -> nats (n,), one draw of the estimate of each text x0 (n, L), or one number
 for the mean of all. model(xt, t) -> log p (n, L, V): the logarithms of the probabilities of the tokens, for xt (n, L)
 with masks (model.mask_id) at times t (n,). rng is a torch.Generator. The audit calls it on all texts of some worlds
-with several denoisers, very often. It compares the means with numbers that come from summing over all texts and all orders:
+with several denoisers, very often. It compares the means with numbers that come from summing over all texts and orders:
 
     Kraft     The sum over all texts x of exp(-claim(x)) is at most 1. For if claim(x) >= -log p(x), each term is at
               most p(x), whatever the model is.

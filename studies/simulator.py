@@ -49,7 +49,7 @@ import local_sgd
 import storage
 from cli import UserError, named, note, number, pick_dtype, progress, require, run, table
 from configs import replace
-from data.loader import load_meta, load_split, records, windows
+from data.loader import load_meta, load_split, records, subset, windows
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from local_sgd import Exchange, Worker
 from log import Log
@@ -252,6 +252,7 @@ class Simulation:
         self.meta = load_meta(cfg.dataset, cfg.data_dir)
         self.tokens, val = (load_split(cfg.dataset, split, cfg.seq_len, cfg.data_dir) for split in ("train", "val"))
         self.records = records(cfg, self.meta)
+        self.tokens = subset(self.tokens, cfg.unique_tokens, self.records[0])
         self.objective = cfg.make_objective(self.meta["vocab_size"])
         self.windows = Windows(val, windows(val, cfg.seq_len, cfg.eval_sequences), cfg.seq_len, self.micro, self.device,
                                self.dtype)

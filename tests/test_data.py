@@ -14,7 +14,7 @@ import pytest
 
 from cli import UserError
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
-from data.loader import gather, load_meta, load_split, prefetch, random_crops, recode, windows
+from data.loader import PIECE, gather, load_meta, load_split, prefetch, random_crops, recode, subset, windows
 from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, make_tokenizer, text8_words
 
@@ -330,3 +330,19 @@ def test_prefetch():
     endless = prefetch(iter(int, 1), depth=2)
     assert next(endless) == 0
     endless.close()
+
+
+def test_subset():
+    """A fixed part: n tokens in pieces without overlap, from all over the split, the last token among them."""
+    tokens = np.arange(10**6)
+    for n in (5, 20_000, 10**5, 10**6 - 3, 10**6):
+        part = subset(tokens, n)
+        assert len(part) == n and len(set(part.tolist())) == n and (np.diff(part) > 0).all()
+        assert (part == subset(tokens, n)).all() and (n < 20_000 or part[0] == 0 and part[-1] == 10**6 - 1)
+    assert subset(tokens, 0) is tokens
+    starts = subset(tokens, 10**5)[::PIECE]
+    assert np.diff(starts).max() < 1.01 * np.diff(starts).min() + PIECE
+    items = subset(np.repeat(np.arange(10**4), 32), 32 * 700, record=32).reshape(-1, 32)
+    assert (items == items[:, :1]).all()  # no item is cut
+    with pytest.raises(UserError, match="more than the 1,000,000 tokens"):
+        subset(tokens, 10**6 + 1)

@@ -939,3 +939,15 @@ def test_wandb(data_dir, tmp_path, monkeypatch):
     finish_well(start("mdlm_text8", data_dir, tmp_path / "out", *options, "--resume=auto", **environment))
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(runs) == 2 and all(name.endswith(run_id) for name in runs)
+
+
+def test_unique_tokens(call, data_dir, tmp_path):
+    """A run on a part of the data sees no other tokens, and its log counts how often it has seen them."""
+    out = tmp_path / "out"
+    result = train(call, "mdlm_text8", data_dir, out, "--unique_tokens=320", "--max_steps=5")
+    assert result.code == 0 and "epoch 4.0" in result.out  # 5 steps of 8 sequences of 32 tokens
+    assert losses(out, "epochs") == pytest.approx([0.8, 1.6, 2.4, 3.2, 4.0])
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "all", "--max_steps=5").code == 0
+    assert losses(out) != losses(tmp_path / "all") and losses(tmp_path / "all", "epochs")[-1] < 0.2
+    for n, words in ((31, "less than one sequence"), (99999, "more than the 8,999")):
+        assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "no", f"--unique_tokens={n}"), words)
