@@ -19,12 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def add_arguments(parser, steps, jobs=1):
-    """Add the flags of every study of runs."""
+    """Add the flags of every study of runs; steps=0: the study chooses the number of steps."""
     parser.add_argument("folder", type=Path, help="folder for the runs and the results")
     parser.add_argument("--dataset", default="gutenberg", help="data set of characters (default: gutenberg)")
     parser.add_argument("--data_dir", default="", help="folder that has the data sets (default: data/)")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=3, help="number of seeds (default 3)")
-    parser.add_argument("--steps", type=number(int, 16), default=steps, help=f"training steps (default {steps})")
+    if steps:
+        parser.add_argument("--steps", type=number(int, 16), default=steps, help=f"training steps (default {steps})")
     parser.add_argument("--windows", type=number(int, 2), default=1024, help="windows of the test split (default 1024)")
     parser.add_argument("--jobs", type=number(int, 1), default=jobs,
                         help=f"runs at a time, one thread each (default {jobs})")
@@ -56,10 +57,10 @@ def once(path, measure):
     return json.loads(path.read_text())
 
 
-def trained(out, flags, args):
+def trained(out, flags, args, best=False):
     """Train the run `out`, or continue it. Returns its bits per token on the test split.
 
-    They are infinite if its weights or its likelihood became so.
+    best: at the checkpoint of the best validation. They are infinite if its weights or its likelihood became so.
     """
     def measure():
         try:
@@ -73,7 +74,8 @@ def trained(out, flags, args):
         call("train.py", *flags, f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--out_dir={out}",
              *(f"--{flag}" for flag in args.flags), "--resume=auto")
         seq_len = log.read(out / "log.jsonl")[0]["config"]["seq_len"]
-        return json.loads(call("evaluate.py", out, *data_flags(args), "--n_tokens", seq_len * args.windows))
+        return json.loads(call("evaluate.py", out / "ckpt_best.pt" if best else out, *data_flags(args), "--n_tokens",
+                               seq_len * args.windows))
 
     bits = once(out.with_name(f"{out.name}.json"), measure)["bits_per_token"]
     return math.inf if bits is None else bits

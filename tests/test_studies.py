@@ -1,0 +1,123 @@
+"""Studies of many runs, with recorded answers of the commands: what they run and compute, and that they resume."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from studies import frontier, repeated, runs, slow_links
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Replace the commands: train.py and the simulator write a log, evaluate.py answers by a function of its words."""
+    calls = []
+
+    def install(bits):
+        def answer(script, *arguments):
+            words = [script, *map(str, arguments)]
+            calls.append(words)
+            if script == "evaluate.py":
+                return json.dumps({"bits_per_token": bits(words[1])})
+            if "--clock_only" in words:
+                return json.dumps({"hours": 1.0, "utilisation": 0.5, "gigabytes": 2.0})
+            out = runs.Path(next(word for word in words if word.startswith("--out_dir=")).removeprefix("--out_dir="))
+            out.mkdir(exist_ok=True)
+            drift = 0.01 * len(calls)
+            lines = [{"step": 0, "config": {"seq_len": 128}}] + [
+                {"step": step, "val_bits_per_token": 4 - step / 100, "val_stderr": 0.1, "hours": step / 10,
+                 "drift": drift, "staleness": 1.0, "cosine": 0.5, "utilisation": 0.9, "bytes": {"a-b": 1e9}}
+                for step in (50, 100)]
+            (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            return ""
+
+        monkeypatch.setattr(runs, "call", answer)
+        return calls
+
+    return install
+
+
+def go(module, monkeypatch, folder, *flags):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", str(folder), *flags])
+    module.main()
+    return json.loads((folder / f"{module.__name__.split('.')[-1]}.json").read_text())
+
+
+def test_repeated(answers, monkeypatch, tmp_path):
+    """The best settings win, the best checkpoint is scored, and the crossing is between the right numbers of epochs."""
+    def bits(path):
+        folder = path.split("/")[-2]
+        kind, size = folder.split("_0.")[0], "0." + folder.split("_0.")[1][:2]
+        epochs = int(folder.split("M_")[1].split("_")[0])
+        base = 3 - 0.2 * math.log(epochs) + (0.03 * epochs if kind == "left_to_right" and epochs > 16 else 0)
+        return base + (0.4 if kind == "diffusion" else 0) + (0.3 if "lr=0.006" in folder else 0) + (
+            0.1 if "dropout=0_" in folder else 0) + len(size) / 100
+
+    calls = answers(bits)
+    found = go(repeated, monkeypatch, tmp_path / "study", "--seeds", "2")
+    assert all(words[1].endswith("ckpt_best.pt") for words in calls if words[0] == "evaluate.py")
+    trained = [words for words in calls if words[0] == "train.py"]
+    assert len(trained) == 4 * 18 + 4 * 6 + 2 * 4 * 5 - 4 * 2  # seed 1 at 16 and 64 epochs has been trained in tuning
+    assert all("--lr=0.006" not in words for words in trained if "--max_steps=12500" in words)
+    assert all(16 < x < 64 for by_seed in found["crossings"].values() for x in by_seed)
+    before = len(calls)
+    go(repeated, monkeypatch, tmp_path / "study", "--seeds", "2")
+    assert len(calls) == before
+
+
+def test_crossing():
+    line = lambda *ys: list(zip((1, 10, 100), ys))
+    assert repeated.crossing(line(1, 1, 1), line(2, 2, 2)) is None
+    assert repeated.crossing(line(1, 1, 1), line(0, 0, 0)) == 1
+    assert repeated.crossing(line(1, 1, 1), line(2, 1.5, 0.5)) == pytest.approx(10 * 10**0.5)
+    assert repeated.crossing(line(1, 1, 1), line(0, 2, 2)) is None
+
+
+def test_frontier(answers, monkeypatch, tmp_path):
+    """A known law is found again: exponents, floor and the ratio of operations."""
+    factor = {"D3PM": 4.0, "MDLM_fast": 2.0, "blocks_of_16": 1.5, "left_to_right": 1.0}
+
+    def bits(path):
+        name, size, budget, *_ = path.split("/")[-1].rsplit("_", 4)
+        worse = {"0.2M": 0.1, "0.8M": 0.0, "2.7M": 0.05, "10M": 0.4}[size] + (0.1 if "lr=0.006" in path else 0)
+        return 1.3 + 3 * (float(budget) / 1e12 / factor[name]) ** -0.25 + worse
+
+    calls = answers(bits)
+    found = go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,4e12,1.6e13")
+    assert found["floor"] == pytest.approx(1.3, abs=0.08)
+    for method, true in zip(frontier.METHODS, factor.values()):
+        assert found["methods"][method]["ratio"] == pytest.approx(true, rel=0.1)
+        assert found["methods"][method]["b"] == pytest.approx(0.25, abs=0.04)
+    steps = {(row["method"], row["size"], row["operations"]): row["steps"] for row in found["rows"]}
+    assert steps["MDLM, fast", "0.2M", 1.6e13] == pytest.approx(4 * steps["MDLM, fast", "0.2M", 4e12], rel=0.01)
+    assert all(row["lr"] != 6e-3 for row in found["rows"])
+    before = len(calls)
+    go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,4e12,1.6e13")
+    assert len(calls) == before
+
+
+def test_slow_links(answers, monkeypatch, tmp_path):
+    """Servers are tuned first; drift is correlated with what it costs; a second call repeats nothing."""
+    calls = answers(lambda path: 3 - 0.5 * ("outer_lr=0.35" in path) + 0.01 * len(calls) / 100)
+    found = go(slow_links, monkeypatch, tmp_path / "study", "--seeds", "2")
+    assert all(flags == ["--outer_lr=0.35"] for name, flags in found["best"].items() if name != "halos")
+    simulated = [words for words in calls if words[0] == "studies/simulator.py" and "--clock_only" not in words]
+    assert any("--machines" in " ".join(words) and "halos.txt" in " ".join(words) for words in simulated)
+    assert {row["name"] for row in found["rows"]} == {"ddp", "diloco", "async", "async dn", "halos", "plain",
+                                                      "lookahead"}
+    assert all((tmp_path / "study" / name).exists() for name in ("slow_links.png", "hours.png"))
+    before = len(calls)
+    go(slow_links, monkeypatch, tmp_path / "study", "--seeds", "2")
+    assert len(calls) == before
+
+
+def test_correlation():
+    """Pearson's, and an error that shrinks with the number of pairs."""
+    g = np.random.default_rng(0)
+    x = g.standard_normal(400)
+    y = 0.6 * x + 0.8 * g.standard_normal(400)
+    r, error = slow_links.correlation(x, y)
+    assert r == pytest.approx(np.corrcoef(x, y)[0, 1]) and error == pytest.approx((1 - r * r) / 400**0.5, rel=0.3)
+    assert slow_links.correlation(x[:40], y[:40])[1] > 2 * error
