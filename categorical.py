@@ -12,7 +12,7 @@ class State(NamedTuple):
 
     xt: torch.Tensor  # (B, L) long, tokens and masks
     p: torch.Tensor   # (B, L) float32, the network's probability of each drawn token; nan at masks and given tokens
-    steps: int = 1    # steps since the State before: above 1 if those in between changed nothing
+    steps: int = 1    # steps since the State before, above 1 if those in between changed nothing; or (B,) long
 
 
 def begin(xt):

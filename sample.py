@@ -114,8 +114,8 @@ def fill_all(prompts, n, mask_id, fill, bar, screen=None, by_step=False):
             left_now = int((xt == mask_id).sum())
             bar.update(1 if by_step else left - left_now)
             left = left_now
-            watch(history.steps, xt[0].tolist())
-        watch(history.steps, xt[0].tolist(), last=True)
+            watch(history.taken[0], xt[0].tolist())
+        watch(history.taken[0], xt[0].tolist(), last=True)
     return joined(histories, [order.index(i) * n + j for i in range(len(prompts)) for j in range(n)])
 
 

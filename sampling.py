@@ -101,17 +101,26 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
         r_1/r_0 * r_2/r_1 * ... * r_i/r_(i-1) = r_i/r_0,
 
     so the rate u at which it is revealed is uniform on [0, r_0), and the step is the one from r to s with s <= u < r.
-    All u are drawn at once, and only the steps that reveal something are walked through.
+    All u are drawn at once, and only the steps that reveal something are walked through. These are different steps in
+    each sequence, and the sequences do not know of each other. So the j-th such steps of all sequences are taken
+    together, each at its own rate: with as many network calls as the longest sequence has such steps.
     """
     state, masked, n = begin(xt), xt == mask_id, len(grid) - 1
-    rising = torch.tensor(grid[::-1], dtype=torch.float64, device=draw.generator.device)
+    rates = torch.tensor(grid, dtype=torch.float64)
     u = grid[0] * draw.uniform(xt.shape)
-    step_of = (n - torch.searchsorted(rising, u, right=True)).to(xt.device)
-    happening = step_of[masked].unique().tolist()
-    for i, steps in numbered(happening):
-        state = fill(model, state, masked & (step_of == i), time, start * grid[i], draw)
-        yield state._replace(steps=steps)
-    yield from rest(state, happening, n)
+    step_of = n - torch.searchsorted(rates.flip(0).to(u.device), u, right=True)
+    step_of = step_of.to(xt.device).masked_fill(~masked, n)  # (B, L), 0 ... n - 1, or n for given tokens
+    ordered, order = step_of.sort(dim=1)
+    turn = torch.zeros_like(step_of).scatter(1, order, F.pad(ordered.diff(dim=1) > 0, (1, 0)).cumsum(1))
+    last = torch.full((len(xt),), -1, device=xt.device)  # the step of each sequence before this one
+    for j in range(int(turn[masked].max()) + 1 if masked.any() else 0):
+        where = masked & (turn == j)
+        step = torch.where(where, step_of, last[:, None]).amax(1)
+        state = fill(model, state, where, time, start * rates[step.clamp(min=0).cpu()], draw)
+        yield state._replace(steps=(step - last).cpu())
+        last = step
+    if (last < n - 1).any():  # the empty steps at the end
+        yield state._replace(steps=(n - 1 - last).cpu())
 
 
 @torch.no_grad()

@@ -30,26 +30,32 @@ FRAME_SECONDS = 1 / 25
 class History:
     """The record of the denoising of B samples, kept as changes.
 
-    steps: number of steps. start: B lists of the N ids before the first step, masks and given tokens. events: for each
-    sample a list of (step, position, token, p), sorted by step; steps count from 1. The token may be the mask, since
-    some samplers mask tokens again. p is the probability that the network gave the token when it was drawn; None for
-    masks, and if unknown. A token that is drawn again and stays the same is no event.
+    steps: number of steps. taken: B numbers of steps, of each sample; they differ on the way.
+    start: B lists of the N ids before the first step, masks and given tokens.
+    events: for each sample a list of (step, position, token, p), sorted by step; steps count from 1. The token may be
+        the mask, since some samplers mask tokens again. p is the probability that the network gave the token when it
+        was drawn; None for masks, and if unknown. A token that is drawn again and stays the same is no event.
     """
 
     def __init__(self, xt, mask_id):
-        self.mask_id, self.steps, self.start = mask_id, 0, xt.tolist()
+        self.mask_id, self.taken, self.start = mask_id, [0] * len(xt), xt.tolist()
         self.events = [[] for _ in self.start]
         self.xt = xt.clone()  # samplers may write into their xt
 
     def add(self, xt, p, steps=1):
-        """Record the state after `steps` more steps: tokens xt (B, N) long and their probabilities p (B, N), which are
-        nan if unknown."""
-        self.steps += steps
+        """Record the state after `steps` more steps, a number or (B,) long: tokens xt (B, N) long and their
+        probabilities p (B, N), which are nan if unknown."""
+        more = steps.tolist() if hasattr(steps, "tolist") else [steps] * len(self.taken)
+        self.taken = [taken + some for taken, some in zip(self.taken, more)]
         changed = xt != self.xt
         rows, positions = changed.nonzero(as_tuple=True)
         for b, i, token, q in zip(rows.tolist(), positions.tolist(), xt[changed].tolist(), p[changed].tolist()):
-            self.events[b].append((self.steps, i, token, None if math.isnan(q) else q))
+            self.events[b].append((self.taken[b], i, token, None if math.isnan(q) else q))
         self.xt = xt.clone()
+
+    @property
+    def steps(self):
+        return max(self.taken)
 
     def cells(self, b, step):
         """For each position of sample b after `step` steps: (token, the step that wrote it, p), or (token, 0, None) if
@@ -75,10 +81,11 @@ class History:
 def joined(histories, order):
     """One History of the samples of several histories; its sample i is sample order[i] of all of them together."""
     whole = copy.copy(histories[0])
-    whole.steps = max(history.steps for history in histories)
+    whole.taken = [taken for history in histories for taken in history.taken]
     starts = [start for history in histories for start in history.start]
     events = [sample for history in histories for sample in history.events]
     whole.start, whole.events = [starts[i] for i in order], [events[i] for i in order]
+    whole.taken = [whole.taken[i] for i in order]
     return whole
 
 
