@@ -62,7 +62,7 @@ def start(*args, n=1, torchrun=None, script=None, **environment):
                    for i in range(n)]
     common = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
     return [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             env=os.environ | common | {key: str(value) for key, value in worker.items()})
+                             env=os.environ | {key: str(value) for key, value in (common | worker).items()})
             for worker in workers]
 
 
