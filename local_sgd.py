@@ -6,8 +6,8 @@
     ... --local_steps=50 --fragments=3 --delay=5 --pull=0.5 --send_dtype=bfloat16   Streaming DiLoCo (arXiv 2501.18512)
 
 A worker is one copy of the weights: one process, or `local_group` processes that share its batch (DDP). Its optimiser
-is its own and is never averaged. The anchor is the copy that all workers agree on. It is what is validated, averaged
-(EMA) and sampled. After h = local_steps steps, with the weights w_k of worker k = 1 ... K and the anchor a,
+is its own and is never averaged. The anchor is the copy that all workers agree on (with --eager, nearly). It is what is
+validated, averaged (EMA), sampled and saved. After h = local_steps steps, with the weights w_k of worker k = 1 ... K and the anchor a,
 
     mean = sum_k w_k / K,    D = a - mean,    M <- mu M + D,    a <- a - lr (D + mu M),    w_k <- w_k + pull (a - w_k).
 
@@ -15,13 +15,16 @@ This is one step of SGD with Nesterov's momentum, and D takes the place of the g
 is outer_lr, mu is outer_momentum. With lr = 1, mu = 0 and pull = 1 the workers are averaged (local SGD, arXiv
 1805.09767).
 
-delay: the mean arrives that many steps later, and training goes on meanwhile.
+delay: the mean arrives that many steps later, and training goes on meanwhile. With pull = 1 these steps are lost when the
+    worker takes the anchor's weights. So a delay needs a smaller pull.
 fragments: the blocks are dealt out to P fragments (blocks i, i + P, ... to fragment i, all other weights to the last).
     Each fragment has its own turn, h / P steps after another, so that less is sent at a time.
 eager: the part of the mean that a worker knows, its own difference, is used at once; see EagerFragment.
 
-At the last step of a run everything is exchanged, and nothing stays under way. Nothing else crosses the links in a
-round: losses are added up, signals are heard, and files are written after it.
+At the last step of a run everything is exchanged, and nothing stays under way. In a round only weights are exchanged.
+Losses, signals and files wait for its end. Overlap Local-SGD is without its anchor's momentum here, and the first pull is
+in the second round. Streaming DiLoCo's authors send numbers of 4 bits and add them up in float32. Here they are added up
+in the format in which they are sent.
 """
 
 import re
@@ -46,6 +49,8 @@ def misfit(cfg):
         return "delay and fragments must be at most local_steps"
     if cfg.eager and not (cfg.delay == cfg.local_steps and cfg.pull == 1):
         return f"eager needs delay={cfg.local_steps}, as many as local_steps, and pull=1"
+    if cfg.local_steps and cfg.delay == cfg.local_steps and cfg.pull == 1 and not cfg.eager:
+        return "delay as large as local_steps with pull=1 throws all local steps away: use --pull=0.6, or --eager"
 
 
 # ---- one worker ------------------------------------------------------------------------------------------------------
@@ -97,13 +102,16 @@ class Fragment:
 class EagerFragment(Fragment):
     """A fragment whose worker does not wait for the mean (arXiv 2502.12996, algorithm 2).
 
+    Each worker has an anchor of its own.
+
     Let d_k be the difference, anchor - weights, of worker k in this round, and d'_k, with mean d', that of the round
     before. The mean d is still under way, but d' has arrived. So the outer step takes, for the gradient,
 
         d_k / K + (d' - d'_k / K):
 
-    its own share of this round, and the others' share of the last. The anchors of the workers differ by their latest
-    shares. Every difference is applied once in all: the share of the others comes one round later.
+    its own share of this round, and the others' share of the last. Every difference is applied once in all: the share of
+    the others comes one round later. The anchors differ by the latest shares, and by what the momentum made of the order
+    in which the shares came. That of the first worker is validated and saved.
     """
 
     kept = ("anchor", "momentum", "own", "late")
@@ -114,7 +122,8 @@ class EagerFragment(Fragment):
         self.late = [torch.zeros_like(p) for p in self.params]  # d' - d'_k / K, or zero if it is still under way
 
     def send(self):
-        self.own = torch._foreach_sub(self.anchor, self.params)
+        self.own = [x.to(getattr(torch, self.cfg.send_dtype)).to(x.dtype) if self.cfg.send_dtype != "float32" else x
+                    for x in torch._foreach_sub(self.anchor, self.params)]
         gradient = torch._foreach_add(self.late, self.own, alpha=1 / self.n_workers)
         outer_step(self.anchor, torch._foreach_sub(self.anchor, gradient), self.momentum, self.cfg.outer_lr,
                    self.cfg.outer_momentum)
@@ -126,7 +135,7 @@ class EagerFragment(Fragment):
         self.late = torch._foreach_sub(mean, torch._foreach_mul(self.own, 1 / self.n_workers))
 
     def finish(self):
-        """Apply what came last, by itself: with one worker it is zero, and nothing moves."""
+        """Apply the share of the others that came last. It is not added to the momentum. With one worker it is zero."""
         torch._foreach_add_(self.anchor, self.late, alpha=-self.cfg.outer_lr * (1 + self.cfg.outer_momentum))
         torch._foreach_zero_(self.late)
         super().finish()
@@ -249,8 +258,16 @@ def gather(exchange, moments, tally):
     moments: {parameter: its state}. tally: a tensor, the counts of log.Tally of this worker.
     """
     params = exchange.workers[0].params
-    return parallel.gather_from_teams(to_cpu(exchange.state() | {
+    workers = parallel.gather_from_teams(to_cpu(exchange.state() | {
         "optimizer": {name: moments[p] for name, p in params.items()}, "tally": {"tally": tally}}))
+    return workers and [shared(worker, workers[0]) for worker in workers]
+
+
+def shared(x, first):
+    """The tree x with the tensors of `first` in place of equal ones, such as anchors: torch.save writes these once."""
+    if isinstance(x, dict):
+        return {key: shared(value, first[key]) if key in first else value for key, value in x.items()}
+    return first if x.shape == first.shape and x.dtype == first.dtype and torch.equal(x, first) else x
 
 
 def hand_out(workers, exchange, moments):

@@ -8,7 +8,8 @@ A file of machines is a table with two kinds of lines (# begins a comment):
 A machine of speed 1 takes step_seconds for a training step, one of speed 1/2 twice as long. jitter: the standard
 deviation of the logarithm of that time. fails_every: mean hours of work between two failures. After a failure the
 machine is away for `recovers` seconds, and repeats its steps since its last exchange. A link goes both ways. It carries
-one transfer at a time in each direction, and others wait, unless contention=False.
+one transfer at a time in each direction, and others wait, unless contention=False. In an all-reduce the machines of a
+region send at the same time, each by a port of its own.
 """
 
 import heapq
@@ -78,6 +79,8 @@ def read_machines(path):
     found = Machines(tuple(machines), links)
     if not machines or len({machine.name for machine in machines}) < len(machines):
         raise UserError(f"{path} must have machines, each with a name of its own")
+    if len(found.regions) > 8:
+        raise UserError(f"{path} has {len(found.regions)} regions: use at most 8")
     for pair in itertools.combinations_with_replacement(found.regions, 2):
         if pair not in links:
             raise UserError(f"{path} has no link between {pair[0]} and {pair[1]}: add a line `link {pair[0]} {pair[1]} "
@@ -95,25 +98,31 @@ class Clock:
         self.found, self.seed, self.contention = found, seed, contention
         speeds = found.relative_speeds() if relative else [machine.speed for machine in found.machines]
         self.step_seconds = [step_seconds / speed for speed in speeds]
-        self.busy = [0.0] * len(speeds)      # seconds of each machine at work that was used
+        self.busy = [0.0] * len(speeds)      # seconds of useful work of each machine, without what failures undid
+        self.work = [0.0] * len(speeds)      # the same of the round that a machine is in
+        self.ring = self.best_ring()
         self.free = {}                       # (region, region) -> time at which the link becomes free
         self.sent = {pair: 0 for pair in found.links}  # bytes
         self.draws = [0] * len(speeds)
 
     def compute(self, k, n, again=0):
-        """Seconds until machine k has done n steps. again: earlier steps that it repeats after a failure."""
+        """Seconds until machine k has done n steps. again: earlier steps that it repeats after each failure."""
         machine, each = self.found.machines[k], self.step_seconds[k]
         generator = np.random.Generator(np.random.Philox(key=[self.seed, k], counter=[0, 0, 0, self.draws[k]]))
         self.draws[k] += 1
         steps = each * np.exp(machine.jitter * generator.standard_normal(n) - machine.jitter**2 / 2)
-        work = float(steps.sum())
-        self.busy[k] += work
+        work = length = float(steps.sum())
+        self.work[k] += work
         seconds = 0.0
         if machine.fails_every:
-            while (failure := generator.exponential(machine.fails_every * 3600)) < work:
-                seconds += failure + machine.recovers + again * each
-                again = 0
-        return seconds + work
+            while (failure := generator.exponential(machine.fails_every * 3600)) < length:
+                seconds += failure + machine.recovers
+                length = work + again * each
+        return seconds + length
+
+    def done(self, k):
+        """Count the work of machine k as useful."""
+        self.busy[k], self.work[k] = self.busy[k] + self.work[k], 0.0
 
     def transfer(self, now, n_bytes, here, there):
         """The time at which n_bytes, sent now from one region to another, are there."""
@@ -124,21 +133,28 @@ class Clock:
         self.free[here, there] = done
         return done + link.latency
 
-    def ring(self):
-        """The regions in the best order: the slowest link from one to the next, and back to the first, is fastest."""
+    def best_ring(self):
+        """The regions in the order in which the slowest link of the ring is as fast as possible."""
         first, *others = self.found.regions
         slowest = lambda ring: min(self.found.links[pair].bits_per_second for pair in zip(ring, ring[1:] + ring[:1]))
         return max(([first, *rest] for rest in itertools.permutations(others)), key=slowest)
 
     def all_reduce(self, now, n_bytes):
-        """The time at which all machines have the sum of n_bytes of each, in a ring: 2 (n - 1) hops of n_bytes / n."""
-        n, ring = len(self.found.machines), self.ring()
+        """The time at which all machines have the sum of n_bytes of each, in a ring: 2 (n - 1) hops of n_bytes / n.
+
+        The ring goes through all machines of a region, and on to the next region."""
+        regions = [machine.region for machine in self.found.machines]
+        n, hops = len(regions), {}
         if n == 1:
             return now
-        pairs = list(zip(ring, ring[1:] + ring[:1]))
-        links, each = [self.found.links[pair] for pair in pairs], 2 * (n - 1) / n * n_bytes
-        for pair in pairs:
-            self.sent[pair] += each
+        for here, there in zip(self.ring, self.ring[1:] + self.ring[:1]):
+            hops[here, here] = regions.count(here) - (len(self.ring) > 1)
+            if here != there:
+                hops[here, there] = 1
+        links = [self.found.links[pair] for pair, number in hops.items() if number]
+        each = 2 * (n - 1) / n * n_bytes
+        for pair, number in hops.items():
+            self.sent[pair] += number * each
         start = max(now, self.free.get("ring", 0.0)) if self.contention else now
         done = start + 8 * each / min(link.bits_per_second for link in links)
         self.free["ring"] = done
@@ -161,6 +177,7 @@ class Rounds:
         """All machines in `working` take a step."""
         for k in working:
             self.now[k] += self.clock.compute(k, 1, again)
+            self.clock.done(k)
 
     def average(self, messages):
         """The all-reduce begins when the last worker has sent. messages: [number of the fragment]."""
@@ -211,14 +228,14 @@ class Event(NamedTuple):
     progress: int = 0  # steps that all workers had begun before
 
 
-def asynchronous(clock, n_bytes, local_steps, total_steps, servers=False, merge_every=32, carry=False):
+def asynchronous(clock, n_bytes, local_steps, total_steps, servers=False, merge_every=8, carry=False):
     """Yield the Events, in order, of workers that never wait for each other, until total_steps have been taken in all.
 
     local_steps: of each worker's rounds. Each round: weights travel from the server to the worker, it trains, and its
     difference travels back. The server is in the first region; servers: there is one in each region, for the workers
     there, which sends to the global one in the first region when merge_every differences have been applied to it since
-    its last merge (HALoS, arXiv 2506.04531). What is applied between sending and merging is never sent, unless `carry`.
-    At the end each server sends what it has.
+    its last merge (HALoS, arXiv 2506.04531). What is applied between sending and merging is never sent. With `carry` it is
+    sent the next time, and counts from the last sending. At the end each server sends what it has.
     """
     machines, regions = clock.found.machines, clock.found.regions
     server_of = [regions.index(machine.region) if servers else 0 for machine in machines]
@@ -253,6 +270,7 @@ def asynchronous(clock, n_bytes, local_steps, total_steps, servers=False, merge_
         if kind == "has weights":
             push(now + clock.compute(who, sizes[who]), "done", who)
         elif kind == "done":
+            clock.done(who)
             push(clock.transfer(now, n_bytes, machines[who].region, regions[server_of[who]]), "apply", who)
         elif kind == "apply":
             yield Event(now, "apply", who)

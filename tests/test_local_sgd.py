@@ -286,6 +286,7 @@ def test_what_contradicts(call, data_dir, tmp_path):
                          (["--local_steps=5", "--delay=6"], "delay and fragments must be at most"),
                          (["--local_steps=5", "--fragments=4"], "no 4 blocks to deal out"),
                          (["--local_steps=5", "--eager"], "eager needs delay=5"),
+                         (["--local_steps=5", "--delay=5"], "throws all local steps away"),
                          (["--local_steps=5", "--local_group=2"], "does not divide the number of processes, 1")):
         assert_one_line(go(*flags), words)
     assert not (tmp_path / "no").exists()

@@ -120,11 +120,35 @@ def test_links_and_machines(tmp_path):
     assert sum(seconds) / 4000 == pytest.approx(expected, rel=0.06)
 
 
+def test_all_reduce(tmp_path):
+    """Three machines in two regions: the ring has one hop inside the first region, and one each way between them."""
+    file = tmp_path / "machines.txt"
+    file.write_text(UNEVEN)
+    clock = Clock(read_machines(file), 1.0)
+    each = 2 * 2 / 3 * 10**6
+    assert clock.all_reduce(1.0, 10**6) == pytest.approx(1 + 8 * each / 1e7 + 2 * 2 * 0.05)
+    assert {pair: sent / each for pair, sent in clock.sent.items() if sent} == pytest.approx(
+        {("here", "here"): 1, ("here", "there"): 1, ("there", "here"): 1})
+    file.write_text(EQUAL.replace("1e9 0", "0.01 0"))
+    clock = Clock(read_machines(file), 1.0)
+    assert clock.all_reduce(0.0, 10**6) == pytest.approx(8 * 10**6 / 1e7) and clock.sent["here", "here"] == 2 * 10**6
+
+
+def test_work_counts_when_it_is_done(tmp_path):
+    """So the utilisation never exceeds one, at any event."""
+    file = tmp_path / "machines.txt"
+    file.write_text("machine a here 1\nmachine b here 0.02\nlink here here 10\n")
+    clock = Clock(read_machines(file), 1.0)
+    for event in asynchronous(clock, 1000, [10, 10], 500):
+        assert sum(clock.busy) <= 2 * event.time * (1 + 1e-9)
+    assert sum(clock.busy) == pytest.approx(sum(n * each for n, each in zip((490, 10), (1, 50))))
+
+
 def test_the_best_ring():
     """Of all orders of the regions, by brute force, the one whose slowest link is fastest."""
     found = read_machines(HALOS)
     slowest = lambda ring: min(found.links[pair].bits_per_second for pair in zip(ring, ring[1:] + ring[:1]))
-    best = Clock(found, 1.0).ring()
+    best = Clock(found, 1.0).ring
     assert slowest(best) == max(slowest(list(ring)) for ring in itertools.permutations("ABCD")) == 0.127e9
 
 
