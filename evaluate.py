@@ -165,6 +165,14 @@ def pick_estimator(subject, args):
     return estimator
 
 
+def pick_estimators(one, two, args):
+    """The estimators for a comparison: of d3pm and mdlm the bound that both have, in continuous time."""
+    estimators = [pick_estimator(subject, args) for subject in (one, two)]
+    if set(estimators) == {"t_step", "exact_k"} and all(s.config.objective_class.any_order for s in (one, two)):
+        return ["exact_k", "exact_k"]
+    return estimators
+
+
 def second_of(subject, estimator):
     """The name of another estimator, or of an order, that estimates the same number."""
     return subject.objective(estimator).estimators[estimator]
@@ -257,7 +265,7 @@ def score(args, open_subject, out):
         if args.text and different_tokens(one, two):
             if args.order:
                 raise UserError("--order compares tokens, and these models have different ones: leave it out")
-            return compare_on_text(one, two, [pick_estimator(subject, args) for subject in (one, two)], args, out)
+            return compare_on_text(one, two, pick_estimators(one, two, args), args, out)
         check_comparable(one, two, args.dataset or args.text)
         return compare(one, two, args, out)
     if args.check and one.config.objective_class.causal and one.config.prefix != "none":
@@ -284,9 +292,7 @@ def score(args, open_subject, out):
 
 def compare(one, two, args, out):
     """Compare two checkpoints on the same windows, and on the same masks if both have masks."""
-    estimators = [args.order or pick_estimator(subject, args) for subject in (one, two)]
-    if set(estimators) == {"t_step", "exact_k"} and all(s.config.objective_class.any_order for s in (one, two)):
-        estimators = ["exact_k", "exact_k"]  # d3pm against mdlm: the bound that both have
+    estimators = [args.order] * 2 if args.order else pick_estimators(one, two, args)
     scored = [likelihood(subject, estimator, args) for subject, estimator in zip((one, two), estimators)]
     mean, error = difference(scored[1][0], scored[0][0], one, args)
     for subject, (_, line, _) in zip((one, two), scored):

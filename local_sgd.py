@@ -7,7 +7,8 @@
 
 A worker is one copy of the weights: one process, or `local_group` processes that share its batch (DDP). Its optimiser
 is its own and is never averaged. The anchor is the copy that all workers agree on (with --eager, nearly). It is what is
-validated, averaged (EMA), sampled and saved. After h = local_steps steps, with the weights w_k of worker k = 1 ... K and the anchor a,
+validated, averaged (EMA), sampled and saved. After h = local_steps steps, with the weights w_k of worker k = 1 ... K
+and the anchor a,
 
     mean = sum_k w_k / K,    D = a - mean,    M <- mu M + D,    a <- a - lr (D + mu M),    w_k <- w_k + pull (a - w_k).
 
@@ -15,16 +16,16 @@ This is one step of SGD with Nesterov's momentum, and D takes the place of the g
 is outer_lr, mu is outer_momentum. With lr = 1, mu = 0 and pull = 1 the workers are averaged (local SGD, arXiv
 1805.09767).
 
-delay: the mean arrives that many steps later, and training goes on meanwhile. With pull = 1 these steps are lost when the
-    worker takes the anchor's weights. So a delay needs a smaller pull.
+delay: the mean arrives that many steps later, and training goes on meanwhile. With pull = 1 these steps are lost when
+    the worker takes the anchor's weights. So a delay needs a smaller pull.
 fragments: the blocks are dealt out to P fragments (blocks i, i + P, ... to fragment i, all other weights to the last).
     Each fragment has its own turn, h / P steps after another, so that less is sent at a time.
 eager: the part of the mean that a worker knows, its own difference, is used at once; see EagerFragment.
 
 At the last step of a run everything is exchanged, and nothing stays under way. In a round only weights are exchanged.
-Losses, signals and files wait for its end. Overlap Local-SGD is without its anchor's momentum here, and the first pull is
-in the second round. Streaming DiLoCo's authors send numbers of 4 bits and add them up in float32. Here they are added up
-in the format in which they are sent.
+Losses, signals and files wait for its end. Overlap Local-SGD is without its anchor's momentum here, and the first pull
+is in the second round. Streaming DiLoCo's authors send numbers of 4 bits and add them up in float32. Here they are
+added up in the format in which they are sent.
 """
 
 import re
@@ -109,9 +110,9 @@ class EagerFragment(Fragment):
 
         d_k / K + (d' - d'_k / K):
 
-    its own share of this round, and the others' share of the last. Every difference is applied once in all: the share of
-    the others comes one round later. The anchors differ by the latest shares, and by what the momentum made of the order
-    in which the shares came. That of the first worker is validated and saved.
+    its own share of this round, and the others' share of the last. Every difference is applied once in all: the share
+    of the others comes one round later. The anchors differ by the latest shares, and by what the momentum made of the
+    order in which the shares came. That of the first worker is validated and saved.
     """
 
     kept = ("anchor", "momentum", "own", "late")

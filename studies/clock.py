@@ -234,8 +234,8 @@ def asynchronous(clock, n_bytes, local_steps, total_steps, servers=False, merge_
     local_steps: of each worker's rounds. Each round: weights travel from the server to the worker, it trains, and its
     difference travels back. The server is in the first region; servers: there is one in each region, for the workers
     there, which sends to the global one in the first region when merge_every differences have been applied to it since
-    its last merge (HALoS, arXiv 2506.04531). What is applied between sending and merging is never sent. With `carry` it is
-    sent the next time, and counts from the last sending. At the end each server sends what it has.
+    its last merge (HALoS, arXiv 2506.04531). What is applied between sending and merging is never sent. With `carry` it
+    is sent the next time, and counts from the last sending. At the end each server sends what it has.
     """
     machines, regions = clock.found.machines, clock.found.regions
     server_of = [regions.index(machine.region) if servers else 0 for machine in machines]

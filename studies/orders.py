@@ -54,7 +54,7 @@ def orders(subject, K, seed, out):
              "samples_below": "the same with the samples' true orders among them: a lower bound"}
     found["gap"] = found["samples_above"] - found["samples_below"]
     print(f"-log2 p(x) per {unit}: {data.n:,} windows and {data.n:,} samples of {data.seq_len} {unit}s, "
-          f"{(2 * K + 1) * data.seq_len:,} network calls on each", file=out)
+          f"read {K * data.seq_len:,} and {(K + 1) * data.seq_len:,} times", file=out)
     for name, nats in found.items():
         bits, error = mean_and_error(nats / data.seq_len / math.log(2))
         result[name] = {"bits_per_token": bits, "stderr": None if math.isnan(error) else error}

@@ -1,8 +1,8 @@
 """Models with different tokenizers on the same text, in bits per byte, for `evaluate.py A B --text FILE`.
 
-The text is cut into chunks. Each model encodes each chunk by itself and scores all of its tokens: in windows of its own
-length, of which the last of a chunk is shorter. So every byte is scored once by each model, and the two are compared
-chunk by chunk.
+The text is cut into chunks. Each model encodes each chunk by itself. Each chunk is cut into windows of the model's
+length; its last window may be shorter. So every byte is scored once by each model, and the two are compared chunk by
+chunk. A window knows nothing of the text before it, so a model with longer windows has an advantage, which counts.
 """
 
 import math
@@ -29,11 +29,10 @@ def cut_into_chunks(text, size=CHUNK):
 
 
 def windows_of(ids, seq_len):
-    """Windows that cover all tokens of chunks, ids [(n_i,)]: {length: [(start in all ids together, chunk)]}."""
-    found, start = {}, 0
+    """Windows that cover all tokens of chunks, ids [(n_i,)]: [(start in all ids together, length, chunk)]."""
+    found, start = [], 0
     for chunk, own in enumerate(ids):
-        for i in range(0, len(own), seq_len):
-            found.setdefault(min(seq_len, len(own) - i), []).append((start + i, chunk))
+        found += [(start + i, min(seq_len, len(own) - i), chunk) for i in range(0, len(own), seq_len)]
         start += len(own)
     return found
 
@@ -42,19 +41,20 @@ def nats_of_chunks(subject, objective, estimator, chunks, seed=0, repeats=1):
     """Score chunks of a text with one model: (nats (n,) float64, number of tokens)."""
     ids = [subject.tokenizer.encode(chunk) for chunk in chunks]
     tokens, nats = np.concatenate(ids), np.zeros(len(chunks))
-    groups = windows_of(ids, subject.data.seq_len)
-    with progress(total=sum(map(len, groups.values())), desc=subject.path, unit="window", leave=False) as bar:
-        for length, places in sorted(groups.items()):
-            starts, chunk = (np.array(column) for column in zip(*places))
+    starts, lengths, chunk = (np.array(column) for column in zip(*windows_of(ids, subject.data.seq_len)))
+    with progress(total=len(starts), desc=subject.path, unit="window", leave=False) as bar:
+        for length in np.unique(lengths).tolist():
+            mine = np.flatnonzero(lengths == length)  # of all windows, so that each has noise of its own
             data = subject.data._replace(tokens=tokens, starts=starts, seq_len=length)
-            found = bound(subject.model, objective, data, seed=seed, repeats=repeats, estimator=estimator)
-            np.add.at(nats, chunk, length * found.numpy())
-            bar.update(len(places))
+            found = bound(subject.model, objective, data, mine.tolist(), seed, repeats, estimator)
+            np.add.at(nats, chunk[mine], length * found.numpy())
+            bar.update(len(mine))
     return nats, len(tokens)
 
 
 def ratio(values, sizes):
-    """sum of values / sum of sizes, (n,) each, and its standard error: that of the residuals values - ratio * sizes."""
+    """sum of values / sum of sizes, (n,) each, and its standard error: that of the residuals values - ratio * sizes
+    (Cochran, Sampling Techniques, 1977, section 6.3)."""
     n, mean = len(values), values.sum() / sizes.sum()
     if n < 2:
         return mean, math.nan

@@ -1,7 +1,7 @@
 """Train by several workers on uneven machines, all in one process: real training, simulated time.
 
-    python studies/simulator.py mdlm_mini_fast out/diloco --machines studies/machines/very.txt --local_steps=50
-    python studies/simulator.py mdlm_mini_fast out/async --machines studies/machines/very.txt --local_steps=50 \\
+    python studies/simulator.py mdlm_mini_fast --machines studies/machines/very.txt --local_steps=50
+    python studies/simulator.py mdlm_mini_fast --machines studies/machines/very.txt --local_steps=50 --out_dir=out/dn \\
         --algorithm async --buffer 4 --dynamic_steps
     python studies/simulator.py mdlm_mini_fast --machines studies/machines/halos.txt --algorithm halos \\
         --local_steps=8 --dynamic_steps --clock_only                    times and bytes, without training
@@ -15,7 +15,9 @@ Algorithms, for K workers with learning rate lr = outer_lr and momentum mu = out
              outer step at once, and the worker goes on with the new weights. Nobody waits. --buffer N: delayed
              Nesterov; see Server
     halos    HALoS (arXiv 2506.04531): async within each region, with a server of its own, and between these servers and
-             a global one
+             a global one. The paper's settings for 4 x 4 workers: --local_steps=8 --dynamic_steps --buffer 16
+             --outer_lr=3.2 --outer_momentum=0.9 --merge_every 32 --merge_weight 0.25 --global_lr 0.3
+             --global_momentum 0.5 --global_buffer 2
 
 --dynamic_steps gives slow machines fewer local steps: h_k = ceil(local_steps * speed_k / fastest speed).
 
@@ -24,14 +26,15 @@ A local step has the learning rate of the step that the run as a whole has reach
 settings and the seed. The times (studies/clock.py) do not depend on the weights, so an interrupted run replays them and
 goes on with --resume from its last checkpoint.
 
-It writes ckpt.pt, which evaluate.py and sample.py read, run.png, and log.jsonl. A line of the log has the validation of
-the averaged (EMA) weights of the server, the simulated hours, and since the line before, in the mean over the updates,
+It writes ckpt.pt, which evaluate.py and sample.py read, run.png, and log.jsonl. Each line of the log has the validation
+of the server's averaged (EMA) weights, the simulated hours, and three means over the updates since the line before:
 
     staleness   updates of other workers between the start of a worker's round and its own update
     drift       |server's weights at the update - at the start of the round| / |server's weights|
-    cosine      of the angle between the update and the momentum of the server
+    cosine      of the angle between the difference that comes and the momentum of the server before it
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -49,7 +52,7 @@ import local_sgd
 import storage
 from cli import UserError, named, note, number, pick_dtype, progress, require, run, table
 from configs import replace
-from data.loader import load_meta, load_split, records, subset, windows
+from data.loader import check_same_tokens, load_meta, load_split, records, subset, windows
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from local_sgd import Exchange, Worker
 from log import Log
@@ -107,7 +110,8 @@ class Server:
         d number N, 2 N, ...:   M <- mu M + S / N,   w <- w - lr (mu M + d / N),   S <- 0
         all others:                                  w <- w - lr d / N
 
-    N = 1 is Nesterov's momentum. A larger N changes the momentum once for N differences, as DiLoCo does with N workers.
+    So lr is divided by N for each difference. N = 1 is Nesterov's momentum. A larger N changes the momentum once for N
+    differences, as DiLoCo does with N workers.
     """
 
     kept = ("weights", "momentum", "buffer", "counts")
@@ -261,15 +265,20 @@ class Simulation:
         self.out = Path(cfg.out_dir) if cfg.out_dir else configs.run_folder(f"{args.algorithm}_{name}")
         fields = dataclasses.asdict(cfg)
         own = {key: value for key, value in vars(args).items() if key not in (*fields, "config", "resume")}
-        self.settings = {key: str(value) for key, value in (own | fields).items()
+        self.settings = {key: str(value) for key, value in (own | fields | {"machines": clock.found}).items()
                          if key not in fields or configs.same_run(key)}
         if args.init_from:
             source = storage.read(args.init_from)
+            check_same_tokens(source["meta"], self.meta, cfg.dataset)
             storage.check_fit(self.model, source["ema"], args.init_from)
             storage.fill(self.model, source["ema"])
         self.start = [p.detach().clone() for p in self.model.parameters()]
         self.sums, self.updates, self.nats, self.steps = dict.fromkeys(SUMS, 0.0), 0, 0.0, 0
         self.first, self.logged, self.progress = 0, 0, 0
+
+    @property
+    def complete(self):
+        return self.progress == self.K * self.cfg.max_steps
 
     def open(self):
         """Open the folder. Sets `first`, the number of events of an earlier part of the run. Raises UserError."""
@@ -300,7 +309,6 @@ class Simulation:
             for name, thing in kept.items():
                 thing.restore(self.payload["simulation"][name])
             torch._foreach_copy_(self.ema.average, list(self.payload["ema"].values()))
-            self.ema.updates = self.progress / self.K
 
     def save(self, events):
         names = [name for name, _ in self.model.named_parameters()]
@@ -321,6 +329,7 @@ class Simulation:
 
     def report(self, progress, seconds, events, done=False):
         """Validate, write a line and save, if an evaluation is due after this many local steps of all workers."""
+        self.ema.updates = self.progress / self.K  # not added up, so that an interruption changes no rounding
         self.ema.update((progress - self.progress) / self.K)
         self.progress, step = progress, progress // self.K
         self.bar.update(step - self.bar.n)
@@ -347,8 +356,6 @@ class Simulation:
     def train(self, copy, lr, parts=None):
         self.nats += copy.step(lr, parts)
         self.steps += 1
-
-
 
 
 # ---- the algorithms --------------------------------------------------------------------------------------------------
@@ -379,6 +386,14 @@ def all_reduces(sim, n_bytes):
     return max(rounds.now)
 
 
+def difference_of(before, after, momentum, cfg):
+    """The D of an outer step from `before` to `after`, M being the momentum before: they differ by
+    lr (D + mu (mu M + D)). Zero where nothing moved."""
+    lr, mu = cfg.outer_lr, cfg.outer_momentum
+    return [torch.zeros_like(a) if torch.equal(a, b) else ((a - b) / lr - mu**2 * m) / (1 + mu)
+            for a, b, m in zip(before, after, momentum)]
+
+
 def exchanges(sim, n_bytes):
     """Train in rounds, after which all workers exchange weights: local_sgd.py, as in train.py."""
     cfg, K = sim.cfg, sim.K
@@ -407,16 +422,16 @@ def exchanges(sim, n_bytes):
         rounds.step(working, (step - 1) % cfg.local_steps)
         training = step > sim.first and not sim.args.clock_only
         if training:
-            before = [w.clone() for w in sim.weights]
             for k in working:
                 sim.train(copies[k], sim.learning_rate(progress))
         progress += len(working)
         ended = timed.after(step)
         if training:
+            anchor, momentum = ([x.clone() for x in workers[0].tensors(key).values()] for key in ("anchor", "momentum"))
             exchange.after(step)
+            if cfg.outer_lr and any(not torch.equal(a, w) for a, w in zip(anchor, sim.weights)):
+                sim.update(cosine=cosine(difference_of(anchor, sim.weights, momentum, cfg), momentum))
             if ended:
-                moved = torch._foreach_sub(before, sim.weights)
-                sim.update(cosine=cosine(moved, workers[0].tensors("momentum").values()))
                 sim.report(progress, max(rounds.now), step, step == cfg.max_steps)
     return max(rounds.now)
 
@@ -494,8 +509,15 @@ def check(cfg, args, K):
     if cfg.batch_size % K or cfg.batch_size // K % min(cfg.micro_batch_size, cfg.batch_size // K):
         raise UserError(f"batch_size={cfg.batch_size} must be a multiple of the {K} machines, and a machine's share "
                         "one of micro_batch_size")
-    if cfg.local_group > 1 or cfg.anneal_steps or cfg.fsdp:
-        raise UserError("local_group, anneal_steps and fsdp are not simulated")
+    if cfg.local_group > 1 or cfg.anneal_steps or cfg.fsdp or cfg.wandb or cfg.device not in ("auto", "cpu"):
+        raise UserError("local_group, anneal_steps, fsdp, wandb and devices other than cpu are not simulated")
+    if args.algorithm != "halos":
+        own = ("merge_every", "merge_weight", "carry", "global_lr", "global_momentum", "global_buffer")
+        defaults = argparse.ArgumentParser()
+        add_arguments(defaults)
+        for name in own:
+            if getattr(args, name) != defaults.get_default(name):
+                raise UserError(f"--{name} is for --algorithm halos")
 
 
 def main():
@@ -510,6 +532,9 @@ def main():
     sim = Simulation(name, cfg, args, clock)
     if not args.clock_only:
         sim.open()
+        if sim.complete:
+            note(f"the run in {sim.out} is complete")
+            return
     n_bytes = args.model_bytes or 4 * sum(w.numel() for w in sim.start)
     seconds = ALGORITHMS[args.algorithm](sim, n_bytes)
     if args.json:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from commands import SMALL, assert_one_line, train
 from data.loader import SPLITS, load_meta, load_split
 from data.tokenizer import make_tokenizer
-from likelihood import bound
+from likelihood import Windows, bound
 from studies.raw_text import cut_into_chunks, nats_of_chunks, ratio, windows_of
 from studies.subject import open_subject
 
@@ -72,10 +73,9 @@ def test_chunks():
         assert len(chunks) == 1 or max(map(len, chunks)) < 3 * size
     ids = [np.arange(n) for n in (7, 3, 0, 12)]
     seen = []
-    for length, places in windows_of(ids, 5).items():
-        for start, chunk in places:
-            seen += range(start, start + length)
-            assert sum(map(len, ids[:chunk])) <= start and start + length <= sum(map(len, ids[:chunk + 1]))
+    for start, length, chunk in windows_of(ids, 5):
+        seen += range(start, start + length)
+        assert sum(map(len, ids[:chunk])) <= start and start + length <= sum(map(len, ids[:chunk + 1]))
     assert sorted(seen) == list(range(22))
 
 
@@ -106,6 +106,22 @@ def test_every_token_is_scored_once(call, text_file, tmp_path):
             data = subject.data._replace(tokens=part, starts=np.array([0]), seq_len=len(part))
             total += len(part) * bound(subject.model, objective, data, estimator=objective.reported).item()
         assert value == pytest.approx(total, rel=1e-5)
+
+
+def test_windows_of_all_lengths_have_noise_of_their_own(monkeypatch):
+    """The noise of a window follows from its number among all windows, also if each length comes once."""
+    seen = []
+
+    def record(model, objective, data, mine, *rest):
+        seen.extend((i, data.n, data.seq_len) for i in mine)
+        return torch.ones(len(mine), dtype=torch.float64)
+
+    monkeypatch.setattr("studies.raw_text.bound", record)
+    ids = [np.zeros(n, dtype=int) for n in range(1, 41)]
+    subject = SimpleNamespace(path="x", model=None, tokenizer=SimpleNamespace(encode=lambda chunk: ids[chunk]),
+                              data=Windows(None, None, 64, 8, torch.device("cpu"), torch.float32))
+    nats, n = nats_of_chunks(subject, None, None, range(40))
+    assert sorted(seen) == [(i, 40, i + 1) for i in range(40)] and n == 820 and nats.tolist() == list(range(1, 41))
 
 
 def test_models_with_different_tokens(call, gpt2, text_file, tmp_path):

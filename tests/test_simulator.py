@@ -254,10 +254,13 @@ def test_a_run(flags, call, data_dir, tmp_path):
     shutil.copytree(whole, parts)
     (parts / "ckpt_prev.pt").rename(parts / "ckpt.pt")
     assert storage.read(parts)["events"] < storage.read(whole)["events"]
+    assert all(line["utilisation"] <= 1 and -1 <= line["cosine"] <= 1 for line in lines if line["cosine"] is not None)
     simulate(tmp_path, data_dir, UNEVEN, *flags, name="parts", resume=True)
     one, other = storage.read(whole), storage.read(parts)
     for key in ("model", "ema", "simulation"):
         assert storage.digest(one[key]) == storage.digest(other[key]), key
+    assert [line for line in log(parts) if "val_bits_per_token" in line] == lines
+    simulate(tmp_path, data_dir, UNEVEN, *flags, name="parts", resume=True)  # complete: nothing happens
     assert [line for line in log(parts) if "val_bits_per_token" in line] == lines
     assert_one_line(call("studies/simulator.py", "mdlm_text8", *SMALL, *flags[:-1], "--local_steps=7", "--resume",
                          f"--machines={tmp_path}/machines.txt", f"--data_dir={data_dir}", f"--out_dir={parts}"),
@@ -284,6 +287,7 @@ def test_what_contradicts(call, data_dir, tmp_path):
                          (["--local_steps=3", "--buffer=2"], "--buffer is for"),
                          (["--algorithm=ddp", "--dynamic_steps"], "needs rounds"),
                          (["--algorithm=ddp", "--batch_size=8"], "multiple of the 16 machines"),
-                         (["--algorithm=ddp", "--anneal_steps=8"], "not simulated")):
+                         (["--algorithm=ddp", "--anneal_steps=8"], "not simulated"),
+                         (["--local_steps=3", "--merge_weight=0.5"], "--merge_weight is for --algorithm halos")):
         assert_one_line(go(*flags), words)
     assert not (tmp_path / "no").exists()
