@@ -14,7 +14,8 @@ with several denoisers, very often. It compares the means with numbers that come
     model     claim(x) >= -log p(x) for the model's own p. It reveals the tokens one by one in random order, or, with
               --steps T, in T steps, each of them several at a time.
     entropy   The mean claim over the world's texts is at least their entropy, with any model.
-    times     The model is asked at times from all over (0, 1], or at some fixed times, as in a chain of T steps.
+    times     If a claim draws its times at random, they come from all over (0, 1]. (With --steps this is not asked.)
+    finite    The claim is a number, or infinite, for each text that is possible.
 
 A correct bound can be loose. So the excess over the entropy with the perfect denoiser is printed, too. docs/audit.md
 explains the mistakes.
@@ -150,11 +151,21 @@ class Finding(NamedTuple):
     broken: tuple        # names of the rules that it breaks
 
 
-def measure(claim, model, x0, draws, rng):
-    """Mean and standard error of the claim on each of the texts x0 (n, L), or of its one number: tensors (n,) or ()."""
+def measure(claim, model, x0, draws, rng, p=None):
+    """Mean and standard error of the claim on each of the texts x0 (n, L), or of its one number: tensors (n,) or ().
+
+    p: draw the texts with these probabilities, for a claim of one number. Raises UserError if it returns neither.
+    """
     parts, values = 50, []
     for _ in range(parts):
-        found = claim(model, x0.repeat(draws // parts, 1), rng).double()
+        texts = x0.repeat(draws // parts, 1)
+        if p is not None:
+            texts = x0[torch.multinomial(p, len(texts), True, generator=rng)]
+        found = claim(model, texts, rng)
+        if not torch.is_tensor(found) or found.shape not in ((), (len(texts),)):
+            raise UserError(f"the claim must return a tensor of one number for each of {len(texts)} texts, or of one "
+                            f"number, not {getattr(found, 'shape', type(found).__name__)}")
+        found = found.double()
         values.append(found.view(draws // parts, -1).mean(0) if found.dim() else found)
     values = torch.stack(values)
     return values.mean(0), values.std(0) / parts**0.5
@@ -164,7 +175,7 @@ def audit(claim, draws=20_000, steps=None, limit=5.0):
     """Audit a claim on all worlds with all denoisers: a list of Findings.
 
     steps: of the chain that the claim is about; None: tokens are revealed one by one.
-    limit: standard errors that prove a breach.
+    limit: a rule is broken if the shortfall is more than so many standard errors.
     """
     findings = []
     for world in worlds():
@@ -173,8 +184,11 @@ def audit(claim, draws=20_000, steps=None, limit=5.0):
             log_p = model.log_p(steps)
             possible = world.p > 0
             mean, error = measure(claim, model, x0, draws, rng)
-            asked = torch.cat(model.asked).double()
-            broken = []
+            if not model.asked:
+                raise UserError("the claim never asks the model: a bound has to call model(xt, t)")
+            asked, broken = torch.cat(model.asked).double(), []
+            if mean.isnan().any() if not mean.dim() else mean[possible].isnan().any():
+                broken.append("finite")
             if mean.dim():
                 claimed, claimed_error = (world.p[possible] * mean[possible]).sum(), (
                     (world.p[possible] * error[possible]).square().sum().sqrt())
@@ -186,16 +200,16 @@ def audit(claim, draws=20_000, steps=None, limit=5.0):
                 short = ((-log_p - mean - 1e-6) / error.clamp(min=1e-9))[finite].max().item() if finite.any() else 0.0
                 if short > limit:
                     broken.append("model")
-            else:  # one number for the mean over texts: on texts in their proportions
-                proportions = torch.multinomial(world.p, draws // 50, True, generator=rng)
-                claimed, claimed_error = measure(claim, model, x0[proportions], 50, rng)
+            else:  # one number for the mean over texts: on texts that are drawn anew each time
+                claimed, claimed_error = measure(claim, model, x0, draws, rng, world.p)
                 kraft = kraft_error = short = math.nan
                 if -(world.p[possible] * log_p[possible]).sum() - claimed > limit * claimed_error + 0.01:
                     broken.append("model")
             if world.entropy - claimed > limit * claimed_error + 1e-6:
                 broken.append("entropy")
-            times, fixed = (asked.min().item(), asked.max().item()), len(asked.unique()) < 100
-            if not fixed and (times[0] > 100 / len(asked) or times[1] < 1 - 100 / len(asked)):
+            times, fixed = (asked.min().item(), asked.max().item()), steps or len(asked.unique()) < 100
+            beyond = 20 / len(asked)  # uniform times are all above this with probability exp(-20)
+            if not fixed and (times[0] > beyond or times[1] < 1 - beyond):
                 broken.append("times")
             findings.append(Finding(world.name, name, claimed.item(), claimed_error.item(), world.entropy, kraft,
                                     kraft_error, short, times, tuple(broken)))
@@ -296,6 +310,8 @@ CLAIMS = {claim.__name__: claim for claim in (
 
 def audit_bytes(text, tokens, bytes_per_token):
     """(true bytes per token, factor by which claimed bits per byte are too low) of a text (bytes) of so many tokens."""
+    if not text:
+        raise UserError("the text has no bytes")
     true = len(text) / tokens
     return true, bytes_per_token / true
 
@@ -310,7 +326,10 @@ def load(text):
         raise UserError(f"{text!r} is not the name of a function: use FILE.py:NAME with a file that exists")
     spec = importlib.util.spec_from_file_location("claim", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
     if not callable(getattr(module, name, None)):
         raise UserError(f"{path} has no function {name!r}")
     return getattr(module, name)
@@ -336,6 +355,8 @@ def main():
     p.add_argument("--tokens", type=number(int, 1), help="number of its tokens")
     p.add_argument("--bytes_per_token", type=number(float, 1e-9), help="bytes per token that were assumed")
     args = p.parse_args()
+    if not args.bytes and (args.tokens or args.bytes_per_token):
+        raise UserError("--tokens and --bytes_per_token are for --bytes FILE")
     if args.bytes:
         if not args.tokens or not args.bytes_per_token:
             raise UserError("--bytes needs --tokens and --bytes_per_token")

@@ -388,12 +388,13 @@ def test_ancestral():
     """Section 10: the chances to stay a mask multiply to r_i/r_0, and the sampler reveals r_(i-1) - r_i in step i."""
     grid, B, n = [1.0, 0.55, 0.5, 0.2, 0.0], 3000, 4
     assert math.prod(b / a for a, b in zip(grid[:3], grid[1:4])) == pytest.approx(grid[3])
-    left, step = [], 0
+    step, revealed = torch.zeros(B, 1, dtype=torch.long), torch.full((B, n), 99)  # the step that reveals each token
     for xt, steps in states(Settings("ancestral", {"grid": grid}), B, n):
-        step += steps
-        left.append(((xt == V).double().mean().item(), grid[step]))
-    assert len(left) == 4
-    for found, rate in left:
+        step += steps[:, None]
+        revealed = torch.where((xt != V) & (revealed == 99), step, revealed)
+    assert (step == 4).all()
+    for i, rate in enumerate(grid):
+        found = (revealed > i).double().mean().item()
         assert found == pytest.approx(rate, abs=4 * (rate * (1 - rate) / (B * n)) ** 0.5 + 1e-12)
 
 
