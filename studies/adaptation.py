@@ -95,7 +95,7 @@ def steps_to_reach(level, points):
 def main():
     args = parse_args()
     require("matplotlib", "a picture")
-    runs.make_folder(args.folder)
+    runs.make_folder(args.folder, args)
     study, seeds, S = Study(args), range(1, args.seeds + 1), args.steps
     bits = runs.in_stages(study.stages, study.bits, args.jobs)
     lengths = study.lengths

@@ -4,16 +4,18 @@
 
 D3PM (nanoDD's objective and optimiser), the fast recipe of MDLM, block diffusion in blocks of 16, and left to right,
 each at sizes from 0.2M to 10M parameters with some budgets of operations C (model.DiT.flops, recomputation not
-counted). A budget gives each size its number of steps. The learning rate of each method and size is tuned with the
-smallest budget and one seed, then all is run with every seed.
+counted). A budget gives each size its number of steps. The learning rate of each method and size is chosen by the
+validation, with the smallest budget and one seed. Then all is run with every seed. All bits of masked models are bounds
+in continuous time.
 
 For each method and budget the best size gives a point of the frontier. Through the points of all budgets goes the line
 
     log(bits - floor) = a - b log C,
 
-with one floor for all methods, which is chosen to fit best. (The bits of the text itself are unknown.) The ratio of
-operations at equal bits is read off the lines, and its error comes from the seeds (bootstrap). It writes frontier.json
-and frontier.png. What is there is not run again.
+with one floor for all methods, which is chosen to fit best. (The entropy of the text itself is unknown.) The ratio of
+operations at equal bits is read off the lines of each seed. The level is the worst method's bits at the largest budget.
+Where a method is below it at its smallest budget already, its line is extended, and a sentence says so. It writes
+frontier.json and frontier.png. What is there is not run again.
 """
 
 import json
@@ -27,9 +29,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import configs
-from cli import ArgumentParser, require, run, table, write_file
+from cli import ArgumentParser, UserError, number, require, run, table, write_file
 from configs import replace
 from costs import flops_per_token
+from log import finite
 from plot import picture
 from studies import runs
 from studies.runs import mean_and_error
@@ -64,15 +67,16 @@ class Study:
     def __init__(self, args):
         self.args = args
 
-    def bits(self, method, size, budget, lr, seed):
-        """Train one run, or continue it. Returns its bits per character on the test split."""
+    def measure(self, method, size, budget, lr, seed):
+        """Train one run, or continue it. Returns {"bits": per character on the test split, "val": its validation}."""
         name, settings = METHODS[method]
         steps = steps_of(method, size, budget)
         out = self.args.folder / f"{method.replace(' ', '_').replace(',', '')}_{size}_{budget:g}_lr={lr:g}_{seed}"
         flags = [name, *(f"--{key}={value}" for key, value in (settings | SIZES[size]).items()), f"--lr={lr}",
                  "--sample_interval=0", "--eval_sequences=256", f"--seed={seed}", f"--max_steps={steps}",
                  f"--warmup_steps={max(1, min(100, steps // 10))}", f"--eval_interval={steps}"]
-        return runs.trained(out, flags, self.args)
+        how = ["--estimator", "exact_k"] if method == "D3PM" else []  # its own is of 1,000 steps
+        return {"bits": runs.trained(out, flags, self.args, how=how), "val": runs.validation(out)}
 
 
 # ---- the frontier ----------------------------------------------------------------------------------------------------
@@ -111,47 +115,51 @@ def main():
     p.add_argument("--budgets", default=BUDGETS, help=f"operations, separated by commas (default {BUDGETS})")
     args = p.parse_args()
     require("matplotlib", "a picture")
-    runs.make_folder(args.folder)
+    runs.make_folder(args.folder, args)
     study, seeds = Study(args), range(1, args.seeds + 1)
-    budgets = sorted(float(text) for text in args.budgets.split(","))
+    budgets = sorted({number(float, 1, 1e30)(text) for text in args.budgets.split(",")})
+    if len(budgets) < 2:
+        raise UserError("--budgets needs at least two numbers, for a line")
     trials = [(method, size, budgets[0], lr, 1) for method in METHODS for size in SIZES for lr in LRS]
-    found = runs.in_stages([trials], study.bits, args.jobs)
-    best = {(method, size): min(LRS, key=lambda lr: found[method, size, budgets[0], lr, 1])
+    found = runs.in_stages([trials], study.measure, args.jobs)
+    best = {(method, size): min(LRS, key=lambda lr: found[method, size, budgets[0], lr, 1]["val"])
             for method in METHODS for size in SIZES}
     key = lambda method, size, budget, seed: (method, size, budget, best[method, size], seed)
     found |= runs.in_stages([[key(method, size, budget, seed) for budget in budgets for seed in seeds
-                              for method in METHODS for size in SIZES]], study.bits, args.jobs)
+                              for method in METHODS for size in SIZES]], study.measure, args.jobs)
 
     def frontier(method, chosen):
         """[(C, bits of the best size)], in the mean over the chosen seeds."""
-        mean = lambda size, budget: sum(found[key(method, size, budget, seed)] for seed in chosen) / len(chosen)
+        mean = lambda size, budget: sum(found[key(method, size, budget, seed)]["bits"] for seed in chosen) / len(chosen)
         return [(budget, min(mean(size, budget) for size in SIZES)) for budget in budgets]
 
     rows = []
     for method in METHODS:
         for budget in budgets:
             for size in SIZES:
-                bits, error = mean_and_error([found[key(method, size, budget, seed)] for seed in seeds])
+                bits, error = mean_and_error([found[key(method, size, budget, seed)]["bits"] for seed in seeds])
                 rows.append({"method": method, "operations": budget, "size": size, "lr": best[method, size],
-                             "steps": steps_of(method, size, budget), "bits": bits, "stderr": error})
+                             "steps": steps_of(method, size, budget), "bits": finite(bits), "stderr": error})
     print(f"bits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds")
     table(rows, {"method": ("", ""), "operations": ("operations", ".0e"), "size": ("size", ""), "lr": ("lr", "g"),
                  "steps": ("steps", ",d"), "bits": ("bits", ".4f"), "stderr": ("±", ".4f")}, sys.stdout)
     frontiers = {method: frontier(method, list(seeds)) for method in METHODS}
     level = max(points[-1][1] for points in frontiers.values())  # the bits that all methods reach
-    rng, draws = np.random.default_rng(0), []
-    for _ in range(200):
-        chosen = rng.choice(list(seeds), args.seeds).tolist()
-        draws.append(ratios({method: frontier(method, chosen) for method in METHODS}, "left to right", level))
+    if not math.isfinite(level):
+        raise UserError("a method has no run with finite bits at the largest budget: there is no line to fit")
+    for method, points in frontiers.items():
+        if points[0][1] < level:
+            print(f"{method} is below {level:.3f} bits at its smallest budget: its operations are extrapolated")
+    by_seed = [ratios({method: frontier(method, [seed]) for method in METHODS}, "left to right", level)
+               for seed in seeds]
     floor, lines = fit(frontiers)
     result = {method: {"a": a, "b": b, "ratio": ratios(frontiers, "left to right", level)[method],
-                       "low": float(np.percentile([draw[method] for draw in draws], 5)),
-                       "high": float(np.percentile([draw[method] for draw in draws], 95))}
-              for method, (a, b) in lines.items()}
-    print(f"floor {floor:.3f} bits; operations for {level:.3f} bits, relative to left to right")
-    table([{"method": method, **values} for method, values in result.items()],
+                       "by_seed": [of_seed[method] for of_seed in by_seed]} for method, (a, b) in lines.items()}
+    print(f"floor {floor:.3f} bits; operations for {level:.3f} bits, relative to left to right, in all and by seed")
+    table([{"method": method, **values, "by_seed": "  ".join(f"{x:.2f}" for x in values["by_seed"])}
+           for method, values in result.items()],
           {"method": ("", ""), "b": ("exponent b", ".3f"), "ratio": ("times the operations", ".2f"),
-           "low": ("5 %", ".2f"), "high": ("95 %", ".2f")}, sys.stdout)
+           "by_seed": ("by seed", "")}, sys.stdout)
     picture(args.folder / "frontier.png", {method: [(c, bits, 0.0) for c, bits in points]
                                            for method, points in frontiers.items()},
             "operations of the training", "bits per character (test), the best size", log_x=True)

@@ -6,11 +6,11 @@
     python studies/mixers.py out/mixers --table masks         # masks kept out of static maps, and Toeplitz maps
 
 All runs are MDLM of 4 blocks, 128 wide unless a row is called matched, on texts of 128 characters, with equally many
-tokens, without token shift. Each row is
-trained at every learning rate of its table with every seed. The best learning rate of a row is that with the lowest
-mean bits. A run fails if it does not reach the bits of single characters, which need no mixing, or ends in numbers that
-are not finite. Afterwards it times a training step of each row with one thread, in alternation, on random tokens, and
-measures the activations of a step. It writes TABLE.json and, for mixers and masks, TABLE.png.
+tokens, without token shift. Each row is trained at every learning rate of its table with every seed. The best learning
+rate of a row is that with the lowest mean of the validations. Bits are of the test split. A run fails if it does not
+reach the bits of single characters, which need no mixing, or ends in numbers that are not finite. Afterwards it times a
+training step of each row with one thread, in alternation, on random tokens, and measures the activations of a step. It
+writes TABLE.json and, for mixers and masks, TABLE.png.
 """
 
 import json
@@ -102,12 +102,13 @@ def folder_of(row, lr, seed):
 
 
 def measure(row, lr, seed, args):
-    """Train one run. Returns its bits (infinite if its weights became so), milliseconds per step, and bytes."""
+    """Train one run. Returns its bits and its validation (infinite if its weights became so), and bytes of state."""
     out = args.folder / folder_of(row, lr, seed)
     flags = ["mdlm_mini_fast", *(f"--{key}={value}" for key, value in (BASE | row.settings).items() if value != ""),
              f"--lr={lr}", f"--seed={seed}", f"--max_steps={args.steps}", f"--warmup_steps={args.steps // 20}",
              f"--eval_interval={args.steps}", "--max_skipped=1000000"]
-    return {"bits": runs.trained(out, flags, args), "state": log.read(out / "log.jsonl")[0]["optimizer_bytes"]}
+    return {"bits": runs.trained(out, flags, args), "val": runs.validation(out),
+            "state": log.read(out / "log.jsonl")[0]["optimizer_bytes"]}
 
 
 def costs_of(rows, repeats=15):
@@ -140,7 +141,7 @@ def main():
     p.add_argument("--table", choices=TABLES, required=True, help="the table to make")
     args = p.parse_args()
     require("matplotlib", "a picture")
-    runs.make_folder(args.folder)
+    runs.make_folder(args.folder, args, f"{args.table}_settings")
     rows, seeds, level = TABLES[args.table](), range(1, args.seeds + 1), unigram_bits(args)
     keys = [(row.name, lr, seed) for row in rows for lr in row.lrs for seed in seeds]
     by_name = {row.name: row for row in rows}
@@ -150,7 +151,7 @@ def main():
     results, best, costs = [], {}, costs_of(rows)
     for row in rows:
         means = {lr: mean_and_error([found[row.name, lr, seed]["bits"] for seed in seeds]) for lr in row.lrs}
-        best[row.name] = lr = min(row.lrs, key=lambda lr: means[lr][0])
+        best[row.name] = lr = min(row.lrs, key=lambda lr: sum(found[row.name, lr, seed]["val"] for seed in seeds))
         all_runs = [found[row.name, rate, seed] for rate in row.lrs for seed in seeds]
         results.append(dict(
             row=row.name, bits=log.finite(means[lr][0]), stderr=means[lr][1], lr=lr, params=n_params(row.settings),

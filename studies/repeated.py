@@ -7,9 +7,9 @@ of mdlm_mini_fast: 0.2M and 0.8M parameters. Equal epochs are equal tokens and, 
 operations. Both are scored on the same windows of the test split: left to right exactly, diffusion by its bound, so it
 can only be better than it looks. A run is scored at its best checkpoint, which 16 validations choose.
 
-Each is tuned on its own: learning rate, dropout and weight decay with 16 epochs and one seed; dropout and weight decay
-once more with 64 epochs, for the runs of 32 epochs and more. It prints the tables and the number of epochs at which the
-lines cross, and writes repeated.json and repeated.png. What is there is not run again.
+Each is tuned on its own, by its validations: learning rate, dropout and weight decay with 16 epochs and one seed;
+dropout and weight decay once more with 64 epochs, for the runs of 32 epochs and more. It prints the tables and the
+number of epochs at which the lines cross, and writes repeated.json and repeated.png. What is there is not run again.
 """
 
 import itertools
@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import ArgumentParser, number, require, run, table, write_file
+from log import finite
 from plot import picture
 from studies import runs
 from studies.runs import mean_and_error
@@ -37,28 +38,30 @@ class Study:
     def __init__(self, args):
         self.args = args
 
-    def bits(self, kind, size, epochs, seed, settings):
-        """Train one run, or continue it. Returns its bits per character on the test split. settings: pairs."""
+    def measure(self, kind, size, epochs, seed, settings):
+        """Train one run, or continue it; settings: pairs. Returns {"bits": per character on the test split, "val": its
+        best validation}."""
         config = dict(settings)
         steps = max(16, round(epochs * self.args.unique / (16 * 128)))
         words = "_".join(f"{key}={value:g}" for key, value in config.items())
         out = self.args.folder / f"{kind.replace(' ', '_')}_{size}_{epochs}_{words}_{seed}"
         flags = ["mdlm_mini_fast", "--sample_interval=0", "--eval_sequences=512", *SIZES[size], *KINDS[kind],
                  f"--unique_tokens={self.args.unique}", f"--seed={seed}", f"--max_steps={steps}",
-                 f"--warmup_steps={max(1, min(100, steps // 10))}", f"--eval_interval={steps // 16}",
+                 f"--warmup_steps={max(1, min(100, steps // 10))}", f"--eval_interval={math.ceil(steps / 16)}",
                  *(f"--{key}={value}" for key, value in config.items())]
-        return runs.trained(out, flags, self.args, best=True)
+        return {"bits": runs.trained(out, flags, self.args, best=True), "val": runs.validation(out)}
 
     def tune(self):
-        """{(kind, size, whether epochs are many): settings as pairs}, those with the lowest bits."""
+        """{(kind, size, whether epochs are many): settings as pairs}, those with the best validation; and all runs."""
         pairs = [(kind, size) for size in SIZES for kind in KINDS]
         few = [(*pair, TUNED_AT[0], 1, tuple(settings.items())) for pair in pairs for settings in FEW]
-        found = runs.in_stages([few], self.bits, self.args.jobs)
-        best = {(*pair, False): min((key for key in few if key[:2] == pair), key=found.get)[4] for pair in pairs}
+        found = runs.in_stages([few], self.measure, self.args.jobs)
+        choose = lambda keys, pair: min((key for key in keys if key[:2] == pair), key=lambda key: found[key]["val"])[4]
+        best = {(*pair, False): choose(few, pair) for pair in pairs}
         many = [(*pair, TUNED_AT[1], 1, tuple((dict(best[*pair, False]) | settings).items()))
                 for pair in pairs for settings in MANY]
-        found |= runs.in_stages([many], self.bits, self.args.jobs)
-        best |= {(*pair, True): min((key for key in many if key[:2] == pair), key=found.get)[4] for pair in pairs}
+        found |= runs.in_stages([many], self.measure, self.args.jobs)
+        best |= {(*pair, True): choose(many, pair) for pair in pairs}
         return best, found
 
 
@@ -68,7 +71,7 @@ def crossing(one, two):
     one, two: [(x, y)] with the same x.
     """
     gaps = [(x, b - a) for (x, a), (_, b) in zip(one, two)]
-    if gaps[-1][1] >= 0:
+    if not all(math.isfinite(gap) for _, gap in gaps) or gaps[-1][1] >= 0:
         return None
     last = max((i for i, (_, gap) in enumerate(gaps) if gap >= 0), default=None)
     if last is None:
@@ -81,16 +84,16 @@ def main():
     p = ArgumentParser(description=__doc__)
     runs.add_arguments(p, steps=0)
     p.add_argument("--unique", type=number(int, 128), default=200_000, help="characters to train on (default 200,000)")
-    p.add_argument("--epochs", default="1,4,16,64,128", help="numbers of epochs (default 1,4,16,64,128)")
+    p.add_argument("--epochs", type=lambda text: sorted({number(int, 1)(part) for part in text.split(",")}),
+                   default=[1, 4, 16, 64, 128], help="numbers of epochs (default 1,4,16,64,128)")
     args = p.parse_args()
     require("matplotlib", "a picture")
-    runs.make_folder(args.folder)
-    study, seeds = Study(args), range(1, args.seeds + 1)
-    epochs = [number(int, 1)(text) for text in args.epochs.split(",")]
+    runs.make_folder(args.folder, args)
+    study, seeds, epochs = Study(args), range(1, args.seeds + 1), args.epochs
     best, tried = study.tune()
     key = lambda kind, size, n, seed: (kind, size, n, seed, best[kind, size, n >= 2 * TUNED_AT[0]])
     keys = [key(kind, size, n, seed) for seed in seeds for size in SIZES for kind in KINDS for n in epochs]
-    found = runs.in_stages([keys], study.bits, args.jobs)
+    found = runs.in_stages([keys], study.measure, args.jobs)
 
     print(f"tuned with {TUNED_AT[0]} and {TUNED_AT[1]} epochs, seed 1; bits per character on {args.dataset} test")
     table([{"kind": kind, "size": size, "epochs": TUNED_AT[many], "settings": "  ".join(
@@ -100,9 +103,9 @@ def main():
     rows, series = [], {}
     for size in SIZES:
         for kind in KINDS:
-            line = [(n, *mean_and_error([found[key(kind, size, n, seed)] for seed in seeds])) for n in epochs]
+            line = [(n, *mean_and_error([found[key(kind, size, n, seed)]["bits"] for seed in seeds])) for n in epochs]
             series[f"{kind}, {size}"] = line
-            rows += [{"size": size, "kind": kind, "epochs": n, "bits": bits, "stderr": error}
+            rows += [{"size": size, "kind": kind, "epochs": n, "bits": finite(bits), "stderr": error}
                      for n, bits, error in line]
     print(f"bits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds, "
           f"{args.unique:,} characters of training text")
@@ -110,7 +113,7 @@ def main():
                  "stderr": ("±", ".4f")}, sys.stdout)
     crossings = {}
     for size in SIZES:
-        by_seed = [crossing(*([(n, found[key(kind, size, n, seed)]) for n in epochs] for kind in KINDS))
+        by_seed = [crossing(*([(n, found[key(kind, size, n, seed)]["bits"]) for n in epochs] for kind in KINDS))
                    for seed in seeds]
         crossings[size] = by_seed
         print(f"{size}: diffusion is better from this number of epochs on, by seed: "
@@ -118,7 +121,7 @@ def main():
     picture(args.folder / "repeated.png", series, f"epochs of {args.unique:,} characters", "bits per character (test)",
             log_x=True)
     write_file(args.folder / "repeated.json", json.dumps({"rows": rows, "crossings": crossings, "tried": [
-        [*key[:4], dict(key[4]), bits] for key, bits in tried.items()]}) + "\n")
+        [*key[:4], dict(key[4]), finite(result["val"])] for key, result in tried.items()]}) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,11 +33,20 @@ def add_arguments(parser, steps, jobs=1):
                         help="settings of train.py for all runs, such as n_embd=64")
 
 
-def make_folder(path):
+def make_folder(path, args, name="settings"):
+    """Make the folder of a study, and keep its settings in NAME.json, but for those that change no result.
+
+    Raises UserError if it has runs with other settings.
+    """
+    settings = {key: value for key, value in vars(args).items() if key not in ("folder", "data_dir", "seeds", "jobs")}
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}")
+    before = once(path / f"{name}.json", lambda: settings)
+    for key in settings:
+        if before.get(key) != settings[key]:
+            raise UserError(f"{path} has runs with {key}={before.get(key)}, not {settings[key]}: choose another folder")
 
 
 def call(script, *arguments):
@@ -57,10 +66,11 @@ def once(path, measure):
     return json.loads(path.read_text())
 
 
-def trained(out, flags, args, best=False):
+def trained(out, flags, args, best=False, how=()):
     """Train the run `out`, or continue it. Returns its bits per token on the test split.
 
-    best: at the checkpoint of the best validation. They are infinite if its weights or its likelihood became so.
+    best: at the checkpoint of the best validation. how: more flags of evaluate.py. The bits are infinite if its weights
+    or its likelihood became so.
     """
     def measure():
         try:
@@ -75,10 +85,17 @@ def trained(out, flags, args, best=False):
              *(f"--{flag}" for flag in args.flags), "--resume=auto")
         seq_len = log.read(out / "log.jsonl")[0]["config"]["seq_len"]
         return json.loads(call("evaluate.py", out / "ckpt_best.pt" if best else out, *data_flags(args), "--n_tokens",
-                               seq_len * args.windows))
+                               seq_len * args.windows, *how))
 
     bits = once(out.with_name(f"{out.name}.json"), measure)["bits_per_token"]
     return math.inf if bits is None else bits
+
+
+def validation(out):
+    """The best validation of the run `out`, in bits per token; infinite if there is none. Settings are chosen by it."""
+    lines = log.read(out / "log.jsonl") if (out / "log.jsonl").exists() else []
+    return min((line["val_bits_per_token"] for line in lines if line.get("val_bits_per_token") is not None),
+               default=math.inf)
 
 
 def data_flags(args):
@@ -105,7 +122,7 @@ def in_stages(stages, work, jobs):
 
 
 def mean_and_error(values):
-    """Mean over seeds and the standard error of it (None for one seed)."""
+    """Mean over seeds and the standard error of it (None for one seed, or if the mean is not finite)."""
     mean = sum(values) / len(values)
     if len(values) < 2 or not math.isfinite(mean):
         return mean, None

@@ -5,7 +5,7 @@
 A network (mdlm_mini_fast with AdamW, 0.8M parameters) is first trained by one worker. Then four workers go on with
 rounds of 50 local steps, on machines that are equal, or slightly, moderately or very different (studies/machines):
 
-    ddp        averaged gradients: one network, a batch four times as large
+    ddp        averaged gradients: every step uses the four workers' batches together
     diloco     exchanges of all workers together
     async      one server, Nesterov's momentum for every difference
     async dn   one server, delayed Nesterov with a buffer of 4, and dynamic local steps
@@ -13,16 +13,17 @@ rounds of 50 local steps, on machines that are equal, or slightly, moderately or
     plain, lookahead    one worker with all four batches, without and with an outer step every 50 steps
 
 At last 16 machines in 4 regions (studies/machines/halos.txt) do the same, with the times of a network of 70M
-parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. The result is the time to the bits that the last of them
-reaches.
+parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. There the study reports each algorithm's hours to the
+final bits of the worst one.
 
-All see the same number of tokens. The learning rates of the servers are tuned first, on moderately different machines
-with one seed. It prints bits per character on the test split, the same windows and masks for all, differences from
-diloco by seed, and over all runs how drift goes with the difference. What is there is not run again. It writes
-slow_links.json, slow_links.png and hours.png.
+All see the same number of tokens. The learning rates of the servers are chosen first, by the validation of one seed on
+moderately different machines. It prints bits per character on the test split, the same windows and masks for all, the
+differences from diloco by seed, and the correlation of drift with that difference over the algorithms and machines of
+each seed. What is there is not run again. It writes slow_links.json, slow_links.png and hours.png.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import log
-from cli import ArgumentParser, number, require, run, table, write_file
+from cli import ArgumentParser, UserError, number, require, run, table, write_file
 from plot import picture
 from studies import runs
 from studies.runs import ROOT, mean_and_error
@@ -56,7 +57,7 @@ TUNED = {  # flags to choose from, with one seed
 
 
 REGIONS = ["--step_seconds=0.238391", "--model_bytes=281.7e6", "--relative_speeds", "--batch_size=64"]
-OF_16 = {"async dn": ["--buffer=16"], "halos": ["--buffer=4", "--merge_every=8"]}
+OF_16 = {"async dn": ["--buffer=16"], "halos": ["--buffer=4", "--merge_every=8"]}  # a buffer has each worker once
 
 
 class Study:
@@ -86,25 +87,38 @@ class Study:
         return json.loads(runs.call("evaluate.py", out, *runs.data_flags(self.args), "--n_tokens",
                                     128 * self.args.windows))
 
+    def how(self, name, level, extra):
+        """Flags of the simulator for an algorithm on the machines of a level."""
+        steps = [] if name == "ddp" else [f"--local_steps={self.args.local_steps}"]
+        flags = [*ALGORITHMS[name], *steps, "--micro_batch_size=4", f"--machines={ROOT}/studies/machines/{level}.txt",
+                 *extra]
+        if level == "halos":
+            flags += [*REGIONS, *OF_16.get(name, ())]
+            if name == "async":  # 16 workers have four times as many differences as 4
+                flags += [f"--outer_lr={float(extra[0].split('=')[1]) / 4}"]
+        return flags
+
     def measure(self, name, level, seed, extra=()):
-        """Bits on the test split and the means of the log of one run."""
+        """Bits on the test split, the last validation and means of the log of one run; None if it diverged."""
         folder = "_".join([name.replace(" ", "_"), level, *(flag.strip("-") for flag in extra), str(seed)])
         out = self.args.folder / folder
 
         def work():
             common = [*self.flags_of(seed), f"--init_from={self.first(seed)}", f"--out_dir={out}"]
-            if level == "one":
-                runs.call("train.py", *common, *extra, "--resume=auto")
-            else:
-                steps = [] if name == "ddp" else [f"--local_steps={self.args.local_steps}"]
-                regions = [*REGIONS, *OF_16.get(name, ())] if level == "halos" else []
-                runs.call("studies/simulator.py", *common, *ALGORITHMS[name], *steps, "--micro_batch_size=4",
-                          f"--machines={ROOT}/studies/machines/{level}.txt", *extra, *regions, "--resume")
+            try:
+                if level == "one":
+                    runs.call("train.py", *common, *extra, "--resume=auto")
+                else:
+                    runs.call("studies/simulator.py", *common, *self.how(name, level, extra), "--resume")
+            except UserError as error:
+                if "not finite" not in str(error):
+                    raise
+                return {"bits": None, "val": None, "curve": []}
             lines = [line for line in log.read(out / "log.jsonl") if "val_bits_per_token" in line]
             mean = lambda key: float(np.mean([line[key] for line in lines if line.get(key) is not None] or [0.0]))
-            return {"bits": self.score(out)["bits_per_token"], "drift": mean("drift"), "staleness": mean("staleness"),
-                    "cosine": mean("cosine"), "hours": lines[-1].get("hours"),
-                    "utilisation": lines[-1].get("utilisation"),
+            return {"bits": self.score(out)["bits_per_token"], "val": lines[-1]["val_bits_per_token"],
+                    "drift": mean("drift"), "staleness": mean("staleness"), "cosine": mean("cosine"),
+                    "hours": lines[-1].get("hours"), "utilisation": lines[-1].get("utilisation"),
                     "gigabytes": sum(lines[-1].get("bytes", {}).values()) / 1e9,
                     "curve": [(line["hours"], line["val_bits_per_token"]) for line in lines if "hours" in line]}
 
@@ -117,10 +131,8 @@ class Study:
     def times(self, name, level, extra):
         """Hours and utilisation of ddp or diloco, without training."""
         def work():
-            steps = [] if name == "ddp" else [f"--local_steps={self.args.local_steps}"]
-            return json.loads(runs.call(
-                "studies/simulator.py", *self.flags_of(1), *ALGORITHMS[name], *steps, *extra, "--micro_batch_size=4",
-                f"--machines={ROOT}/studies/machines/{level}.txt", "--clock_only", "--json"))
+            return json.loads(runs.call("studies/simulator.py", *self.flags_of(1), *self.how(name, level, extra),
+                                        "--clock_only", "--json"))
 
         return runs.once(self.args.folder / f"clock_{name}_{level}.json", work)
 
@@ -131,7 +143,8 @@ class Study:
             self.first(seed)
         trials = [(name, "moderate", 1, tuple(flags)) for name, choices in TUNED.items() for flags in choices]
         found = runs.in_stages([trials], self.measure, self.args.jobs)
-        best = {name: min((key for key in trials if key[0] == name), key=lambda key: found[key]["bits"])[3]
+        value = lambda key: math.inf if found[key]["val"] is None else found[key]["val"]
+        best = {name: min((key for key in trials if key[0] == name), key=value)[3]
                 for name in TUNED}
         keys = [(name, level, seed, best.get(name, ())) for seed in seeds for name in ALGORITHMS
                 for level in self.levels(name)]
@@ -142,12 +155,10 @@ class Study:
         return found, best, keys, trials
 
 
-def correlation(x, y, draws=2000):
-    """Pearson's correlation and its standard error, from samples of the pairs with replacement (bootstrap)."""
-    x, y, rng = np.array(x), np.array(y), np.random.default_rng(0)
-    samples = [rng.integers(len(x), size=len(x)) for _ in range(draws)]
-    values = [np.corrcoef(x[i], y[i])[0, 1] for i in samples if x[i].std() > 0 and y[i].std() > 0]
-    return float(np.corrcoef(x, y)[0, 1]), float(np.std(values))
+def correlation(x, y):
+    """Pearson's correlation; None if one of the two is constant."""
+    x, y = np.array(x), np.array(y)
+    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 1 and x.std() > 0 and y.std() > 0 else None
 
 
 def main():
@@ -157,12 +168,12 @@ def main():
     p.add_argument("--local_steps", type=number(int, 1), default=50, help="steps of a round (default 50)")
     args = p.parse_args()
     require("matplotlib", "a picture")
-    runs.make_folder(args.folder)
+    runs.make_folder(args.folder, args)
     study, seeds = Study(args), range(1, args.seeds + 1)
     found, best, keys, trials = study.all()
 
-    print("tuning, seed 1, moderately different machines:")
-    table([{"name": name, "flags": " ".join(flags), "bits": found[name, level, seed, flags]["bits"]}
+    print("validation of the choices, seed 1, moderately different machines:")
+    table([{"name": name, "flags": " ".join(flags), "bits": found[name, level, seed, flags]["val"]}
            for name, level, seed, flags in trials],
           {"name": ("", ""), "flags": ("", ""), "bits": ("bits", ".4f")}, sys.stdout)
     base = {seed: found["diloco", "very", seed, best["diloco"]]["bits"] for seed in seeds}
@@ -172,6 +183,9 @@ def main():
             rows.append({"name": name, "level": level, **study.times(name, level, best.get(name, ()))})
     for name, level, flags in dict.fromkeys((name, level, flags) for name, level, _, flags in keys):
         these = [found[name, level, seed, flags] for seed in seeds]
+        if any(one["bits"] is None for one in these):
+            rows.append({"name": name, "level": f"{level}: diverged"})
+            continue
         bits, _ = mean_and_error([one["bits"] for one in these])
         more, error = mean_and_error([one["bits"] - base[seed] for one, seed in zip(these, seeds)])
         mean = lambda key: sum(one[key] or 0 for one in these) / len(these)
@@ -179,24 +193,26 @@ def main():
                      "bits": bits, "more": more, "error": error,
                      "hours": mean("hours"), "utilisation": mean("utilisation"),
                      "gigabytes": mean("gigabytes"), "staleness": mean("staleness"), "drift": mean("drift")})
-        points += [(name, one["drift"], one["bits"] - base[seed]) for one, seed in zip(these, seeds)
+        points += [(name, seed, one["drift"], one["bits"] - base[seed]) for one, seed in zip(these, seeds)
                    if name in ("async", "async dn", "halos")]
     print(f"\nbits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds; more: than "
           "diloco, by seed")
     table(rows, {"name": ("", ""), "level": ("machines", ""), "bits": ("bits", ".4f"), "more": ("more", "+.4f"),
                  "error": ("±", ".4f"), "hours": ("hours", ".2f"), "utilisation": ("utilised", ".2f"),
                  "gigabytes": ("GB", ".2f"), "staleness": ("staleness", ".1f"), "drift": ("drift", ".4f")}, sys.stdout)
-    r, r_error = correlation([point[1] for point in points], [point[2] for point in points])
-    print(f"\ndrift and the difference from diloco: correlation {r:.2f} ± {r_error:.2f} over {len(points)} runs")
-    within = {}
-    for name in ("async", "async dn", "halos"):
-        chosen = [point for point in points if point[0] == name]
-        within[name] = correlation([point[1] for point in chosen], [point[2] for point in chosen])
-        print(f"  within {name}: {within[name][0]:.2f} ± {within[name][1]:.2f} over {len(chosen)} runs")
-    series = {name: sorted((drift, more, 0.0) for other, drift, more in points if other == name) for name in within}
+    found_r, asynchronous = {}, ("async", "async dn", "halos")
+    for chosen in (asynchronous, *((name,) for name in asynchronous)):
+        of_seed = lambda seed: [point for point in points if point[1] == seed and point[0] in chosen]
+        values = [correlation([p[2] for p in of_seed(seed)], [p[3] for p in of_seed(seed)]) for seed in seeds]
+        found_r[" and ".join(chosen)] = values
+        print(f"correlation of drift with bits more than diloco, {', '.join(chosen)}, by seed: "
+              + "  ".join("none" if r is None else f"{r:.2f}" for r in values))
+    series = {name: sorted((drift, more, 0.0) for other, _, drift, more in points if other == name)
+              for name in asynchronous}
     picture(args.folder / "slow_links.png", series, "drift", "bits more than diloco")
     hours = {name: runs.mean_curve([found[name, "halos", seed, best.get(name, ())]["curve"] for seed in seeds])
              for name in ALGORITHMS}
+    hours = {name: points for name, points in hours.items() if points}  # without what diverged
     target = max(points[-1][1] for points in hours.values())
     print(f"\n16 machines in 4 regions: hours to {target:.4f} bits per character (validation, mean of the seeds)")
     table([{"name": name, "hours": next(hour for hour, bits, _ in points if bits <= target), "all": points[-1][0],
@@ -207,7 +223,7 @@ def main():
     picture(args.folder / "hours.png", hours, "simulated hours on 16 machines in 4 regions",
             "bits per character (validation)")
     write_file(args.folder / "slow_links.json", json.dumps(
-        {"rows": rows, "regions": hours, "correlation": [r, r_error], "within": within, "best": best}) + "\n")
+        {"rows": rows, "regions": hours, "correlations": found_r, "best": best}) + "\n")
 
 
 if __name__ == "__main__":

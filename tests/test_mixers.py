@@ -324,7 +324,8 @@ def test_study(table, data_dir, tmp_path, monkeypatch):
             out = study.Path(next(w for w in words if w.startswith("--out_dir=")).removeprefix("--out_dir="))
             out.mkdir()
             lines = [{"step": 0, "run": "x", "optimizer_bytes": 8, "config": {"seq_len": 128}},
-                     {"step": 50, "tokens": 100, "bits_per_token": 4.0}]
+                     {"step": 50, "tokens": 100, "bits_per_token": 4.0},
+                     {"step": 50, "val_bits_per_token": 2.5 if "--lr=0.003" in words else 3.0}]
             (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             if "--lr=0.01" in words and "--seed=2" in words:
                 raise UserError("the weights are not finite after step 7")
