@@ -119,6 +119,9 @@ def compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
+MOST_PRODUCTS = 512  # keys up to which attend_by_products is faster; a forecast for GPUs sets it to 0
+
+
 def attend(q, k, v, visible, causal):
     """Attention of q (B, heads, L, head_dim) to k and v (B, heads, P + L, head_dim). visible: as in Layout."""
     if isinstance(visible, BlockMask):
@@ -128,7 +131,7 @@ def attend(q, k, v, visible, causal):
         q, k, v = (x.split(visible.width, 2) for x in (q, k, v))
         return torch.cat([attend(queries, *(torch.cat([x[i] for i in seen], 2) for x in (k, v)), mask, False)
                           for queries, seen, mask in zip(q, visible.seen, visible.masks)], 2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= MOST_PRODUCTS:
         return attend_by_products(q, k, v, visible, causal)
     return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal and visible is None)
 

@@ -8,6 +8,7 @@ import re
 
 import torch
 
+import attention
 from cli import UserError, autocast
 from configs import replace
 from costs import check_fits, flops_per_token, numbers_kept, optimizer_flops, weight_bytes
@@ -20,7 +21,7 @@ SPARE = 0.9  # usable share of a GPU's memory; CUDA, temporary buffers and fragm
 
 
 def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
-    """Bytes that autograd keeps for n sequences between the forward and the backward pass.
+    """Bytes that autograd keeps for n sequences between the forward and the backward pass, as on a GPU.
 
     masked: the share of masks among their tokens. Each storage counts once. Parameters do not count.
     """
@@ -36,8 +37,12 @@ def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
                             torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
     if objective.has_mask and not objective.causal:  # the exact number of masks, anywhere
         noise = noise._replace(mask=(torch.randperm(x0.numel(), device=device) < masked * x0.numel()).view_as(x0))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype):
-        loss, _ = objective.loss(model, x0, noise)  # keeps the storages from being reused
+    most, attention.MOST_PRODUCTS = attention.MOST_PRODUCTS, 0  # a GPU's attention keeps no scores
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype):
+            loss, _ = objective.loss(model, x0, noise)  # keeps the storages from being reused
+    finally:
+        attention.MOST_PRODUCTS = most
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 

@@ -15,10 +15,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 # Tests with real runs, processes and compilers. `make check`, to be run after each edit, leaves them out.
-SLOW = {"test_runs.py", "test_families.py", "test_bfloat16.py", "test_bench.py"}
+SLOW = {"test_runs.py", "test_families.py", "test_bfloat16.py", "test_bench.py", "test_elastic.py"}
 SLOW_TESTS = {"test_hub_offline", "test_a_missing_tokenizer", "test_pydoc", "test_known_entropy", "test_openwebtext",
               "test_compiles_in_one_graph", "test_blocks_compile_in_one_graph", "test_trains_and_resumes",
-              "test_from_mdlm_to_blocks"}
+              "test_from_mdlm_to_blocks", "test_two_workers_resume_exactly", "test_teams",
+              "test_a_dead_worker_ends_the_run", "test_equal_machines_do_what_two_processes_do",
+              "test_averaged_gradients_are_those_of_micro_batches", "test_halos_of_one_region_is_async",
+              "test_a_simulated_run"}
 
 
 def pytest_configure(config):

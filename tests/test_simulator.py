@@ -240,7 +240,7 @@ def test_halos_of_one_region_is_async(data_dir, tmp_path):
                                    ["--algorithm=async", "--local_steps=3", "--buffer=2", "--dynamic_steps",
                                     "--outer_lr=0.3"],
                                    ["--algorithm=halos", "--local_steps=2", "--merge_every=2", "--carry"]])
-def test_a_run(flags, call, data_dir, tmp_path):
+def test_a_simulated_run(flags, call, data_dir, tmp_path):
     """On uneven machines all tokens are seen, the model learns and can be scored, and a run that is continued from its
     checkpoint before the last ends with the same weights and the same log."""
     flags = [*RUN, "--batch_size=6", "--micro_batch_size=2", "--max_steps=24", *flags]
