@@ -90,10 +90,10 @@ def picture(out, series, x, y, log_x=False, level=None):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
-    for name, points in series.items():
+    for i, (name, points) in enumerate(series.items()):
         xs, ys, errors = zip(*sorted(points))
-        axes.errorbar(xs, ys, [2 * (error or 0) for error in errors], marker="o", ms=3, lw=1,
-                      capsize=2, label=name)
+        axes.errorbar(xs, ys, [2 * (error or 0) for error in errors], marker="o", ms=3, lw=1, capsize=2, label=name,
+                      ls="-" if i < 10 else "--")  # there are ten colours
     if level:
         axes.axhline(level[1], color="gray", ls="--", lw=1, label=level[0])
     axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear")
