@@ -165,8 +165,9 @@ def main():
                     "activations": ("MB", ".0f"), "state": ("optimiser MB", ".1f")}, sys.stdout)
     curves = {}
     if args.table == "masks":
-        curves = {row.name: runs.mean_curve([runs.curve_of(args.folder / folder_of(row, best[row.name], seed), args)
-                                             for seed in seeds]) for row in rows}
+        lines = runs.in_stages([[(row.name, seed) for row in rows for seed in seeds]], lambda name, seed: runs.curve_of(
+            args.folder / folder_of(by_name[name], best[name], seed), args), args.jobs)
+        curves = {row.name: runs.mean_curve([lines[row.name, seed] for seed in seeds]) for row in rows}
         picture(args.folder / "masks.png", curves, "mask rate", "bits per masked character")
     if args.table == "mixers":
         series = {}
