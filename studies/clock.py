@@ -102,7 +102,7 @@ class Clock:
         self.work = [0.0] * len(speeds)      # the same of the round that a machine is in
         self.ring = self.best_ring()
         self.free = {}                       # (region, region) -> time at which the link becomes free
-        self.sent = {pair: 0 for pair in found.links}  # bytes
+        self.bytes_sent = {pair: 0 for pair in found.links}  # bytes
         self.draws = [0] * len(speeds)
 
     def compute(self, k, n, again=0):
@@ -127,7 +127,7 @@ class Clock:
     def transfer(self, now, n_bytes, here, there):
         """The time at which n_bytes, sent now from one region to another, are there."""
         link = self.found.links[here, there]
-        self.sent[here, there] += n_bytes
+        self.bytes_sent[here, there] += n_bytes
         start = max(now, self.free.get((here, there), 0.0)) if self.contention else now
         done = start + 8 * n_bytes / link.bits_per_second
         self.free[here, there] = done
@@ -154,7 +154,7 @@ class Clock:
         links = [self.found.links[pair] for pair, number in hops.items() if number]
         each = 2 * (n - 1) / n * n_bytes
         for pair, number in hops.items():
-            self.sent[pair] += number * each
+            self.bytes_sent[pair] += number * each
         start = max(now, self.free.get("ring", 0.0)) if self.contention else now
         done = start + 8 * each / min(link.bits_per_second for link in links)
         self.free["ring"] = done
@@ -225,7 +225,7 @@ class Event(NamedTuple):
     who: int
     first: int = 0
     steps: int = 0
-    progress: int = 0  # steps that all workers had begun before
+    n_begun: int = 0  # steps that all workers together had begun before
 
 
 def asynchronous(clock, n_bytes, local_steps, total_steps, servers=False, merge_every=8, carry=False):
@@ -240,7 +240,7 @@ def asynchronous(clock, n_bytes, local_steps, total_steps, servers=False, merge_
     machines, regions = clock.found.machines, clock.found.regions
     server_of = [regions.index(machine.region) if servers else 0 for machine in machines]
     counter, heap = itertools.count(), []
-    taken, begun = 0, [0] * len(machines)
+    n_begun, own_steps = 0, [0] * len(machines)
     applied, sent, away = ([0] * len(regions) for _ in range(3))  # of each server
     at_work = [server_of.count(r) for r in range(len(regions))]
 
@@ -248,13 +248,13 @@ def asynchronous(clock, n_bytes, local_steps, total_steps, servers=False, merge_
         heapq.heappush(heap, (time, next(counter), kind, who))
 
     def start(k, now):
-        nonlocal taken
-        steps = min(local_steps[k], total_steps - taken)
+        nonlocal n_begun
+        steps = min(local_steps[k], total_steps - n_begun)
         if steps <= 0:
             at_work[server_of[k]] -= 1
             return
-        yield Event(now, "start", k, begun[k], steps, taken)
-        taken, begun[k], sizes[k] = taken + steps, begun[k] + steps, steps
+        yield Event(now, "start", k, own_steps[k], steps, n_begun)
+        n_begun, own_steps[k], sizes[k] = n_begun + steps, own_steps[k] + steps, steps
         push(clock.transfer(now, n_bytes, regions[server_of[k]], machines[k].region), "has weights", k)
 
     def send(r, now):

@@ -145,19 +145,20 @@ class RegionalServer(Server):
     carry: what moved it between sending and merging is part of what it sends next.
     """
 
-    kept = (*Server.kept, "base", "difference", "sent", "answer")
+    kept = (*Server.kept, "base", "difference", "weights_sent", "answer")
 
     def __init__(self, weights, lr, mu, N, a, carry):
         super().__init__(weights, lr, mu, N)
         self.a, self.carry = a, carry
-        self.base, self.difference, self.sent, self.answer = ([w.clone() for w in self.weights] for _ in range(4))
+        self.base, self.difference, self.weights_sent, self.answer = (
+            [w.clone() for w in self.weights] for _ in range(4))
 
     def send(self):
         self.difference = torch._foreach_sub(self.base, self.weights)
-        self.sent = [w.clone() for w in self.weights]
+        self.weights_sent = [w.clone() for w in self.weights]
 
     def merge(self):
-        late = torch._foreach_sub(self.sent, self.weights)
+        late = torch._foreach_sub(self.weights_sent, self.weights)
         torch._foreach_lerp_(self.weights, self.answer, self.a)
         self.base = [w.clone() for w in self.weights]
         if self.carry:
@@ -274,14 +275,14 @@ class Simulation:
             storage.fill(self.model, source["ema"])
         self.start = [p.detach().clone() for p in self.model.parameters()]
         self.sums, self.updates, self.nats, self.steps = dict.fromkeys(SUMS, 0.0), 0, 0.0, 0
-        self.first, self.logged, self.progress = 0, 0, 0
+        self.events_done, self.logged, self.progress = 0, 0, 0
 
     @property
     def complete(self):
         return self.progress == self.K * self.cfg.max_steps
 
     def open(self):
-        """Open the folder. Sets `first`, the number of events of an earlier part of the run. Raises UserError."""
+        """Open the folder. Sets `events_done`, the number of events of an earlier part of the run. Raises UserError."""
         self.payload, step = None, 0
         if self.args.resume and (self.out / "ckpt.pt").exists():
             self.payload = storage.read(self.out)
@@ -290,7 +291,7 @@ class Simulation:
             if changed:
                 raise UserError(f"{self.out} holds another run ({changed[0]} was {before.get(changed[0])}): use its "
                                 "settings")
-            self.first, self.progress, step = (self.payload[key] for key in ("events", "progress", "step"))
+            self.events_done, self.progress, step = (self.payload[key] for key in ("events", "progress", "step"))
         elif not self.args.resume and (self.out / "log.jsonl").exists():
             raise UserError(f"{self.out} already holds a run: continue it with --resume, or choose another --out_dir")
         self.lock = storage.claim(self.out)
@@ -349,7 +350,7 @@ class Simulation:
                if self.updates else ""),
             step=step, tokens=progress * self.local * self.cfg.seq_len, hours=seconds / 3600, val_bits_per_token=bits,
             val_stderr=error, utilisation=used,
-            bytes={"-".join(pair): sent for pair, sent in self.clock.sent.items() if sent}, **means)
+            bytes={"-".join(pair): sent for pair, sent in self.clock.bytes_sent.items() if sent}, **means)
         self.sums, self.updates, self.nats, self.steps = dict.fromkeys(SUMS, 0.0), 0, 0.0, 0
         self.save(events)
 
@@ -374,11 +375,11 @@ def all_reduces(sim, n_bytes):
         copies = [Copy(sim, k, sim.start) for k in range(sim.K)]  # only their data are used, but for the first
         sim.begin(copies[0].params, {"worker 0": copies[0]})
         for copy in copies:
-            copy.taken = sim.first
+            copy.taken = sim.events_done
     for step in range(sim.cfg.max_steps):
         rounds.step(range(sim.K), 0)
         rounds.average([0]).wait()
-        if step >= sim.first and not sim.args.clock_only:
+        if step >= sim.events_done and not sim.args.clock_only:
             parts = [part for copy in copies for part in copy.batch()]
             sim.train(copies[0], sim.learning_rate(step * sim.K), parts)
             sim.update()
@@ -420,7 +421,7 @@ def exchanges(sim, n_bytes):
     for step in range(1, cfg.max_steps + 1):
         working = working_at(step - 1)[:total - progress]
         rounds.step(working, (step - 1) % cfg.local_steps)
-        training = step > sim.first and not sim.args.clock_only
+        training = step > sim.events_done and not sim.args.clock_only
         if training:
             for k in working:
                 sim.train(copies[k], sim.learning_rate(progress))
@@ -457,8 +458,8 @@ def without_waiting(sim, n_bytes):
     sim.begin(top.weights, {f"worker {k}": copy for k, copy in enumerate(copies)}
               | {f"server {r}": server for r, server in enumerate(servers)} | ({"global server": top} if halos else {}))
     versions, started, sizes, applied = [0] * len(servers), [0] * K, [0] * K, 0  # counted again after an interruption
-    for i, (now, kind, who, first, steps, begun) in enumerate(events, 1):
-        live = i > sim.first
+    for i, (now, kind, who, first, steps, n_begun) in enumerate(events, 1):
+        live = i > sim.events_done
         if kind == "start":
             copy, server = copies[who], servers[server_of[who]]
             started[who], sizes[who] = versions[server_of[who]], steps
@@ -467,7 +468,7 @@ def without_waiting(sim, n_bytes):
                 torch._foreach_copy_(copy.params, server.weights)
                 torch._foreach_copy_(copy.base, server.weights)
                 for step in range(steps):
-                    sim.train(copy, sim.learning_rate(begun + step * K))
+                    sim.train(copy, sim.learning_rate(n_begun + step * K))
                 copy.difference = torch._foreach_sub(copy.base, copy.params)
         elif kind == "apply":
             copy, server = copies[who], servers[server_of[who]]
@@ -539,12 +540,12 @@ def main():
     seconds = ALGORITHMS[args.algorithm](sim, n_bytes)
     if args.json:
         print(json.dumps({"hours": seconds / 3600, "utilisation": sum(clock.busy) / sim.K / seconds,
-                          "gigabytes": sum(clock.sent.values()) / 1e9,
-                          "bytes": {"-".join(pair): sent for pair, sent in clock.sent.items() if sent}}))
+                          "gigabytes": sum(clock.bytes_sent.values()) / 1e9,
+                          "bytes": {"-".join(pair): sent for pair, sent in clock.bytes_sent.items() if sent}}))
         return
     note(f"{args.algorithm}: {seconds / 3600:.3f} hours, utilisation {sum(clock.busy) / sim.K / seconds:.0%}, "
-         f"{sum(clock.sent.values()) / 1e9:.3f} GB sent")
-    table([{"link": " - ".join(pair), "bytes": sent / 1e9} for pair, sent in clock.sent.items() if sent],
+         f"{sum(clock.bytes_sent.values()) / 1e9:.3f} GB sent")
+    table([{"link": " - ".join(pair), "bytes": sent / 1e9} for pair, sent in clock.bytes_sent.items() if sent],
           {"link": ("from - to", ""), "bytes": ("GB", ".3f")}, sys.stdout)
     if not args.clock_only:
         lines = [line for line in read_log(sim.out / "log.jsonl") if "val_bits_per_token" in line]
