@@ -83,7 +83,7 @@ class Fragment:
         self.momentum = [torch.zeros_like(p) for p in self.params]
 
     def send(self):
-        """What the worker sends: its weights, or, in bfloat16, their difference from the anchor, which is small."""
+        """Return what the worker sends: its weights, or in bfloat16 the difference anchor - weights, which is small."""
         if self.cfg.send_dtype == "float32":
             return self.params
         return torch._foreach_sub(self.anchor, self.params)
@@ -174,7 +174,7 @@ class Worker:
 
 
 class Exchange:
-    """What the workers of this process, one in train.py, exchange with all others.
+    """The exchange of the workers of this process with all others. train.py has one worker in each process.
 
     average: a function of lists of tensors, one of each worker here. It starts to average them over all workers, and
         returns an object whose wait() gives the result (parallel.Average).

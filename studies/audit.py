@@ -59,7 +59,7 @@ def worlds():
 
 
 class Denoiser:
-    """What a claim gets as its model: a table of log p for each of the (V + 1)^L states, the last id being the mask.
+    """The model that a claim gets: a table of log p for each of the (V + 1)^L states. The last id is the mask.
 
     joint(xt, t): log p of all texts given the visible tokens (n, V^L).
     leaky(xt, t): logits (n, L, V + 1) that also give the mask a probability, `leak`, as a network without a rule does.

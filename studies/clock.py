@@ -89,7 +89,7 @@ def read_machines(path):
 
 
 class Clock:
-    """What the machines and links have done. Times are in seconds.
+    """The record of what the machines and links have done. Times are in seconds.
 
     step_seconds: of a machine of speed 1. relative: the fastest machine has speed 1, whatever the file says.
     """

@@ -13,7 +13,7 @@ Algorithms, for K workers with learning rate lr = outer_lr and momentum mu = out
              --fragments its relatives (local_sgd.py)
     async    Async Local-SGD (arXiv 2401.09135): a worker sends its difference when it is done, the server takes an
              outer step at once, and the worker goes on with the new weights. Nobody waits. --buffer N: delayed
-             Nesterov; see Server
+             Nesterov; see studies/servers.py
     halos    HALoS (arXiv 2506.04531): async within each region, with a server of its own, and between these servers and
              a global one. The paper's settings for 4 x 4 workers: --local_steps=8 --dynamic_steps --buffer 16
              --outer_lr=3.2 --outer_momentum=0.9 --merge_every 32 --merge_weight 0.25 --global_lr 0.3
@@ -34,7 +34,6 @@ of the server's averaged (EMA) weights, the simulated hours, and three means ove
     cosine      of the angle between the difference that comes and the momentum of the server before it
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -62,9 +61,11 @@ from parallel import Average
 from plot import picture
 from randomness import rng
 from studies.clock import Clock, Rounds, Timed, asynchronous, read_machines
+from studies.servers import RegionalServer, Server, cosine, fill_lists, lists, norm
 from train import batches, states, train_step
 
 SUMS = ("staleness", "drift", "cosine")
+HALOS = dict(merge_every=8, merge_weight=0.25, carry=False, global_lr=0.3, global_momentum=0.5, global_buffer=2)
 
 
 def add_arguments(parser):
@@ -74,17 +75,16 @@ def add_arguments(parser):
     parser.add_argument("--buffer", type=number(int, 1), default=1,
                         help="differences from one change of the momentum to the next; async and halos (default 1)")
     parser.add_argument("--dynamic_steps", action="store_true", help="slow machines take fewer local steps")
-    parser.add_argument("--merge_every", type=number(int, 1), default=8,
-                        help="differences that a region's server takes before it sends; halos (default 8)")
-    parser.add_argument("--merge_weight", type=number(float, 0, 1), default=0.25,
-                        help="weight of the global weights when a region's server merges them; halos (default 0.25)")
-    parser.add_argument("--carry", action="store_true", help="also send what came between sending and merging; halos")
-    parser.add_argument("--global_lr", type=number(float, 0), default=0.3,
-                        help="learning rate of the global server; halos (default 0.3)")
-    parser.add_argument("--global_momentum", type=number(float, 0, 0.999), default=0.5,
-                        help="momentum of the global server; halos (default 0.5)")
-    parser.add_argument("--global_buffer", type=number(int, 1), default=2,
-                        help="buffer of the global server (default 2)")
+    halos = parser.add_argument_group(f"flags of halos (defaults: {HALOS})".replace("'", ""))
+    halos.add_argument("--merge_every", type=number(int, 1),
+                       help="differences that a region's server takes before it sends")
+    halos.add_argument("--merge_weight", type=number(float, 0, 1),
+                       help="weight of the global weights when a region's server merges them")
+    halos.add_argument("--carry", action="store_true", help="also send what came between sending and merging")
+    halos.add_argument("--global_lr", type=number(float, 0), help="learning rate of the global server")
+    halos.add_argument("--global_momentum", type=number(float, 0, 0.999), help="momentum of the global server")
+    halos.add_argument("--global_buffer", type=number(int, 1), help="buffer of the global server")
+    parser.set_defaults(**HALOS)
     parser.add_argument("--step_seconds", type=number(float, 1e-9), default=1.0,
                         help="seconds of a local step of a machine of speed 1 (default 1)")
     parser.add_argument("--model_bytes", type=number(float, 1),
@@ -99,97 +99,17 @@ def add_arguments(parser):
     parser.add_argument("--resume", action="store_true", help="continue the run in out_dir, if there is one")
 
 
-# ---- weights at a server ---------------------------------------------------------------------------------------------
-
-
-class Server:
-    """Weights that change as soon as a difference d = (weights at the start of a round - at its end) arrives.
-
-    Delayed Nesterov (arXiv 2401.09135, algorithm 3) with a buffer of N differences, and S the sum of those in it:
-
-        d number N, 2 N, ...:   M <- mu M + S / N,   w <- w - lr (mu M + d / N),   S <- 0
-        all others:                                  w <- w - lr d / N
-
-    So lr is divided by N for each difference. N = 1 is Nesterov's momentum. A larger N changes the momentum once for N
-    differences, as DiLoCo does with N workers.
-    """
-
-    kept = ("weights", "momentum", "buffer", "counts")
-
-    def __init__(self, weights, lr, mu, N):
-        self.weights, self.lr, self.mu, self.N = [w.detach().clone() for w in weights], lr, mu, N
-        self.momentum, self.buffer = ([torch.zeros_like(w) for w in self.weights] for _ in range(2))
-        self.counts = [torch.zeros(())]  # differences in the buffer
-
-    def apply(self, difference):
-        torch._foreach_add_(self.buffer, difference)
-        self.counts[0] += 1
-        torch._foreach_add_(self.weights, difference, alpha=-self.lr / self.N)
-        if self.counts[0] == self.N:
-            torch._foreach_mul_(self.momentum, self.mu)
-            torch._foreach_add_(self.momentum, self.buffer, alpha=1 / self.N)
-            torch._foreach_add_(self.weights, self.momentum, alpha=-self.lr * self.mu)
-            torch._foreach_zero_(self.buffer)
-            self.counts[0].zero_()
-
-    def state(self):
-        return lists(self)
-
-    def restore(self, tree):
-        fill_lists(self, tree)
-
-
-class RegionalServer(Server):
-    """A server of HALoS. It sends what it has moved since it merged, and merges the answer: w <- (1 - a) w + a answer.
-
-    carry: what moved it between sending and merging is part of what it sends next.
-    """
-
-    kept = (*Server.kept, "base", "difference", "weights_sent", "answer")
-
-    def __init__(self, weights, lr, mu, N, a, carry):
-        super().__init__(weights, lr, mu, N)
-        self.a, self.carry = a, carry
-        self.base, self.difference, self.weights_sent, self.answer = (
-            [w.clone() for w in self.weights] for _ in range(4))
-
-    def send(self):
-        self.difference = torch._foreach_sub(self.base, self.weights)
-        self.weights_sent = [w.clone() for w in self.weights]
-
-    def merge(self):
-        late = torch._foreach_sub(self.weights_sent, self.weights)
-        torch._foreach_lerp_(self.weights, self.answer, self.a)
-        self.base = [w.clone() for w in self.weights]
-        if self.carry:
-            torch._foreach_add_(self.base, late)
-
-
-def lists(x):
-    """The lists of tensors in x that are kept, as a tree of tensors."""
-    return {key: {str(i): value.clone() for i, value in enumerate(getattr(x, key))} for key in x.kept}
-
-
-def fill_lists(x, tree):
-    """Copy back what lists() returned."""
-    for key in x.kept:
-        torch._foreach_copy_(getattr(x, key), list(tree[key].values()))
-
-
-def norm(tensors):
-    return math.sqrt(sum(x.square().sum().item() for x in tensors))
-
-
-def cosine(a, b):
-    """Cosine of the angle between lists of tensors, 0 if one is zero."""
-    return sum((x * y).sum().item() for x, y in zip(a, b)) / (norm(a) * norm(b) or 1.0)
-
-
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
+def data_of(sim, k, taken):
+    """The batches of worker k from its step `taken` on, as process k of K of train.py has them; see train.batches."""
+    endless, mine = replace(sim.cfg, max_steps=10**9), range(k * sim.local, (k + 1) * sim.local)
+    return batches(sim.tokens, sim.objective, endless, taken, mine, sim.micro, False, *sim.records)
+
+
 class Copy:
-    """A worker's model with its optimisers and its share of the data: process k of K of train.py.
+    """A worker's model, optimisers and data.
 
     base: the weights at the start of a round of an asynchronous algorithm. difference: base - the weights at its end.
     """
@@ -205,25 +125,16 @@ class Copy:
                 p.copy_(w)
         self.model.train()
         self.optimizers = make_optimizers(self.model, cfg, sim.device, sim.dtype)
-        self.params, self.stream = [p.detach() for p in self.model.parameters()], None
+        self.params, self.data = [p.detach() for p in self.model.parameters()], data_of(sim, k, 0)
         self.base, self.difference = ([p.clone() for p in self.params] for _ in range(2))
 
-    def batch(self):
-        """The parts of the next batch; see train.batches."""
-        if self.stream is None:
-            sim, local = self.sim, self.sim.local
-            endless = replace(sim.cfg, max_steps=10**9)
-            mine = range(self.k * local, (self.k + 1) * local)
-            self.stream = batches(sim.tokens, sim.objective, endless, self.taken, mine, sim.micro, False, *sim.records)
-        return next(self.stream)
-
     def step(self, lr, parts=None):
-        """Take a training step, exactly as train.py does. Returns nats per token."""
+        """Take a training step, exactly as train.py does, on the next batch or on `parts`. Returns nats per token."""
         cfg = self.sim.cfg
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        parts = parts or self.batch()
+        parts = parts or next(self.data)
         if cfg.dropout:
             torch.manual_seed(int(rng(cfg.seed, "dropout", self.taken, self.k).integers(2**63)))
         nats, _, bad = train_step(self.model, self.sim.objective, parts, self.optimizers, cfg, self.sim.device,
@@ -241,12 +152,13 @@ class Copy:
     def restore(self, tree):
         fill_lists(self, tree)
         self.taken, moments = int(tree["taken"]["taken"]), states(self.optimizers)
+        self.data = data_of(self.sim, self.k, self.taken)
         for name, p in self.model.named_parameters():
             moments[p].update({key: value.clone() for key, value in tree["optimizer"][name].items()})
 
 
 class Simulation:
-    """What all algorithms share: data, the model that is validated, the log, checkpoints."""
+    """The parts that all algorithms share: data, the model that is validated, the log, checkpoints."""
 
     def __init__(self, name, cfg, args, clock):
         self.name, self.cfg, self.args, self.clock = name, cfg, args, clock
@@ -284,8 +196,9 @@ class Simulation:
     def open(self):
         """Open the folder. Sets `events_done`, the number of events of an earlier part of the run. Raises UserError."""
         self.payload, step = None, 0
-        if self.args.resume and (self.out / "ckpt.pt").exists():
-            self.payload = storage.read(self.out)
+        if self.args.resume:
+            _, self.payload = storage.read_latest(self.out)
+        if self.payload:
             before = self.payload.get("settings", {})
             changed = [key for key in self.settings if before.get(key) != self.settings[key]]
             if changed:
@@ -372,16 +285,13 @@ def all_reduces(sim, n_bytes):
     """Train with averaged gradients: one model, and one optimiser step on the parts of all workers."""
     rounds = Rounds(sim.clock, [n_bytes])
     if not sim.args.clock_only:
-        copies = [Copy(sim, k, sim.start) for k in range(sim.K)]  # only their data are used, but for the first
-        sim.begin(copies[0].params, {"worker 0": copies[0]})
-        for copy in copies:
-            copy.taken = sim.events_done
+        copy, data = Copy(sim, 0, sim.start), [data_of(sim, k, sim.events_done) for k in range(sim.K)]
+        sim.begin(copy.params, {"worker 0": copy})
     for step in range(sim.cfg.max_steps):
         rounds.step(range(sim.K), 0)
         rounds.average([0]).wait()
         if step >= sim.events_done and not sim.args.clock_only:
-            parts = [part for copy in copies for part in copy.batch()]
-            sim.train(copies[0], sim.learning_rate(step * sim.K), parts)
+            sim.train(copy, sim.learning_rate(step * sim.K), [part for share in data for part in next(share)])
             sim.update()
             sim.report((step + 1) * sim.K, max(rounds.now), step + 1, step + 1 == sim.cfg.max_steps)
     return max(rounds.now)
@@ -513,11 +423,8 @@ def check(cfg, args, K):
     if cfg.local_group > 1 or cfg.anneal_steps or cfg.fsdp or cfg.wandb or cfg.device not in ("auto", "cpu"):
         raise UserError("local_group, anneal_steps, fsdp, wandb and devices other than cpu are not simulated")
     if args.algorithm != "halos":
-        own = ("merge_every", "merge_weight", "carry", "global_lr", "global_momentum", "global_buffer")
-        defaults = argparse.ArgumentParser()
-        add_arguments(defaults)
-        for name in own:
-            if getattr(args, name) != defaults.get_default(name):
+        for name, default in HALOS.items():
+            if getattr(args, name) != default:
                 raise UserError(f"--{name} is for --algorithm halos")
 
 

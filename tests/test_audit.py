@@ -58,7 +58,7 @@ def test_the_audit_knows_the_truth():
 
 
 def test_share_of_tied_bits():
-    """With two tied bits the joint of the parts costs half of the entropy, as the integral of t log 2 does."""
+    """The joint of two tied bits costs half of the entropy: the integral of t log 2."""
     [finding] = [f for f in audit(CLAIMS["joint_of_parts"]) if (f.world, f.denoiser) == ("two tied bits", "perfect")]
     assert finding.claimed == pytest.approx(math.log(2) / 2, abs=5 * finding.error)
     [finding] = [f for f in audit(CLAIMS["divided_by_masks"]) if (f.world, f.denoiser) == ("two tied bits", "perfect")]

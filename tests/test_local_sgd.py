@@ -166,7 +166,7 @@ def test_outer_step_is_that_of_torch():
 
 
 def test_rounds_of_one_step_are_ddp():
-    """With SGD inside, rounds of one step and plain averaging outside, K workers do what averaged gradients do."""
+    """K workers with SGD, rounds of one step and plain averaging do what averaged gradients do."""
     cfg = replace(config(outer_lr=1.0, outer_momentum=0.0), local_steps=1)
     torch.manual_seed(0)
     data = torch.randn(STEPS, K, 4, 2, dtype=torch.double)
@@ -188,7 +188,7 @@ def test_rounds_of_one_step_are_ddp():
 
 
 def test_bfloat16_rounds_differences():
-    """What is sent in bfloat16 are differences: the end moves by less than their rounding."""
+    """Differences are rounded to bfloat16, not weights: the final weights move by less than the rounding of weights."""
     exact = by_exchange(config(n_layer=2))[1][0]
     cfg = config(n_layer=2, send_dtype="bfloat16")
     monkey = parallel.Average
@@ -215,7 +215,7 @@ RUN = ["--max_steps=12", "--lr=3e-3", "--eval_interval=6", "--checkpoint_interva
 
 
 def test_one_worker_that_is_only_averaged_is_a_plain_run(call, data_dir, tmp_path):
-    """With outer_lr=1 and outer_momentum=0, to the bit, whatever the round; with rounds of one step the EMA, too."""
+    """Weights and optimiser agree to the bit for rounds of any length, and the EMA for rounds of one step."""
     plain = tmp_path / "plain"
     assert train(call, "mdlm_text8", data_dir, plain, *RUN).code == 0
     for steps in (1, 5):
@@ -277,7 +277,7 @@ def test_a_dead_worker_ends_the_run(data_dir, tmp_path):
     assert storage.read(tmp_path / "out")["step"] >= 5
 
 
-def test_what_contradicts(call, data_dir, tmp_path):
+def test_settings_that_contradict(call, data_dir, tmp_path):
     go = lambda *flags: train(call, "mdlm_text8", data_dir, tmp_path / "no", "--max_steps=5", *flags)
     for flags, words in ((["--outer_lr=0.5"], "outer_lr needs local_steps"), (["--eager"], "eager needs local_steps"),
                          (["--local_steps=5", "--fsdp"], "--fsdp splits them"),

@@ -9,7 +9,8 @@ import torch
 
 import storage
 from commands import ROOT, SMALL, assert_one_line, finish_well, log, losses, start
-from studies import simulator
+from cli import UserError
+from studies import servers
 from studies.clock import Clock, asynchronous, read_machines
 
 HALOS = ROOT / "studies/machines/halos.txt"
@@ -146,7 +147,7 @@ def test_work_counts_when_it_is_done(tmp_path):
 
 
 def test_the_best_ring():
-    """Of all orders of the regions, by brute force, the one whose slowest link is fastest."""
+    """The best ring has the fastest slowest link of all orders of the regions, by brute force."""
     found = read_machines(HALOS)
     slowest = lambda ring: min(found.links[pair].bits_per_second for pair in zip(ring, ring[1:] + ring[:1]))
     best = Clock(found, 1.0).ring
@@ -161,7 +162,7 @@ def test_delayed_nesterov():
     torch.manual_seed(0)
     w, differences = torch.randn(4, dtype=torch.double), torch.randn(12, 4, dtype=torch.double)
     for N in (1, 3):
-        server, theirs = simulator.Server([w], 0.7, 0.9, N), w.clone().requires_grad_()
+        server, theirs = servers.Server([w], 0.7, 0.9, N), w.clone().requires_grad_()
         sgd = torch.optim.SGD([theirs], lr=0.7, momentum=0.9, nesterov=True)
         m, total, literal = torch.zeros(4, dtype=torch.double), torch.zeros(4, dtype=torch.double), w.clone()
         for t, g in enumerate(differences):
@@ -180,10 +181,10 @@ def test_delayed_nesterov():
 
 
 def test_carry():
-    """With carry a region's server sends all that moved it, once: the sum of what it sends is the sum of its steps."""
+    """A server with carry sends all that moved it, once: its messages add up to its steps. Else some is lost."""
     w, moves = torch.zeros(3, dtype=torch.double), torch.randn(9, 3, dtype=torch.double)
     for carry in (False, True):
-        server, sent = simulator.RegionalServer([w], 1.0, 0.0, 1, 0.25, carry), torch.zeros(3, dtype=torch.double)
+        server, sent = servers.RegionalServer([w], 1.0, 0.0, 1, 0.25, carry), torch.zeros(3, dtype=torch.double)
         for i, move in enumerate(moves):
             server.apply([move])
             if i in (2, 8):
@@ -274,13 +275,13 @@ def test_wrong_tables(tmp_path):
                         ("machine a here -1", "line 1"), ("machine a here 1 color=3", "line 1"),
                         ("machine a here 1\nmachine a here 1\nlink here here 1", "a name of its own")):
         (tmp_path / "machines.txt").write_text(text)
-        with pytest.raises(simulator.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             read_machines(tmp_path / "machines.txt")
-    with pytest.raises(simulator.UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot read"):
         read_machines(Path(tmp_path / "missing.txt"))
 
 
-def test_what_contradicts(call, data_dir, tmp_path):
+def test_flags_that_contradict(call, data_dir, tmp_path):
     go = lambda *flags: call("studies/simulator.py", "mdlm_text8", *SMALL, f"--data_dir={data_dir}", "--batch_size=16",
                              f"--machines={HALOS}", "--micro_batch_size=1", f"--out_dir={tmp_path}/no", *flags)
     for flags, words in (([], "needs --local_steps"),
