@@ -60,6 +60,11 @@ def test_evaluate_says_which_bytes(call, text_file, tmp_path):
     scored = make_tokenizer(meta).decode(load_split("mine", "val", 1, tmp_path)[:result["n_tokens"]])
     assert result["n_bytes"] == len(scored.encode()) <= result["n_bytes_of_text"] == meta["bytes"]["val"]
     assert result["bits_per_byte"] * result["n_bytes"] == pytest.approx(result["bits_per_token"] * result["n_tokens"])
+    # If the text had more bytes than its tokens, as with a tokenizer that drops spaces, each window has its share.
+    (tmp_path / "mine/meta.json").write_text(json.dumps(meta | {"bytes": {k: 2 * n for k, n in meta["bytes"].items()}}))
+    lossy = json.loads(call("evaluate.py", tmp_path / "out", "--json").out)
+    assert lossy["n_bytes"] == 2 * result["n_bytes"]
+    assert lossy["bits_per_byte"] == pytest.approx(result["bits_per_byte"] / 2)
 
 
 # ---- two models with different tokens --------------------------------------------------------------------------------

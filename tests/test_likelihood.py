@@ -322,6 +322,8 @@ def test_orders_of_the_world(sees_time):
     p = l.exp().mean(1)
     frequency = torch.bincount(number(x0), minlength=27) / n
     assert (frequency - p).abs().max() < 5 * (0.25 / n) ** 0.5
+    only_true = two_sides(torch.zeros(n, 1, 1), torch.zeros(n, 1, 1), drawn)["samples_below"]
+    torch.testing.assert_close(only_true, -drawn[:, 0])  # K = 1: the true order alone
     data = windows_of(world_text(1000))
     found = two_sides(*measure_orders(model, objective, data, 3))
     assert (found["log_mean"] <= found["bound"] + 1e-9).all()

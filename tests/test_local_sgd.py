@@ -8,9 +8,11 @@ import torch
 
 import parallel
 import storage
-from commands import (STEADY, assert_identical, assert_one_line, finish, finish_well, losses, read_until, start, train)
+from commands import (STEADY, assert_identical, assert_one_line, finish, finish_well, log, losses, read_until, start,
+                      train)
 from configs import Config, replace
 from local_sgd import Exchange, Worker, deal, outer_step
+from optim import EMA
 
 H, K, STEPS = 6, 3, 20  # steps of a round, workers, steps of a run, which ends within a round
 
@@ -200,6 +202,16 @@ def test_bfloat16_rounds_differences():
     assert 0 < (rounded - exact).abs().max() < 2**-6 * exact.abs().max()
 
 
+def test_average_of_a_round():
+    """An EMA that is updated once after n steps has the decay of the last step to the power of n."""
+    model, of = torch.nn.Linear(1, 1, bias=False), [torch.ones(1, 1)]
+    ema = EMA(model, 0.9, of)
+    ema.average[0].fill_(3.0)
+    ema.updates = 1000
+    ema.update(4)
+    assert ema.average[0].item() == pytest.approx(1 + 2 * 0.9**4) and ema.updates == 1004
+
+
 def test_deal():
     """Blocks are dealt out in turn, and all other weights go to the last fragment."""
     names = ["embed.weight", *(f"blocks.{i}.qkv.weight" for i in range(12)), "norm.weight"]
@@ -227,6 +239,22 @@ def test_one_worker_that_is_only_averaged_is_a_plain_run(call, data_dir, tmp_pat
         for key in ("model", "optimizer", "tally", *["ema"] * (steps == 1)):
             assert storage.digest(one[key]) == storage.digest(other[key]), key
     assert losses(tmp_path / "rounds1") == losses(plain) and len(losses(out)) == 3
+
+
+def test_log_lines_wait_for_the_end_of_a_round(call, data_dir, tmp_path):
+    """A line, a validation and a checkpoint come after the round in which they fall due."""
+    flags = ["--max_steps=14", "--local_steps=4", "--log_interval=5", "--eval_interval=7"]
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "out", *flags).code == 0
+    at = lambda key: [line["step"] for line in log(tmp_path / "out") if key in line]
+    assert at("bits_per_token") == [8, 12, 14] and at("val_bits_per_token") == [8, 14]
+
+
+def test_losses_of_all_workers_are_logged(call, data_dir, tmp_path):
+    """The logged bits are the mean over the workers: with tiny steps those of one process on the whole batch."""
+    flags = [*STEADY, "--log_interval=2"]
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *flags).code == 0
+    finish_well(start("mdlm_text8", data_dir, tmp_path / "two", *flags, "--local_steps=2", n=2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 @pytest.mark.parametrize("flags", [[], ["--delay=4", "--pull=0.6"], ["--delay=4", "--eager"],

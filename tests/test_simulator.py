@@ -1,16 +1,23 @@
 """The simulator of uneven machines: its times against published arithmetic, its training against train.py."""
 
 import itertools
+import math
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import configs
 import storage
-from commands import ROOT, SMALL, assert_one_line, finish_well, log, losses, start
 from cli import UserError
-from studies import servers
+from commands import ROOT, SMALL, assert_one_line, finish_well, log, losses, start
+from configs import replace
+from local_sgd import outer_step
+from optim import learning_rate
+from studies import servers, simulator
 from studies.clock import Clock, asynchronous, read_machines
 
 HALOS = ROOT / "studies/machines/halos.txt"
@@ -121,6 +128,19 @@ def test_links_and_machines(tmp_path):
     assert sum(seconds) / 4000 == pytest.approx(expected, rel=0.06)
 
 
+def test_failures_repeat_what_was_not_exchanged(tmp_path):
+    """Mean time of a step after 3 others: until a failure or the end, and from then on until all 4 steps succeed."""
+    file = tmp_path / "machines.txt"
+    file.write_text(UNEVEN)
+    clock = Clock(read_machines(file), 2.0)
+    step, rate = 2 / 0.35, 1 / 36  # seconds, failures per second of work
+    until = (1 - math.exp(-rate * step)) / rate
+    again = (math.exp(rate * 4 * step) - 1) * (1 / rate + 7)
+    expected = until + (1 - math.exp(-rate * step)) * (7 + again)
+    found = sum(clock.compute(1, 1, again=3) for _ in range(20000)) / 20000
+    assert found == pytest.approx(expected, rel=0.05)
+
+
 def test_all_reduce(tmp_path):
     """Three machines in two regions: the ring has one hop inside the first region, and one each way between them."""
     file = tmp_path / "machines.txt"
@@ -195,6 +215,52 @@ def test_carry():
                 server.merge()
         assert torch.allclose(sent, moves.sum(0)) == carry
         assert carry or torch.allclose(sent, moves[:3].sum(0) + moves[6:].sum(0))
+
+
+def test_merging():
+    """w <- (1 - a) w + a answer, and the next difference begins there."""
+    server = servers.RegionalServer([torch.tensor([1.0, 2.0])], 1.0, 0.0, 1, 0.25, False)
+    server.answer = [torch.tensor([5.0, 6.0])]
+    server.merge()
+    assert server.weights[0].tolist() == [2.0, 3.0]
+    server.send()
+    assert server.difference[0].tolist() == [0.0, 0.0]
+
+
+def test_difference_of_an_outer_step():
+    """difference_of finds the D that outer_step has used, from the weights and the momentum before."""
+    cfg = SimpleNamespace(outer_lr=0.7, outer_momentum=0.9)
+    anchor, momentum, D = torch.randn(3, 5, dtype=torch.double).unbind()
+    after, M = [anchor.clone()], [momentum.clone()]
+    outer_step(after, [anchor - D], M, 0.7, 0.9)
+    torch.testing.assert_close(simulator.difference_of([anchor], after, [momentum], cfg)[0], D)
+
+
+def test_learning_rates_of_rounds(data_dir, tmp_path, monkeypatch):
+    """A local step has the learning rate of the step that all workers together have reached."""
+    rates = {0: [], 1: [], 2: []}
+
+    def step(copy, lr, parts=None):
+        rates[copy.k].append(lr)
+        copy.taken += 1
+        return 1.0
+
+    file = tmp_path / "machines.txt"
+    file.write_text(UNEVEN)
+    monkeypatch.setattr(simulator.Copy, "step", step)
+    flags = [*SMALL, "--max_steps=20", "--batch_size=6", "--micro_batch_size=2", "--local_steps=3", "--dynamic_steps"]
+    monkeypatch.setattr(sys, "argv", [
+        "simulator.py", "mdlm_text8", *flags, f"--data_dir={data_dir}", f"--machines={file}", "--algorithm=async",
+        f"--out_dir={tmp_path / 'out'}", "--eval_interval=20"])
+    simulator.main()
+    cfg = replace(configs.mdlm_text8(), max_steps=20, warmup_steps=5)
+    expected = {0: [], 1: [], 2: []}
+    clock = Clock(read_machines(file), 1.0, cfg.seed)
+    n_bytes = 4 * sum(p.numel() for p in storage.read(tmp_path / "out")["model"].values())
+    for event in asynchronous(clock, n_bytes, [3, 2, 3], 60):
+        if event.kind == "start":
+            expected[event.who] += [learning_rate(min(19, event.n_begun // 3 + i), cfg) for i in range(event.steps)]
+    assert rates == expected and sum(map(len, rates.values())) == 60
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
