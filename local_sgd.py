@@ -196,7 +196,7 @@ class Exchange:
             worker.fragments[i].receive(mean)
 
     def after(self, step):
-        """Do what is due after a training step. Returns whether a round ends with it."""
+        """Do what is due after a training step. Returns the number of steps of the round that ends with it, or 0."""
         last = step == self.cfg.max_steps
         for i in range(self.cfg.fragments):
             sent = self.last_sent(i, step)
@@ -209,7 +209,8 @@ class Exchange:
             if last:
                 for worker in self.workers:
                     worker.fragments[i].finish()
-        return last or step % self.cfg.local_steps == 0
+        steps = (step - 1) % self.cfg.local_steps + 1
+        return steps if last or steps == self.cfg.local_steps else 0
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -242,10 +243,59 @@ class Exchange:
 # ---- in train.py -----------------------------------------------------------------------------------------------------
 
 
-def of_this_process(model, cfg):
-    """The Exchange of this process's worker with those of all teams of processes."""
-    dtype = getattr(torch, cfg.send_dtype)
-    return Exchange([Worker(model, cfg, parallel.n_teams)], cfg, lambda messages: parallel.Average(messages, dtype))
+class EveryStep:
+    """The exchange of a run without local_steps, whose gradients are averaged in every step: there is none."""
+
+    anchor = {}  # the weights are the model's own
+
+    def after(self, step):
+        return 1
+
+    def checkpoint(self, moments, tally):
+        return {}
+
+    def resume(self, payload, moments, tally):
+        return tally
+
+
+class AmongProcesses(Exchange):
+    """The exchange of the one worker of this process with those of all teams of processes (parallel.py)."""
+
+    def __init__(self, model, cfg):
+        dtype = getattr(torch, cfg.send_dtype)
+        super().__init__([Worker(model, cfg, parallel.n_teams)], cfg,
+                         lambda messages: parallel.Average(messages, dtype))
+        self.anchor = self.workers[0].tensors("anchor")  # {name: tensor}
+
+    def checkpoint(self, moments, tally):
+        """In the main process {"workers": the states of all workers with those of their optimisers}, else {}.
+
+        moments: {parameter: its state}. tally: the counts of log.Tally of this worker.
+        """
+        params = self.workers[0].params
+        workers = parallel.gather_from_teams(to_cpu(self.state() | {
+            "optimizer": {name: moments[p] for name, p in params.items()}, "tally": {"tally": torch.stack(tally)}}))
+        return {"workers": [shared(worker, workers[0]) for worker in workers]} if workers else {}
+
+    def resume(self, payload, moments, tally):
+        """Restore this process's worker from a checkpoint, which only the main process has. Returns the worker's tally.
+
+        Raises UserError if there are more or fewer workers now.
+        """
+        workers = payload and payload["workers"]
+
+        def check():
+            if len(workers) != parallel.n_teams:
+                raise UserError(f"the run has {len(workers)} workers, and {parallel.n_teams} were started: start as "
+                                "many (torchrun --nproc_per_node), or begin a new run with --init_from")
+
+        parallel.on_main(check)
+        own = parallel.hand_out(workers)
+        self.restore(own)
+        for name, p in self.workers[0].params.items():
+            for key, value in own["optimizer"][name].items():
+                moments[p][key].copy_(value)
+        return own["tally"]["tally"]
 
 
 def to_cpu(x):
@@ -253,38 +303,8 @@ def to_cpu(x):
     return {key: to_cpu(value) for key, value in x.items()} if isinstance(x, dict) else x.detach().cpu()
 
 
-def gather(exchange, moments, tally):
-    """In the main process: the states of all workers, with those of their optimisers, for a checkpoint. Else None.
-
-    moments: {parameter: its state}. tally: a tensor, the counts of log.Tally of this worker.
-    """
-    params = exchange.workers[0].params
-    workers = parallel.gather_from_teams(to_cpu(exchange.state() | {
-        "optimizer": {name: moments[p] for name, p in params.items()}, "tally": {"tally": tally}}))
-    return workers and [shared(worker, workers[0]) for worker in workers]
-
-
 def shared(x, first):
     """The tree x with the tensors of `first` in place of equal ones, such as anchors: torch.save writes these once."""
     if isinstance(x, dict):
         return {key: shared(value, first[key]) if key in first else value for key, value in x.items()}
     return first if x.shape == first.shape and x.dtype == first.dtype and torch.equal(x, first) else x
-
-
-def hand_out(workers, exchange, moments):
-    """Restore this process's worker from what gather() returned, which only the main process has. Returns its tally.
-
-    Raises UserError if there are more or fewer workers now.
-    """
-    def check():
-        if len(workers) != parallel.n_teams:
-            raise UserError(f"the run has {len(workers)} workers, and {parallel.n_teams} were started: start as many "
-                            "(torchrun --nproc_per_node), or begin a new run with --init_from")
-
-    parallel.on_main(check)
-    own = parallel.hand_out(workers)
-    exchange.restore(own)
-    for name, p in exchange.workers[0].params.items():
-        for key, value in own["optimizer"][name].items():
-            moments[p][key].copy_(value)
-    return own["tally"]["tally"]

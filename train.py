@@ -20,7 +20,6 @@ import torch
 
 import checkpoint
 import configs
-import local_sgd
 import parallel
 import storage
 from attention import annealed
@@ -32,6 +31,7 @@ from data.loader import (check_same_data, load_meta, load_split, move_padding, p
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
+from local_sgd import AmongProcesses, EveryStep, deal
 from log import Log, Tally, duration, finite
 from optim import EMA, clip_gradients, learning_rate, make_optimizers
 from parallel import on_main, share_of_batch, together
@@ -96,18 +96,16 @@ def states(optimizers):
             for p in group["params"]}
 
 
-def state_of(model, ema, optimizers=(), exchange=None, tally=None):
+def state_of(model, ema, optimizers=(), exchange=EveryStep(), tally=None):
     """Collect weights, averages and optimiser state for a checkpoint in the main process. All processes call it."""
     parameters = dict(model.named_parameters())
-    weights = parameters if exchange is None else exchange.workers[0].tensors("anchor")
-    state = {"model": {name: parallel.whole(p) for name, p in weights.items()},
+    state = {"model": {name: parallel.whole(p) for name, p in (exchange.anchor or parameters).items()},
              "ema": {name: parallel.whole(average) for name, average in zip(parameters, ema.average)}}
     if optimizers:
         moments = states(optimizers)
         state["optimizer"] = {name: {key: parallel.whole(value) for key, value in moments[p].items()}
                               for name, p in parameters.items()}
-        if exchange is not None:
-            state["workers"] = local_sgd.gather(exchange, moments, torch.stack(tally))
+        state |= exchange.checkpoint(moments, tally)
     return state
 
 
@@ -157,17 +155,16 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
     if copied:
         for key, p in model.named_parameters():
             parallel.copy_from_main(p, source and source[key])
-    optimizers, exchange = make_optimizers(model, cfg, device, dtype), None
+    optimizers, exchange = make_optimizers(model, cfg, device, dtype), EveryStep()
     if cfg.local_steps:
-        exchange = local_sgd.of_this_process(model, cfg)
-    ema = EMA(model, cfg.ema_decay, exchange and list(exchange.workers[0].tensors("anchor").values()))
+        exchange = AmongProcesses(model, cfg)
+    ema = EMA(model, cfg.ema_decay, list(exchange.anchor.values()))
     step, best_val, tally, wandb_id = 0, math.inf, torch.zeros(5), None
     if resumed:
         step, best_val, tally, wandb_id = on_main(
             lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
         restore(payload, model, ema, optimizers)
-        if exchange is not None:
-            tally = local_sgd.hand_out(payload and payload["workers"], exchange, states(optimizers))
+        tally = exchange.resume(payload, states(optimizers), tally)
         ema.updates = step
     return net, optimizers, ema, exchange, RunState(step, best_val, Tally(*tally.to(device)), wandb_id), lock
 
@@ -209,7 +206,7 @@ def main():
         together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
     torch.manual_seed(cfg.seed)
     model = cfg.make_model(meta["vocab_size"])  # made on the CPU: equal weights on every device and in every process
-    local_sgd.deal([name for name, _ in model.named_parameters()], cfg.fragments)  # checks that it can be done
+    deal([name for name, _ in model.named_parameters()], cfg.fragments)  # checks that it can be done
     n_params, kept = model.n_params(), 4 * numbers_kept(model, cfg)
     flops = flops_per_token(model, objective, cfg)
     net, optimizers, ema, exchange, state, lock = start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop)
@@ -270,7 +267,7 @@ def main():
     # ---- the loop ---------------------------------------------------------------------------------------------------
     report(f"{name}: {n_params / 1e6:.1f}M parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
            f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}"
-           f"{f', {parallel.n_teams} workers that exchange every {cfg.local_steps} steps' if exchange else ''}"
+           f"{f', {parallel.n_teams} workers that exchange every {cfg.local_steps} steps' if cfg.local_steps else ''}"
            f", {str(dtype).removeprefix('torch.')}"
            f"{', compiled' if compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, "
            f"optimiser state {kept / 1e6:,.1f} MB, writing to {out_dir}"
@@ -294,9 +291,9 @@ def main():
         tally = tally.count(nats, bad)
         step += 1
         bar.update()
-        if exchange is not None and not exchange.after(step):
+        taken = exchange.after(step)  # steps of the round that ends here
+        if not taken:
             continue  # within a round a worker hears nothing of the others
-        taken = 1 if exchange is None else (step - 1) % cfg.local_steps + 1  # steps since the last exchange
         due = lambda interval: step == cfg.max_steps or step // interval > (step - taken) // interval
         ema.update(taken)
 
