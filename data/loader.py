@@ -22,8 +22,9 @@ def load_meta(name, data_dir=""):
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        script = DATA_DIR / f"prepare_{name}.py"
-        command = (f"python data/{script.name}" if script.exists()
+        text = name.removesuffix("_gpt2")
+        script = DATA_DIR / f"prepare_{text}.py"
+        command = (f"python data/{script.name}{' --tokenizer gpt2' * (text != name)}" if script.exists()
                    else f"python data/prepare_textfile.py FILE --name {name}")
         raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {command}")
     except ValueError:

@@ -3,7 +3,8 @@
 gutenberg.tsv lists the books, on GitHub at fixed commits. 146 are train (94M characters). The other 8, by authors who
 are not in train, are val and test, 4 each. Digits are spelled out; licences, credits, contents, indexes are left out.
 The list has a hash of each book's cleaned text. A book with another hash is used all the same, and a line names it.
-These are books, not an encyclopedia: numbers on them do not compare with those on text8.
+These are books, not an encyclopedia: numbers on them do not compare with those on text8. With --tokenizer gpt2 the same
+text becomes `gutenberg_gpt2`.
 
     python data/prepare_gutenberg.py
     python data/prepare_gutenberg.py --file train.txt.xz val.txt.xz    # the cleaned text itself; val is val and test
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, progress, run
 from data.prepare import DatasetWriter, is_prepared, parser, read_text
-from data.tokenizer import KNOWN, CharTokenizer, text8_words
+from data.tokenizer import KNOWN, make_tokenizer, text8_words
 
 LIST = Path(__file__).with_name("gutenberg.tsv")
 URL = "https://raw.githubusercontent.com/{repo}/{commit}/{path}"
@@ -103,16 +104,19 @@ def main():
     p = parser(__doc__)
     p.add_argument("--file", nargs=2, metavar=("TRAIN", "VAL"), help="local files with the cleaned text (.txt, .gz or "
                    ".xz) to use instead of downloads")
+    p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="kind of tokens (default: char)")
     args = p.parse_args()
-    folder = args.data_dir / "gutenberg"
+    name = "gutenberg" if args.tokenizer == "char" else "gutenberg_gpt2"
+    folder = args.data_dir / name
     if is_prepared(folder):
         return
     with open(LIST, encoding="utf-8", newline="") as file:
         books = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     texts = cut_books(args.file, books) if args.file else (normalise(text_of(download(URL.format(**book))))
                                                            for book in books)
-    meta = dict(KNOWN["text8"], name="gutenberg", source=", ".join(sorted({book["repo"] for book in books})))
-    tokenizer, different = CharTokenizer(meta["alphabet"]), []
+    meta = dict(KNOWN["text8" if name == "gutenberg" else "openwebtext"], name=name,
+                source=", ".join(sorted({book["repo"] for book in books})))
+    tokenizer, different = make_tokenizer(meta), []
     with DatasetWriter(folder, meta) as writer, progress(total=len(books), unit="book") as bar:
         for book, text in zip(books, texts):
             if hashlib.sha256(text.encode()).hexdigest()[:16] != book["sha256"]:

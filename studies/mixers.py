@@ -81,8 +81,9 @@ def optimizer_rows():
     clips = {"grad_clip": 1.0}, {"clip": "agc:0.003"}, {"clip": "agc:0.01"}
     words = lambda clip: ", ".join(f"{key}={value}" for key, value in clip.items())
     return [Row(f"{optimizer}, {words(clip)}", {"mixer": "attention", "optimizer": optimizer} | clip, lrs)
-            for optimizer, lrs in (("adamw", (1e-3, 3e-3, 1e-2)), ("muon", (1e-3, 3e-3, 1e-2)),
-                                   ("sm3", (1e-2, 3e-2, 1e-1)), ("sm3_nesterov", (1e-3, 3e-3, 1e-2)))
+            for optimizer, lrs in (("adamw", (3e-4, 1e-3, 3e-3, 1e-2)), ("muon", (1e-3, 3e-3, 1e-2)),
+                                   ("sm3", (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
+                                   ("sm3_nesterov", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)))
             for clip in clips]
 
 

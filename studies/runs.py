@@ -66,28 +66,28 @@ def once(path, measure):
     return json.loads(path.read_text())
 
 
-def trained(out, flags, args, best=False, how=()):
+def trained(out, flags, args, best=False, how=(), dataset=None, unit="token"):
     """Train the run `out`, or continue it. Returns its bits per token on the test split.
 
-    best: at the checkpoint of the best validation. how: more flags of evaluate.py. The bits are infinite if its weights
-    or its likelihood became so.
+    best: at the checkpoint of the best validation. how: more flags of evaluate.py. dataset: if not that of all runs.
+    unit: "token" or "byte". The bits are infinite if its weights or its likelihood became so.
     """
     def measure():
         try:
             return train_and_score()
         except UserError as error:
             if "not finite" in str(error):
-                return {"bits_per_token": None}
+                return {f"bits_per_{unit}": None}
             raise
 
     def train_and_score():
-        call("train.py", *flags, f"--dataset={args.dataset}", f"--data_dir={args.data_dir}", f"--out_dir={out}",
-             *(f"--{flag}" for flag in args.flags), "--resume=auto")
+        call("train.py", *flags, f"--dataset={dataset or args.dataset}", f"--data_dir={args.data_dir}",
+             f"--out_dir={out}", *(f"--{flag}" for flag in args.flags), "--resume=auto")
         seq_len = log.read(out / "log.jsonl")[0]["config"]["seq_len"]
         return json.loads(call("evaluate.py", out / "ckpt_best.pt" if best else out, *data_flags(args), "--n_tokens",
                                seq_len * args.windows, *how))
 
-    bits = once(out.with_name(f"{out.name}.json"), measure)["bits_per_token"]
+    bits = once(out.with_name(f"{out.name}.json"), measure)[f"bits_per_{unit}"]
     return math.inf if bits is None else bits
 
 

@@ -300,6 +300,8 @@ def test_missing_and_damaged_data_sets(small):
     """Each names the command or the folder to delete."""
     with pytest.raises(UserError, match="run python data/prepare_text8.py"):
         load_split("text8", "train", 8, small)
+    with pytest.raises(UserError, match="run python data/prepare_pydoc.py --tokenizer gpt2"):
+        load_meta("pydoc_gpt2", small)
     with pytest.raises(UserError, match="prepare_textfile.py FILE --name nothing"):
         load_meta("nothing", small)
     with pytest.raises(UserError, match="7 tokens, fewer than one sequence of 8: use --seq_len=7"):

@@ -182,6 +182,25 @@ def test_file(monkeypatch, tmp_path, books, capsys):
     assert load_meta("gutenberg", tmp_path)["dtype"] == "uint8"
 
 
+def test_gpt2(monkeypatch, tmp_path, books):
+    """--tokenizer gpt2 writes the same text, in words that begin with a space, to a data set of its own."""
+    texts, encoded = list(books.values()), []
+
+    class Tokenizer:
+        def encode(self, text):
+            encoded.append(text)
+            return list(text.encode())
+
+    monkeypatch.setattr(prepare_gutenberg, "make_tokenizer", lambda meta: Tokenizer())
+    for name, part in (("train.txt", texts[:2]), ("val.txt", texts[2:])):
+        (tmp_path / name).write_text(" ".join(part))
+    prepare(monkeypatch, "--tokenizer", "gpt2", "--file", tmp_path / "train.txt", tmp_path / "val.txt",
+            "--data_dir", tmp_path)
+    meta = load_meta("gutenberg_gpt2", tmp_path)
+    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ("gpt2", 50257, "uint16")
+    assert encoded[1] == f" {texts[1]}" and meta["bytes"]["train"] == len(" ".join(texts[:2]))
+
+
 def test_another_file_is_refused(monkeypatch, tmp_path, books):
     """Text of another length is not cut at the wrong places, and no data set is left."""
     for name in ("train.txt", "val.txt"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cli import UserError
-from studies import frontier, repeated, runs, slow_links
+from studies import frontier, repeated, runs, slow_links, tokens
 
 
 @pytest.fixture
@@ -21,7 +21,8 @@ def answers(monkeypatch):
             words = [script, *map(str, arguments)]
             calls.append(words)
             if script == "evaluate.py":
-                return json.dumps({"bits_per_token": bits(words[1].removesuffix("/ckpt_best.pt"))})
+                found = bits(words[1].removesuffix("/ckpt_best.pt"))
+                return json.dumps({"bits_per_token": found, "bits_per_byte": found})
             if "--clock_only" in words:
                 return json.dumps({"hours": 1.0, "utilisation": 0.5, "gigabytes": 2.0})
             out = runs.Path(next(word for word in words if word.startswith("--out_dir=")).removeprefix("--out_dir="))
@@ -112,6 +113,36 @@ def test_slow_links(answers, monkeypatch, tmp_path):
     assert all((tmp_path / "study" / name).exists() for name in ("slow_links.png", "hours.png"))
     before = len(calls)
     go(slow_links, monkeypatch, tmp_path / "study", "--seeds", "2")
+    assert len(calls) == before
+
+
+def test_tokens(answers, monkeypatch, tmp_path):
+    """All kinds see as many bytes, each with its own data set; what characters cost is computed from the best rates."""
+    def bits(path):
+        name = path.split("/")[-1]
+        kind = 2 + ("characters" in name) * (0.3 + 0.2 * ("diffusion" in name) - 0.15 * ("diffusion_shift" in name))
+        return kind + 0.1 * ("lr=0.003" not in name) + 0.001 * int(name[-1])
+
+    calls = answers(bits)
+    for name, tokenizer, per_token in (("x", {"tokenizer": "char", "alphabet": "ab", "vocab_size": 2}, 1),
+                                       ("x_gpt2", {"tokenizer": "gpt2", "vocab_size": 50257}, 5)):
+        split = lambda value: dict.fromkeys(("train", "val", "test"), value)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(json.dumps(tokenizer | {
+            "dtype": "uint16", "sizes": split(10**6 // per_token), "bytes": split(10**6), "sha256": split("")}))
+    flags = ["--seeds", "2", "--dataset", "x", "--data_dir", str(tmp_path)]
+    found = go(tokens, monkeypatch, tmp_path / "study", *flags)
+    trained = [words for words in calls if words[0] == "train.py"]
+    assert len(trained) == 8 * 3 + 8
+    for words in trained:
+        value = {word.split("=")[0]: word.split("=")[-1] for word in words}
+        per_token = 5 if value["--dataset"] == "x_gpt2" else 1
+        assert int(value["--max_steps"]) * int(value["--seq_len"]) * per_token == pytest.approx(1500 * 128, rel=1e-3)
+    assert [row["lr"] for row in found["rows"]] == [3e-3] * 8
+    expected = [0.5, 0.35, 0.3, 0.3, 0.2, 0.05]
+    assert [mean for mean, _ in found["answers"].values()] == pytest.approx(expected)
+    before = len(calls)
+    go(tokens, monkeypatch, tmp_path / "study", *flags)
     assert len(calls) == before
 
 
