@@ -89,9 +89,9 @@ def optimizer_rows():
 
 def mask_rows():
     return [Row(f"{mixer}, {kind}{', mask_aware' * aware}",
-                {"mixer": mixer, "static_map": kind, "mask_aware": aware}, (3e-3,))
+                {"mixer": mixer, "static_map": kind, "mask_aware": aware}, (1e-3, 3e-3))
             for mixer in ("mixer", "gmlp", "synth_random", "container") for kind in ("full", "toeplitz")
-            for aware in (False, True)] + [Row("attention", {"mixer": "attention"}, (3e-3,))]
+            for aware in (False, True)] + [Row("attention", {"mixer": "attention"}, (1e-3, 3e-3))]
 
 
 TABLES = {"mixers": mixer_rows, "gates": gate_rows, "optimizers": optimizer_rows, "masks": mask_rows}

@@ -49,11 +49,14 @@ def make_folder(path, args, name="settings"):
             raise UserError(f"{path} has runs with {key}={before.get(key)}, not {settings[key]}: choose another folder")
 
 
-def call(script, *arguments):
-    """Run a command of this project with one thread. Returns its stdout. Raises UserError with its last line."""
+def call(script, *arguments, ok=(0,)):
+    """Run a command of this project with one thread. Returns its stdout. Raises UserError with its last line.
+
+    ok: exit codes that are no failure.
+    """
     done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
+    if done.returncode not in ok:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise UserError(f"{script} {' '.join(map(str, arguments))} failed: {last}")
     return done.stdout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cli import UserError
-from studies import frontier, repeated, runs, slow_links, tokens
+from studies import frontier, repeated, runs, slow_links, tokens, two_estimates
 
 
 @pytest.fixture
@@ -114,6 +114,38 @@ def test_slow_links(answers, monkeypatch, tmp_path):
     before = len(calls)
     go(slow_links, monkeypatch, tmp_path / "study", "--seeds", "2")
     assert len(calls) == before
+
+
+def test_two_estimates(monkeypatch, tmp_path, capsys):
+    """Every run inside the folders is checked once; one that disagrees ends the command with exit code 1."""
+    for name, objective in (("a/one", "mdlm"), ("a/two", "ar"), ("b", "mdlm"), ("nan", "mdlm")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "ckpt.pt").touch()
+        first = {"step": 0, "config": {"seq_len": 8, "objective": objective}}
+        (tmp_path / name / "log.jsonl").write_text(json.dumps(first) + "\n")
+    calls = []
+
+    def answer(script, out, *words, ok):
+        calls.append((out.name, words))
+        if out.name == "nan":
+            raise UserError("the likelihood is not finite")
+        difference = {"one": 0.02, "two": 0.00001, "b": -0.5}[out.name]
+        return json.dumps({"bits_per_token": 2 + difference, "check": {
+            "agree": abs(difference) < 0.1, "difference": difference, "stderr": 0.01, "second": {"bits_per_token": 2}}})
+
+    monkeypatch.setattr(runs, "call", answer)
+    go_on = lambda *folders: (monkeypatch.setattr(sys, "argv", ["two_estimates.py", *map(str, folders)]),
+                              two_estimates.main())
+    go_on(tmp_path / "a", tmp_path / "a" / "one", tmp_path / "nan")
+    printed = capsys.readouterr().out
+    assert "2 agree, 0 disagree; 1 estimates with noise: mean of z² 4.00, largest |z| 2.00" in printed
+    assert "no likelihood" in printed and [name for name, _ in calls] == ["one", "two", "nan"]
+    assert "--repeats" in calls[0][1] and "--repeats" not in calls[1][1] and 8 * 512 in calls[0][1]
+    with pytest.raises(SystemExit) as stopped:
+        go_on(tmp_path / "a", tmp_path / "b")
+    assert stopped.value.code == 1 and len(calls) == 4 and "2 agree, 1 disagree" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has no run"):
+        go_on(tmp_path / "missing")
 
 
 def test_tokens(answers, monkeypatch, tmp_path):
