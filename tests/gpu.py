@@ -1,0 +1,121 @@
+"""What only a GPU can show: `python -m pytest tests/gpu.py`, a quarter of an hour on one GPU. Skipped without CUDA.
+
+`make test` leaves this file out. DEVICE=cpu runs the same checks on the CPU, which tests the checks.
+Throughput, memory and utilisation are measured by bench.py, and compared with their forecast:
+
+    for name in d3pm_text8 mdlm_text8_fast_8gpu d3pm_openwebtext_8gpu mdlm_openwebtext_fast_8gpu; do
+        python bench.py $name --compare naive && python bench.py --estimate $name --gpu h100
+    done
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import configs
+from commands import arguments, finish_well, log, losses, start, stop_after, train
+from configs import replace
+from likelihood import Windows, bound
+
+DEVICE = os.environ.get("DEVICE", "cuda")
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs CUDA")
+KINDS = {
+    "d3pm": ["d3pm_text8"],
+    "mdlm": ["mdlm_text8"],
+    "fast": ["mdlm_text8_fast_8gpu"],
+    "sedd": ["mdlm_text8", "--objective=sedd", "--conditioning=sigma", "--schedule=loglinear"],
+    "uniform": ["mdlm_text8", "--noise=uniform", "--conditioning=sigma", "--schedule=loglinear", "--weighting=nelbo",
+                "--time_sampling=stratified"],
+    "blocks": ["bd3_demo", "--block_size=16", "--seq_len=128"],
+    "left to right": ["ar_text8"],
+    "mixers": ["demo", "--architecture=mixers", "--mixer=gmlp"],
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def flags(kind, *extra):
+    """(config, flags) of a small run on DEVICE."""
+    config, *own = KINDS[kind]
+    return config, [f"--device={DEVICE}", "--n_embd=64", "--max_steps=12", "--dropout=0", *own, *extra]
+
+
+@kinds
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_trains_resumes_scores_and_samples(call, monkeypatch, data_dir, tmp_path, kind, compiled):
+    """A run that is stopped and resumed has the losses of a whole one; its checkpoint is scored and sampled."""
+    config, own = flags(kind, compiled)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    result = train(call, config, data_dir, whole, *own)
+    assert result.code == 0, result.err
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train(call, config, data_dir, stopped, *own)
+    assert len(losses(stopped)) < len(losses(whole)) == 12
+    result = train(call, config, data_dir, stopped, *own, "--resume=auto")
+    assert result.code == 0, result.err
+    assert losses(stopped) == pytest.approx(losses(whole), rel=1e-3)
+    for command in (["evaluate.py", whole, "--data_dir", data_dir, "--n_tokens=4096"],
+                    ["sample.py", whole, "--batch_size=2"]):
+        result = call(*command, f"--device={DEVICE}")
+        assert result.code == 0 and result.out, result.err
+
+
+@kinds
+def test_compiled_losses(call, data_dir, tmp_path, kind):
+    """A compiled run has the losses of the other up to rounding, and those of a run on the CPU."""
+    config, own = flags(kind)
+    runs = {"whole": [], "compiled": ["--compile"], "cpu": ["--device=cpu", "--no-compile"]}
+    for name, more in runs.items():
+        result = train(call, config, data_dir, tmp_path / name, *own, "--no-compile", *more)
+        assert result.code == 0, result.err
+    for name in ("compiled", "cpu"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3), name
+
+
+def bounds(kind, device, dtype=torch.float32):
+    """The bounds of four texts, (4,), by a network with random weights, none of them zero, on a device."""
+    words = [flag.removeprefix("--").split("=") for flag in KINDS[kind][1:]]
+    cfg = configs.CONFIGS[KINDS[kind][0]]()
+    own = {key: type(getattr(cfg, key))(value) for key, value in words}
+    cfg = replace(cfg, **own | dict(n_embd=64, n_head=2, n_layer=2, dropout=0.0, seq_len=128))
+    torch.manual_seed(0)
+    model = cfg.make_model(27).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    text = np.random.default_rng(0).integers(0, 27, 4 * 128)
+    data = Windows(text, 128 * np.arange(4), 128, 4, torch.device(device), dtype)
+    return bound(model.to(device), cfg.make_objective(27), data)
+
+
+@kinds
+def test_bounds_agree_with_the_cpu(kind):
+    """In float32 every objective gives on the GPU what it gives on the CPU. Blocks use FlexAttention there."""
+    torch.testing.assert_close(bounds(kind, DEVICE), bounds(kind, "cpu"), rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_bfloat16(kind):
+    """In bfloat16 a bound is that of float32 within two per cent."""
+    torch.testing.assert_close(bounds(kind, DEVICE, torch.bfloat16), bounds(kind, DEVICE), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("more", [[], ["--local_steps=3", "--outer_lr=1", "--outer_momentum=0"]])
+def test_torchrun(data_dir, tmp_path, more):
+    """One process of torchrun, with nccl on a GPU, has the losses of a plain one, also with exchanges."""
+    config, own = flags("mdlm")
+    command = [*own, "--no-compile", "--eval_interval=6", "--ema_decay=0"]
+    finish_well(start(config, data_dir, tmp_path / "plain", *command))
+    finish_well(start(config, data_dir, tmp_path / "torchrun", *command, *more, torchrun=["--standalone"]))
+    validations = [losses(tmp_path / name, "val_bits_per_token") for name in ("plain", "torchrun")]
+    assert validations[0] and validations[1] == pytest.approx(validations[0], rel=1e-3)
+
+
+def test_memory_and_utilisation_are_logged(call, data_dir, tmp_path):
+    """The log has the memory that the GPU gave, and a share of the peak that was measured on it."""
+    config, own = flags("mdlm", "--peak_tflops=0", "--no-compile")
+    assert train(call, config, data_dir, tmp_path / "run", *own).code == 0
+    last = log(tmp_path / "run")[-1]
+    line = next(line for line in reversed(log(tmp_path / "run")) if "mfu" in line)
+    assert 0 < line["mfu"] < 1 and line["memory_bytes"] > 0 and last["step"] == 12
