@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import configs
-from commands import arguments, finish_well, log, losses, start, stop_after, train
+from commands import finish_well, log, losses, start, stop_after, train
 from configs import replace
 from likelihood import Windows, bound
 
