@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,12 +36,13 @@ from data.tokenizer import KNOWN
 from diffusion import D3PM, MDLM
 from optim import EMA, make_optimizers
 from parallel import share_of_batch
+from plot import save, subplots
 from prompts import denoise
 from sampler_settings import default_settings, schedule_grid
 from sampling import Settings
 from studies import textbook
 from studies.forecast import GPUS, estimate
-from train import batches, train_step
+from train import batches, compiles, train_step
 
 
 def add_arguments(parser):
@@ -79,7 +81,7 @@ class Training:
         torch.manual_seed(cfg.seed)
         self.model, self.objective = cfg.make_model(vocab_size), cfg.make_objective(vocab_size)
         self.flops = flops_per_token(self.model, self.objective, cfg)
-        self.compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
+        self.compiled = compiles(cfg, device)
         self.net = parallel.spread(self.model, device, False, self.compiled)
         self.optimizers, self.ema = make_optimizers(self.model, cfg, device, dtype), EMA(self.model, cfg.ema_decay)
         self.stream = self.batches(self.objective)
@@ -285,10 +287,7 @@ def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
 
 def plot_scaling(rows, path):
     """Plot one panel for each axis: microseconds per token as measured, and at the peak of matrix products."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True, layout="constrained")
+    figure, panels = subplots(1, 3, figsize=(11, 3.4), dpi=150, sharey=True)
     for panel, axis in zip(panels, ("width", "seq_len", "batch_size")):
         points = [row for row in rows if row["axis"] == axis]
         x = [row[axis] for row in points]
@@ -300,10 +299,7 @@ def plot_scaling(rows, path):
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("microseconds per token")
     panels[0].legend()
-    try:
-        figure.savefig(path, format="png", dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}")
+    save(figure, Path(path))
 
 
 # ---- samplers --------------------------------------------------------------------------------------------------------

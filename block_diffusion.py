@@ -102,8 +102,7 @@ class BlockDiffusion(MDLM):
                     "exact_k draws the number of masks, not a rate")
         if config.prefix != "none":
             return "objective=block continues any text, whatever its length: use prefix=none with it"
-        if config.lambda_ce:
-            return "lambda_ce is only for objective=d3pm: use lambda_ce=0"
+        return super().misfit(config)
 
     def times(self, L):
         return L // self.block_size

@@ -19,9 +19,9 @@ def begin(xt):
     return State(xt, torch.full(xt.shape, torch.nan, device=xt.device))
 
 
-def with_denoising(grid, last=1e-5):
-    """Pairs of rates (r, s) of a grid that ends in `last` instead of 0, and the step of noise removal from there."""
-    grid = [*grid[:-1], min(last, grid[-2] / 2), 0.0]
+def with_denoising(grid):
+    """Pairs of rates (r, s) of a grid that ends in 1e-5 instead of 0, and the step of noise removal from there."""
+    grid = [*grid[:-1], min(1e-5, grid[-2] / 2), 0.0]
     return list(zip(grid, grid[1:]))
 
 

@@ -32,11 +32,6 @@ OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # English data sets of f
 # ---- continuing a run ----------------------------------------------------------------------------------------------
 
 
-def hints_for(cfg):
-    """Return the Hints for a foreign checkpoint that a run starts from: its tokens are those of the run's data."""
-    return Hints(dataset=cfg.dataset, data_dir=cfg.data_dir)
-
-
 def with_sizes_of_source(cfg, resume, init_from, out_dir):
     """The Config, where settings in its network's `of_source` are those of the checkpoint that the run begins with.
 
@@ -47,7 +42,7 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
         return cfg
     payload = read_latest(out_dir)[1] if resume == "auto" else read(resume) if resume else None
     if payload is None and init_from:
-        payload = read(init_from, hints_for(cfg))
+        payload = read(init_from, Hints(cfg.dataset, data_dir=cfg.data_dir))
     if payload is None:
         return cfg
     source, where = config_of(payload), init_from if not resume else out_dir if resume == "auto" else resume
@@ -93,7 +88,7 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
         if resume == "auto" and path != last and last.exists():
             last.rename(out_dir / "ckpt_damaged.pt")  # else the next save would put it over ckpt_prev.pt
     if init_from and not payload:
-        source = read(init_from, hints_for(cfg))
+        source = read(init_from, Hints(cfg.dataset, data_dir=cfg.data_dir))
         check_same_tokens(source["meta"], meta, cfg.dataset)
         source = adapt(model, source, cfg, init_from)
     return payload, source, lock

@@ -33,8 +33,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the options)")
 
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_intermixed_args(args, namespace)  # options may stand between CKPTs
+    def parse_args(self, args=None):
+        parsed, unknown = self.parse_known_intermixed_args(args)  # options may stand between CKPTs
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             guess = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
@@ -49,14 +49,9 @@ def require(module, what):
         raise UserError(f"{what} needs the package {package}: pip install {package}")
 
 
-def one_line(text):
-    """The text with line breaks and other unprintable characters escaped: names of files may contain them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def note(text):
-    """Print one line on stderr."""
-    print(one_line(text), file=sys.stderr)
+    """Print one line on stderr. Line breaks and other unprintable characters, as of names of files, are escaped."""
+    print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr)
 
 
 def run(main):
@@ -168,14 +163,14 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def matmul_peak(device, dtype, repeats=5):
-    """Floating-point operations per second that this device reaches in large square matrix products: best of repeats.
+def matmul_peak(device, dtype):
+    """Floating-point operations per second that this device reaches in large square matrix products: best of five.
 
     The utilisation of a model (MFU) is relative to this, because no program reaches the number in a data sheet.
     """
     n, products = (8192, 20) if device.type == "cuda" else (1024, 1)
     a, seconds = torch.randn(n, n, device=device, dtype=dtype), []
-    for _ in range(repeats + 1):  # the first one warms up
+    for _ in range(6):  # the first one warms up
         synchronize(device)
         start = time.perf_counter()
         for _ in range(products):

@@ -225,6 +225,11 @@ class Absorbing:
         """One-sample estimate of the bound for each sequence: x0 (B, L) -> nats per token (B,)."""
         return self.weighted(self.masked_ce(model, x0, noise), noise.weight)
 
+    def loss(self, model, x0, noise):
+        """The loss to minimise, a scalar, and the bound of each sequence (B,), nats per token, detached."""
+        nelbo = self.nelbo(model, x0, noise)
+        return nelbo.mean(), nelbo.detach()
+
     def exact_k(self, u, v, w=None):
         """The continuous-time bound by exactly k = ceil(u n) masks, with weight L/k: u (B,), v (B, L) -> Noise.
 
@@ -476,7 +481,3 @@ class AutoRegressive(Absorbing):
 
     def corrupt(self, x0, mask):
         return F.pad(x0[:, :-1], (1, 0), value=self.mask_id)
-
-    def loss(self, model, x0, noise):
-        nll = self.nelbo(model, x0, noise)
-        return nll.mean(), nll.detach()

@@ -173,11 +173,6 @@ def pick_estimators(one, two, args):
     return estimators
 
 
-def second_of(subject, estimator):
-    """The name of another estimator, or of an order, that estimates the same number."""
-    return subject.objective(estimator).estimators[estimator]
-
-
 def nats_of(subject, estimator, args):
     """Nats per token of each window (n,), by an estimator or along an order, and a description of the method."""
     if estimator in ORDERS:
@@ -277,7 +272,8 @@ def score(args, open_subject, out):
     nats, line, result = likelihood(one, estimator, args)
     print(line, file=out)
     if args.check:
-        second_nats, line, second = likelihood(one, second_of(one, estimator), args)
+        another = one.objective(estimator).estimators[estimator]  # an estimator of the same number, or an order
+        second_nats, line, second = likelihood(one, another, args)
         mean, error = difference(nats, second_nats, one, args)
         verdict = agree(mean, error)
         print(f"{line}\ndifference {mean:.4f} {plus_minus(error)}: they {'agree' if verdict else 'DISAGREE'} "

@@ -81,7 +81,8 @@ class Tally(NamedTuple):
         """The tally of all workers together: sums, and the largest number of steps in a row (local_sgd.py)."""
         if parallel.n_teams == 1:
             return self
-        return Tally(*parallel.total_of_teams(torch.stack(self[:3])), *parallel.largest(torch.stack(self[3:])))
+        sums = parallel.total(torch.stack(self[:3])) / parallel.team_size  # a team's processes have equal tallies
+        return Tally(*sums, *parallel.largest(torch.stack(self[3:])))
 
     def next_line(self):
         """The tally after a log line."""

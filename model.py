@@ -31,9 +31,9 @@ def modulate(x, shift, scale):
     return x if scale is None else x * (1 + scale.float()) + shift
 
 
-def rotary_tables(seq_len, head_dim, base=10000.0):
+def rotary_tables(seq_len, head_dim):
     """cos and sin of RoPE (arXiv 2104.09864), (seq_len, head_dim / 2) each, float32."""
-    frequency = 1 / base ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    frequency = 1 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angle = torch.outer(torch.arange(seq_len).float(), frequency)
     return angle.cos(), angle.sin()
 
@@ -48,16 +48,15 @@ def rotate(x, cos, sin):
 class TimeEmbedding(nn.Module):
     """Map time to c by 256 sinusoids of clock(t) and an MLP: t (B,) or (B, L) -> (B, 1, n_cond) or (B, L, n_cond)."""
 
-    def __init__(self, n_cond, clock, n_frequency=256):
+    def __init__(self, n_cond, clock):
         super().__init__()
-        self.clock, self.n_frequency = clock, n_frequency
-        self.fc_in = nn.Linear(n_frequency, n_cond)
+        self.clock = clock
+        self.fc_in = nn.Linear(256, n_cond)
         self.fc_out = nn.Linear(n_cond, n_cond)
 
     def forward(self, t):
         t = self.clock(t.float())
-        half = self.n_frequency // 2
-        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        frequency = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
         angle = t[..., None] * frequency
         c = self.fc_out(F.silu(self.fc_in(torch.cat((angle.cos(), angle.sin()), dim=-1))))
         return F.silu(c[:, None] if t.dim() == 1 else c)
@@ -340,14 +339,14 @@ class DiT(nn.Module):
             return self.head(x[0]), x[1]
         return self.head(x[:, :-1] if self.predict_next and where is None else x)
 
-    def remember(self, xt, t, visible=None, positions=None, past=None):
+    def remember(self, xt, t, past=None):
         """Keys and values of the past and of tokens xt (B, L) after it: the `past` for calls on the tokens that follow.
 
         Returns a list with the Past of each block. They equal those of one call on all tokens, provided that these
         tokens see none of those that follow. The last block computes keys and values only (unless shift_tokens).
         """
         nowhere = torch.empty(0, dtype=torch.long, device=xt.device)
-        return self.trunk(xt, t, self.layout(xt.shape[1], past, visible, positions), nowhere, past, keep=True)[1]
+        return self.trunk(xt, t, self.layout(xt.shape[1], past), nowhere, past, keep=True)[1]
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())

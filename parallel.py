@@ -121,14 +121,8 @@ def total(x, group=None):
     return x
 
 
-def total_of_teams(counts):
-    """Sum counts, a tensor that is equal in all processes of a team, over the teams."""
-    return total(counts.clone()) / team_size
-
-
 def largest(x):
-    """The largest value of each number of a tensor in any process."""
-    x = x.clone()
+    """Replace each number of a tensor by its largest value in any process, in place, and return the tensor."""
     if dist.is_initialized():
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x

@@ -60,13 +60,17 @@ def rows(entries, from_step):
     return training, validation
 
 
-def draw(runs, out, x, log_x):
-    """Draw training as a thin line and validation as points ± 2 standard errors, in one colour per run."""
+def subplots(*shape, **options):
+    """plt.subplots for a file: no display is needed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt.subplots(*shape, **options)
 
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
+
+def draw(runs, out, x, log_x):
+    """Draw training as a thin line and validation as points ± 2 standard errors, in one colour per run."""
+    figure, axes = subplots(figsize=(8, 5), dpi=150)
     for i, (name, training, validation) in enumerate(runs):
         color, column = f"C{i}", list(AXES).index(x)
         if training:
@@ -85,11 +89,7 @@ def draw(runs, out, x, log_x):
 
 def picture(out, series, x, y, log_x=False, level=None):
     """Draw {name: [(x, y, standard error or None)]} with ± 2 standard errors, and level (name, y) as a dashed line."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
+    figure, axes = subplots(figsize=(8, 5), dpi=150)
     for i, (name, points) in enumerate(series.items()):
         xs, ys, errors = zip(*sorted(points))
         axes.errorbar(xs, ys, [2 * (error or 0) for error in errors], marker="o", ms=3, lw=1, capsize=2, label=name,
@@ -104,11 +104,7 @@ def picture(out, series, x, y, log_x=False, level=None):
 
 def panels(out, x, curves, label):
     """Draw {title: {name: y (n,)}} over x (n,), one panel per title. All y axes but the first are logarithmic."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, row = plt.subplots(1, len(curves), figsize=(4 * len(curves), 4), dpi=150)
+    figure, row = subplots(1, len(curves), figsize=(4 * len(curves), 4), dpi=150)
     for axes, (title, lines) in zip(row, curves.items()):
         for i, (name, y) in enumerate(lines.items()):
             axes.plot(x, y, label=name, ls=("-", "--", "-.", ":")[i % 4])  # two curves may be equal

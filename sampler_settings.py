@@ -212,13 +212,13 @@ def best_grid(rates, ce, steps, n_points=256):
     return grid[::-1]
 
 
-def enough_steps(rates, ce, loss=0.01, most=256):
-    """The fewest steps whose best grid has a bound of at most (1 + loss) times the area under the curve, or `most`."""
+def enough_steps(rates, ce):
+    """The fewest steps whose best grid has a bound of at most 1.01 times the area under the curve, or 256."""
     area = bound_on_grid(rates, ce, np.linspace(1, 0, 10_001).tolist())
-    low, high = 1, most
+    low, high = 1, 256
     while low < high:
         n = (low + high) // 2
-        enough = bound_on_grid(rates, ce, best_grid(rates, ce, n)) <= (1 + loss) * area
+        enough = bound_on_grid(rates, ce, best_grid(rates, ce, n)) <= 1.01 * area
         low, high = (low, n) if enough else (n + 1, high)
     return low
 

@@ -73,18 +73,6 @@ def accept(state, proposed, sure, n):
     return State(torch.where(taken, proposed.xt, state.xt), torch.where(taken, proposed.p, state.p))
 
 
-def numbered(happening):
-    """Pairs (i, steps) of the steps `happening`, ascending numbers from 0: how many steps i is after the one before."""
-    return zip(happening, np.diff([-1, *happening]).tolist())
-
-
-def rest(state, happening, n):
-    """The last State again, for the steps after the last one that happened, if there are any: an iterator."""
-    left = n - 1 - (happening[-1] if happening else -1)
-    if left:
-        yield state._replace(steps=left)
-
-
 # ---- samplers --------------------------------------------------------------------------------------------------------
 
 
@@ -161,13 +149,14 @@ def topk(model, xt, mask_id, time, draw, start, grid=None, k=1):
     else:
         n_steps = -(-int(n.max()) // k)
         happening = list(range(n_steps))
-    for i, steps in numbered(happening):
+    for i, steps in zip(happening, np.diff([-1, *happening]).tolist()):  # steps since the one before
         masked = state.xt == mask_id
         left = masked.sum(1)
         quota = left - left.new_tensor([kept[m][i + 1] for m in n.tolist()]) if grid else left.clamp(max=k)
         state = accept(state, *propose(model, state, masked, time(share(start, left, n)), draw), quota)
         yield state._replace(steps=steps)
-    yield from rest(state, happening, n_steps)
+    if empty := n_steps - 1 - (happening[-1] if happening else -1):  # steps at the end in which nothing happens
+        yield state._replace(steps=empty)
 
 
 @torch.no_grad()

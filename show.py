@@ -234,13 +234,9 @@ WHITE, INK, SOFT, BLOCK, NEW = (255, 255, 255), (32, 34, 42), (125, 125, 130), (
 
 
 def pillow(size):
-    """(PIL.Image, PIL.ImageDraw, a monospaced font of size pixels). Raises UserError if a package is missing."""
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-        from matplotlib.font_manager import findfont
-    except ImportError as error:
-        name = "pillow" if error.name == "PIL" else error.name
-        raise UserError(f"a picture needs the package {name}: pip install {name}")
+    """(PIL.Image, PIL.ImageDraw, a monospaced font of size pixels)."""
+    from PIL import Image, ImageDraw, ImageFont
+    from matplotlib.font_manager import findfont
     return Image, ImageDraw, ImageFont.truetype(findfont("DejaVu Sans Mono"), size)
 
 

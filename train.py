@@ -14,7 +14,6 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -123,15 +122,6 @@ def restore(state, model, ema, optimizers):
             moments[p][key] = value
 
 
-class RunState(NamedTuple):
-    """The state of a run besides its weights and its optimisers."""
-
-    step: int
-    best_val: float
-    tally: Tally
-    wandb_id: str
-
-
 def add_arguments(parser):
     parser.add_argument("--resume", type=named, metavar="CKPT|auto",
                         help="checkpoint of the run to continue; auto: the last one in out_dir, if there is one")
@@ -143,7 +133,7 @@ def add_arguments(parser):
 def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
     """Set up a new run, or one that continues from a checkpoint.
 
-    Returns (net, optimizers, ema, exchange, RunState, lock).
+    Returns (net, optimizers, ema, exchange, (step, best_val, tally, wandb_id), lock).
 
     net is the model on its device, wrapped for training. The checkpoint's memory is freed on return. The caller keeps
     the lock of out_dir."""
@@ -166,7 +156,7 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
         restore(payload, model, ema, optimizers)
         tally = exchange.resume(payload, states(optimizers), tally)
         ema.updates = step
-    return net, optimizers, ema, exchange, RunState(step, best_val, Tally(*tally.to(device)), wandb_id), lock
+    return net, optimizers, ema, exchange, (step, best_val, Tally(*tally.to(device)), wandb_id), lock
 
 
 def compiles(cfg, device):
@@ -209,8 +199,8 @@ def main():
     deal([name for name, _ in model.named_parameters()], cfg.fragments)  # checks that it can be done
     n_params, kept = model.n_params(), 4 * numbers_kept(model, cfg)
     flops = flops_per_token(model, objective, cfg)
-    net, optimizers, ema, exchange, state, lock = start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop)
-    step, best_val, tally, wandb_id = state
+    net, optimizers, ema, exchange, (step, best_val, tally, wandb_id), lock = start_or_resume(
+        cfg, args, out_dir, meta, model, device, dtype, stop)
     peak = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
     peak = parallel.total(torch.tensor(peak, dtype=torch.float64)).item()
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from categorical import State, begin, in_pieces, with_denoising
-from diffusion import WHOLE, Noise, make_schedule
+from diffusion import D3PM, WHOLE, Absorbing, Noise, make_schedule
 
 
 class UniformNoise(NamedTuple):
@@ -89,6 +89,7 @@ class Uniform:
         False, False, False, True, True, None, None, 0, None)
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
+    time, times, loss = Absorbing.time, Absorbing.times, Absorbing.loss
 
     @classmethod
     def from_config(cls, config, vocab_size):
@@ -106,13 +107,6 @@ class Uniform:
         self.schedule = make_schedule(schedule)
         self.last_sigma = self.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)).item() if score else math.inf
         self.prior = prior_kl(self.last_sigma, vocab_size) if score else 0.0
-
-    def time(self, rate):
-        """The time that the network is told at a noise rate: (B,) -> (B,) float32."""
-        return self.schedule.inverse(1 - rate).float()
-
-    def times(self, L):
-        return 1
 
     def corrupt(self, x0, token):
         """The input of the network, xt, for x0 (B, L)."""
@@ -186,11 +180,6 @@ class Uniform:
         costs = self.position_costs(model(self.corrupt(x0, noise.token), noise.t), x0, noise)
         return noise.weight * costs.mean(1) + self.prior
 
-    def loss(self, model, x0, noise):
-        """The loss to minimise, a scalar, and the bound (B,), nats per token, detached."""
-        nelbo = self.nelbo(model, x0, noise)
-        return nelbo.mean(), nelbo.detach()
-
 
 class UniformSEDD(Uniform):
     """Uniform with score=True: the objective of SEDD's networks for uniform noise."""
@@ -213,6 +202,7 @@ class UniformD3PM(Uniform):
     """
 
     estimators, reported = {"t_step": "t_step_uniform", "t_step_uniform": "t_step"}, "t_step"
+    time, t_step_uniform = D3PM.time, D3PM.t_step_uniform
 
     def __init__(self, vocab_size, T=1000, schedule="linear"):
         super().__init__(vocab_size, schedule)
@@ -237,15 +227,6 @@ class UniformD3PM(Uniform):
     def noise(self, u, v):
         """Noise at a step s that is uniform on 1 ... T, with weight T: u (B,), v (B, L) -> UniformNoise."""
         return self.at_step(torch.ceil(u * self.T), v, torch.full_like(u, self.T))
-
-    def time(self, rate):
-        """The time s/T of the step s in whose interval the rate is: the network knows no other times."""
-        s = torch.ceil(self.schedule.inverse(1 - rate) * self.T - 1e-6)
-        return (s.clamp(1, self.T) / self.T).float()
-
-    def t_step_uniform(self, u, v, w=None):
-        """The T-step bound by steps s that are uniform on 1 ... T."""
-        return self.noise(u, v)
 
     def t_step(self, u, v, w=None):
         """The T-step bound by s = ceil(u^2 T): small s, at which few tokens cost much, come more often."""

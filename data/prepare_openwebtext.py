@@ -64,7 +64,7 @@ def encode(texts):
     for text in texts:
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
         split = "test" if place < held_out else "val" if place < 2 * held_out else "train"
-        tokens[split] += [tokenizer.encode(text), [tokenizer.end_of_text]]
+        tokens[split] += [tokenizer.encode(text), [tokenizer.end]]
         n_bytes[split] += len(text.encode())
     return {split: (np.concatenate(parts).astype(np.uint16), n_bytes[split])
             for split, parts in tokens.items() if parts}

@@ -74,7 +74,7 @@ class GPT2Tokenizer:
     """GPT-2's byte-level BPE by tiktoken: 50,256 tokens and end-of-text (id 50256)."""
 
     unit = "token"
-    end = end_of_text = 50256
+    end = 50256  # end-of-text
 
     def __init__(self, vocab_size=50257):
         """vocab_size is more than 50,257 if a model has extra tokens, such as padding, which are no text."""
@@ -92,11 +92,11 @@ class GPT2Tokenizer:
         return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
 
     def decode(self, ids):
-        return self.bpe.decode([int(i) for i in ids if i <= self.end_of_text])
+        return self.bpe.decode([int(i) for i in ids if i <= self.end])
 
     def lengths(self):
         """Return the length of each token: (V,) in characters that start in it, and (V,) in bytes of UTF-8."""
-        pieces = [self.bpe.decode_single_token_bytes(i) for i in range(self.end_of_text)]
+        pieces = [self.bpe.decode_single_token_bytes(i) for i in range(self.end)]
         pieces += [b""] * (self.vocab_size - len(pieces))  # end-of-text and padding are no text
         return (np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]),
                 np.array([len(piece) for piece in pieces]))
@@ -240,11 +240,6 @@ def tokens_of(name):
     return hub_meta(definition_of(from_hub(HUB.get(name, name))))
 
 
-def bert_tokenizer(vocab_size):
-    """BERT's WordPiece as MDLM and UDLM use it: all of its 30,522 tokens, or all but [MASK]."""
-    return HubTokenizer(definition_of(from_hub(HUB["bert"])), left_out={103} if vocab_size == 30521 else set())
-
-
 def describes_tokens(meta):
     """Tell whether the meta of a data set or checkpoint has all that make_tokenizer needs, with the right types."""
     if not isinstance(meta, dict):
@@ -269,7 +264,8 @@ def make_tokenizer(meta):
     if meta["tokenizer"] == "gpt2":
         return GPT2Tokenizer(meta["vocab_size"])
     if meta["tokenizer"] == "bert":
-        return bert_tokenizer(meta["vocab_size"])
+        mask = {103} if meta["vocab_size"] == 30521 else set()  # MDLM's models lack [MASK], UDLM's have it
+        return HubTokenizer(definition_of(from_hub(HUB["bert"])), left_out=mask)
     if meta["tokenizer"] == "hf":
         return HubTokenizer(meta["definition"])
     raise UserError(f"unknown tokenizer {meta['tokenizer']!r}; this version knows char, gpt2, bert and hf")

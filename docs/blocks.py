@@ -8,6 +8,10 @@ import csv
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from plot import picture
+
 
 def points(folder):
     """[(tokens read, bits, standard error)] of a quality.csv, sorted, and the bits of real text."""
@@ -18,24 +22,9 @@ def points(folder):
     return sorted(found), float(rows[-1]["judge_bits_per_char"])
 
 
-def draw(folders, out):
-    """Write the figure to the file `out`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.5, 4), dpi=100)
-    for folder in folders:
-        found, real = points(folder)
-        axes.errorbar(*zip(*[(x, y) for x, y, _ in found]), yerr=[error for *_, error in found], fmt="o-", ms=4,
-                      label=Path(folder).name)
-    axes.axhline(real, color="gray", ls="--", label="real text")
-    axes.set(xscale="log", xlabel="tokens that the network read, per text", ylabel="bits per character to the judge")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(out)
-
-
 if __name__ == "__main__":
-    draw(sys.argv[1:], Path(__file__).with_name("blocks.png"))
+    found = {Path(folder).name: points(folder) for folder in sys.argv[1:]}
+    *_, (_, real) = found.values()
+    picture(Path(__file__).with_name("blocks.png"), {name: line for name, (line, _) in found.items()},
+            "tokens that the network read, per text", "bits per character to the judge", log_x=True,
+            level=("real text", real))

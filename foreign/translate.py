@@ -53,10 +53,7 @@ NANODD_NAMES = (
     (r"^c_embed\.mlp\.0\.", "time_embed.fc_in."),
     (r"^c_embed\.mlp\.2\.", "time_embed.fc_out."),
     (r"^norm_final\.", "norm."),
-    (r"adaLN_modulation\.", "modulation."),
-    (r"\.attn_qkv\.", ".qkv."),
-    (r"\.mlp\.0\.", ".mlp_in."),
-    (r"\.mlp\.2\.", ".mlp_out."),
+    *ddit.NAMES[-4:],  # of the blocks
 )
 
 TINY_NAMES = (

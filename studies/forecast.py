@@ -84,11 +84,6 @@ def recomputed(model, flops, cfg, vocab_size):
     return (flops - head) / 3
 
 
-def state_bytes(model, cfg):
-    """Bytes of weights, gradients, averages and the optimisers' state, in float32."""
-    return 4 * (3 * model.n_params() + numbers_kept(model, cfg))
-
-
 def spell(days):
     return next(f"{days * n:.3g} {unit}" for n, unit in ((1, "days"), (24, "hours"), (1440, "minutes"))
                 if days * n >= 2 or unit == "minutes")
@@ -112,7 +107,7 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
                "it runs two blocks of the model on this machine")
     with torch.device("meta"):
         model = cfg.make_model(vocab_size)
-    state = state_bytes(model, cfg)
+    state = 4 * (3 * model.n_params() + numbers_kept(model, cfg))  # weights, gradients, averages; moments
     masked = fullest(micro * cfg.make_objective(vocab_size).times(cfg.seq_len))
     fixed, one = activation_bytes(cfg, vocab_size, torch.device("cpu"), dtype, masked)
     activations = fixed + one * micro

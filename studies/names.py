@@ -69,20 +69,20 @@ def gaps(held_out, meta, gap):
     return canvas
 
 
-def lengths_table(title, columns, out):
+def lengths_table(title, columns):
     """Print the distributions of two samples of lengths, {title: [length]}, side by side; the first is of the data."""
     (_, data), (_, ours) = columns.items()
     shares = {key: distribution(lengths) for key, lengths in columns.items()}
     p, q = shares.values()
     rows = [{"length": str(x)} | {key: 100 * share.get(x, 0) for key, share in shares.items()} for x in sorted(p | q)]
-    table(rows, {"length": (title, "")} | {key: (f"{key}, %", ".2f") for key in columns}, out)
+    table(rows, {"length": (title, "")} | {key: (f"{key}, %", ".2f") for key in columns}, sys.stdout)
     print(f"mean {sum(data) / len(data):.2f} and {sum(ours) / len(ours):.2f}; total variation distance "
-          f"{total_variation(p, q):.3f} (as many draws from the data: {chance(p, len(ours)):.3f})", file=out)
+          f"{total_variation(p, q):.3f} (as many draws from the data: {chance(p, len(ours)):.3f})")
 
 
-def names(args, out=None):
+def names(args):
     """Draw names from a model; count the valid, unique, novel ones and their letters; fill gaps in held-out names."""
-    out, device = out or sys.stdout, pick_device("auto")
+    device = pick_device("auto")
     loaded = load_model(args.checkpoint, device)
     config, meta = loaded.config, loaded.meta
     pad, record = meta.get("pad"), meta.get("record")
@@ -103,18 +103,18 @@ def names(args, out=None):
     n = len(good)
 
     def line(what, count, of, text):
-        print(f"  {what:8}{count / max(of, 1):6.1%}  {text}", file=out)
+        print(f"  {what:8}{count / max(of, 1):6.1%}  {text}")
 
-    print(f"{args.samples:,} names drawn, seed {args.seed}", file=out)
+    print(f"{args.samples:,} names drawn, seed {args.seed}")
     line("valid", n, args.samples, "letters, and all pads in one run")
     line("unique", len(set(good)), n, "of the valid ones")
     line("novel", len(novel), n, f"of the valid ones: not among the {len(train):,} of the train split")
     line("hits", sum(name in others for name in novel), n, f"of the valid ones: of the {len(others):,} of val and test")
-    print(f"novel ones: {' '.join(dict.fromkeys(novel[:20])) or 'none'}\n", file=out)
+    print(f"novel ones: {' '.join(dict.fromkeys(novel[:20])) or 'none'}\n")
     if good:
-        lengths_table("letters", {"train split": list(map(len, train)), "drawn": list(map(len, good))}, out)
+        lengths_table("letters", {"train split": list(map(len, train)), "drawn": list(map(len, good))})
     if not config.objective_class.both_sides:
-        return print("A model from left to right fills no gaps.", file=out)
+        return print("A model from left to right fills no gaps.")
 
     held_out = [name for name in test if 3 <= len(name) <= gap + 3][:args.samples]
     if not held_out:
@@ -122,7 +122,7 @@ def names(args, out=None):
     filled = items_of(fill(loaded, gaps(held_out, meta, gap), args.seed, device), meta)
     found = [(name, item.replace(pad, "")) for name, item in zip(held_out, filled) if valid(item, pad)]
     inside, m = [len(name) - 3 for _, name in found], len(held_out)
-    print(f"\n{m:,} held-out names with a gap of {gap} tokens between their first two letters and the last", file=out)
+    print(f"\n{m:,} held-out names with a gap of {gap} tokens between their first two letters and the last")
     line("valid", len(found), m, "all pads in one run")
     line("shorter", sum(x < gap for x in inside), m, "valid, and fewer letters in the gap than tokens")
     real = known | others
@@ -130,6 +130,6 @@ def names(args, out=None):
     line("glued", sum(name[:-1] in real for _, name in found), m, "valid, and one without its last letter: what "
          "follows the gap may have been ignored")
     line("hits", sum(name == filled for name, filled in found), m, "the very name that was held out")
-    print("".join(f"  {name[:2]} [{gap}] {name[-1]} -> {filled}\n" for name, filled in found[:5]), file=out)
+    print("".join(f"  {name[:2]} [{gap}] {name[-1]} -> {filled}\n" for name, filled in found[:5]))
     if found:
-        lengths_table("letters in the gap", {"held out": [len(name) - 3 for name in held_out], "filled": inside}, out)
+        lengths_table("letters in the gap", {"held out": [len(name) - 3 for name in held_out], "filled": inside})

@@ -1,8 +1,6 @@
 """Models with different tokenizers on the same text, in bits per byte, for `evaluate.py A B --text FILE`.
 
-The text is cut into chunks. Each model encodes each chunk by itself. Each chunk is cut into windows of the model's
-length; its last window may be shorter. So every byte is scored once by each model, and the two are compared chunk by
-chunk. A window knows nothing of the text before it, so a model with longer windows has an advantage, which counts.
+docs/evaluation.md says how the text is cut into chunks and windows.
 """
 
 import math

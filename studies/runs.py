@@ -18,7 +18,7 @@ from cli import UserError, number, progress, write_file
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def add_arguments(parser, steps, jobs=1):
+def add_arguments(parser, steps):
     """Add the flags of every study of runs; steps=0: the study chooses the number of steps."""
     parser.add_argument("folder", type=Path, help="folder for the runs and the results")
     parser.add_argument("--dataset", default="gutenberg", help="data set of characters (default: gutenberg)")
@@ -27,8 +27,7 @@ def add_arguments(parser, steps, jobs=1):
     if steps:
         parser.add_argument("--steps", type=number(int, 16), default=steps, help=f"training steps (default {steps})")
     parser.add_argument("--windows", type=number(int, 2), default=1024, help="windows of the test split (default 1024)")
-    parser.add_argument("--jobs", type=number(int, 1), default=jobs,
-                        help=f"runs at a time, one thread each (default {jobs})")
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time, one thread each (default 1)")
     parser.add_argument("--flags", nargs="*", default=[], metavar="KEY=VALUE",
                         help="settings of train.py for all runs, such as n_embd=64")
 

@@ -189,10 +189,6 @@ class Simulation:
         self.sums, self.updates, self.nats, self.steps = dict.fromkeys(SUMS, 0.0), 0, 0.0, 0
         self.events_done, self.logged, self.progress = 0, 0, 0
 
-    @property
-    def complete(self):
-        return self.progress == self.K * self.cfg.max_steps
-
     def open(self):
         """Open the folder. Sets `events_done`, the number of events of an earlier part of the run. Raises UserError."""
         self.payload, step = None, 0
@@ -440,7 +436,7 @@ def main():
     sim = Simulation(name, cfg, args, clock)
     if not args.clock_only:
         sim.open()
-        if sim.complete:
+        if sim.progress == sim.K * cfg.max_steps:
             note(f"the run in {sim.out} is complete")
             return
     n_bytes = args.model_bytes or 4 * sum(w.numel() for w in sim.start)

@@ -64,28 +64,19 @@ class Study:
     def __init__(self, args):
         self.args, self.flags = args, {}
 
-    def flags_of(self, seed, eval_interval=50):
+    def flags_of(self, seed):
         a = self.args
         return [*BASE, f"--seed={seed}", f"--dataset={a.dataset}", f"--data_dir={a.data_dir}", f"--max_steps={a.steps}",
-                f"--warmup_steps={a.steps // 20}", f"--eval_interval={eval_interval}",
+                f"--warmup_steps={a.steps // 20}", "--eval_interval=50",
                 *(f"--{flag}" for flag in a.flags)]
 
     def first(self, seed):
         """The network that all go on from."""
         out = self.args.folder / f"first_{seed}"
-        runs.once(out.with_suffix(".done"), lambda: self.call(
+        runs.once(out.with_suffix(".done"), lambda: runs.call(
             "train.py", *self.flags_of(seed), f"--max_steps={self.args.first}", f"--eval_interval={self.args.first}",
             f"--out_dir={out}", "--resume=auto"))
         return out
-
-    @staticmethod
-    def call(*command):
-        runs.call(*command)
-        return {}
-
-    def score(self, out):
-        return json.loads(runs.call("evaluate.py", out, *runs.data_flags(self.args), "--n_tokens",
-                                    128 * self.args.windows))
 
     def how(self, name, level, extra):
         """Flags of the simulator for an algorithm on the machines of a level."""
@@ -116,7 +107,8 @@ class Study:
                 return {"bits": None, "val": None, "curve": []}
             lines = [line for line in log.read(out / "log.jsonl") if "val_bits_per_token" in line]
             mean = lambda key: float(np.mean([line[key] for line in lines if line.get(key) is not None] or [0.0]))
-            return {"bits": self.score(out)["bits_per_token"], "val": lines[-1]["val_bits_per_token"],
+            score = runs.call("evaluate.py", out, *runs.data_flags(self.args), "--n_tokens", 128 * self.args.windows)
+            return {"bits": json.loads(score)["bits_per_token"], "val": lines[-1]["val_bits_per_token"],
                     "drift": mean("drift"), "staleness": mean("staleness"), "cosine": mean("cosine"),
                     "hours": lines[-1].get("hours"), "utilisation": lines[-1].get("utilisation"),
                     "gigabytes": sum(lines[-1].get("bytes", {}).values()) / 1e9,

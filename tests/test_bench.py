@@ -240,15 +240,6 @@ def test_estimate(call):
     assert muon["flops_per_token"] == pytest.approx(adamw["flops_per_token"] + extra)
 
 
-def test_optimiser_state():
-    """Weights, gradients, averages and two moments; Muon has one moment for the blocks' matrices."""
-    cfg = Config(n_layer=1, n_head=2, n_embd=16, n_cond=8, seq_len=8)
-    model = cfg.make_model(5)
-    matrices = 12 * 16 * 16
-    assert forecast.state_bytes(model, cfg) == 20 * model.n_params()
-    assert forecast.state_bytes(model, replace(cfg, optimizer="muon")) == 20 * model.n_params() - 4 * matrices
-
-
 def test_does_not_fit(call, monkeypatch):
     """More than the GPU has: the line says which micro-batch would fit."""
     monkeypatch.setitem(forecast.GPUS, "a100", (312, 0.05))

@@ -85,7 +85,7 @@ def test_gpt2_round_trip(gpt2):
     tokenizer = GPT2Tokenizer()
     text = "Hello,  wörld!\n\n<|endoftext|> is plain text here."
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.bpe.eot_token == tokenizer.end_of_text == tokenizer.vocab_size - 1
+    assert tokenizer.bpe.eot_token == tokenizer.end == tokenizer.vocab_size - 1
 
 
 def test_no_gpt2_vocabulary_is_one_line(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 import sample
 from checkpoint import load_model
-from commands import ROOT, assert_one_line
+from commands import ROOT
 from data.tokenizer import make_tokenizer
 from likelihood import Windows, bound
 
@@ -75,7 +75,3 @@ def test_it_fills_in(call):
     result = call("sample.py", "--template", "he said that he did not k{3} what to say to t{2} men of the house",
                   "--sampler=topk", "--k=1", "--temperature=0.1")
     assert result.out == "he said that he did not know what to say to the men of the house\n"
-
-
-def test_a_missing_checkpoint_is_one_line(call, monkeypatch, tmp_path):
-    assert_one_line(call("sample.py", tmp_path / "nothing"), "nothing")

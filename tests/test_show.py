@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import show
-from cli import UserError
 from data.tokenizer import CharTokenizer
 from show import History, Screen, gif, html as page_of, joined, png
 
@@ -466,14 +465,6 @@ def test_milestones():
     assert show.milestones(events, 5) == [0, 25, 50, 75, 100]
     assert show.milestones(events[:3], 60) == [0, 1, 2, 3] and show.milestones([], 4) == [0]
     assert show.milestones([(7, i, 0, None) for i in range(9)], 4) == [0, 7]
-
-
-def test_without_pillow(monkeypatch):
-    """A picture is refused with one line that says what to install."""
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    for picture in (gif, png):
-        with pytest.raises(UserError, match="^a picture needs the package pillow: pip install pillow$"):
-            picture(hand_made(), LETTERS, MASK)
 
 
 def test_joined():
