@@ -1,6 +1,7 @@
 """Memory and operations that a model and its training need, computed without building it, and checks that they fit."""
 
 import math
+from collections import Counter
 
 import torch
 
@@ -71,6 +72,7 @@ def flops_per_token(model, objective, cfg):
     return model.flops(cfg.seq_len, noise.mask.float().mean().item())
 
 
-def optimizer_flops(model, cfg):
-    """Operations of the optimisers per step and GPU."""
-    return sum(kind.flops(p.shape) for kind, parameters in optim.shares(model, cfg) for p in parameters)
+def optimizer_flops(model, cfg, processes=1):
+    """Operations of the optimisers per step and process, the busiest one: Muon shares the matrices of a shape out."""
+    return sum(kind.flops(shape) * -(-n // processes) for kind, parameters in optim.shares(model, cfg)
+               for shape, n in Counter(p.shape for p in parameters).items())

@@ -9,7 +9,7 @@ large singular values and many small ones, and so have AdamW's steps. Muon repla
 that every direction learns at the same speed. It updates the matrices inside the blocks. AdamW updates embeddings,
 head, time conditioning and vectors. torch.optim.Muon does the same, but one matrix at a time, and always in bfloat16,
 which is a hundred times slower on CPUs that emulate it. Muon here computes in the dtype of the run's matrix products,
-and treats all matrices of one shape together.
+treats all matrices of one shape together, and shares them out among the processes of a run.
 """
 
 import contextlib
@@ -154,7 +154,7 @@ class Muon(torch.optim.Optimizer):
         grads = [p.grad.where(good > 0, buffer) for p, buffer in zip(params, buffers)]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum)
-        steps = orthogonalise(torch.stack(ahead).to(self.dtype)).to(ahead[0].dtype) * good
+        steps = parallel.shared_out(orthogonalise, torch.stack(ahead).to(self.dtype)).to(ahead[0].dtype) * good
         torch._foreach_mul_(params, 1 - lr * weight_decay * good)
         torch._foreach_add_(params, list(steps), alpha=-lr * 0.2 * max(params[0].shape) ** 0.5)
 

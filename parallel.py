@@ -204,6 +204,23 @@ def average_gradients(net, wanted):
         net.require_backward_grad_sync = wanted  # the attribute that DDP's no_sync() sets
 
 
+def shared_out(function, x):
+    """function(x), for x (n, ...) whose n parts it treats one by one: each process of the team computes some of them.
+
+    All processes have the same x, and get the whole result, which has the shape of x.
+    """
+    if team_size == 1:
+        return function(x)
+    each = -(-len(x) // team_size)
+    own = x.new_zeros(each, *x.shape[1:])
+    mine = x[rank % team_size * each:][:each]  # the last processes may have fewer, or none
+    if len(mine):
+        own[:len(mine)] = function(mine)
+    found = x.new_empty(team_size * each, *x.shape[1:])
+    dist.all_gather_into_tensor(found, own, group=team)
+    return found[:len(x)]
+
+
 def local(tensors):
     """This process's share of each tensor, as a view without gradient."""
     return [x.to_local() if hasattr(x, "to_local") else x for x in (x.detach() for x in tensors)]

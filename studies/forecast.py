@@ -92,8 +92,8 @@ def spell(days):
 def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     """Print the memory and the days of a run on `gpus` GPUs of a kind, with DDP and without torch.compile.
 
-    torch.compile keeps fewer activations. Every GPU does all of Muon's operations. mfu: the assumed utilisation. Raises
-    UserError for an unknown GPU, and for FSDP, which divides the state among GPUs.
+    torch.compile keeps fewer activations. mfu: the assumed utilisation. Raises UserError for an unknown GPU, and for
+    FSDP, which divides the state among GPUs.
     """
     if cfg.fsdp:
         raise UserError("--estimate is for DDP, where each GPU has the whole model: leave out --fsdp")
@@ -114,7 +114,7 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     tokens = cfg.max_steps * cfg.batch_size * cfg.seq_len
     flops = flops_per_token(model, cfg.make_objective(vocab_size), cfg)
     work = flops + recomputed(model, flops, cfg, vocab_size)
-    work += optimizer_flops(model, cfg) * gpus / (cfg.batch_size * cfg.seq_len)
+    work += optimizer_flops(model, cfg, gpus) * gpus / (cfg.batch_size * cfg.seq_len)
     days = tokens * work / (gpus * peak * mfu) / 86400
     most = max(0, int((memory * SPARE - state - fixed) / one))
     result = {

@@ -236,7 +236,9 @@ def test_estimate(call):
     adamw = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4", "--optimizer=adamw"))
     muon = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4"))
     fast = CONFIGS["mdlm_mini_fast"]()
-    extra = costs.optimizer_flops(fast.make_model(27), fast) / (4 * 128)  # each GPU has 4 sequences
+    alone, shared = (costs.optimizer_flops(fast.make_model(27), fast, n) for n in (1, 4))
+    assert alone == 4 * shared  # four blocks have four matrices of each shape
+    extra = shared / (4 * 128)  # each GPU has 4 sequences
     assert muon["flops_per_token"] == pytest.approx(adamw["flops_per_token"] + extra)
 
 

@@ -179,6 +179,44 @@ def test_fsdp_shares_the_model_out(data_dir, tmp_path):
     finish_well(start("x", data_dir, tmp_path, script=tmp_path / "shares.py", n=2))
 
 
+SHARED_OUT = """
+import os
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import parallel
+
+parallel.join(1)
+parallel.form_teams({size})
+sizes = []
+
+def function(x):
+    return torch.stack([2 * part + part.mean() for part in x])
+
+def counted(x):
+    sizes.append(len(x))
+    return function(x)
+
+for n in (1, 2, 5, 7):
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(100 * n + parallel.rank // {size})  # another x in each team
+        x = torch.randn(n, 3, 4, generator=generator).to(dtype)
+        found = parallel.shared_out(counted, x)
+        assert found.dtype == dtype and torch.equal(found, function(x)), (n, dtype)
+        assert sum(sizes) <= -(-n // {size}), sizes
+        sizes.clear()
+parallel.leave()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("processes, size", [(3, 3), (4, 2), (2, 1)])
+def test_work_is_shared_out_in_teams(data_dir, tmp_path, processes, size):
+    """Each process of a team does its part of the work, or none, and all of them get the whole result, bit for bit."""
+    (tmp_path / "shared.py").write_text(SHARED_OUT.format(root=str(ROOT), size=size))
+    finish_well(start("x", data_dir, tmp_path, script=tmp_path / "shared.py", n=processes))
+
+
 # ---- interruptions ---------------------------------------------------------------------------------------------------
 
 
