@@ -90,6 +90,14 @@ def test_every_optimizer_warms_up(call, data_dir, tmp_path):
 # ---- the same run, whatever it runs on -------------------------------------------------------------------------------
 
 
+def test_muon_in_two_processes(call, data_dir, tmp_path):
+    """Two processes that share Muon's matrices out train as one."""
+    options = [*STEADY, "--optimizer=muon", "--lr=0.01", "--warmup_steps=1"]
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *options).code == 0
+    finish_well(start("mdlm_text8", data_dir, tmp_path / "two", *options, n=2))
+    assert_same_training(tmp_path / "one", tmp_path / "two", rel=1e-3)
+
+
 def test_any_number_of_processes_and_any_micro_batch(call, data_dir, tmp_path):
     """One process at once, one in four parts, two (twice two parts), four, and two that share the model (FSDP): the
     same losses, gradient norms and validations."""
