@@ -169,7 +169,8 @@ def main():
         lines = runs.in_stages([[(row.name, seed) for row in rows for seed in seeds]], lambda name, seed: runs.curve_of(
             args.folder / folder_of(by_name[name], best[name], seed), args), args.jobs)
         curves = {row.name: runs.mean_curve([lines[row.name, seed] for seed in seeds]) for row in rows}
-        picture(args.folder / "masks.png", curves, "mask rate", "bits per masked character")
+        drawn = {name: curve for name, curve in curves.items() if "full" not in name}
+        picture(args.folder / "masks.png", drawn, "mask rate", "bits per masked character")
     if args.table == "mixers":
         series = {}
         for row in rows:
