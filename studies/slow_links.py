@@ -13,10 +13,10 @@ rounds of 50 local steps, on machines that are equal, or slightly, moderately or
     plain, lookahead    one worker with all four batches, without and with an outer step every 50 steps
 
 At last 16 machines in 4 regions (studies/machines/halos.txt) do the same, with the times of a network of 70M
-parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. There the study reports each algorithm's hours to the
-final bits of the worst one.
+parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. Each takes two fifths of the steps. There the study
+reports each algorithm's hours to the final bits of the worst one.
 
-All see the same number of tokens. The learning rates of the servers are chosen first, by the validation of one seed on
+On four machines all see the same number of tokens, and so they do on 16. The learning rates of the servers are chosen first, by the validation of one seed on
 moderately different machines. It prints bits per character on the test split, the same windows and masks for all, the
 differences from diloco by seed, and the correlation of drift with that difference over the algorithms and machines of
 each seed. What is there is not run again. It writes slow_links.json, slow_links.png and hours.png.
@@ -84,7 +84,7 @@ class Study:
         flags = [*ALGORITHMS[name], *steps, "--micro_batch_size=4", f"--machines={ROOT}/studies/machines/{level}.txt",
                  *extra]
         if level == "halos":
-            flags += [*REGIONS, *OF_16.get(name, ())]
+            flags += [*REGIONS, *OF_16.get(name, ()), f"--max_steps={2 * self.args.steps // 5}"]
             if name == "async":  # 16 workers have four times as many differences as 4
                 flags += [f"--outer_lr={float(extra[0].split('=')[1]) / 4}"]
         return flags
@@ -129,7 +129,10 @@ class Study:
         return runs.once(self.args.folder / f"clock_{name}_{level}.json", work)
 
     def all(self):
-        """Tune, then run everything. Returns {(name, level, seed): result}."""
+        """Tune, then run everything on four machines.
+
+        Returns ({key: result}, {name: the best flags}, the keys (name, level, seed, flags), those of the tuning).
+        """
         seeds = range(1, self.args.seeds + 1)
         for seed in seeds:
             self.first(seed)
@@ -142,9 +145,13 @@ class Study:
                 for level in self.levels(name)]
         keys += [("one", "one", seed, flags) for seed in seeds
                  for flags in ((), (f"--local_steps={self.args.local_steps}",))]
-        regions = [(name, "halos", seed, best.get(name, ())) for seed in seeds for name in ALGORITHMS]
-        found |= runs.in_stages([keys, regions], self.measure, self.args.jobs)
+        found |= runs.in_stages([keys], self.measure, self.args.jobs)
         return found, best, keys, trials
+
+    def in_regions(self, best):
+        """Run all algorithms on 16 machines in 4 regions. Returns {(name, "halos", seed, flags): result}."""
+        return runs.in_stages([[(name, "halos", seed, best.get(name, ())) for seed in range(1, self.args.seeds + 1)
+                                for name in ALGORITHMS]], self.measure, self.args.jobs)
 
 
 def correlation(x, y):
@@ -202,6 +209,7 @@ def main():
     series = {name: sorted((drift, more, 0.0) for other, _, drift, more in points if other == name)
               for name in asynchronous}
     picture(args.folder / "slow_links.png", series, "drift", "bits more than diloco")
+    found = study.in_regions(best)
     hours = {name: runs.mean_curve([found[name, "halos", seed, best.get(name, ())]["curve"] for seed in seeds])
              for name in ALGORITHMS}
     hours = {name: points for name, points in hours.items() if points}  # without what diverged
