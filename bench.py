@@ -20,13 +20,14 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 import configs
 import parallel
-from categorical import Counted
+from categorical import Counted, Draw
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, named, number, pick_device, pick_dtype,
                  progress, require, run, synchronize, table)
 from configs import replace
@@ -53,7 +54,8 @@ def add_arguments(parser):
                       "not compiled, with full posteriors); sets lambda_ce=0")
     mode.add_argument("--scaling", type=named, metavar="PNG", help="measure the cost per token by width, length "
                       "and batch size, and plot it")
-    mode.add_argument("--samplers", action="store_true", help="time the samplers, with batches of 8")
+    mode.add_argument("--samplers", nargs="?", const=8, type=number(int, 1), metavar="N",
+                      help="time the samplers, with batches of N (default 8)")
     mode.add_argument("--estimate", action="store_true", help="predict the memory and the days of a run")
     parser.add_argument("--first", type=number(int, 1), help="steps to run of each of --samplers (default: all)")
     parser.add_argument("--gpu", type=named, help=f"GPU of --estimate: {', '.join(GPUS)} (default h100)")
@@ -307,23 +309,22 @@ def plot_scaling(rows, path):
 NAIVE = 20  # steps of the naive sampler that are timed, of 1,000 equal ones
 
 
-class Timed(Counted):
-    """A denoiser that also sums the seconds of its calls, head included."""
+class Stopwatch:
+    """Sums the seconds of all calls of a function, and waits for the device before and after each."""
 
-    def __init__(self, model, device):
-        super().__init__(model)
-        self.device, self.seconds = device, 0.0
+    def __init__(self, function, device):
+        self.function, self.device, self.seconds = function, device, 0.0
 
-    def __call__(self, xt, t, where=None, **more):
+    def __call__(self, *args, **more):
         synchronize(self.device)
         start = time.perf_counter()
-        logits = super().__call__(xt, t, where, **more)
+        result = self.function(*args, **more)
         synchronize(self.device)
         self.seconds += time.perf_counter() - start
-        return logits
+        return result
 
 
-def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, batch_size=8):
+def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, first=None):
     """Print the time of each sampler for a batch, and its ratio to the naive one. The samplers alternate.
 
     first: run only this many steps of each. This shows what a step costs outside the network, but not the whole time.
@@ -335,31 +336,35 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, first=None, ba
             "first_hitting": Settings("first_hitting"), "topk, k = 4": Settings("topk", {"k": 4}),
             "threshold": Settings("threshold"), "entropy_bound": Settings("entropy_bound"),
             f"remdm, {cfg.T} steps": Settings("remdm", chain)}
-    timings = {way: [] for way in ways}  # per repeat: (seconds, share outside the network, network calls)
+    timings = {way: [] for way in ways}  # per repeat: (seconds, shares of the network and of the draws, network calls)
     for repeat in progress(range(repeats + 1), desc="repeats", leave=False):
         for way, sampler in ways.items():
-            denoiser, scale = Timed(model, device), 1000 / NAIVE if sampler is textbook.sample and not first else 1
+            scale = 1000 / NAIVE if sampler is textbook.sample and not first else 1
+            denoiser, draws = Stopwatch(Counted(model), device), Stopwatch(Draw.piece, device)
             xt = torch.full((batch_size, cfg.seq_len), objective.mask_id, device=device)
             start = time.perf_counter()
-            with autocast(device, dtype):
+            with autocast(device, dtype), mock.patch.object(Draw, "piece", lambda *args: draws(*args)):
                 states = sampler(objective, denoiser, xt, generator_on(device, repeat))
                 for _ in itertools.islice(states, first or (NAIVE if sampler is textbook.sample else None)):
                     pass
             synchronize(device)
             taken = time.perf_counter() - start
             states.close()  # else its memory would be freed while the next one is timed
-            timings[way].append((taken * scale, 1 - denoiser.seconds / taken, denoiser.nfe * scale))
+            timings[way].append((taken * scale, denoiser.seconds / taken, draws.seconds / taken,
+                                 denoiser.function.nfe * scale))
     medians = {way: [statistics.median(values) for values in zip(*found[1:])] for way, found in timings.items()}
     slowest = medians["naive, 1000 steps"][0]
     rows = [{"sampler": way, "nfe": nfe, "seconds": seconds, "ratio": None if first else seconds / slowest,
-             "tokens_per_second": None if first else batch_size * cfg.seq_len / seconds, "outside": outside}
-            for way, (seconds, outside, nfe) in medians.items()]
+             "tokens_per_second": None if first else batch_size * cfg.seq_len / seconds, "network": network,
+             "drawing": drawing, "elsewhere": 1 - network - drawing}
+            for way, (seconds, network, drawing, nfe) in medians.items()]
     print(f"{name}: {batch_size} samples of {cfg.seq_len} tokens, {objective.mask_id:,} different ones, an untrained "
           f"network of {model.n_params() / 1e6:.1f}M parameters, {device_name(device)}, {torch.get_num_threads()} "
           f"threads, {str(dtype).removeprefix('torch.')}; "
           + (f"the first {first} steps of each" if first else f"{NAIVE} of the naive steps timed"))
     table(rows, {"sampler": ("", ""), "nfe": ("NFE", ".0f"), "seconds": ("seconds", ".2f"), "ratio": ("ratio", ".3f"),
-                 "tokens_per_second": ("tokens/s", ",.0f"), "outside": ("outside the network", ".1%")}, sys.stdout)
+                 "tokens_per_second": ("tokens/s", ",.0f"), "network": ("network", ".1%"),
+                 "drawing": ("drawing tokens", ".1%"), "elsewhere": ("elsewhere", ".1%")}, sys.stdout)
     print(json.dumps({"config": name, "device": device_name(device), "batch_size": batch_size, "repeats": repeats,
                       "seq_len": cfg.seq_len, "vocab_size": objective.mask_id, "first": first, "samplers": rows}))
 
@@ -400,7 +405,7 @@ def main():
     elif args.samplers:
         check_fits(weight_bytes(cfg, size(cfg)), device, name, "use a smaller model")
         model, objective = cfg.make_model(size(cfg)).to(device).eval(), cfg.make_objective(size(cfg))
-        samplers(name, cfg, model, objective, device, dtype, repeats, args.first)
+        samplers(name, cfg, model, objective, device, dtype, repeats, args.samplers, args.first)
     else:
         trainings = []
         for name, cfg in chosen:

@@ -130,6 +130,17 @@ def test_memory_of_a_step():
     training.stream.close()
 
 
+def test_samplers(call):
+    """Calls of the network, and where the time goes: the network has most of it, and the shares add up."""
+    line = last_line(call("bench.py", "demo", "--samplers", "2", *SMALL[:-2], "--seq_len=16", "--repeats=1"))
+    rows = {row["sampler"].split(",")[0]: row for row in line["samplers"]}
+    assert line["batch_size"] == 2 and rows["first_hitting"]["nfe"] == 16 and rows["topk"]["nfe"] == 4
+    assert rows["naive"]["nfe"] == 1000 and rows["naive"]["drawing"] == 0 and rows["ancestral"]["nfe"] <= 16
+    for row in rows.values():
+        assert row["network"] + row["drawing"] + row["elsewhere"] == pytest.approx(1) and row["elsewhere"] > 0
+    assert all(row["drawing"] > 0 for name, row in rows.items() if name != "naive")
+
+
 def test_scaling(call, tmp_path):
     """A table, a picture, and a line with every point; wider networks cost more operations per token."""
     line = last_line(call("bench.py", "demo", "--scaling", tmp_path / "s.png", *SMALL[:-2], "--seq_len=64",
