@@ -16,10 +16,11 @@ At last 16 machines in 4 regions (studies/machines/halos.txt) do the same, with 
 parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. Each takes two fifths of the steps. There the study
 reports each algorithm's hours to the final bits of the worst one.
 
-On four machines all see the same number of tokens, and so they do on 16. The learning rates of the servers are chosen first, by the validation of one seed on
-moderately different machines. It prints bits per character on the test split, the same windows and masks for all, the
-differences from diloco by seed, and the correlation of drift with that difference over the algorithms and machines of
-each seed. What is there is not run again. It writes slow_links.json, slow_links.png and hours.png.
+On four machines all see the same number of tokens, and so they do on 16. The learning rates of the servers are chosen
+first, by the validation of one seed on moderately different machines. It prints bits per character on the test split,
+the same windows and masks for all, the differences from diloco by seed, and the correlation of drift with that
+difference over the algorithms and machines of each seed. What is there is not run again. It writes slow_links.json,
+slow_links.png and hours.png.
 """
 
 import json

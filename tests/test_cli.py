@@ -477,7 +477,7 @@ def test_heavy_libraries_stay_out():
 # ---- the README ------------------------------------------------------------------------------------------------------
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "studies/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 class Parsed(Exception):
@@ -568,8 +568,10 @@ def test_readme_command_parses(command, call, monkeypatch):
 
 
 def test_readme_names_every_file():
-    """The file map of the README lists every Python file at the top and in data/."""
+    """The file map of the README lists every Python file at the top, in data/ and in foreign/; studies/ has its own."""
     text = (ROOT / "README.md").read_text()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("prepare_*.py"), *ROOT.glob("foreign/[a-z]*.py"),
-                 *ROOT.glob("studies/[a-z]*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("prepare_*.py"), *ROOT.glob("foreign/[a-z]*.py")]:
         assert f"`{path.relative_to(ROOT)}`" in text, path.name
+    text = (ROOT / "studies/README.md").read_text()
+    for path in ROOT.glob("studies/[a-z]*.py"):
+        assert f"`{path.name}`" in text, path.name
