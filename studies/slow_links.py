@@ -49,14 +49,12 @@ ALGORITHMS = {
     "halos": HALOS,
 }
 TUNED = {  # flags to choose from, with one seed
-    "diloco": [["--outer_lr=0.7"], ["--outer_lr=0.35"]],
-    "async": [["--outer_lr=0.7"], ["--outer_lr=0.35"], ["--outer_lr=0.175"], ["--outer_lr=0.0875"]],
-    "async dn": [["--outer_lr=0.7"], ["--outer_lr=0.35"]],
-    "halos": [[f"--outer_lr={lr}", f"--global_lr={top}", f"--merge_weight={weight}"]
-              for lr, top, weight in ((0.7, 0.7, 0.5), (0.7, 1, 0.25), (0.35, 0.7, 0.5), (0.7, 1, 1))],
+    "diloco": [[f"--outer_lr={lr}"] for lr in (1, 0.7, 0.35)],
+    "async": [[f"--outer_lr={lr}"] for lr in (0.7, 0.35, 0.175, 0.0875, 0.044)],
+    "async dn": [[f"--outer_lr={lr}"] for lr in (0.7, 0.35, 0.175)],
+    "halos": [[f"--outer_lr={lr}", f"--global_lr={top}", f"--merge_weight={weight}"] for lr, top, weight in (
+        (0.7, 0.7, 0.5), (0.7, 1, 0.25), (0.35, 0.7, 0.5), (0.7, 1, 1), (0.175, 0.7, 0.5))],
 }
-
-
 REGIONS = ["--step_seconds=0.238391", "--model_bytes=281.7e6", "--relative_speeds", "--batch_size=64"]
 OF_16 = {"async dn": ["--buffer=16"], "halos": ["--buffer=4", "--merge_every=8"]}  # a buffer has each worker once
 
