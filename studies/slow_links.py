@@ -13,10 +13,11 @@ rounds of 50 local steps, on machines that are equal, or slightly, moderately or
     plain, lookahead    one worker with all four batches, without and with an outer step every 50 steps
 
 At last 16 machines in 4 regions (studies/machines/halos.txt) do the same, with the times of a network of 70M
-parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. Each takes two fifths of the steps. There the study
-reports each algorithm's hours to the final bits of the worst one.
+parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. Each takes a quarter of the steps, in rounds of half the
+length, so the number of tokens is that of four machines. There the study reports each algorithm's hours to the final
+bits of the worst one.
 
-On four machines all see the same number of tokens, and so they do on 16. The learning rates of the servers are chosen
+All see the same number of tokens. The learning rates of the servers are chosen
 first, by the validation of one seed on moderately different machines. It prints bits per character on the test split,
 the same windows and masks for all, the differences from diloco by seed, and the correlation of drift with that
 difference over the algorithms and machines of each seed. What is there is not run again. It writes slow_links.json,
@@ -50,7 +51,7 @@ ALGORITHMS = {
 }
 TUNED = {  # flags to choose from, with one seed
     "diloco": [[f"--outer_lr={lr}"] for lr in (1, 0.7, 0.35)],
-    "async": [[f"--outer_lr={lr}"] for lr in (0.7, 0.35, 0.175, 0.0875, 0.044)],
+    "async": [[f"--outer_lr={lr}"] for lr in (0.7, 0.35, 0.175, 0.0875, 0.044, 0.022)],
     "async dn": [[f"--outer_lr={lr}"] for lr in (0.7, 0.35, 0.175)],
     "halos": [[f"--outer_lr={lr}", f"--global_lr={top}", f"--merge_weight={weight}"] for lr, top, weight in (
         (0.7, 0.7, 0.5), (0.7, 1, 0.25), (0.35, 0.7, 0.5), (0.7, 1, 1), (0.175, 0.7, 0.5))],
@@ -83,7 +84,8 @@ class Study:
         flags = [*ALGORITHMS[name], *steps, "--micro_batch_size=4", f"--machines={ROOT}/studies/machines/{level}.txt",
                  *extra]
         if level == "halos":
-            flags += [*REGIONS, *OF_16.get(name, ()), f"--max_steps={2 * self.args.steps // 5}"]
+            flags += [*REGIONS, *OF_16.get(name, ()), f"--max_steps={self.args.steps // 4}"]
+            flags += [] if name == "ddp" else [f"--local_steps={self.args.local_steps // 2}"]
             if name == "async":  # 16 workers have four times as many differences as 4
                 flags += [f"--outer_lr={float(extra[0].split('=')[1]) / 4}"]
         return flags
