@@ -84,7 +84,8 @@ class Study:
         flags = [*ALGORITHMS[name], *steps, "--micro_batch_size=4", f"--machines={ROOT}/studies/machines/{level}.txt",
                  *extra]
         if level == "halos":
-            flags += [*REGIONS, *OF_16.get(name, ()), f"--max_steps={self.args.steps // 4}"]
+            flags += [*REGIONS, *OF_16.get(name, ()), f"--max_steps={self.args.steps // 4}",
+                      f"--eval_interval={max(1, self.args.steps // 40)}"]
             flags += [] if name == "ddp" else [f"--local_steps={self.args.local_steps // 2}"]
             if name == "async":  # 16 workers have four times as many differences as 4
                 flags += [f"--outer_lr={float(extra[0].split('=')[1]) / 4}"]
