@@ -6,7 +6,8 @@ A run is a folder with ckpt.pt: one of those given, or inside one of them. `eval
 split by its own estimator and by another one of the same number, on the same windows. The others draw their masks from
 other distributions: with a rate for each window in place of a number of masks, or a step for each window in place of
 strata of steps. The exact likelihood of left-to-right models is computed once more, with one network call for each
-token. If both are right, z = difference / its standard error has mean 0 and variance 1.
+token. Each run has noise of its own. So if both estimators are right, z = difference / its standard error has mean 0
+and variance 1 over the runs.
 
 It prints every difference, and exits with code 1 if one of them is larger than four standard errors. RUN.check.json
 beside each run keeps the answer, and what is there is not run again.
@@ -14,6 +15,7 @@ beside each run keeps the answer, and what is there is not run again.
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,7 +29,8 @@ def check(out, args):
     """Two estimates of a run's likelihood: what a row of the table has, and whether one is "exact"."""
     config = log.read(out / "log.jsonl")[0]["config"]
     exact = config["objective"] == "ar"
-    words = ["--n_tokens", config["seq_len"] * args.windows, *([] if exact else ["--repeats", args.repeats])]
+    words = ["--n_tokens", config["seq_len"] * args.windows, "--seed", zlib.crc32(out.name.encode()),
+             *([] if exact else ["--repeats", args.repeats])]
     try:
         found = json.loads(runs.call("evaluate.py", out, *runs.data_flags(args), "--check", *words, ok=(0, 1)))
     except UserError as error:
@@ -69,8 +72,8 @@ def main():
     z = [result["z"] for result in results if result.get("z") is not None and not result["exact"]]
     count = lambda word: sum(result["agree"] == word for result in results)
     print(f"{count('yes')} agree, {count('NO')} disagree"
-          + (f"; {len(z)} estimates with noise: mean of z² {sum(x * x for x in z) / len(z):.2f}, largest |z| "
-             f"{max(map(abs, z)):.2f}" if z else ""))
+          + (f"; {len(z)} estimates with noise: mean of z {sum(z) / len(z):+.2f}, of z² "
+             f"{sum(x * x for x in z) / len(z):.2f}, largest |z| {max(map(abs, z)):.2f}" if z else ""))
     if count("NO"):
         sys.exit(1)
 

@@ -138,8 +138,9 @@ def test_two_estimates(monkeypatch, tmp_path, capsys):
                               two_estimates.main())
     go_on(tmp_path / "a", tmp_path / "a" / "one", tmp_path / "nan")
     printed = capsys.readouterr().out
-    assert "2 agree, 0 disagree; 1 estimates with noise: mean of z² 4.00, largest |z| 2.00" in printed
+    assert "2 agree, 0 disagree; 1 estimates with noise: mean of z +2.00, of z² 4.00, largest |z| 2.00" in printed
     assert "no likelihood" in printed and [name for name, _ in calls] == ["one", "two", "nan"]
+    assert len({words[words.index("--seed") + 1] for _, words in calls}) == 3  # each has noise of its own
     assert "--repeats" in calls[0][1] and "--repeats" not in calls[1][1] and 8 * 512 in calls[0][1]
     with pytest.raises(SystemExit) as stopped:
         go_on(tmp_path / "a", tmp_path / "b")
