@@ -54,9 +54,9 @@ def add_arguments(parser):
                       "not compiled, with full posteriors); sets lambda_ce=0")
     mode.add_argument("--scaling", type=named, metavar="PNG", help="measure the cost per token by width, length "
                       "and batch size, and plot it")
-    mode.add_argument("--samplers", nargs="?", const=8, type=number(int, 1), metavar="N",
-                      help="time the samplers, with batches of N (default 8)")
+    mode.add_argument("--samplers", action="store_true", help="time the samplers")
     mode.add_argument("--estimate", action="store_true", help="predict the memory and the days of a run")
+    parser.add_argument("--samples", type=number(int, 1), help="texts in a batch of --samplers (default 8)")
     parser.add_argument("--first", type=number(int, 1), help="steps to run of each of --samplers (default: all)")
     parser.add_argument("--gpu", type=named, help=f"GPU of --estimate: {', '.join(GPUS)} (default h100)")
     parser.add_argument("--gpus", type=number(int, 1), help="number of GPUs of --estimate (default: from the config's "
@@ -383,8 +383,8 @@ def main():
     dtype = pick_dtype(device, chosen[0][1].dtype)
     size = lambda cfg: args.vocab_size or data_set(cfg)["vocab_size"]
     (name, cfg), *more = chosen
-    if args.first and not args.samplers:
-        raise UserError("--first needs --samplers")
+    if (args.first or args.samples) and not args.samplers:
+        raise UserError("--first and --samples need --samplers")
     if not args.estimate and (args.gpu or args.gpus or args.mfu):
         raise UserError("--gpu, --gpus and --mfu need --estimate")
     if args.estimate and args.repeats:
@@ -405,7 +405,7 @@ def main():
     elif args.samplers:
         check_fits(weight_bytes(cfg, size(cfg)), device, name, "use a smaller model")
         model, objective = cfg.make_model(size(cfg)).to(device).eval(), cfg.make_objective(size(cfg))
-        samplers(name, cfg, model, objective, device, dtype, repeats, args.samplers, args.first)
+        samplers(name, cfg, model, objective, device, dtype, repeats, args.samples or 8, args.first)
     else:
         trainings = []
         for name, cfg in chosen:

@@ -189,9 +189,8 @@ def read(path, hints=Hints()):
                         "out/CONFIG/ckpt.pt")
     found = files.read_files(path)
     payload, path = found.payload, found.path
-    if found.settings.get("format") == FORMAT:
-        payload = imported(found)
-    if hints.format or not isinstance(payload, dict) or payload.get("format") != FORMAT:
+    card = dict(found.settings) if found.settings.get("format") == FORMAT else {}  # of a folder that export() wrote
+    if hints.format or not card and (not isinstance(payload, dict) or payload.get("format") != FORMAT):
         payload = translate.translate(found, hints)
         check_fields(payload, path)
         return payload
@@ -199,26 +198,17 @@ def read(path, hints=Hints()):
         raise UserError(f"{path} is a checkpoint of this project and contains its {', '.join(hints.overrides)}: leave "
                         "out --override")
     try:
-        intact = payload.pop("sha256", None) == digest(payload)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):  # digest() of sparse or meta tensors
+        expected = card.pop("weights_sha256", None) if card else payload.pop("sha256", None)
+        intact = expected == digest(dict(sorted(payload.items())) if card else payload)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse; meta; no dict
         intact = False
     if not intact:
-        raise UserError(f"{path} is damaged: its contents do not match their SHA-256")
+        raise UserError(f"{path} is damaged: " + ("the weights do not match the SHA-256 in config.json" if card else
+                                                  "its contents do not match their SHA-256"))
+    if card:
+        payload = card | {"model": payload, "ema": payload}
     check_fields(payload, path)
     return payload
-
-
-def imported(found):
-    """The payload of a folder that export() wrote. Raises UserError if the weights have changed since."""
-    card = dict(found.settings)
-    try:
-        intact = card.pop("weights_sha256", None) == digest(dict(sorted(found.payload.items())))
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # as above; or no dict at all
-        intact = False
-    if not intact:
-        raise UserError(f"{found.path} is damaged: the weights do not match the SHA-256 in config.json")
-    payload = card | {"model": found.payload, "ema": found.payload}
-    return payload | {"sha256": digest(payload)}
 
 
 def is_floats(x):

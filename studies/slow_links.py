@@ -14,7 +14,8 @@ rounds of 50 local steps, on machines that are equal, or slightly, moderately or
 
 At last 16 machines in 4 regions (studies/machines/halos.txt) do the same, with the times of a network of 70M
 parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. Each takes a quarter of the steps, in rounds of half the
-length, so the number of tokens is that of four machines. There the study reports each algorithm's hours to the final
+length, so the number of tokens is that of four machines. The asynchronous servers' learning rates are chosen once more,
+among those of four machines, a half and a quarter of them. There the study reports each algorithm's hours to the final
 bits of the worst one.
 
 All see the same number of tokens. The learning rates of the servers are chosen
@@ -56,8 +57,20 @@ TUNED = {  # flags to choose from, with one seed
     "halos": [[f"--outer_lr={lr}", f"--global_lr={top}", f"--merge_weight={weight}"] for lr, top, weight in (
         (0.7, 0.7, 0.5), (0.7, 1, 0.25), (0.35, 0.7, 0.5), (0.7, 1, 1), (0.175, 0.7, 0.5))],
 }
+ASYNCHRONOUS = "async", "async dn", "halos"
 REGIONS = ["--step_seconds=0.238391", "--model_bytes=281.7e6", "--relative_speeds", "--batch_size=64"]
 OF_16 = {"async dn": ["--buffer=16"], "halos": ["--buffer=4", "--merge_every=8"]}  # a buffer has each worker once
+
+
+def choose(found, trials, name):
+    """The flags of an algorithm with the best validation."""
+    value = lambda key: math.inf if found[key]["val"] is None else found[key]["val"]
+    return min((key for key in trials if key[0] == name), key=value)[3]
+
+
+def smaller(flags, factor):
+    """The flags with the learning rate of the server, the first of them, times a factor."""
+    return (f"--outer_lr={factor * float(flags[0].removeprefix('--outer_lr=')):g}", *flags[1:])
 
 
 class Study:
@@ -87,8 +100,6 @@ class Study:
             flags += [*REGIONS, *OF_16.get(name, ()), f"--max_steps={self.args.steps // 4}",
                       f"--eval_interval={max(1, self.args.steps // 40)}"]
             flags += [] if name == "ddp" else [f"--local_steps={self.args.local_steps // 2}"]
-            if name == "async":  # 16 workers have four times as many differences as 4
-                flags += [f"--outer_lr={float(extra[0].split('=')[1]) / 4}"]
         return flags
 
     def measure(self, name, level, seed, extra=()):
@@ -140,9 +151,7 @@ class Study:
             self.first(seed)
         trials = [(name, "moderate", 1, tuple(flags)) for name, choices in TUNED.items() for flags in choices]
         found = runs.in_stages([trials], self.measure, self.args.jobs)
-        value = lambda key: math.inf if found[key]["val"] is None else found[key]["val"]
-        best = {name: min((key for key in trials if key[0] == name), key=value)[3]
-                for name in TUNED}
+        best = {name: choose(found, trials, name) for name in TUNED}
         keys = [(name, level, seed, best.get(name, ())) for seed in seeds for name in ALGORITHMS
                 for level in self.levels(name)]
         keys += [("one", "one", seed, flags) for seed in seeds
@@ -151,9 +160,16 @@ class Study:
         return found, best, keys, trials
 
     def in_regions(self, best):
-        """Run all algorithms on 16 machines in 4 regions. Returns {(name, "halos", seed, flags): result}."""
-        return runs.in_stages([[(name, "halos", seed, best.get(name, ())) for seed in range(1, self.args.seeds + 1)
-                                for name in ALGORITHMS]], self.measure, self.args.jobs)
+        """Tune, then run all algorithms on 16 machines in 4 regions.
+
+        Returns ({(name, "halos", seed, flags): result}, {name: the best flags}).
+        """
+        trials = [(name, "halos", 1, smaller(best[name], factor)) for name in ASYNCHRONOUS for factor in (1, 0.5, 0.25)]
+        found = runs.in_stages([trials], self.measure, self.args.jobs)
+        best = best | {name: choose(found, trials, name) for name in ASYNCHRONOUS}
+        found |= runs.in_stages([[(name, "halos", seed, best.get(name, ())) for seed in range(1, self.args.seeds + 1)
+                                  for name in ALGORITHMS]], self.measure, self.args.jobs)
+        return found, best
 
 
 def correlation(x, y):
@@ -195,32 +211,32 @@ def main():
                      "hours": mean("hours"), "utilisation": mean("utilisation"),
                      "gigabytes": mean("gigabytes"), "staleness": mean("staleness"), "drift": mean("drift")})
         points += [(name, seed, one["drift"], one["bits"] - base[seed]) for one, seed in zip(these, seeds)
-                   if name in ("async", "async dn", "halos")]
+                   if name in ASYNCHRONOUS]
     print(f"\nbits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds; more: than "
           "diloco, by seed")
     table(rows, {"name": ("", ""), "level": ("machines", ""), "bits": ("bits", ".4f"), "more": ("more", "+.4f"),
                  "error": ("±", ".4f"), "hours": ("hours", ".2f"), "utilisation": ("utilised", ".2f"),
                  "gigabytes": ("GB", ".2f"), "staleness": ("staleness", ".1f"), "drift": ("drift", ".4f")}, sys.stdout)
-    found_r, asynchronous = {}, ("async", "async dn", "halos")
-    for chosen in (asynchronous, *((name,) for name in asynchronous)):
+    found_r = {}
+    for chosen in (ASYNCHRONOUS, *((name,) for name in ASYNCHRONOUS)):
         of_seed = lambda seed: [point for point in points if point[1] == seed and point[0] in chosen]
         values = [correlation([p[2] for p in of_seed(seed)], [p[3] for p in of_seed(seed)]) for seed in seeds]
         found_r[" and ".join(chosen)] = values
         print(f"correlation of drift with bits more than diloco, {', '.join(chosen)}, by seed: "
               + "  ".join("none" if r is None else f"{r:.2f}" for r in values))
     series = {name: sorted((drift, more, 0.0) for other, _, drift, more in points if other == name)
-              for name in asynchronous}
+              for name in ASYNCHRONOUS}
     picture(args.folder / "slow_links.png", series, "drift", "bits more than diloco")
-    found = study.in_regions(best)
+    found, best = study.in_regions(best)
     hours = {name: runs.mean_curve([found[name, "halos", seed, best.get(name, ())]["curve"] for seed in seeds])
              for name in ALGORITHMS}
     hours = {name: points for name, points in hours.items() if points}  # without what diverged
     target = max(points[-1][1] for points in hours.values())
     print(f"\n16 machines in 4 regions: hours to {target:.4f} bits per character (validation, mean of the seeds)")
-    table([{"name": name, "hours": next(hour for hour, bits, _ in points if bits <= target), "all": points[-1][0],
+    table([{"name": name, "flags": " ".join(best.get(name, ())), "hours": next(hour for hour, bits, _ in points if bits <= target), "all": points[-1][0],
             "bits": points[-1][1], "error": points[-1][2],
             "gigabytes": found[name, "halos", 1, best.get(name, ())]["gigabytes"]} for name, points in hours.items()],
-          {"name": ("", ""), "hours": ("hours", ".3f"), "all": ("at the end: hours", ".3f"), "bits": ("bits", ".4f"),
+          {"name": ("", ""), "flags": ("", ""), "hours": ("hours", ".3f"), "all": ("at the end: hours", ".3f"), "bits": ("bits", ".4f"),
            "error": ("±", ".4f"), "gigabytes": ("GB between regions and machines", ".0f")}, sys.stdout)
     picture(args.folder / "hours.png", hours, "simulated hours on 16 machines in 4 regions",
             "bits per character (validation)")

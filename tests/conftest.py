@@ -15,7 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 # Tests with real runs, processes and compilers. `make check`, to be run after each edit, leaves them out.
-SLOW = {"test_runs.py", "test_families.py", "test_bfloat16.py", "test_bench.py", "test_elastic.py"}
+SLOW = {"test_runs.py", "test_processes.py", "test_damage.py", "test_families.py", "test_bfloat16.py", "test_bench.py",
+        "test_elastic.py"}
 SLOW_TESTS = {"test_hub_offline", "test_a_missing_tokenizer", "test_pydoc", "test_known_entropy", "test_openwebtext",
               "test_compiles_in_one_graph", "test_blocks_compile_in_one_graph", "test_trains_and_resumes",
               "test_from_mdlm_to_blocks", "test_two_workers_resume_exactly", "test_teams",

@@ -1,6 +1,6 @@
-"""What only a GPU can show: `python -m pytest tests/gpu.py`, a quarter of an hour on one GPU. Skipped without CUDA.
+"""Checks of train.py, evaluate.py and sample.py on a GPU: `python -m pytest tests/gpu.py`. Skipped without CUDA.
 
-`make test` leaves this file out. DEVICE=cpu runs the same checks on the CPU, which tests the checks.
+No GPU has run them yet. `make test` leaves this file out. DEVICE=cpu runs the same checks on the CPU, to test them.
 Throughput, memory and utilisation are measured by bench.py, and compared with their forecast:
 
     for name in d3pm_text8 mdlm_text8_fast_8gpu d3pm_openwebtext_8gpu mdlm_openwebtext_fast_8gpu; do

@@ -132,7 +132,7 @@ def test_memory_of_a_step():
 
 def test_samplers(call):
     """Calls of the network, and where the time goes: the network has most of it, and the shares add up."""
-    line = last_line(call("bench.py", "demo", "--samplers", "2", *SMALL[:-2], "--seq_len=16", "--repeats=1"))
+    line = last_line(call("bench.py", "demo", "--samplers", "--samples=2", *SMALL[:-2], "--seq_len=16", "--repeats=1"))
     rows = {row["sampler"].split(",")[0]: row for row in line["samplers"]}
     assert line["batch_size"] == 2 and rows["first_hitting"]["nfe"] == 16 and rows["topk"]["nfe"] == 4
     assert rows["naive"]["nfe"] == 1000 and rows["naive"]["drawing"] == 0 and rows["ancestral"]["nfe"] <= 16
@@ -160,6 +160,7 @@ def test_bad_flags(call, tmp_path):
     assert_one_line(call("bench.py", "ar_demo", "--compare=naive"), "neither")
     assert_one_line(call("bench.py", "d3pm_text8", "--compare=naive", "--schedule=cosine"), "--schedule=linear")
     assert_one_line(call("bench.py", "demo", "--first=3"), "--samplers")
+    assert_one_line(call("bench.py", "demo", "--samples=3"), "--samplers")
     assert_one_line(call("bench.py", "demo", "--estimate", "--fsdp"), "leave out --fsdp")
     assert_one_line(call("bench.py", "demo", "--samplers", "--estimate"), "not allowed with argument")
     assert_one_line(call("bench.py", "demo", "names", "--samplers"), "one config at a time")

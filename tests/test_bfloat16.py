@@ -52,7 +52,7 @@ def test_weights_and_averages_stay_float32(call, data_dir, tmp_path):
 
 def test_two_processes_and_micro_batches_agree_up_to_rounding(call, data_dir, tmp_path):
     """Every micro-batch's gradient is rounded before it is added, so one process, four parts of its batch and two
-    processes differ; in the first steps by less than one rounding. (In float32 by 1e-7: test_runs.py.)"""
+    processes differ; in the first steps by less than one rounding. (In float32 by 1e-7: test_processes.py.)"""
     for name, extra in (("one", []), ("parts", ["--micro_batch_size=2"])):
         assert train(call, "mdlm_text8", data_dir, tmp_path / name, *HALF, *STEADY, *extra).code == 0
     finish_well(start("mdlm_text8", data_dir, tmp_path / "two", *HALF, *STEADY, n=2))

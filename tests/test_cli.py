@@ -1,5 +1,5 @@
 """The command lines, on tiny data: prepare, evaluate, sample; what they say to bad input; the README. Training itself
-is in test_runs.py."""
+is in test_runs.py, test_processes.py and test_damage.py."""
 
 import ast
 import importlib.util

@@ -91,7 +91,7 @@ def test_pads_are_no_text_but_can_be_seen():
 
 
 def test_crops_begin_where_items_begin():
-    """With a record crops are whole items, each equally likely."""
+    """Crops of a data set of short items are whole items, each equally likely."""
     tokens = np.arange(40)
     x0 = random_crops(tokens, 8, seed=0, step=3, indices=range(3000), record=8)
     assert (x0 == x0[:, :1] + torch.arange(8)).all()
