@@ -233,11 +233,14 @@ def main():
     hours = {name: points for name, points in hours.items() if points}  # without what diverged
     target = max(points[-1][1] for points in hours.values())
     print(f"\n16 machines in 4 regions: hours to {target:.4f} bits per character (validation, mean of the seeds)")
-    table([{"name": name, "flags": " ".join(best.get(name, ())), "hours": next(hour for hour, bits, _ in points if bits <= target), "all": points[-1][0],
-            "bits": points[-1][1], "error": points[-1][2],
-            "gigabytes": found[name, "halos", 1, best.get(name, ())]["gigabytes"]} for name, points in hours.items()],
-          {"name": ("", ""), "flags": ("", ""), "hours": ("hours", ".3f"), "all": ("at the end: hours", ".3f"), "bits": ("bits", ".4f"),
-           "error": ("±", ".4f"), "gigabytes": ("GB between regions and machines", ".0f")}, sys.stdout)
+    rows_of_16 = [{
+        "name": name, "flags": " ".join(best.get(name, ())), "hours": next(hour for hour, bits, _ in points
+                                                                           if bits <= target),
+        "all": points[-1][0], "bits": points[-1][1], "error": points[-1][2],
+        "gigabytes": found[name, "halos", 1, best.get(name, ())]["gigabytes"]} for name, points in hours.items()]
+    table(rows_of_16, {"name": ("", ""), "flags": ("", ""), "hours": ("hours", ".3f"),
+                       "all": ("at the end: hours", ".3f"), "bits": ("bits", ".4f"), "error": ("±", ".4f"),
+                       "gigabytes": ("GB between regions and machines", ".0f")}, sys.stdout)
     picture(args.folder / "hours.png", hours, "simulated hours on 16 machines in 4 regions",
             "bits per character (validation)")
     write_file(args.folder / "slow_links.json", json.dumps(
