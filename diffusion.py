@@ -187,7 +187,8 @@ class Absorbing:
         self.schedule = make_schedule(schedule)
 
     def time(self, rate):
-        """What the network is told when a share `rate` of the tokens is expected to be masked: (B,) -> (B,) float32."""
+        """The time that the network is told when a share `rate` of the tokens is expected to be noise, masks or random
+        tokens: (B,) -> (B,) float32."""
         return self.schedule.inverse(1 - rate).float()
 
     def times(self, L):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import log
 from cli import UserError, number, progress, write_file
+from data.loader import load_meta
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,8 +36,9 @@ def add_arguments(parser, steps):
 def make_folder(path, args, name="settings"):
     """Make the folder of a study, and keep its settings in NAME.json, but for those that change no result.
 
-    Raises UserError if it has runs with other settings.
+    Raises UserError if it has runs with other settings, or the data set is not prepared.
     """
+    load_meta(args.dataset, args.data_dir)  # before anything is kept
     settings = {key: value for key, value in vars(args).items() if key not in ("folder", "data_dir", "seeds", "jobs")}
     try:
         path.mkdir(parents=True, exist_ok=True)

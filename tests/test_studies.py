@@ -37,6 +37,7 @@ def answers(monkeypatch):
             return ""
 
         monkeypatch.setattr(runs, "call", answer)
+        monkeypatch.setattr(runs, "load_meta", lambda *args: {})
         return calls
 
     return install
@@ -197,6 +198,14 @@ def test_other_settings_are_other_runs(answers, monkeypatch, tmp_path):
         go(frontier, monkeypatch, tmp_path / "study", "--budgets", "1e12,5e12")
     with pytest.raises(UserError, match="at least two numbers"):
         go(frontier, monkeypatch, tmp_path / "other", "--budgets", "1e12")
+
+
+def test_a_wrong_data_set_leaves_nothing(monkeypatch, tmp_path):
+    """It is no setting of the folder: the same command with the right one works."""
+    for module in (frontier, repeated, slow_links, tokens):
+        with pytest.raises(UserError, match="'nothing' is not prepared"):
+            go(module, monkeypatch, tmp_path / "study", "--dataset", "nothing")
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_diverged_run_does_not_end_a_study(answers, monkeypatch, tmp_path):
