@@ -739,7 +739,7 @@ def test_steps_to_reach():
     assert adaptation.steps_to_reach(3.1, points) == 100 and adaptation.steps_to_reach(2.6, points) is None
 
 
-def test_study(call, tmp_path, monkeypatch):
+def test_study(call, data_dir, tmp_path, monkeypatch):
     """All commands of a study, with recorded answers: a second call repeats none of them."""
     calls = []
 
@@ -760,7 +760,8 @@ def test_study(call, tmp_path, monkeypatch):
         return json.dumps({"bits_per_token": 2.0 + len(calls) / 1000})
 
     monkeypatch.setattr(runs, "call", answer)
-    monkeypatch.setattr(sys, "argv", ["adaptation.py", str(tmp_path / "study"), "--seeds", "2", "--steps", "32"])
+    monkeypatch.setattr(sys, "argv", ["adaptation.py", str(tmp_path / "study"), "--seeds", "2", "--steps", "32",
+                                      "--dataset=tiny", f"--data_dir={data_dir}"])
     adaptation.main()
     trained = [words for words in calls if words[0] == "train.py"]
     assert len(trained) == 2 * (4 + 5 + 5 + 2) + 1
