@@ -2,6 +2,7 @@
 
 import json
 import queue
+import re
 import threading
 from pathlib import Path
 
@@ -22,9 +23,10 @@ def load_meta(name, data_dir=""):
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        text = name.removesuffix("_gpt2")
+        text, _, tokens = name.partition("_")
         script = DATA_DIR / f"prepare_{text}.py"
-        command = (f"python data/{script.name}{' --tokenizer gpt2' * (text != name)}" if script.exists()
+        tokens = f" --tokenizer {re.sub('^bpe', 'bpe:', tokens)}" if tokens else ""
+        command = (f"python data/{script.name}{tokens}" if script.exists()
                    else f"python data/prepare_textfile.py FILE --name {name}")
         raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {command}")
     except ValueError:

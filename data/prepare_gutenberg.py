@@ -4,7 +4,8 @@ gutenberg.tsv lists the books, on GitHub at fixed commits. 146 are train (94M ch
 are not in train, are val and test, 4 each. Digits are spelled out; licences, credits, contents, indexes are left out.
 The list has a hash of each book's cleaned text. A book with another hash is used all the same, and a line names it.
 These are books, not an encyclopedia: numbers on them do not compare with those on text8. With --tokenizer gpt2 the same
-text becomes `gutenberg_gpt2`.
+text becomes `gutenberg_gpt2`, and with --tokenizer bpe:4096, a vocabulary made of the books of train,
+`gutenberg_bpe4096`.
 
     python data/prepare_gutenberg.py
     python data/prepare_gutenberg.py --file train.txt.xz val.txt.xz    # the cleaned text itself; val is val and test
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, progress, run
 from data.prepare import DatasetWriter, is_prepared, parser, read_text
-from data.tokenizer import KNOWN, make_tokenizer, text8_words
+from data.tokenizer import KNOWN, make_tokenizer, size_of_bpe, text8_words, tokens_of
 
 LIST = Path(__file__).with_name("gutenberg.tsv")
 URL = "https://raw.githubusercontent.com/{repo}/{commit}/{path}"
@@ -104,20 +105,24 @@ def main():
     p = parser(__doc__)
     p.add_argument("--file", nargs=2, metavar=("TRAIN", "VAL"), help="local files with the cleaned text (.txt, .gz or "
                    ".xz) to use instead of downloads")
-    p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="kind of tokens (default: char)")
+    p.add_argument("--tokenizer", default="char", help="kind of tokens: char (default), gpt2 or bpe:SIZE")
     args = p.parse_args()
-    name = "gutenberg" if args.tokenizer == "char" else "gutenberg_gpt2"
+    if args.tokenizer not in ("char", "gpt2"):
+        size_of_bpe(args.tokenizer)
+    name = "gutenberg" + "_" * (args.tokenizer != "char") + args.tokenizer.replace(":", "").removeprefix("char")
     folder = args.data_dir / name
     if is_prepared(folder):
         return
     with open(LIST, encoding="utf-8", newline="") as file:
         books = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     texts = cut_books(args.file, books) if args.file else (normalise(text_of(download(URL.format(**book))))
-                                                           for book in books)
-    meta = dict(KNOWN["text8" if name == "gutenberg" else "openwebtext"], name=name,
-                source=", ".join(sorted({book["repo"] for book in books})))
+                                                           for book in progress(books, desc="downloading", unit="book"))
+    texts = list(texts)
+    tokens = KNOWN["text8"] if args.tokenizer == "char" else tokens_of(
+        args.tokenizer, [text for book, text in zip(books, texts) if book["split"] == "train"])
+    meta = tokens | {"name": name, "source": ", ".join(sorted({book["repo"] for book in books}))}
     tokenizer, different = make_tokenizer(meta), []
-    with DatasetWriter(folder, meta) as writer, progress(total=len(books), unit="book") as bar:
+    with DatasetWriter(folder, meta) as writer, progress(total=len(books), desc="encoding", unit="book") as bar:
         for book, text in zip(books, texts):
             if hashlib.sha256(text.encode()).hexdigest()[:16] != book["sha256"]:
                 different.append(f"{book['title']}: {len(text):,} characters, the list has {int(book['characters']):,}")

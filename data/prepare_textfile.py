@@ -1,7 +1,8 @@
-"""Prepare your own text, as characters or as tokens of GPT-2, BERT, RoBERTa or any tokenizer on the Hub.
+"""Prepare your own text, as characters or as tokens: a BPE of its own, GPT-2's, BERT's, or any on the Hub.
 
     python data/prepare_textfile.py book.txt --name book
     python data/prepare_textfile.py *.txt.gz --name letters --tokenizer gpt2
+    python data/prepare_textfile.py book.txt --name book_bpe --tokenizer bpe:4096       # a vocabulary of this text
     python data/prepare_textfile.py book.txt --name book_roberta --tokenizer roberta    # or hf://OWNER/NAME, a folder
     python data/prepare_textfile.py train.txt --val val.txt --test test.txt --name mine --alphabet text8
 
@@ -32,8 +33,9 @@ def main():
     p.add_argument("--val", type=named, metavar="FILE", help="text to validate on; needs --test")
     p.add_argument("--test", type=named, metavar="FILE", help="text to test on; needs --val")
     p.add_argument("--tokenizer", type=named, default="char", metavar="KIND|hf://NAME|FOLDER",
-                   help="kind of tokens: char (default), gpt2, bert, roberta, or the tokenizer of a model of "
-                   "transformers, which the data set then has a copy of")
+                   help="kind of tokens: char (default), gpt2, bpe:SIZE (a vocabulary of this many tokens, made of the "
+                   "text to train on), bert, roberta, or the tokenizer of a model of transformers, which the data set "
+                   "then has a copy of")
     p.add_argument("--alphabet", choices=("own", "text8"), default="own",
                    help="symbols of --tokenizer char: the text's own (default), or text8's 27 (the text is converted)")
     args = p.parse_args()
@@ -50,8 +52,14 @@ def main():
     texts = ["".join(map(read_text, args.files))] + [read_text(path) for path in (args.val, args.test) if path]
     if args.alphabet == "text8":
         texts = [" ".join(text8_words(text)) for text in texts]
+    if args.val:
+        splits = dict(zip(SPLITS, texts))
+    else:
+        splits = cut(texts[0], train=0.9, val=0.05)
+        if args.tokenizer != "char":
+            splits = whole_lines(*splits.values())
     if args.tokenizer != "char":
-        meta = tokens_of(args.tokenizer)
+        meta = tokens_of(args.tokenizer, [splits["train"]])
     elif args.alphabet == "text8":
         meta = dict(KNOWN["text8"])
     else:
@@ -62,12 +70,6 @@ def main():
         meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet)}
     meta |= {"name": args.name, "source": ", ".join(Path(file).name for file in args.files)}
     tokenizer = make_tokenizer(meta)
-    if args.val:
-        splits = dict(zip(SPLITS, texts))
-    else:
-        splits = cut(texts[0], train=0.9, val=0.05)
-        if args.tokenizer != "char":
-            splits = whole_lines(*splits.values())
     write_splits(folder, meta, splits, lambda text: encode(text, tokenizer))
 
 

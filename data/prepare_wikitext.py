@@ -48,16 +48,17 @@ def main():
     p = parser(__doc__)
     p.add_argument("--large", action="store_true", help="WikiText-103 instead, as `wikitext103`")
     p.add_argument("--tokenizer", type=named, default="roberta", metavar="KIND|hf://NAME|FOLDER",
-                   help="gpt2, bert, roberta (default), or the tokenizer of a model of transformers")
+                   help="gpt2, bert, roberta (default), bpe:SIZE, or the tokenizer of a model of transformers")
     p.add_argument("--file", nargs=3, type=named, metavar=("TRAIN", "VAL", "TEST"),
                    help="local copies: .parquet with a column `text`, or plain text")
     args = p.parse_args()
     folder = args.data_dir / ("wikitext103" if args.large else "wikitext")
     if is_prepared(folder):
         return
-    meta = tokens_of(args.tokenizer) | {"name": folder.name, "source": ", ".join(args.file or [SOURCE])}
-    tokenizer = make_tokenizer(meta)
     found = dict(zip(SPLITS, texts(args.large, args.file)))
+    meta = tokens_of(args.tokenizer, [found["train"]]) | {"name": folder.name,
+                                                          "source": ", ".join(args.file or [SOURCE])}
+    tokenizer = make_tokenizer(meta)
     write_splits(folder, meta, found, lambda text: encode(text, tokenizer))
 
 

@@ -224,19 +224,44 @@ def hub_meta(definition):
     return {"tokenizer": "hf", "vocab_size": HubTokenizer(definition).vocab_size, "definition": definition}
 
 
+def size_of_bpe(name):
+    """The number of tokens that `bpe:SIZE` asks for. Raises UserError if it is none of 257 ... 65,536."""
+    size = re.fullmatch(r"bpe:(\d{3,5})", name, re.ASCII)
+    if not size or not 257 <= int(size[1]) <= 65_536:
+        raise UserError(f"--tokenizer {name}: write bpe:SIZE with a size of 257 to 65,536 tokens, such as bpe:4096")
+    return int(size[1])
+
+
+def train_bpe(texts, vocab_size):
+    """The definition of a byte-level BPE (Sennrich et al., arXiv 1508.07909) of a few texts, as HubTokenizer reads it.
+
+    It starts with 256 tokens, one for each byte, and merges the most frequent pair of neighbours into a new token until
+    it has vocab_size of them. No token reaches from one word into the next; a space belongs to the word after it.
+    """
+    require("tokenizers", "a vocabulary of your own")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return bpe.to_str()
+
+
 HUB = {"bert": "hf://google-bert/bert-base-uncased", "roberta": "hf://FacebookAI/roberta-base"}
 
 
-def tokens_of(name):
-    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, hf://owner/name or a folder.
+def tokens_of(name, texts):
+    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, bpe:SIZE (made of the texts), hf://owner/name or a folder.
 
     Raises UserError if there is no such tokenizer.
     """
     if name == "gpt2":
         return dict(KNOWN["openwebtext"])
+    if name.startswith("bpe:"):
+        return hub_meta(train_bpe(texts, size_of_bpe(name)))
     if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
-        raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like hf://owner/name, nor a "
-                        "folder")
+        raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like bpe:4096 or "
+                        "hf://owner/name, nor a folder")
     return hub_meta(definition_of(from_hub(HUB.get(name, name))))
 
 

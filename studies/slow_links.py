@@ -15,14 +15,13 @@ rounds of 50 local steps, on machines that are equal, or slightly, moderately or
 At last 16 machines in 4 regions (studies/machines/halos.txt) do the same, with the times of a network of 70M
 parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. Each takes a quarter of the steps, in rounds of half the
 length, so the number of tokens is that of four machines. The asynchronous servers' learning rates are chosen once more,
-among those of four machines, a half and a quarter of them. There the study reports each algorithm's hours to the final
+from those of four machines down to a sixteenth of them. There the study reports each algorithm's hours to the final
 bits of the worst one.
 
-All see the same number of tokens. The learning rates of the servers are chosen
-first, by the validation of one seed on moderately different machines. It prints bits per character on the test split,
-the same windows and masks for all, the differences from diloco by seed, and the correlation of drift with that
-difference over the algorithms and machines of each seed. What is there is not run again. It writes slow_links.json,
-slow_links.png and hours.png.
+All see the same number of tokens. The learning rates of the servers are chosen first, by the validation of one seed on
+moderately different machines. It prints bits per character on the test split, the same windows and masks for all, the
+differences from diloco by seed, and the correlation of drift with that difference over the algorithms and machines of
+each seed. What is there is not run again. It writes slow_links.json, slow_links.png and hours.png.
 """
 
 import json
@@ -164,7 +163,8 @@ class Study:
 
         Returns ({(name, "halos", seed, flags): result}, {name: the best flags}).
         """
-        trials = [(name, "halos", 1, smaller(best[name], factor)) for name in ASYNCHRONOUS for factor in (1, 0.5, 0.25)]
+        trials = [(name, "halos", 1, smaller(best[name], factor)) for name in ASYNCHRONOUS
+                  for factor in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)]
         found = runs.in_stages([trials], self.measure, self.args.jobs)
         best = best | {name: choose(found, trials, name) for name in ASYNCHRONOUS}
         found |= runs.in_stages([[(name, "halos", seed, best.get(name, ())) for seed in range(1, self.args.seeds + 1)

@@ -1,11 +1,13 @@
 """data/: tokenizers, the prepare scripts on small local files in the real formats, crops and windows."""
 
+import collections
 import gzip
 import hashlib
 import io
 import json
 import lzma
 import random
+import re
 import sys
 import zipfile
 
@@ -16,7 +18,9 @@ from cli import UserError
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
 from data.loader import PIECE, gather, load_meta, load_split, prefetch, random_crops, recode, subset, windows
 from data.prepare import DatasetWriter, is_prepared, read_text
-from data.tokenizer import TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, make_tokenizer, text8_words
+from data.tokenizer import (
+    TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, byte_alphabet, make_tokenizer, text8_words, tokens_of,
+)
 
 META = {"tokenizer": "char", "alphabet": TEXT8_ALPHABET, "vocab_size": 27}
 
@@ -69,6 +73,42 @@ def test_recode():
     for data, model in ((padded, gpt2), (gpt2, META), (META, gpt2)):
         with pytest.raises(UserError, match="choose another with --dataset"):
             recode(ids, data, model, "x")
+
+
+def test_bpe_merges_the_most_frequent_pair():
+    """Every merge of bpe:SIZE joins a pair of neighbours that no other pair within words exceeds in number."""
+    text = words(400) + " " + words(300, seed=1)[::-1] + " caf\u00e9"
+    meta = tokens_of("bpe:300", [text[:900], text[900:]])
+    letters = {byte: character for character, byte in byte_alphabet().items()}
+    pieces = [[letters[byte] for byte in word.encode()] for part in (text[:900], text[900:])
+              for word in re.findall(" ?[^ ]+", part)]
+    merges = json.loads(meta["definition"])["model"]["merges"]
+    assert len(merges) == 300 - 256
+    for one, two in merges:
+        counts = collections.Counter(pair for word in pieces for pair in zip(word, word[1:]))
+        assert counts[one, two] == max(counts.values())
+        for i, word in enumerate(pieces):
+            merged = []
+            for piece in word:  # from the left, as in the paper
+                if merged and (merged[-1], piece) == (one, two):
+                    merged[-1] += piece
+                else:
+                    merged.append(piece)
+            pieces[i] = merged
+    tokenizer = make_tokenizer(meta)
+    ids = tokenizer.encode(text)
+    assert meta["vocab_size"] == 300 and tokenizer.decode(ids) == text and ids.max() >= 256
+    characters, n_bytes = tokenizer.lengths()
+    assert (characters[ids].sum(), n_bytes[ids].sum()) == (len(text), len(text.encode()))
+    assert tokens_of("bpe:300", [text[:900], text[900:]]) == meta
+    strange = "\u03a9\n\t 12 \U0001f600"  # not in the text: bytes
+    assert tokenizer.decode(tokenizer.encode(strange)) == strange
+
+
+@pytest.mark.parametrize("size", ["", "256", "65537", "4k", "-300"])
+def test_bpe_of_no_size(size):
+    with pytest.raises(UserError, match=f"--tokenizer bpe:{size}: write bpe:SIZE with a size of 257 to 65,536"):
+        tokens_of(f"bpe:{size}", ["text"])
 
 
 def test_padding_of_gpt2_is_no_text(gpt2):
@@ -208,6 +248,20 @@ def test_textfile_gpt2(monkeypatch, tmp_path, gpt2):
     assert ids.tolist() == GPT2Tokenizer().encode(text).tolist()
 
 
+def test_textfile_bpe(monkeypatch, tmp_path):
+    """The vocabulary is made of the text to train on alone; the data set has a copy of it."""
+    lines = [words(20, seed=i) for i in range(100)]
+    text = "\n".join(lines[:90] + ["zebra " * 16] * 10)
+    (tmp_path / "a.txt").write_text(text)
+    prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", "--name", "mine", "--tokenizer", "bpe:300",
+            "--data_dir", tmp_path)
+    meta = load_meta("mine", tmp_path)
+    parts = [read(tmp_path / "mine", split) for split in ("train", "val", "test")]
+    assert "".join(parts) == text and sum(meta["bytes"].values()) == len(text)
+    assert {key: meta[key] for key in ("tokenizer", "vocab_size", "definition")} == tokens_of("bpe:300", parts[:1])
+    assert meta["definition"] != tokens_of("bpe:300", [text])["definition"]
+
+
 @pytest.mark.parametrize("content, message", [
     (b"", "contains no text"), (b" \n", "contains no text"), (b"abc\xff", "not UTF-8"), (b"a", "use a longer text"),
     (None, "cannot read"),
@@ -302,6 +356,8 @@ def test_missing_and_damaged_data_sets(small):
         load_split("text8", "train", 8, small)
     with pytest.raises(UserError, match="run python data/prepare_pydoc.py --tokenizer gpt2"):
         load_meta("pydoc_gpt2", small)
+    with pytest.raises(UserError, match="run python data/prepare_gutenberg.py --tokenizer bpe:4096"):
+        load_meta("gutenberg_bpe4096", small)
     with pytest.raises(UserError, match="prepare_textfile.py FILE --name nothing"):
         load_meta("nothing", small)
     with pytest.raises(UserError, match="7 tokens, fewer than one sequence of 8: use --seq_len=7"):

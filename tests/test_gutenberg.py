@@ -15,7 +15,7 @@ from cli import UserError
 from data import prepare_gutenberg
 from data.loader import load_meta
 from data.prepare_gutenberg import normalise, text_of
-from data.tokenizer import make_tokenizer
+from data.tokenizer import make_tokenizer, train_bpe
 
 PROSE = "It was a dull morning, and nobody at the inn had thought of the letter yet; " * 4 + "so they slept on."
 BOOK = f"""\ufeffThe Project Gutenberg eBook, A Dull Morning, by Nobody
@@ -167,7 +167,7 @@ def test_no_network_is_one_line(monkeypatch, tmp_path, books, error):
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(UserError, match=r"download https://raw.*one.txt \((no route|Inco.*)\); .* --file TRAIN VAL"):
         prepare(monkeypatch, "--data_dir", tmp_path / "data")
-    assert len(tries) == 3 and list((tmp_path / "data").iterdir()) == []
+    assert len(tries) == 3 and not (tmp_path / "data").exists()
 
 
 def test_file(monkeypatch, tmp_path, books, capsys):
@@ -201,10 +201,27 @@ def test_gpt2(monkeypatch, tmp_path, books):
     assert encoded[1] == f" {texts[1]}" and meta["bytes"]["train"] == len(" ".join(texts[:2]))
 
 
+def test_bpe(monkeypatch, tmp_path, books):
+    """--tokenizer bpe:SIZE makes its vocabulary of the books of train."""
+    texts = list(books.values())
+    for name, part in (("train.txt", texts[:2]), ("val.txt", texts[2:])):
+        (tmp_path / name).write_text(" ".join(part))
+    go = lambda tokens: prepare(monkeypatch, "--tokenizer", tokens, "--file", tmp_path / "train.txt",
+                                tmp_path / "val.txt", "--data_dir", tmp_path)
+    go("bpe:270")
+    meta = load_meta("gutenberg_bpe270", tmp_path)
+    assert meta["definition"] == train_bpe(texts[:2], 270) and meta["vocab_size"] == 270
+    assert [read(tmp_path / "gutenberg_bpe270", split) for split in ("train", "val", "test")] == [
+        " ".join(texts[:2]), *texts[2:]]
+    for tokens in ("bert", "bpe:9", "270"):
+        with pytest.raises(UserError, match=f"--tokenizer {tokens}: write bpe:SIZE"):
+            go(tokens)
+
+
 def test_another_file_is_refused(monkeypatch, tmp_path, books):
     """Text of another length is not cut at the wrong places, and no data set is left."""
     for name in ("train.txt", "val.txt"):
         (tmp_path / name).write_text("another text")
     with pytest.raises(UserError, match="train.txt is not the expected text: 12 characters, expected"):
         prepare(monkeypatch, "--file", tmp_path / "train.txt", tmp_path / "val.txt", "--data_dir", tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == []
+    assert not (tmp_path / "data").exists()
