@@ -360,10 +360,10 @@ def mdlm_mini_fast():
 
 
 def prose():
-    """the model in pretrained/: Gutenberg books, 27 symbols, 1.8M parameters; about 2 hours on 2 CPU cores"""
+    """the model in pretrained/: Gutenberg books in 8,192 tokens of their own, 5.3M parameters; 2 hours on a CPU core"""
     return replace(
-        mdlm_mini_fast(), seq_len=256, n_head=6, n_embd=192, lr=5e-3, max_steps=9_000, ema_decay=0.999,
-        sample_interval=500, log_interval=100,
+        mdlm_mini_fast(), dataset="gutenberg_bpe8192", n_head=8, n_embd=256, lr=4e-3, max_steps=15_000,
+        ema_decay=0.999, sample_interval=500, log_interval=100,
     )
 
 
