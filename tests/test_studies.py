@@ -112,6 +112,8 @@ def test_slow_links(answers, monkeypatch, tmp_path):
     assert {row["name"] for row in found["rows"]} == {"ddp", "diloco", "async", "async dn", "halos", "plain",
                                                       "lookahead"}
     assert all((tmp_path / "study" / name).exists() for name in ("slow_links.png", "hours.png"))
+    curve = [(1, 2.5, 0.0), (2, 2.9, 0.0), (3, 2.4, 0.0), (4, 2.5, 0.0)]
+    assert [slow_links.hours_to(bits, curve) for bits in (3.0, 2.5, 2.45, 2.0)] == [1, 3, None, None]
     before = len(calls)
     go(slow_links, monkeypatch, tmp_path / "study", "--seeds", "2")
     assert len(calls) == before
