@@ -22,14 +22,16 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
+# before torch, which reads a setting of this file
+from cli import (UserError, autocast, device_name, generator_on, matmul_peak, named, number, pick_device, pick_dtype,
+                 progress, require, run, synchronize, table)
+
 import numpy as np
 import torch
 
 import configs
 import parallel
 from categorical import Counted, Draw
-from cli import (UserError, autocast, device_name, generator_on, matmul_peak, named, number, pick_device, pick_dtype,
-                 progress, require, run, synchronize, table)
 from configs import replace
 from costs import check_fits, flops_per_token, training_bytes, weight_bytes
 from data.loader import load_meta, prefetch

@@ -10,6 +10,11 @@ import sys
 import time
 import traceback
 
+# OpenMP's threads spin while they wait for each other, and sleep after this many turns. The default is 300,000: if
+# another program has one of the cores, a small network is then 20 times slower (docs/speed.md). OpenMP reads it when
+# torch is loaded, so the commands import this file before torch.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm

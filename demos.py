@@ -17,11 +17,13 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+# before torch, which reads a setting of this file
+from cli import ArgumentParser, UserError, named, number, require, run, table
+
 import torch
 import torch.nn.functional as F
 
 from checkpoint import load_model
-from cli import ArgumentParser, UserError, named, number, require, run, table
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM, SCHEDULES, make_schedule
 from plot import panels

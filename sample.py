@@ -16,13 +16,15 @@ import sys
 import time
 from pathlib import Path
 
+# before torch, which reads a setting of this file
+from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
+                 progress, require, run, write_file)
+
 import torch
 
 from block_diffusion import Rereader
 from categorical import Counted
 from checkpoint import load_model
-from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
-                 progress, require, run, write_file)
 from costs import check_fits
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer

@@ -15,6 +15,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+# before torch, which reads a setting of this file
+from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
+                 require, run)
+
 import torch
 
 import checkpoint
@@ -22,8 +26,6 @@ import configs
 import parallel
 import storage
 from attention import annealed
-from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
-                 require, run)
 from costs import check_fits, flops_per_token, numbers_kept, training_bytes, weight_bytes
 from data.loader import (check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, records, subset,
                          windows)

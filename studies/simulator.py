@@ -42,14 +42,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# before torch, which reads a setting of this file
+from cli import UserError, named, note, number, pick_dtype, progress, require, run, table
+
+import torch
 
 import configs
 import local_sgd
 import storage
-from cli import UserError, named, note, number, pick_dtype, progress, require, run, table
 from configs import replace
 from data.loader import check_same_tokens, load_meta, load_split, records, subset, windows
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus

@@ -575,3 +575,21 @@ def test_readme_names_every_file():
     text = (ROOT / "studies/README.md").read_text()
     for path in ROOT.glob("studies/[a-z]*.py"):
         assert f"`{path.name}`" in text, path.name
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "evaluate", "bench", "demos", "studies.simulator"])
+def test_cli_comes_before_torch(module):
+    """cli.py sets how long OpenMP's threads spin, before torch is loaded; a value of the user's own stays."""
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Watch())
+import {module}
+"""
+    for own, value in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"} | own
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == [value], done.stderr
