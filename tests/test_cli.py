@@ -350,7 +350,7 @@ def test_requirements():
     """requirements.txt is what the three commands import; every other package in use is in requirements-all.txt."""
     core, more = ({re.match(r"[\w-]+", line)[0].lower() for line in (ROOT / name).read_text().splitlines()
                    if line[:1].isalnum()} for name in ("requirements.txt", "requirements-all.txt"))
-    assert core == {"torch", "numpy", "tqdm", "safetensors"} and not core & more
+    assert core == {"torch", "numpy", "tqdm", "safetensors", "tokenizers"} and not core & more
     used = {name.split(".")[0].lower() for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
             if path.parent.name != "tests" for node in ast.walk(ast.parse(path.read_text()))
             for name in ([node.module] if isinstance(node, ast.ImportFrom) else
