@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import torch
 
 from cli import UserError
-from configs import same_run
+from configs import CONFIGS, same_run
+from data.loader import prepare_command
 from likelihood import plus_minus
 from storage import FORMAT, Hints, check_finite, check_fit, config_of, digest, read, versions
 
@@ -55,8 +57,8 @@ def read_result(path):
     """The fields for the card from a file with the output of evaluate.py --json. Raises UserError."""
     try:
         result = json.loads(Path(path).read_text())
-        return {key: result[key] for key in ("bits_per_token", "stderr", "estimator", "dataset", "split", "n_sequences",
-                                             "seq_len", "n_tokens")}
+        return {key: result[key] for key in ("bits_per_token", "bits_per_char", "stderr", "estimator", "dataset",
+                                             "split", "n_sequences", "seq_len", "n_tokens")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the output of `evaluate.py CKPT --json` ({type(error).__name__})")
 
@@ -73,12 +75,13 @@ def last_validation(path):
 
 def model_card(name, card, n_params, validation):
     """README.md of an exported folder (str): what the model is, how to use it, what was measured."""
-    config, unit = card["config"], "char" if card["meta"]["tokenizer"] == "char" else "token"
+    config = card["config"]
     blocks = f" of {config['block_size']} tokens" if config.get("block_size") else ""
-    rows = [f"| {bits:.4f} {plus_minus(error)} | {what} |" for bits, error, what in (
-        [(validation[0], validation[1], f"validation during training, step {validation[2]:,}")] if validation else [])
-        + [(r["bits_per_token"], r["stderr"], f"{r['dataset']} {r['split'] or ''}, {r['n_sequences']:,} windows of "
-            f"{r['seq_len']}; {r['estimator']}") for r in card["measured"]]]
+    rows = [f"| {bits:.4f} {plus_minus(error)} | {per_char} | {what} |" for bits, error, per_char, what in (
+        [(*validation[:2], "", f"validation during training, step {validation[2]:,}")] if validation else [])
+        + [(r["bits_per_token"], r["stderr"], f"{r['bits_per_char']:.4f}", f"{r['dataset']} {r['split'] or ''}, "
+            f"{r['n_sequences']:,} windows of {r['seq_len']}; {r['estimator']}") for r in card["measured"]]]
+    again = training_commands(card)
     return "\n".join([
         "---", "tags:", "- text-diffusion", "- discrete-diffusion", "---", f"# {name}", "",
         f"A discrete diffusion model of text, {n_params / 1e6:.1f}M parameters, trained as `{card['name']}` for "
@@ -86,4 +89,16 @@ def model_card(name, card, n_params, validation):
         f"objective {config['objective']}{blocks}, noise {config['noise']}, schedule {config['schedule']}, "
         f"conditioning {config['conditioning']}. The weights are the moving average.", "",
         "```sh", f"python sample.py {name}      # or hf://OWNER/{name}", f"python evaluate.py {name}", "```", "",
-        *([f"| bits per {unit} | on |", "|---|---|", *rows, ""] if rows else ["Nothing was measured yet.", ""])])
+        *(["| bits per token | per character | on |", "|---|---|---|", *rows, ""] if rows else
+          ["Nothing was measured yet.", ""]),
+        *(["These commands train it again. More steps (`--max_steps`) and a larger network (`--n_layer`, `--n_embd`) "
+           "make a better one.", "", "```sh", *again, "```", ""] if again else [])])
+
+
+def training_commands(card):
+    """The commands that prepare the data of a model and train it; none if it comes from another project."""
+    if card["name"] not in CONFIGS:
+        return []
+    usual = dataclasses.asdict(CONFIGS[card["name"]]())
+    flags = [f"--{key}={shlex.quote(str(value))}" for key, value in card["config"].items() if usual[key] != value]
+    return [prepare_command(card["config"]["dataset"]), " ".join(["python train.py", card["name"], *flags])]

@@ -17,18 +17,22 @@ DATA_DIR = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")
 
 
+def prepare_command(name):
+    """The command that prepares a data set of this name."""
+    text, _, tokens = name.partition("_")
+    if not (DATA_DIR / f"prepare_{text}.py").exists():
+        return f"python data/prepare_textfile.py FILE --name {name}"
+    tokens = f" --tokenizer {re.sub('^bpe', 'bpe:', tokens)}" if tokens else ""
+    return f"python data/prepare_{text}.py{tokens}"
+
+
 def load_meta(name, data_dir=""):
     """Return the meta.json of a data set. Raises UserError if it is damaged, or missing (with the remedy)."""
     folder = Path(data_dir or DATA_DIR) / name
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        text, _, tokens = name.partition("_")
-        script = DATA_DIR / f"prepare_{text}.py"
-        tokens = f" --tokenizer {re.sub('^bpe', 'bpe:', tokens)}" if tokens else ""
-        command = (f"python data/{script.name}{tokens}" if script.exists()
-                   else f"python data/prepare_textfile.py FILE --name {name}")
-        raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {command}")
+        raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {prepare_command(name)}")
     except ValueError:
         meta = None
     if not describes_tokens(meta) or meta.get("dtype") not in ("uint8", "uint16", "uint32") or not all(

@@ -4,11 +4,13 @@ Of foreign ones: where they are found, what is refused, the Hub's cache, unknown
 """
 
 import collections
+import dataclasses
 import io
 import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import checkpoint
 import storage
 from cli import UserError
 from commands import ROOT, assert_one_line
-from configs import CONFIGS, Config, replace
+from configs import CONFIGS, Config, from_command_line, replace
 from data.loader import SPLITS
 from data.tokenizer import KNOWN, CharTokenizer, make_tokenizer
 from diffusion import MDLM
@@ -581,7 +583,7 @@ def test_warning(tmp_path, capsys):
 # ---- our own, shared -------------------------------------------------------------------------------------------------
 
 
-def test_export(call, trained, data_dir, tmp_path):
+def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     """The folder samples and scores as the checkpoint does, carries its numbers, and says if it was damaged."""
     result = call("evaluate.py", trained, "--json")
     (tmp_path / "result.json").write_text(result.out)
@@ -594,7 +596,13 @@ def test_export(call, trained, data_dir, tmp_path):
     card = (folder / "README.md").read_text()
     assert f"{again['bits_per_token']:.4f} ± {again['stderr']:.4f}" in card and "python sample.py shared" in card
     assert "validation during training, step 60" in card and "mdlm_text8" in card
+    assert f"| {json.loads(result.out)['bits_per_char']:.4f} | tiny val, " in card
+    prepare, train_again = card.split("```sh\n")[2].split("\n```")[0].splitlines()
+    assert prepare == "python data/prepare_textfile.py FILE --name tiny"
     config = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(sys, "argv", shlex.split(train_again)[1:])
+    again = dataclasses.asdict(from_command_line("train.py", "", lambda p: None)[1])
+    assert {key: again[key] for key in config["config"]} == config["config"] and again["max_steps"] == 60
     assert config["meta"]["alphabet"] == KNOWN["text8"]["alphabet"] and "/" not in json.dumps(config["config"])
     assert_one_line(call("checkpoint.py", "export", trained, folder), "already exists")
     assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", folder / "config.json"),
