@@ -181,11 +181,13 @@ def main():
     p.add_argument("folder", type=named, help="new folder to write")
     p.add_argument("--results", type=named, nargs="+", default=[], metavar="JSON",
                    help="files with the output of `evaluate.py CKPT --json`, for the model card")
+    p.add_argument("--dtype", choices=("float32", "float16"), default="float32",
+                   help="type of the stored weights; float16 halves the file (default float32)")
     p.add_argument("--dataset", help="data set of another project's checkpoint, if it does not name it")
     p.add_argument("--data_dir", default="", help="folder that has the data sets (default: data/)")
     add_hints(p)
     args = p.parse_args()
-    export(args.checkpoint, args.folder, args.results, hints_of(args))
+    export(args.checkpoint, args.folder, args.results, hints_of(args), getattr(torch, args.dtype))
     note(f"{args.folder} is ready: read it with `python sample.py {args.folder}`, share it with `hf upload OWNER/NAME "
          f"{args.folder}`")
 

@@ -16,11 +16,12 @@ from likelihood import plus_minus
 from storage import FORMAT, Hints, check_finite, check_fit, config_of, digest, read, versions
 
 
-def export(checkpoint, folder, results=(), hints=None):
+def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
     """Write a checkpoint, with its averaged weights, into a new folder that `sample.py FOLDER` and the Hub can read.
 
     The files are model.safetensors, config.json (settings and tokens) and README.md, a model card. results: files with
-    the output of `evaluate.py --json`, which the card quotes. Raises UserError. A failure leaves no folder.
+    the output of `evaluate.py --json`, which the card quotes. dtype: of the stored weights. Raises UserError. A failure
+    leaves no folder.
     """
     from safetensors.torch import save
     payload, folder = read(checkpoint, hints or Hints()), Path(folder)
@@ -28,8 +29,8 @@ def export(checkpoint, folder, results=(), hints=None):
         raise UserError(f"{folder} already exists: name a new folder")
     with torch.device("meta"):  # shapes alone
         check_fit(config_of(payload).make_model(payload["meta"]["vocab_size"]), payload["ema"], checkpoint)
-    check_finite(payload["ema"], checkpoint)
-    weights = {key: value.contiguous().clone() for key, value in sorted(payload["ema"].items())}
+    weights = {key: value.to(dtype).contiguous().clone() for key, value in sorted(payload["ema"].items())}
+    check_finite(weights, checkpoint)
     settings = {field: value for field, value in dataclasses.asdict(config_of(payload)).items()
                 if same_run(field) and field != "data_dir"}
     measured = [read_result(path) for path in results]

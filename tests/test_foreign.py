@@ -604,6 +604,12 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     again = dataclasses.asdict(from_command_line("train.py", "", lambda p: None)[1])
     assert {key: again[key] for key in config["config"]} == config["config"] and again["max_steps"] == 60
     assert config["meta"]["alphabet"] == KNOWN["text8"]["alphabet"] and "/" not in json.dumps(config["config"])
+    half = tmp_path / "half"
+    assert call("checkpoint.py", "export", trained, half, "--dtype=float16").code == 0
+    size = lambda path: (path / "model.safetensors").stat().st_size
+    assert size(half) < 0.55 * size(folder)
+    of_half = json.loads(call("evaluate.py", half, "--json", "--data_dir", data_dir, "--dtype=float32").out)
+    assert of_half["bits_per_token"] == pytest.approx(json.loads(result.out)["bits_per_token"], abs=0.01)
     assert_one_line(call("checkpoint.py", "export", trained, folder), "already exists")
     assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", folder / "config.json"),
                     "is not the output of `evaluate.py")
