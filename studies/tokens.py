@@ -1,12 +1,12 @@
-"""Characters against GPT-2's tokens: do small tokens cost masked diffusion more than left-to-right models?
+"""Characters against tokens of a BPE: do small tokens cost masked diffusion more than left-to-right models?
 
-    python data/prepare_gutenberg.py && python data/prepare_gutenberg.py --tokenizer gpt2
+    python data/prepare_gutenberg.py && python data/prepare_gutenberg.py --tokenizer bpe:4096
     python studies/tokens.py out/tokens --jobs 2
 
 Lee et al. (arXiv 2605.12928) say so of bytes: masks leave few whole words to read. Token shift gives each position the
 embedding of the one before, so it may mend that. Eight kinds of runs are compared: characters or tokens, diffusion or
 left to right, with token shift or without. All see the same number of bytes, in windows of as many bytes and batches of
-as many windows, by the same transformer (mdlm_mini_fast, 0.8M parameters without the 6.4M of the embeddings of tokens).
+as many windows, by the same transformer (mdlm_mini_fast, 0.8M parameters without the 0.5M of the embeddings of tokens).
 The learning rate of each kind is chosen by the validation of seed 1.
 
 It prints bits per byte of the test split, what characters cost (characters less tokens), and how much more they cost
@@ -29,14 +29,14 @@ from studies import runs
 from studies.runs import mean_and_error
 
 KINDS = {"diffusion": [], "left to right": ["--objective=ar", "--weighting=nelbo", "--time_sampling=uniform"]}
-TOKENS = "characters", "GPT-2"
+TOKENS = "characters", "BPE"
 LRS = (1.5e-3, 3e-3, 6e-3)
 
 
 class Study:
     def __init__(self, args):
         self.args, base = args, CONFIGS["mdlm_mini_fast"]()
-        self.datasets = dict(zip(TOKENS, (args.dataset, f"{args.dataset}_gpt2")))
+        self.datasets = dict(zip(TOKENS, (args.dataset, f"{args.dataset}_bpe4096")))
         bytes_per_token = {}
         for tokens, dataset in self.datasets.items():
             meta = load_meta(dataset, args.data_dir)
@@ -84,9 +84,9 @@ def main():
                  "bits": ("bits", ".4f"), "stderr": ("±", ".4f")}, sys.stdout)
 
     less = lambda one, two: [a - b for a, b in zip(one, two)]
-    costs = {(kind, shift): less(bits["characters", kind, shift], bits["GPT-2", kind, shift])
+    costs = {(kind, shift): less(bits["characters", kind, shift], bits["BPE", kind, shift])
              for kind in KINDS for shift in (False, True)}
-    answers = {f"characters less GPT-2, {kind}, {'with' if shift else 'without'} token shift": cost
+    answers = {f"characters less BPE, {kind}, {'with' if shift else 'without'} token shift": cost
                for (kind, shift), cost in costs.items()}
     for shift in (False, True):
         answers[f"what they cost diffusion more, {'with' if shift else 'without'} token shift"] = less(

@@ -5,9 +5,11 @@
 A run is a folder with ckpt.pt: one of those given, or inside one of them. `evaluate.py --check` scores each on the test
 split by its own estimator and by another one of the same number, on the same windows. The others draw their masks from
 other distributions: with a rate for each window in place of a number of masks, or a step for each window in place of
-strata of steps. The exact likelihood of left-to-right models is computed once more, with one network call for each
-token, on 32 windows: here nothing is random, and the two numbers must be equal up to rounding. Each run has noise of its own. So if both estimators are right, z = difference / its standard error has mean 0
-and variance 1 over the runs.
+strata of steps. Each run has noise of its own. So if both estimators are right, z = difference / its standard error has
+mean 0 and variance 1 over the runs.
+
+The exact likelihood of left-to-right models is computed once more, with one network call for each token, on 32 windows.
+Nothing is random there: the two numbers must be equal up to rounding.
 
 It prints every difference, and exits with code 1 if one of them is larger than four standard errors. RUN.check.json
 beside each run keeps the answer, and what is there is not run again.

@@ -161,7 +161,7 @@ def test_tokens(answers, monkeypatch, tmp_path):
 
     calls = answers(bits)
     for name, tokenizer, per_token in (("x", {"tokenizer": "char", "alphabet": "ab", "vocab_size": 2}, 1),
-                                       ("x_gpt2", {"tokenizer": "gpt2", "vocab_size": 50257}, 5)):
+                                       ("x_bpe4096", {"tokenizer": "hf", "vocab_size": 4096, "definition": ""}, 5)):
         split = lambda value: dict.fromkeys(("train", "val", "test"), value)
         (tmp_path / name).mkdir()
         (tmp_path / name / "meta.json").write_text(json.dumps(tokenizer | {
@@ -172,7 +172,7 @@ def test_tokens(answers, monkeypatch, tmp_path):
     assert len(trained) == 8 * 3 + 8
     for words in trained:
         value = {word.split("=")[0]: word.split("=")[-1] for word in words}
-        per_token = 5 if value["--dataset"] == "x_gpt2" else 1
+        per_token = 5 if value["--dataset"] == "x_bpe4096" else 1
         assert int(value["--max_steps"]) * int(value["--seq_len"]) * per_token == pytest.approx(1500 * 128, rel=1e-3)
     assert [row["lr"] for row in found["rows"]] == [3e-3] * 8
     expected = [0.5, 0.35, 0.3, 0.3, 0.2, 0.05]
