@@ -94,20 +94,43 @@ class AdamW(torch.optim.AdamW):
             self.step()
 
 
-def orthogonalise(g, steps=5):
+# (a, b, c) of the iterations of orthogonalise, by the method of Polar Express (arXiv 2505.16932): of all odd polynomials
+# of degree 5, each stays nearest to 1 on the interval into which those before it have mapped [0.01, 1]. The upper end
+# of each interval is raised by 3 %, because beyond it the polynomials grow fast, and bfloat16 rounds.
+ITERATIONS = (7.8690, -21.6582, 15.0808), (3.5633, -2.5190, 0.4676), (2.6596, -1.8821, 0.4038)
+
+
+def orthogonalise(g, iterations=ITERATIONS):
     """Approximate U V^T of g = U S V^T, for matrices g (..., m, n).
 
-    Newton-Schulz: x <- a x + b (x x^T) x + c (x x^T)^2 x maps every singular value s of x to a s + b s^3 + c s^5. The
-    coefficients are Jordan's. They raise small values fastest and do not quite converge: five iterations map all values
-    in [0.01, 1] into [0.68, 1.14].
+    Newton-Schulz: x <- p x, with s = x x^T and p = a I + b s + c s^2, maps every singular value v of x to
+    a v + b v^3 + c v^5. ITERATIONS map all values in [0.01, 1] into [0.70, 1.30].
+
+    If x is wide, it is cheaper to multiply it once, by q, the product of all p. Until then only s is needed: x <- p x
+    makes s <- p s p. Rounding errors of s grow with the iterations. Three are safe in bfloat16, five are not.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that x x^T is the smaller square
+    x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that s is the smaller square
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+    if not is_wide(*x.shape[-2:]):
+        for a, b, c in iterations:
+            s = x @ x.mT
+            x = a * x + (b * s + c * s @ s) @ x
+    else:
+        s, q = x @ x.mT, None
+        for a, b, c in iterations:
+            if q is not None:
+                s = p @ s @ p
+            p = b * s + c * s @ s
+            p.diagonal(dim1=-2, dim2=-1).add_(a)
+            q = p if q is None else p @ q
+        x = q @ x
     return x.mT if g.shape[-2] > g.shape[-1] else x
+
+
+def is_wide(m, n):
+    """Tell whether an m x n matrix, m <= n, takes fewer operations by way of q: 4 m^2 n + 18 m^3 in three iterations,
+    and not 12 m^2 n + 6 m^3."""
+    return n > 1.5 * m
 
 
 class Muon(torch.optim.Optimizer):
@@ -123,9 +146,9 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def flops(shape):
-        """Operations of a step of an m x n matrix, m <= n: five iterations of three products."""
+        """Operations of orthogonalise for an m x n matrix."""
         m, n = sorted(shape)
-        return 5 * (4 * m * m * n + 2 * m**3)
+        return 4 * m * m * n + 18 * m**3 if is_wide(m, n) else 12 * m * m * n + 6 * m**3
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
