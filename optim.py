@@ -116,9 +116,9 @@ def orthogonalise(g, iterations=ITERATIONS):
             s = x @ x.mT
             x = a * x + (b * s + c * s @ s) @ x
     else:
-        s, q = x @ x.mT, None
+        s, p, q = x @ x.mT, None, None
         for a, b, c in iterations:
-            if q is not None:
+            if p is not None:
                 s = p @ s @ p
             p = b * s + c * s @ s
             p.diagonal(dim1=-2, dim2=-1).add_(a)

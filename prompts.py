@@ -23,9 +23,6 @@ def template(text, tokenizer, mask_id, name="--template"):
     """
     canvas, plain, end = [], "", 0
 
-    def write():
-        canvas.extend(encode(plain, tokenizer, name))
-
     for match in BLANKS.finditer(text):
         plain, end = plain + text[end:match.start()], match.end()
         if match["escaped"]:
@@ -36,14 +33,17 @@ def template(text, tokenizer, mask_id, name="--template"):
             raise UserError(f"{name} {text[:80]!r}: {match[0][:80]!r} is not a blank (____ or {{12}}); write the "
                             r"characters { } _ \ as \{ \} \_ \\")
         n = len(match["blanks"] or "") or int(count)
-        write()
+        canvas += encode(before_blank(plain, tokenizer), tokenizer, name) + [mask_id] * n
         plain = ""
-        canvas += [mask_id] * n
-    plain += text[end:]
-    write()
+    canvas += encode(plain + text[end:], tokenizer, name)
     if mask_id not in canvas:
         raise UserError(f"{name} {text[:80]!r} has no blanks: write ____ for four tokens, {{12}} for twelve")
     return canvas
+
+
+def before_blank(text, tokenizer):
+    """The text before a blank, less a space at its end if the first token of a word in the blank brings it along."""
+    return text.removesuffix(" ") if tokenizer.space_first else text
 
 
 def encode(text, tokenizer, name):
@@ -75,8 +75,8 @@ def canvases(args, seq_len, tokenizer, mask_id):
     elif args.template:
         found = [template(args.template, tokenizer, mask_id)]
     else:
-        prefix, suffix = (encode(text or "", tokenizer, name) for text, name in ((args.prefix, "--prefix"),
-                                                                                 (args.suffix, "--suffix")))
+        prefix = encode(before_blank(args.prefix or "", tokenizer), tokenizer, "--prefix")
+        suffix = encode(args.suffix or "", tokenizer, "--suffix")
         length = args.length or seq_len
         if len(prefix) + len(suffix) >= length:
             raise UserError(f"the prompt has {len(prefix) + len(suffix)} tokens, which leaves nothing of {length} to "

@@ -40,10 +40,11 @@ class CharTokenizer:
     """One token per character of a fixed alphabet; ids are positions in it.
 
     end, of all tokenizers: the id of the token that ends a text, or None.
+    space_first, of all tokenizers: whether the first token of a word has the space before it.
     pad: the character of the alphabet, or None, that fills items up to their length and is no part of the text.
     """
 
-    unit = "char"
+    unit, space_first = "char", False
 
     def __init__(self, alphabet, pad=None):
         self.alphabet, self.vocab_size, self.pad = alphabet, len(alphabet), pad
@@ -73,7 +74,7 @@ class CharTokenizer:
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE by tiktoken: 50,256 tokens and end-of-text (id 50256)."""
 
-    unit = "token"
+    unit, space_first = "token", True
     end = 50256  # end-of-text
 
     def __init__(self, vocab_size=50257):
@@ -109,7 +110,7 @@ class HubTokenizer:
     0 ... V - 1, in the tokenizer's order. An unknown token stays if the tokenizer makes it of unknown characters.
     """
 
-    unit, end = "token", None
+    unit, end, space_first = "token", None, True
 
     def __init__(self, definition, left_out=None):
         """definition: what a tokenizer.json contains. left_out: the ids to leave out, if not those of special tokens.

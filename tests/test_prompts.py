@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ import sampler_settings
 import storage
 from cli import UserError
 from commands import ROOT, assert_one_line, log, train
-from data.tokenizer import CharTokenizer
+from data.tokenizer import CharTokenizer, make_tokenizer, tokens_of
 from diffusion import MDLM
 from foreign import translate
 from likelihood import Windows
 from model import DiT
-from prompts import blocks, template
+from prompts import blocks, canvases, template
 from randomness import prefix_lengths
 from sampling import SIGMAS
 from studies.curves import measure_context, measure_curve
@@ -77,6 +78,18 @@ def test_template_of_bpe(gpt2):
     """The pieces between blanks are encoded by themselves."""
     canvas = template("The{2} sat on the{3}.", gpt2, M)
     assert canvas == [*gpt2.encode("The"), M, M, *gpt2.encode(" sat on the"), M, M, M, *gpt2.encode(".")]
+
+
+def test_space_before_a_blank():
+    """A token of a BPE has the space before its word, so it is not also given; other spaces, and characters, stay."""
+    bpe = make_tokenizer(tokens_of("bpe:300", ["the cat sat on the mat " * 9]))
+    ids = lambda text: bpe.encode(text).tolist()
+    assert template("the _ sat {2} ", bpe, M) == [*ids("the"), M, *ids(" sat"), M, M, *ids(" ")]
+    assert template("the  _, the\\n_", bpe, M) == [*ids("the "), M, *ids(", the\n"), M]
+    assert template("the _", CharTokenizer(ALPHABET), M) == [*CharTokenizer(ALPHABET).encode("the "), M]
+    args = SimpleNamespace(template=None, infill=None, prefix="the cat ", suffix=" mat", length=9, context=None)
+    assert canvases(args, 9, bpe, M)[0] == [*ids("the cat"), *[M] * (9 - len(ids("the cat")) - len(ids(" mat"))),
+                                            *ids(" mat")]
 
 
 def test_blocks():
