@@ -32,7 +32,7 @@ from prompts import canvases, denoise, end_of, text_of
 from sampler_settings import NAMES, add_arguments, given_flags, settings_of, steps_flag
 from show import History, Screen, gif, html, joined, png
 from storage import add_hints, hints_of
-from studies.baselines import known_word_share
+from studies.baselines import known_word_share, words_of
 
 OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".yaml")
 RECORD = 100  # least bytes that the record of a token takes (show.History)
@@ -173,11 +173,9 @@ def main():
     if config.prefix.startswith("fixed") and not args.prefix and not args.template and not args.infill:
         note(f"{args.checkpoint} was trained to continue text ({config.prefix}): without --prefix its text is worse")
     if args.known_words:
-        if meta["tokenizer"] != "char":
-            raise UserError("--known_words works only with character data")
         data_dir = args.data_dir or config.data_dir  # not the model's tokenizer, which may have another alphabet
-        train_text = make_tokenizer(load_meta(config.dataset, data_dir)).decode(
-            load_split(config.dataset, "train", 1, data_dir))
+        known = words_of(load_split(config.dataset, "train", 1, data_dir),
+                         make_tokenizer(load_meta(config.dataset, data_dir)))
 
     watching = args.show or args.show_intermediate
     uniform = not objective.has_mask  # then no masks of a canvas are left after the first step
@@ -223,7 +221,7 @@ def main():
     note(f"{settings.sampler}, {steps}{denoiser.nfe} network calls, {seconds:.1f} s, "
          f"{n_masks / seconds:,.0f} tokens/s, seed {args.seed}")
     if args.known_words:
-        note(f"{known_word_share(texts, train_text):.1%} of the words occur in the training data")
+        note(f"{known_word_share(texts, known):.1%} of the words occur in the training data")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,13 @@
 
 import lzma
 import math
+import re
 
 import numpy as np
+
+from cli import progress
+
+MOST, CHUNK = 100_000_000, 1 << 20  # tokens of a training text whose words count as known; those decoded at a time
 
 
 def ngram_bits(train, test, n, vocab_size):
@@ -64,8 +69,16 @@ def reference_points(train, test, vocab_size):
     ]
 
 
-def known_word_share(texts, train_text):
-    """Share of words in texts that occur in train_text. A text's first and last word may be cut and do not count."""
-    known = set(train_text.split())
+def words_of(tokens, tokenizer):
+    """The set of words in a training text (n,) of tokens, of the first 100 million if it is longer."""
+    tokens, known, rest = tokens[:MOST], set(), ""
+    for start in progress(range(0, len(tokens), CHUNK), desc="words of the training text", leave=False):
+        *words, rest = re.split(r"\s+", rest + tokenizer.decode(tokens[start:start + CHUNK]))
+        known.update(words)  # the last word may go on in the next chunk
+    return known | {rest}
+
+
+def known_word_share(texts, known):
+    """Share of words in texts that are known. A text's first and last word may be cut and do not count."""
     words = [word for text in texts for word in text.split()[1:-1]]
     return sum(word in known for word in words) / max(1, len(words))

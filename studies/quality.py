@@ -23,7 +23,7 @@ from data.tokenizer import make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
 from plot import picture
 from prompts import denoise, end_of, text_of
-from studies.baselines import known_word_share
+from studies.baselines import known_word_share, words_of
 
 
 # ---- without a judge -------------------------------------------------------------------------------------------------
@@ -54,14 +54,12 @@ def repetition(texts, n):
     return 1 - sum(len(set(grams)) for grams in found) / sum(map(len, found)) if any(found) else None
 
 
-def statistics_of(texts, tokenizer, train_text=None):
-    """Return the statistics of texts that need no judge, as a dict."""
+def statistics_of(texts, tokenizer, known):
+    """Return the statistics of texts that need no judge, as a dict. known: the words of the training text."""
     entropies = [unigram_entropy(tokenizer.encode(text).tolist()) for text in texts]
-    found = {"unigram_entropy_bits": sum(entropies) / len(entropies), "distinct_1": distinct(texts, 1),
-             "distinct_2": distinct(texts, 2), "repetition_2": repetition(texts, 2)}
-    if train_text is not None:
-        found["known_words"] = known_word_share(texts, train_text) if distinct(texts, 3) else None
-    return found
+    return {"unigram_entropy_bits": sum(entropies) / len(entropies), "distinct_1": distinct(texts, 1),
+            "distinct_2": distinct(texts, 2), "repetition_2": repetition(texts, 2),
+            "known_words": known_word_share(texts, known) if distinct(texts, 3) else None}
 
 
 # ---- judges ----------------------------------------------------------------------------------------------------------
@@ -210,14 +208,13 @@ def measure(subject, samples, judge, settings, seed):
     Returns [{sampler, steps, nfe, ...}]. samples: their number, or texts. subject: a subject.Subject. judge: from
     open_judge, or None.
     """
-    rows, objective, train_text, data = [], subject.objective(), None, subject.data
-    if subject.tokenizer.unit == "char":
-        train_text = subject.tokenizer.decode(subject.read_split("train"))
+    rows, objective, data = [], subject.objective(), subject.data
+    known = words_of(subject.read_split("train"), subject.tokenizer)
 
     def add(name, texts, **more):
         row = {"sampler": name, "steps": None, "setting": None, "nfe": None, "tokens_read": None,
                "temperature": None, "top_p": None, "top_k": None, "seed": None, "seconds": None}
-        row |= more | {"n_samples": len(texts), **statistics_of(texts, subject.tokenizer, train_text)}
+        row |= more | {"n_samples": len(texts), **statistics_of(texts, subject.tokenizer, known)}
         rows.append(row | (judged(judge, texts, data.batch_size) if judge else {}))
 
     if isinstance(samples, list):

@@ -7,7 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from studies.baselines import known_word_share, lzma_bits, ngram_bits, reference_points
+from data.tokenizer import CharTokenizer, make_tokenizer, tokens_of
+from studies import baselines
+from studies.baselines import known_word_share, lzma_bits, ngram_bits, reference_points, words_of
 
 
 def slow_ngram(train, history, x, n, V):
@@ -43,4 +45,17 @@ def test_reference_points_order():
 
 def test_known_words():
     """Words cut by the ends of a sample do not count."""
-    assert known_word_share(["cut the cat xq sat cu"], "the cat sat") == pytest.approx(3 / 4)
+    assert known_word_share(["cut the cat xq sat cu"], {"the", "cat", "sat"}) == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 1000])
+def test_words_of(monkeypatch, chunk):
+    """Chunks of tokens may end within words, and between them; what is beyond the limit does not count."""
+    text = "the cat sat  on a\nmat the end"
+    monkeypatch.setattr(baselines, "CHUNK", chunk)
+    letters = CharTokenizer("".join(sorted(set(text))))
+    assert words_of(letters.encode(text), letters) - {""} == set(text.split())
+    bpe = make_tokenizer(tokens_of("bpe:270", [text * 9]))
+    assert words_of(bpe.encode(text), bpe) - {""} == set(text.split())
+    monkeypatch.setattr(baselines, "MOST", 7)
+    assert words_of(letters.encode(text), letters) - {""} <= {"the", "cat", "sat"}
