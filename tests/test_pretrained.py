@@ -13,7 +13,7 @@ from data.tokenizer import make_tokenizer
 from likelihood import Windows, bound
 
 # Not from any book: nothing of it was trained on.
-RECORDED = (0.335211, 0.341819, 0.272256)  # nats, letters 1, 4, 7 ... masked; 2, 5, 8 ...; 3, 6, 9 ...
+RECORDED = (3.336555, 3.916024, 3.741929)  # nats, tokens 1, 4, 7 ... masked; 2, 5, 8 ...; 3, 6, 9 ...
 TEXT = ("when the rain had stopped the two sisters walked down to the harbour and asked every fisherman they met "
         "whether a letter had come with the morning boat but nobody had seen one and so they bought some bread and "
         "turned back towards the hill where their father was waiting for them at the gate with his old grey dog")
@@ -25,19 +25,19 @@ def loaded():
 
 
 def test_files():
-    """Weights, settings and a card, 8 MB at most, and nothing that could run."""
+    """Weights, settings and a card, 12 MB at most, and nothing that could run."""
     files = {path.name: path.stat().st_size for path in sample.PRETRAINED.iterdir()}
-    assert files.keys() == {"model.safetensors", "config.json", "README.md"} and sum(files.values()) <= 8e6
+    assert files.keys() == {"model.safetensors", "config.json", "README.md"} and sum(files.values()) <= 12e6
     card = json.loads((sample.PRETRAINED / "config.json").read_text())
     assert card["measured"] and card["measured"][0]["split"] == "test"
 
 
 def test_without_arguments(call, monkeypatch, tmp_path):
-    """`python sample.py`, from any folder: a text of the model's length appears, and most of its words are words."""
+    """`python sample.py`, from any folder: a text of the model's length appears, in words."""
     monkeypatch.chdir(tmp_path)
     result = call(ROOT / "sample.py")
     text = result.out.rstrip("\n").split("\n")[-1]
-    assert result.code == 0 and len(text) == loaded()[1].seq_len and set(text) <= set(" abcdefghijklmnopqrstuvwxyz")
+    assert result.code == 0 and 300 < len(text) < 900 and set(text) <= set(" abcdefghijklmnopqrstuvwxyz")
     assert " the " in text and "256 steps" not in result.err.split("\n")[0]
 
 
@@ -50,16 +50,16 @@ def test_it_knows_english():
     bits = []
     for text in (TEXT, mixed, any_letters):
         tokens = tokenizer.encode(text)[:config.seq_len]
-        data = Windows(tokens, torch.zeros(1, dtype=torch.long).numpy(), config.seq_len, 16, torch.device("cpu"),
+        data = Windows(tokens, torch.zeros(1, dtype=torch.long).numpy(), len(tokens), 16, torch.device("cpu"),
                        torch.float32)
-        nats = bound(model, objective, data, repeats=32)
-        bits.append(nats.item() / 0.6931)
-    assert bits[0] < 2.2 and bits[0] + 2 < bits[1] and bits[1] + 1 < bits[2]
+        nats = bound(model, objective, data, repeats=32).item() * len(tokens)
+        bits.append(nats / 0.6931 / len(tokenizer.decode(tokens)))  # per character
+    assert bits[0] < 1.6 and bits[0] + 2 < bits[1] and bits[1] + 1 < bits[2]
 
 
 @torch.no_grad()
 def test_recorded_numbers():
-    """Cross-entropies of this text, every third letter masked, as recorded once: whatever changes what the published
+    """Cross-entropies of this text, every third token masked, as recorded once: whatever changes what the published
     weights mean, such as another sign of the rotation, epsilon or GELU, changes them."""
     model, config, tokenizer, objective = loaded()
     x0 = torch.from_numpy(tokenizer.encode(TEXT)[:config.seq_len].astype("int64"))[None]
@@ -67,11 +67,11 @@ def test_recorded_numbers():
         where = torch.zeros_like(x0, dtype=torch.bool)
         where[:, first::3] = True
         logits = model(objective.corrupt(x0, where), torch.tensor([1 / 3]), where=where)
-        assert torch.nn.functional.cross_entropy(logits, x0[where]).item() == pytest.approx(recorded, abs=2e-5)
+        assert torch.nn.functional.cross_entropy(logits, x0[where]).item() == pytest.approx(recorded, abs=1e-4)
 
 
 def test_it_fills_in(call):
     """What is missing of two common words in their sentence is found."""
-    result = call("sample.py", "--template", "he said that he did not k{3} what to say to t{2} men of the house",
+    result = call("sample.py", "--template", "for the first _ in his life he did not _ what to do",
                   "--sampler=topk", "--k=1", "--temperature=0.1")
-    assert result.out == "he said that he did not know what to say to the men of the house\n"
+    assert result.out == "for the first time in his life he did not know what to do\n"
