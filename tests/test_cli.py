@@ -320,7 +320,7 @@ def test_a_validation_on_one_window(call, data_dir, tmp_path):
     assert "nan" not in result.out
     assert [line["val_stderr"] for line in log(tmp_path / "out") if "val_stderr" in line] == [None]
     assert call("checkpoint.py", "export", tmp_path / "out", tmp_path / "card").code == 0
-    assert "(n = 1) | validation during training" in (tmp_path / "card" / "README.md").read_text()
+    assert "(n = 1) |  | validation during training" in (tmp_path / "card" / "README.md").read_text()
     assert likelihood.plus_minus(0.12345) == "± 0.1235" and likelihood.plus_minus(math.nan) == "(n = 1)"
 
 
