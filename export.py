@@ -92,12 +92,12 @@ def model_card(name, card, n_params, validation):
         "```sh", f"python sample.py {name}      # or hf://OWNER/{name}", f"python evaluate.py {name}", "```", "",
         *(["| bits per token | per character | on |", "|---|---|---|", *rows, ""] if rows else
           ["Nothing was measured yet.", ""]),
-        *(["These commands train it again. More steps (`--max_steps`) and a larger network (`--n_layer`, `--n_embd`) "
-           "make a better one.", "", "```sh", *again, "```", ""] if again else [])])
+        *(["These commands train such a model from nothing. More steps (`--max_steps`) and a larger network "
+           "(`--n_layer`, `--n_embd`) make a better one.", "", "```sh", *again, "```", ""] if again else [])])
 
 
 def training_commands(card):
-    """The commands that prepare the data of a model and train it; none if it comes from another project."""
+    """The commands that prepare the data and train with these settings; none if the model is another project's."""
     if card["name"] not in CONFIGS:
         return []
     usual = dataclasses.asdict(CONFIGS[card["name"]]())

@@ -94,9 +94,9 @@ class AdamW(torch.optim.AdamW):
             self.step()
 
 
-# (a, b, c) of the iterations of orthogonalise, by the method of Polar Express (arXiv 2505.16932): of all odd polynomials
-# of degree 5, each stays nearest to 1 on the interval into which those before it have mapped [0.01, 1]. The upper end
-# of each interval is raised by 3 %, because beyond it the polynomials grow fast, and bfloat16 rounds.
+# (a, b, c) of the iterations of orthogonalise, by the method of Polar Express (arXiv 2505.16932). Each has, of all odd
+# polynomials of degree 5, the one nearest to 1 on the interval into which those before it have mapped [0.01, 1]. The
+# upper end of each interval is raised by 3 %, because beyond it the polynomials grow fast, and bfloat16 rounds.
 ITERATIONS = (7.8690, -21.6582, 15.0808), (3.5633, -2.5190, 0.4676), (2.6596, -1.8821, 0.4038)
 
 

@@ -200,7 +200,8 @@ def read(path, hints=Hints()):
     try:
         expected = card.pop("weights_sha256", None) if card else payload.pop("sha256", None)
         intact = expected == digest(dict(sorted(payload.items())) if card else payload)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # sparse; meta; no dict
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # digest() cannot read sparse
+        # tensors and those without data; the weights of a folder may be no dict
         intact = False
     if not intact:
         raise UserError(f"{path} is damaged: " + ("the weights do not match the SHA-256 in config.json" if card else

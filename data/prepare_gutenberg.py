@@ -12,6 +12,7 @@ text becomes `gutenberg_gpt2`, and with --tokenizer bpe:4096, a vocabulary made 
 """
 
 import csv
+import functools
 import hashlib
 import html
 import http.client
@@ -109,19 +110,18 @@ def main():
     args = p.parse_args()
     if args.tokenizer not in ("char", "gpt2"):
         size_of_bpe(args.tokenizer)
-    name = "gutenberg" + "_" * (args.tokenizer != "char") + args.tokenizer.replace(":", "").removeprefix("char")
+    name = "gutenberg" if args.tokenizer == "char" else f"gutenberg_{args.tokenizer.replace(':', '')}"
     folder = args.data_dir / name
     if is_prepared(folder):
         return
     with open(LIST, encoding="utf-8", newline="") as file:
         books = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    texts = cut_books(args.file, books) if args.file else (normalise(text_of(download(URL.format(**book))))
-                                                           for book in progress(books, desc="downloading", unit="book"))
-    texts = list(texts)
+    load = functools.cache(lambda: list(cut_books(args.file, books)) if args.file else [
+        normalise(text_of(download(URL.format(**book)))) for book in progress(books, desc="downloading", unit="book")])
     tokens = KNOWN["text8"] if args.tokenizer == "char" else tokens_of(
-        args.tokenizer, [text for book, text in zip(books, texts) if book["split"] == "train"])
+        args.tokenizer, lambda: [text for book, text in zip(books, load()) if book["split"] == "train"])
     meta = tokens | {"name": name, "source": ", ".join(sorted({book["repo"] for book in books}))}
-    tokenizer, different = make_tokenizer(meta), []
+    tokenizer, texts, different = make_tokenizer(meta), load(), []
     with DatasetWriter(folder, meta) as writer, progress(total=len(books), desc="encoding", unit="book") as bar:
         for book, text in zip(books, texts):
             if hashlib.sha256(text.encode()).hexdigest()[:16] != book["sha256"]:

@@ -59,7 +59,7 @@ def main():
         if args.tokenizer != "char":
             splits = whole_lines(*splits.values())
     if args.tokenizer != "char":
-        meta = tokens_of(args.tokenizer, [splits["train"]])
+        meta = tokens_of(args.tokenizer, lambda: [splits["train"]])
     elif args.alphabet == "text8":
         meta = dict(KNOWN["text8"])
     else:

@@ -7,6 +7,7 @@
     python data/prepare_wikitext.py --file train.parquet val.parquet test.parquet
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -55,11 +56,11 @@ def main():
     folder = args.data_dir / ("wikitext103" if args.large else "wikitext")
     if is_prepared(folder):
         return
-    found = dict(zip(SPLITS, texts(args.large, args.file)))
-    meta = tokens_of(args.tokenizer, [found["train"]]) | {"name": folder.name,
-                                                          "source": ", ".join(args.file or [SOURCE])}
+    load = functools.cache(lambda: dict(zip(SPLITS, texts(args.large, args.file))))
+    meta = tokens_of(args.tokenizer, lambda: [load()["train"]])
+    meta |= {"name": folder.name, "source": ", ".join(args.file or [SOURCE])}
     tokenizer = make_tokenizer(meta)
-    write_splits(folder, meta, found, lambda text: encode(text, tokenizer))
+    write_splits(folder, meta, load(), lambda text: encode(text, tokenizer))
 
 
 if __name__ == "__main__":

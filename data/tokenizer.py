@@ -252,14 +252,16 @@ HUB = {"bert": "hf://google-bert/bert-base-uncased", "roberta": "hf://FacebookAI
 
 
 def tokens_of(name, texts):
-    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, bpe:SIZE (made of the texts), hf://owner/name or a folder.
+    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, bpe:SIZE, hf://owner/name or a folder.
 
-    Raises UserError if there is no such tokenizer.
+    texts: a function that returns the texts of which bpe:SIZE is made. It is called for nothing else, and only after
+    the name is checked. Raises UserError if there is no such tokenizer.
     """
     if name == "gpt2":
         return dict(KNOWN["openwebtext"])
     if name.startswith("bpe:"):
-        return hub_meta(train_bpe(texts, size_of_bpe(name)))
+        size = size_of_bpe(name)
+        return hub_meta(train_bpe(texts(), size))
     if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
         raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like bpe:4096 or "
                         "hf://owner/name, nor a folder")

@@ -70,12 +70,12 @@ def reference_points(train, test, vocab_size):
 
 
 def words_of(tokens, tokenizer):
-    """The set of words in a training text (n,) of tokens, of the first 100 million if it is longer."""
+    """The set of words in a training text (n,) of tokens; in its first 100 million tokens, if it is longer."""
     tokens, known, rest = tokens[:MOST], set(), ""
     for start in progress(range(0, len(tokens), CHUNK), desc="words of the training text", leave=False):
         *words, rest = re.split(r"\s+", rest + tokenizer.decode(tokens[start:start + CHUNK]))
         known.update(words)  # the last word may go on in the next chunk
-    return known | {rest}
+    return (known | {rest}) - {""}
 
 
 def known_word_share(texts, known):

@@ -223,8 +223,8 @@ def test_other_names_of_a_config(call, data_dir, tmp_path, monkeypatch):
 
 
 def test_lost_checkpoints(call, data_dir, tmp_path):
-    """Where a run must have had a checkpoint and there is none, --resume auto says so and touches nothing; where it was
-    stopped before the first one, it says that it begins again, and does."""
+    """--resume auto touches nothing and says so if the checkpoints of a run are gone. If the run was stopped before its
+    first checkpoint, it says that it begins again, and does."""
     out, options = tmp_path / "out", ["--max_steps=8", "--eval_interval=1", "--checkpoint_interval=4"]
     assert train(call, "mdlm_text8", data_dir, out, *options).code == 0
     for name in ("ckpt.pt", "ckpt_prev.pt"):
@@ -283,7 +283,7 @@ def test_one_run_per_folder(call, data_dir, tmp_path, monkeypatch):
 
 
 def test_a_file_system_without_locks(call, data_dir, tmp_path, monkeypatch):
-    """Where nothing can be locked the run says so, once, and goes on."""
+    """A run on a file system without locks says so, once, and goes on."""
     def flock(*args):
         raise OSError(errno.ENOSYS, "Function not implemented")
 

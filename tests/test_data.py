@@ -78,7 +78,7 @@ def test_recode():
 def test_bpe_merges_the_most_frequent_pair():
     """Every merge of bpe:SIZE joins a pair of neighbours that no other pair within words exceeds in number."""
     text = words(400) + " " + words(300, seed=1)[::-1] + " caf\u00e9"
-    meta = tokens_of("bpe:300", [text[:900], text[900:]])
+    meta = tokens_of("bpe:300", lambda: [text[:900], text[900:]])
     letters = {byte: character for character, byte in byte_alphabet().items()}
     pieces = [[letters[byte] for byte in word.encode()] for part in (text[:900], text[900:])
               for word in re.findall(" ?[^ ]+", part)]
@@ -100,15 +100,16 @@ def test_bpe_merges_the_most_frequent_pair():
     assert meta["vocab_size"] == 300 and tokenizer.decode(ids) == text and ids.max() >= 256
     characters, n_bytes = tokenizer.lengths()
     assert (characters[ids].sum(), n_bytes[ids].sum()) == (len(text), len(text.encode()))
-    assert tokens_of("bpe:300", [text[:900], text[900:]]) == meta
+    assert tokens_of("bpe:300", lambda: [text[:900], text[900:]]) == meta
     strange = "\u03a9\n\t 12 \U0001f600"  # not in the text: bytes
     assert tokenizer.decode(tokenizer.encode(strange)) == strange
 
 
 @pytest.mark.parametrize("size", ["", "256", "65537", "4k", "-300"])
 def test_bpe_of_no_size(size):
+    """It is refused before any text is read or downloaded."""
     with pytest.raises(UserError, match=f"--tokenizer bpe:{size}: write bpe:SIZE with a size of 257 to 65,536"):
-        tokens_of(f"bpe:{size}", ["text"])
+        tokens_of(f"bpe:{size}", lambda: pytest.fail("the text was read"))
 
 
 def test_padding_of_gpt2_is_no_text(gpt2):
@@ -258,8 +259,9 @@ def test_textfile_bpe(monkeypatch, tmp_path):
     meta = load_meta("mine", tmp_path)
     parts = [read(tmp_path / "mine", split) for split in ("train", "val", "test")]
     assert "".join(parts) == text and sum(meta["bytes"].values()) == len(text)
-    assert {key: meta[key] for key in ("tokenizer", "vocab_size", "definition")} == tokens_of("bpe:300", parts[:1])
-    assert meta["definition"] != tokens_of("bpe:300", [text])["definition"]
+    expected = tokens_of("bpe:300", lambda: parts[:1])
+    assert {key: meta[key] for key in ("tokenizer", "vocab_size", "definition")} == expected
+    assert meta["definition"] != tokens_of("bpe:300", lambda: [text])["definition"]
 
 
 @pytest.mark.parametrize("content, message", [

@@ -70,7 +70,7 @@ def test_no_value_grows_in_bfloat16(kind, shape):
 
 
 def test_is_torchs(monkeypatch):
-    """Ten steps from random gradients are torch.optim.Muon's, but for its bfloat16, with its five iterations; shapes are
+    """Ten steps from random gradients, with five iterations, are torch.optim.Muon's, but for its bfloat16. Shapes are
     mixed on purpose."""
     monkeypatch.setattr(optim, "orthogonalise", lambda g: orthogonalise(g, 5 * [(3.4445, -4.7750, 2.0315)]))
     torch.manual_seed(0)

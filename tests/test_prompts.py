@@ -82,7 +82,7 @@ def test_template_of_bpe(gpt2):
 
 def test_space_before_a_blank():
     """A token of a BPE has the space before its word, so it is not also given; other spaces, and characters, stay."""
-    bpe = make_tokenizer(tokens_of("bpe:300", ["the cat sat on the mat " * 9]))
+    bpe = make_tokenizer(tokens_of("bpe:300", lambda: ["the cat sat on the mat " * 9]))
     ids = lambda text: bpe.encode(text).tolist()
     assert template("the _ sat {2} ", bpe, M) == [*ids("the"), M, *ids(" sat"), M, M, *ids(" ")]
     assert template("the  _, the\\n_", bpe, M) == [*ids("the "), M, *ids(", the\n"), M]
