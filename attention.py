@@ -105,7 +105,7 @@ def annealed(L, step, anneal_steps, seed):
     """The visibility (L, L) of a training step on the way from causal to full attention (DiffuLLaMA, arXiv 2410.17891).
 
     A token sees all tokens on its left, itself, and each one on its right with probability (step + 1)/anneal_steps. One
-    draw serves the whole batch and all blocks. Returns None, which means full attention, from step anneal_steps - 1 on.
+    table serves all sequences and all layers. Returns None, which means full attention, from step anneal_steps - 1 on.
     """
     share = (step + 1) / anneal_steps if anneal_steps else 1
     if share >= 1:

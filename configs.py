@@ -439,7 +439,7 @@ def bd3_shakespeare():
 
 
 def bd3_openwebtext_8gpu():
-    """block diffusion where mdlm_openwebtext_8gpu has MDLM, blocks of 16 tokens; --init_from its checkpoint"""
+    """block diffusion in blocks of 16 tokens, a short run that starts from mdlm_openwebtext_8gpu (--init_from)"""
     return block_twin(mdlm_openwebtext_8gpu(), 16, batch_size=512, micro_batch_size=16, max_steps=150_000, lr=3e-4)
 
 

@@ -116,16 +116,16 @@ def prepared(x0, loaded):
 def masked_terms(objective, logits, x0, noise, weight):
     """The cost of each token if it is masked: logits (L, V), x0 (L,), Noise of one sequence -> {column: (L,) float64}.
 
-    All columns are in bits except p and Z, the sum of the network's prediction q. The score entropy is that of the
-    scores s = r q, computed by its own formula, dsigma/dt [sum_y s_y - r log s_x0 + r (log r - 1)] (diffusion.SEDD),
-    for networks of every objective.
+    All columns are in bits except p and Z, the sum of the network's prediction f, which need not be normalised. The
+    score entropy is that of the scores S = odds f, computed by its own formula (diffusion.SEDD), for every objective:
+    dsigma/dt [sum_y S_y - odds log S_x0 + odds (log odds - 1)].
     """
-    log_q = objective.log_prediction(logits, noise.t.expand(len(x0))).double()
-    log_z, log_q_x0 = log_q.logsumexp(-1), log_q.gather(-1, x0[:, None]).squeeze(-1)
-    ce, t = log_z - log_q_x0, noise.t.double()
+    log_f = objective.log_prediction(logits, noise.t.expand(len(x0))).double()
+    log_z, log_f_x0 = log_f.logsumexp(-1), log_f.gather(-1, x0[:, None]).squeeze(-1)
+    ce, t = log_z - log_f_x0, noise.t.double()
     alpha = objective.schedule.alpha(t).clamp(min=1e-9)  # at alpha = 0 sigma is infinite
-    r, dsigma = alpha / (1 - alpha), -objective.schedule.dalpha(t) / alpha
-    entropy = dsigma * ((log_q.exp() * r).sum(-1) - r * (log_q_x0 + r.log()) + r * (r.log() - 1))
+    odds, dsigma = alpha / (1 - alpha), -objective.schedule.dalpha(t) / alpha
+    entropy = dsigma * ((log_f.exp() * odds).sum(-1) - odds * (log_f_x0 + odds.log()) + odds * (odds.log() - 1))
     columns = {"p(token)": (-ce).exp(), "CE": ce / BIT, "weight x CE": weight * ce / BIT,
                "score entropy": entropy / BIT}
     if objective.normalised:

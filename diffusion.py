@@ -11,7 +11,7 @@ ends at clean text; its term of the bound is the papers' reconstruction term.
     alpha(t)    P(a token is visible at t)            prod(1 - beta)  alpha_t       alpha_t     exp(-sigma)   alpha_t
     mask_id     the mask, always the last id: V       [MASK]          m             m           MASK          m
     model       logits (B, L, V) of x0 given xt       p~(x~_0|x_t)    x_theta       mu_theta    s_theta       x_theta
-    nelbo       bound on -log p(x0), nats per token   L_vb / L        L_NELBO / L   L / L       L_DWDSE / L   -
+    nelbo       bound on -log p(x0), nats per token   L_vb / L        L_NELBO / L   loss / L    L_DWDSE / L   -
 
 The model never predicts the mask, and it keeps what it sees (carry-over). Then the KL divergence between the true and
 the learned reverse step is zero at visible tokens, and a multiple of the cross-entropy CE = -log p(x0) at masks. So
@@ -89,7 +89,7 @@ RANGES = {"loglinear": (1e-6, 0.5), "geometric": (1e-9, 30.0)}  # of their numbe
 
 
 def make_schedule(name):
-    """'linear' or 'geometric:0.0001:20' -> Schedule. Raises ValueError for what is none."""
+    """'linear' or 'geometric:0.0001:20' -> Schedule. Raises ValueError if the name is not a schedule."""
     kind, *numbers = name.split(":")
     numbers = [float(number) for number in numbers]
     low, high = RANGES.get(kind, (0, 0))
@@ -121,7 +121,7 @@ class Noise(NamedTuple):
         return type(self)(*(to_device(x, device) for x in self))
 
     def split(self, size):
-        """Those of `size` sequences at a time."""
+        """Cut the batch into a list of Noise of `size` sequences each."""
         return [type(self)(*part) for part in zip(*(x.split(size) for x in self))]
 
 
@@ -253,7 +253,9 @@ class Absorbing:
         u (B,), v (B, L), w (B,) -> Noise. The weight 1/u has no finite variance. Its mean over the rates that give k
         masks, Beta(k + 1, n - k + 1) for a uniform rate, is (n + 1)/k (0 if k = 0), which has one (Rao-Blackwell). A
         network that sees the time must be told a rate from Beta(k, n - k + 1), as in exact_k: the k-th smallest of n
-        uniform numbers, which are the n + 1 numbers u and v without one of them, chosen by w.
+        uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. Leave one out at random,
+        by w. With probability k/(n + 1) it is below u, and the k-th smallest of the rest is u. Otherwise it is the
+        largest v <= u.
         """
         L, n = v.shape[1], n_free(v)
         mask = v <= u[:, None]
@@ -310,7 +312,7 @@ class D3PM(Absorbing):
         return Noise(v <= 1 - a[:, None], (s / self.T).float(), weight.float())
 
     def time(self, rate):
-        """The time of one of the T steps, which are all that the network knows: that in whose interval the rate is."""
+        """s/T, the time of the step s in whose interval the noise rate lies: s - 1 < T alpha^-1(1 - rate) <= s."""
         s = torch.ceil(self.schedule.inverse(1 - rate) * self.T - 1e-6)  # a rate of s/T is s, rounded up or not
         return (s.clamp(1, self.T) / self.T).float()
 
@@ -324,8 +326,8 @@ class D3PM(Absorbing):
             sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked],
 
         where P(s) = a_{s-1} - a_s. The mean over which of the k masks is token i gives the weight L/k, so small s have
-        no large weights. The number v of the first token that is not given chooses i. The v of token i then decides
-        about that first token.
+        no large weights. Let f be the first token that is not given. Its number v_f chooses i = f + ceil(n v_f) - 1.
+        Then v_f takes the value of v_i, and v_i becomes 0, so token i is masked.
         """
         (B, L), n = v.shape, n_free(v)
         rows, first = torch.arange(B), (L - n).long()
@@ -357,9 +359,9 @@ class MDLM(Absorbing):
         square has no finite mean, so this is for training and for matching papers, never for error bars.
     'exact_k': exactly k tokens masked, see there.
 
-    weighting 'simple' trains with the same weight, 2, for every masked token: for the linear schedule these are the
-    terms of the bound times 2t. This is not the bound, but it varies less, and short runs end far lower (LOG.md). The
-    reported bound keeps its weights.
+    weighting 'simple' trains on 2 sum CE / L, the same weight for every masked token. For the linear schedule a term of
+    the bound is (1/t) sum CE / L, so each is multiplied by 2t. This is not the bound, but it varies less, and short
+    runs end far lower (LOG.md). The reported bound keeps its weights.
     """
 
     blocks = "block"
@@ -378,7 +380,7 @@ class MDLM(Absorbing):
             return "lambda_ce is only for objective=d3pm: use lambda_ce=0"
 
     def noise(self, u, v):
-        """As time_sampling says. u (B,), v (B, L) -> Noise."""
+        """Draw what to train on, in the way of time_sampling. u (B,), v (B, L) -> Noise."""
         if self.time_sampling == "exact_k":
             return self.exact_k(u, v)
         masked = 1 - self.schedule.alpha(u)

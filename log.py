@@ -78,7 +78,7 @@ class Tally(NamedTuple):
                      torch.maximum(self.most_in_a_row, in_a_row))
 
     def of_all(self):
-        """The tally of all workers together: sums, and the largest number of steps in a row (local_sgd.py)."""
+        """The tally of all workers together (local_sgd.py): sums, but of in_a_row and most_in_a_row the largest."""
         if parallel.n_teams == 1:
             return self
         sums = parallel.total(torch.stack(self[:3])) / parallel.team_size  # a team's processes have equal tallies

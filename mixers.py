@@ -126,7 +126,7 @@ class Attention(nn.Module):
         return self.out(join_heads(attend(*self.queries(x), None, False)))
 
     def mixing(self, L, D):
-        """Multiplications of a token with others."""
+        """Multiplications per token in q k^T (L D), and in the weighted sum of v (L D)."""
         return 2 * L * D
 
 
@@ -329,7 +329,7 @@ class MixerBlock(nn.ModuleList):
 
 
 class MixerDiT(DiT):
-    """model.DiT with another mixer of tokens in its blocks. It reads whole texts: no past, no blocks, not causal."""
+    """model.DiT with another mixer of tokens in its blocks. It has no past, no block diffusion and no causal mode."""
 
     own = ("mixer", "residual", "static_map", "map_init", "mask_aware", "gate_bias")
 

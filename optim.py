@@ -281,7 +281,7 @@ class EMA:
         self.of = of or self.weights
 
     def update(self, steps=1):
-        """Update the average after some steps, with the decay of the last one for each."""
+        """Update after some steps: average <- d^steps average + (1 - d^steps) weights, with d the last step's decay."""
         self.updates += steps
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** steps
         torch._foreach_lerp_(self.averages, self.of, 1 - decay)

@@ -38,7 +38,9 @@ def uniforms(seed, step, indices, batch_size, seq_len, stratified, times=1):
 
 
 def strata(seed, n, block=0):
-    """For each of n sequences the index of the interval, of n equal ones in a block, that has its u: (n,) int."""
+    """A permutation of 0 ... n - 1, (n,): entry i is the interval, of n equal ones, in which the u of sequence i lies.
+
+    block: tells permutations of the same seed apart."""
     return rng(seed, "strata", block).permutation(n)
 
 

@@ -39,11 +39,11 @@ class UniformNoise(NamedTuple):
 def posterior(x, xt, r, s):
     """q(x_s | x_t = xt, x0 ~ x), unnormalised: x (..., N), xt (...), noise rates r = 1 - alpha_t > s -> (..., N).
 
-    UDLM, arXiv 2412.10193; D3PM, arXiv 2107.03006, eq. 3 and 4. With s = 1 - alpha_s and a = alpha_t/alpha_s it is
+    UDLM, arXiv 2412.10193; D3PM, arXiv 2107.03006, eq. 3 and 4. With kappa = alpha_t/alpha_s = (1 - r)/(1 - s) it is
 
-        (alpha_s - alpha_t) x + (1 - a)(1 - alpha_s)/N   everywhere, plus   N alpha_t x_z + a - alpha_t   at z = xt.
+        (r - s) x + (1 - kappa) s/N   everywhere, plus   N (1 - r) x_z + kappa s   at z = xt.
 
-    The sum is N alpha_t x_z + 1 - alpha_t. It is linear in x, and x may be any weights that sum to one. The rates are
+    The sum is N (1 - r) x_z + r. It is linear in x, and x may be any weights that sum to one. The rates are
     numbers or float64 tensors, because float32 would lose their difference.
     """
     N = x.shape[-1]

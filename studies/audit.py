@@ -257,7 +257,7 @@ def divided_by_masks(model, x0, rng):
 
 
 def weight_of_visible(model, x0, rng):
-    """Mistake: the weight (1 - eps)/alpha instead of (1 - eps)/(1 - alpha), alpha the share of visible tokens."""
+    """Mistake: the weight 1/alpha instead of 1/(1 - alpha), alpha = 1 - t the probability that a token is visible."""
     t, _, ce = masked(model, x0, rng)
     return ce.sum(1) / (1 - t).clamp(min=1e-3)
 

@@ -215,9 +215,11 @@ class Event(NamedTuple):
     """Something that happens to weights.
 
     start: worker `who` takes the weights of its server, and trains `steps` steps, its own steps first, first + 1, ... .
-    apply: its difference arrives and is applied.
-    With several servers `who` is a server in the following. send: it sends its difference to the global one.
-    apply_global: that arrives, and a copy of the global weights leaves. merge: the copy arrives.
+    apply: its difference arrives at the server and is applied.
+
+    Three more kinds come only with several servers, and `who` is then a server. send: it sends its difference to the
+    global server. apply_global: the difference arrives there, and a copy of the global weights leaves. merge: the copy
+    arrives at server `who`.
     """
 
     time: float
