@@ -17,6 +17,7 @@ from cli import UserError, number, progress, write_file
 from data.loader import load_meta
 
 ROOT = Path(__file__).resolve().parent.parent
+OPEN = "folder", "data_dir", "seeds", "jobs", "epochs", "budgets"  # more of these may be asked for later
 
 
 def add_arguments(parser, steps):
@@ -34,12 +35,12 @@ def add_arguments(parser, steps):
 
 
 def make_folder(path, args, name="settings"):
-    """Make the folder of a study, and keep its settings in NAME.json, but for those that change no result.
+    """Make the folder of a study, and keep its settings in NAME.json, but for those that change no run.
 
     Raises UserError if it has runs with other settings, or the data set is not prepared.
     """
     load_meta(args.dataset, args.data_dir)  # before anything is kept
-    settings = {key: value for key, value in vars(args).items() if key not in ("folder", "data_dir", "seeds", "jobs")}
+    settings = {key: value for key, value in vars(args).items() if key not in OPEN}
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

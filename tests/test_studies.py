@@ -192,12 +192,15 @@ def test_correlation():
 
 
 def test_other_settings_are_other_runs(answers, monkeypatch, tmp_path):
-    """A folder keeps its settings: a study that would mix runs of two kinds is refused. More seeds are allowed."""
-    answers(lambda path: 3.0)
+    """A folder keeps its settings: a study that would mix runs of two kinds is refused. More seeds and budgets are
+    allowed, and add their own runs alone."""
+    calls = answers(lambda path: 3.0)
     go(frontier, monkeypatch, tmp_path / "study", "--seeds", "1", "--budgets", "1e12,4e12")
-    go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,4e12")
-    with pytest.raises(UserError, match="has runs with budgets=1e12,4e12, not 1e12,5e12"):
-        go(frontier, monkeypatch, tmp_path / "study", "--budgets", "1e12,5e12")
+    before = len(calls)
+    go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,4e12,5e12")
+    assert len(calls) - before == 2 * (3 * 2 - 2) * 4 * 4  # a training and a score of each new run
+    with pytest.raises(UserError, match="has runs with windows=1024, not 99"):
+        go(frontier, monkeypatch, tmp_path / "study", "--budgets", "1e12,5e12", "--windows", "99")
     with pytest.raises(UserError, match="at least two numbers"):
         go(frontier, monkeypatch, tmp_path / "other", "--budgets", "1e12")
 
