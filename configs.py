@@ -1,7 +1,7 @@
 """Config, the settings of a run, and the named configs: functions that return one. `python train.py` lists them.
 
 batch_size is the number of sequences per optimiser step over all GPUs. micro_batch_size is the number on one GPU at a
-time; the number of accumulation steps follows from both. So *_4gpu, *_8gpu and *_32gpu differ in memory use only.
+time; the number of accumulation steps follows from both. So a config trains the same model on any number of GPUs.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -469,19 +468,6 @@ CONFIGS = {function.__name__: function for function in (
     mdlm_openwebtext_fast_8gpu, sedd_text8, sedd_openwebtext_8gpu, udlm_text8, ar_demo, ar_shakespeare, ar_text8,
     ar_openwebtext_8gpu, bd3_demo, bd3_shakespeare, bd3_openwebtext_8gpu, roberta_wikitext, diffugpt_openwebtext_8gpu,
 )}
-# nanoDD's names for the same settings: the number of accumulation steps follows from the number of GPUs.
-ALIASES = {"d3pm_text8_4gpu": "d3pm_text8", "d3pm_openwebtext_32gpu": "d3pm_openwebtext_8gpu",
-           "mdlm_text8_4gpu": "mdlm_text8", "mdlm_openwebtext_32gpu": "mdlm_openwebtext_8gpu"}
-CONFIGS |= {alias: CONFIGS[name] for alias, name in ALIASES.items()}
-
-
-def run_folder(name, root="out"):
-    """The folder of a run of a config, whichever of the config's names was typed now or when the run began.
-
-    If there is none yet, it is out/NAME with the config's own name."""
-    own = ALIASES.get(name, name)
-    names = [own, *(alias for alias, other in ALIASES.items() if other == own)]
-    return next((Path(root, name) for name in names if Path(root, name).is_dir()), Path(root, own))
 
 
 # ---- command line of train.py --------------------------------------------------------------------------------------
@@ -506,9 +492,7 @@ def from_command_line(script, description, add_arguments, several=False):
     Returns (config name, Config, all arguments), or, with several, ([(config name, Config), ...], all arguments).
     """
     chosen = next((CONFIGS[word]() for word in sys.argv[1:] if word in CONFIGS), Config())
-    listing = "configs:\n" + "\n".join(
-        f"  {name:26} {f'another name of {ALIASES[name]}' if name in ALIASES else inspect.getdoc(CONFIGS[name])}"
-        for name in CONFIGS)
+    listing = "configs:\n" + "\n".join(f"  {name:26} {inspect.getdoc(CONFIGS[name])}" for name in CONFIGS)
     p = ArgumentParser(usage=f"python {script} CONFIG [--key=value ...]", description=description, epilog=listing)
     p.add_argument("config", nargs="*", metavar="CONFIG", help="one of the configs below")
     add_arguments(p)

@@ -52,23 +52,18 @@ def repeated_uniforms(seed, indices, n, repeats, seq_len, times=1):
     these with one u of every sequence in each. With times > 1, u and w are (N, repeats, times), and the n * times
     u of each repeat are stratified.
     """
-    if times > 1:
-        u, w = np.empty((2, len(indices), repeats, times))
-        v = np.empty((len(indices), repeats, seq_len))
-        stratum = np.stack([strata(seed, n * times, repeat).reshape(n, times) for repeat in range(repeats)], 1)
-        for row, index in enumerate(indices):
-            generator = rng(seed, "noise", 0, index)
-            u[row] = (stratum[index] + 1 - generator.random((repeats, times))) / (n * times)
-            v[row], w[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random((repeats, times))
-        return tuple(map(torch.from_numpy, (u, v, w)))
-    within_block = np.stack([strata(seed, n, block) for block in range(repeats)], 1)
-    u, w = np.empty((2, len(indices), repeats))
+    stratum = np.stack([strata(seed, n * times, repeat).reshape(n, times) for repeat in range(repeats)], 1)
+    u, w = np.empty((2, len(indices), repeats, times))
     v = np.empty((len(indices), repeats, seq_len))
     for row, index in enumerate(indices):
-        generator = rng(seed, "noise", 0, index)
-        block = generator.permutation(repeats)
-        u[row] = (block * n + within_block[index, block] + 1 - generator.random(repeats)) / (n * repeats)
-        v[row], w[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random(repeats)
+        generator, place = rng(seed, "noise", 0, index), stratum[index]
+        if times == 1:  # the repeats share the intervals of one u each, block by block
+            block = generator.permutation(repeats)
+            place = (block * n + place[block, 0])[:, None]
+        u[row] = (place + 1 - generator.random((repeats, times))) / (n * (repeats if times == 1 else times))
+        v[row], w[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random((repeats, times))
+    if times == 1:
+        u, w = u[..., 0], w[..., 0]
     return tuple(map(torch.from_numpy, (u, v, w)))
 
 

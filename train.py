@@ -180,7 +180,7 @@ def main():
     device = together(lambda: parallel.own_device(cfg.device))
     dtype = pick_dtype(device, cfg.dtype)
     local, micro = share_of_batch(cfg, world)
-    out_dir = Path(cfg.out_dir) if cfg.out_dir else configs.run_folder(name)
+    out_dir = Path(cfg.out_dir) if cfg.out_dir else Path("out", name)
     cfg = on_main(lambda: checkpoint.with_sizes_of_source(cfg, args.resume, args.init_from, out_dir))
 
     # ---- data and model; nothing is written before all of it has been checked ---------------------------------------

@@ -11,7 +11,6 @@ out (torch.serialization.set_crc32_options). A flipped bit in them is read as an
 """
 
 import json
-import pickletools
 import re
 import struct
 import warnings
@@ -175,7 +174,6 @@ def load(path):
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # not a zip file of torch.save, or a pickle that torch.save does not write
-        refuse_plain_pickle(path)
         names = []
     allowed = [stand_in(name, path) for name in names]
     if allowed:
@@ -224,54 +222,6 @@ def check_crc(path):
         wrong = str(error)
     if wrong:
         raise UserError(f"{path} is damaged (the checksum test failed: {wrong}): get it again")
-
-
-LEGACY = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # begins files that torch.save wrote before version 1.6
-
-
-def globals_of(path):
-    """Return the names that the pickles at the beginning of a file ask for, without running them.
-
-    Returns None if there is no whole pickle.
-    """
-    names, strings, memo, whole = [], [], {}, False
-    with open(path, "rb") as file:
-        try:
-            while file.peek(1):
-                for opcode, argument, _ in pickletools.genops(file):
-                    if opcode.name in ("GLOBAL", "INST"):
-                        names.append(argument.replace(" ", "."))
-                    elif opcode.name == "STACK_GLOBAL":  # module and name are the last two strings
-                        names.append(".".join(strings[-2:]))
-                    elif opcode.name == "MEMOIZE":
-                        memo[len(memo)] = strings[-1] if strings else ""
-                    elif "PUT" in opcode.name:
-                        memo[argument] = strings[-1] if strings else ""
-                    elif "GET" in opcode.name:
-                        strings.append(memo.get(argument, ""))
-                    elif isinstance(argument, str):
-                        strings.append(argument)
-                whole = True
-        except Exception:  # the end of the pickles; other bytes raise errors of many kinds
-            pass
-    return names if whole else None
-
-
-def refuse_plain_pickle(path):
-    """Raise a UserError about a pickle that torch.save did not write; return if the file is no such pickle."""
-    try:
-        if zipfile.is_zipfile(path) or not path.is_file() or (names := globals_of(path)) is None:
-            return
-    except zipfile.BadZipFile:  # a damaged archive
-        return
-    for name in names:
-        if not name.startswith("torch."):
-            stand_in(name, path)
-    with open(path, "rb") as file:
-        if LEGACY in file.read(32):
-            return
-    raise UserError(f"{path} is a plain pickle, not a file of torch.save, and was not read: if you trust it, load it "
-                    "and save its tensors with torch.save")
 
 
 MOST = 100_000  # objects in settings; those of the projects have some hundreds

@@ -67,7 +67,7 @@ def main():
     device, meta = parallel.own_device(cfg.device), load_meta(cfg.dataset, cfg.data_dir)
     record, pad = records(cfg, meta)
     tokens = subset(load_split(cfg.dataset, "train", cfg.seq_len, cfg.data_dir), cfg.unique_tokens, record)
-    dtype, out = pick_dtype(device, cfg.dtype), Path(cfg.out_dir or configs.run_folder(f"elastic_{name}") / str(group))
+    dtype, out = pick_dtype(device, cfg.dtype), Path(cfg.out_dir or Path("out", f"elastic_{name}", str(group)))
     local, micro = parallel.share_of_batch(cfg, n_groups * world)
     mine = range(local * (group * world + rank), cfg.batch_size)[:local]
     torch.manual_seed(cfg.seed)

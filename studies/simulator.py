@@ -177,7 +177,7 @@ class Simulation:
                                self.dtype)
         torch.manual_seed(cfg.seed)
         self.model = cfg.make_model(self.meta["vocab_size"])
-        self.out = Path(cfg.out_dir) if cfg.out_dir else configs.run_folder(f"{args.algorithm}_{name}")
+        self.out = Path(cfg.out_dir) if cfg.out_dir else Path("out", f"{args.algorithm}_{name}")
         fields = dataclasses.asdict(cfg)
         own = {key: value for key, value in vars(args).items() if key not in (*fields, "config", "resume")}
         self.settings = {key: str(value) for key, value in (own | fields | {"machines": clock.found}).items()

@@ -91,10 +91,6 @@ def test_a_short_chain_is_told_from_continuous_time():
 class Invalid(MDLM):
     """What has been reported as a bound and is none."""
 
-    def __init__(self, mask_id):
-        super().__init__(mask_id)
-        self.pooled = False
-
     def pooled_mean(self, u, v, w):
         """Cross-entropy divided by the masked tokens of the whole batch (tiny-diffusion, RoBERTaDiffusion)."""
         noise = self.noise(u, v)
@@ -112,12 +108,8 @@ class Invalid(MDLM):
     def missing_factor(self, u, v, w):
         """The mean over each sequence's masked tokens, without (L + 1)/L."""
         noise = self.continuous(u, v, w)
-        return noise._replace(weight=noise.weight * mask_share(noise))
-
-
-def mask_share(noise):
-    L = noise.mask.shape[1]
-    return L / (L + 1)
+        L = noise.mask.shape[1]
+        return noise._replace(weight=noise.weight * L / (L + 1))
 
 
 @pytest.mark.parametrize("estimator", ["pooled_mean", "clipped_range", "clamped_k", "missing_factor"])

@@ -191,16 +191,6 @@ def test_uniform_ancestral_follows_its_chain(objective):
         assert chi_square_excess(counts, P_DATA) > 10
 
 
-def test_uniform_chain_approaches_the_data():
-    """The chain's distribution tends to the data with the leave-one-out predictor; with p(x0_i | xt) it stalls."""
-    def distance(T, **options):
-        steps = [world.uniform_step(world.uniform_oracle(1 - s / T, **options), 1 - s / T, 1 - (s - 1) / T)
-                 for s in range(T, 0, -1)]
-        return 0.5 * (world.uniform_chain_distribution(steps) - P_DATA).abs().sum().item()
-    assert distance(8) > 1.7 * distance(16) > 1.7**2 * distance(32)
-    assert distance(32, leave_one_out=False) > 5 * distance(32)
-
-
 @pytest.mark.parametrize("consistent", [True, False])
 def test_uniform_scores_follow_tweedie(consistent):
     """Score networks: the chain of matrix exponentials, also of scores that belong to no prediction; the analytic step
