@@ -102,4 +102,5 @@ def training_commands(card):
         return []
     usual = dataclasses.asdict(CONFIGS[card["name"]]())
     flags = [f"--{key}={shlex.quote(str(value))}" for key, value in card["config"].items() if usual[key] != value]
-    return [prepare_command(card["config"]["dataset"]), " ".join(["python train.py", card["name"], *flags])]
+    return [prepare_command(card["config"]["dataset"], card["meta"]),
+            " ".join(["python train.py", card["name"], *flags])]

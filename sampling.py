@@ -138,12 +138,13 @@ def topk(model, xt, mask_id, time, draw, start, grid=None, k=1):
     """The surest tokens first, a number fixed beforehand in each step (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
 
     A token is drawn for every mask; those that the network (at temperature 1) finds likeliest stay. On a grid of mask
-    rates a share r_i of the masks, rounded down, is left after step i; without one, k tokens are revealed in each step.
+    rates a share r_i/r_0 of the masks, rounded down, is left after step i; without one, each step reveals k tokens.
     Texts do not have the distribution of the model: they look better, and become more alike.
     """
     state, n = begin(xt), (xt == mask_id).sum(1)
     if grid:
-        kept = {m: np.floor(m * np.array(grid) + 1e-9).astype(int) for m in n.unique().tolist()}  # after each step
+        share_of = np.array(grid) / grid[0]
+        kept = {m: np.floor(m * share_of + 1e-9).astype(int) for m in n.unique().tolist()}  # after each step
         happening = np.flatnonzero(sum(np.diff(left) != 0 for left in kept.values())).tolist()
         n_steps = len(grid) - 1
     else:

@@ -15,15 +15,19 @@ from randomness import rng
 
 DATA_DIR = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")
+ALONE = {"names": "names.py", "text8": "text8.py", "openwebtext": "openwebtext.py", "shakespeare": "shakespeare.py",
+         "shakespeare27": "shakespeare.py --alphabet text8"}  # the scripts in data/, by the names of their data sets
+WITH_TOKENS = {"gutenberg": "gutenberg.py", "pydoc": "pydoc.py", "wikitext": "wikitext.py",
+               "wikitext103": "wikitext.py --large"}  # NAME_TOKENS has other tokens
 
 
-def prepare_command(name):
-    """The command that prepares a data set of this name."""
+def prepare_command(name, meta={}):
+    """The command that prepares a data set of this name. meta: its meta.json, if it is known."""
     text, _, tokens = name.partition("_")
-    if not (DATA_DIR / f"prepare_{text}.py").exists():
-        return f"python data/prepare_textfile.py FILE --name {name}"
-    tokens = f" --tokenizer {re.sub('^bpe', 'bpe:', tokens)}" if tokens else ""
-    return f"python data/prepare_{text}.py{tokens}"
+    if name in ALONE or text in WITH_TOKENS and re.fullmatch(r"|gpt2|bert|roberta|bpe\d+", tokens):
+        command = ALONE.get(name) or WITH_TOKENS[text]
+        return f"python data/prepare_{command}" + (f" --tokenizer {re.sub('^bpe', 'bpe:', tokens)}" if tokens else "")
+    return f"python data/prepare_{'names.py --file' if 'record' in meta else 'textfile.py'} FILE --name {name}"
 
 
 def load_meta(name, data_dir=""):

@@ -43,6 +43,12 @@ def cut(text, train, val):
     return {"train": text[:a], "val": text[a:b], "test": text[b:]}
 
 
+def folder_of(args, name, usual):
+    """The folder of a data set NAME, or of NAME_TOKENS if args.tokenizer is not the usual one."""
+    tokens = args.tokenizer.rstrip("/").rsplit("/", 1)[-1].replace(":", "")
+    return args.data_dir / (name if args.tokenizer == usual else f"{name}_{tokens}")
+
+
 def is_prepared(folder):
     """Return True and print a line that says so if the data set is prepared already."""
     if not (folder / "meta.json").exists():
@@ -90,7 +96,7 @@ def read_text(path):
             content = gzip.decompress(content)
         elif str(path).endswith(".xz"):
             content = lzma.decompress(content)
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # without the byte order mark of some editors
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path} is not a complete compressed file: {error}")
     except UnicodeDecodeError as error:

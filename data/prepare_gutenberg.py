@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, progress, run
-from data.prepare import DatasetWriter, is_prepared, parser, read_text
+from data.prepare import DatasetWriter, folder_of, is_prepared, parser, read_text
 from data.tokenizer import KNOWN, make_tokenizer, size_of_bpe, text8_words, tokens_of
 
 LIST = Path(__file__).with_name("gutenberg.tsv")
@@ -110,8 +110,7 @@ def main():
     args = p.parse_args()
     if args.tokenizer not in ("char", "gpt2"):
         size_of_bpe(args.tokenizer)
-    name = "gutenberg" if args.tokenizer == "char" else f"gutenberg_{args.tokenizer.replace(':', '')}"
-    folder = args.data_dir / name
+    folder = folder_of(args, "gutenberg", "char")
     if is_prepared(folder):
         return
     with open(LIST, encoding="utf-8", newline="") as file:
@@ -120,7 +119,7 @@ def main():
         normalise(text_of(download(URL.format(**book)))) for book in progress(books, desc="downloading", unit="book")])
     tokens = KNOWN["text8"] if args.tokenizer == "char" else tokens_of(
         args.tokenizer, lambda: [text for book, text in zip(books, load()) if book["split"] == "train"])
-    meta = tokens | {"name": name, "source": ", ".join(sorted({book["repo"] for book in books}))}
+    meta = tokens | {"name": folder.name, "source": ", ".join(sorted({book["repo"] for book in books}))}
     tokenizer, texts, different = make_tokenizer(meta), load(), []
     with DatasetWriter(folder, meta) as writer, progress(total=len(books), desc="encoding", unit="book") as bar:
         for book, text in zip(books, texts):

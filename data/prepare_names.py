@@ -28,7 +28,7 @@ PAD = "\N{MIDDLE DOT}"
 
 def clean(text):
     """Return (the different names of a text, one per line, {why lines were left out: how many})."""
-    lines = [line.strip().removeprefix("\ufeff") for line in text.splitlines()]
+    lines = [line.strip() for line in text.splitlines()]
     full = [line for line in lines if line]
     fit = [line for line in full if len(line) <= RECORD]
     good = [line for line in fit if PAD not in line]

@@ -3,7 +3,7 @@
 2 million words of training text; with --large (`wikitext103`) 103 million. Splits are those of its authors.
 
     python data/prepare_wikitext.py
-    python data/prepare_wikitext.py --tokenizer bert                       # also gpt2, hf://OWNER/NAME, or a folder
+    python data/prepare_wikitext.py --tokenizer bert       # `wikitext_bert`; also gpt2, hf://OWNER/NAME, or a folder
     python data/prepare_wikitext.py --file train.parquet val.parquet test.parquet
 """
 
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, named, require, run
 from data.loader import SPLITS
-from data.prepare import is_prepared, parser, read_text, write_splits
+from data.prepare import folder_of, is_prepared, parser, read_text, write_splits
 from data.prepare_textfile import encode
 from data.tokenizer import make_tokenizer, tokens_of
 
@@ -53,7 +53,7 @@ def main():
     p.add_argument("--file", nargs=3, type=named, metavar=("TRAIN", "VAL", "TEST"),
                    help="local copies: .parquet with a column `text`, or plain text")
     args = p.parse_args()
-    folder = args.data_dir / ("wikitext103" if args.large else "wikitext")
+    folder = folder_of(args, "wikitext103" if args.large else "wikitext", "roberta")
     if is_prepared(folder):
         return
     load = functools.cache(lambda: dict(zip(SPLITS, texts(args.large, args.file))))

@@ -18,6 +18,7 @@ Where a method is below it at its smallest budget already, its line is extended,
 frontier.json and frontier.png. What is there is not run again.
 """
 
+import functools
 import json
 import math
 import sys
@@ -54,13 +55,18 @@ def config_of(method, size):
     return replace(configs.CONFIGS[name](), **settings, **SIZES[size])
 
 
-def steps_of(method, size, budget):
-    """Number of training steps that a budget of operations pays for, at 27 symbols."""
+@functools.cache
+def operations_per_step(method, size):
+    """Operations of a training step, at 27 symbols."""
     config = config_of(method, size)
     with torch.device("meta"):
         model = config.make_model(27)
-    each = flops_per_token(model, config.make_objective(27), config) * config.batch_size * config.seq_len
-    return max(16, round(budget / each))
+    return flops_per_token(model, config.make_objective(27), config) * config.batch_size * config.seq_len
+
+
+def steps_of(method, size, budget):
+    """Number of training steps that a budget of operations pays for."""
+    return max(16, round(budget / operations_per_step(method, size)))
 
 
 class Study:

@@ -13,6 +13,7 @@ training step of each row with one thread, in alternation, on random tokens, and
 writes TABLE.json and, for mixers and masks, TABLE.png.
 """
 
+import functools
 import json
 import math
 import statistics
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     lrs: tuple = LRS
 
 
+@functools.cache
 def mixer_rows():
     """Each mixer at the width of the base, and at the width with as many parameters as attention."""
     rows = []

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import checkpoint
-import configs
 import storage
 from adapt import adapt, resize
 from attention import annealed
@@ -410,9 +409,10 @@ def test_prepare(saved, call, tmp_path):
     files = [tmp_path / f"{split}.txt" for split in ("train", "val", "test")]
     result = call("data/prepare_wikitext.py", "--tokenizer", saved("bert")[0], "--data_dir", tmp_path, "--file", *files)
     assert result.code == 0, result.err
-    meta = load_meta("wikitext", tmp_path)
+    name = f"wikitext_{saved('bert')[0].name}"  # other tokens than the usual ones, so another data set
+    meta = load_meta(name, tmp_path)
     assert meta["tokenizer"] == "hf" and "the cat sat" in make_tokenizer(meta).decode(
-        load_split("wikitext", "val", 1, tmp_path)[:20])
+        load_split(name, "val", 1, tmp_path)[:20])
     assert_one_line(call("data/prepare_textfile.py", files[0], "--name", "x", "--tokenizer", "bort", "--data_dir",
                          tmp_path), "--tokenizer bort is none of char, gpt2, bert, roberta")
     damaged = meta | {"definition": "{}"}
@@ -540,8 +540,7 @@ def diffusion_twin(network, config, V):
     """The network and objective of a diffusion model with the weights of a left-to-right model."""
     new = replace(config, objective="mdlm", predict_next=True)
     twin = new.make_model(V).eval()
-    source = {"config": configs.asdict(config) if hasattr(configs, "asdict") else vars(config) | {},
-              "ema": dict(network.named_parameters())}
+    source = {"config": vars(config), "ema": dict(network.named_parameters())}
     storage.fill(twin, adapt(twin, source, new, "it"))
     return twin, new.make_objective(V)
 

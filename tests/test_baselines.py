@@ -43,6 +43,13 @@ def test_reference_points_order():
     assert lzma_bits(text[:1000], text[1000:]) < 0.5
 
 
+def test_a_large_vocabulary():
+    """5-grams of more than 63 bits are left out."""
+    text = np.arange(9000, dtype=np.uint16) % 7000
+    assert [name for name, _ in reference_points(text[:8000], text[8000:], 7000)] == [
+        "uniform", "unigram", "trigram", "lzma given train"]
+
+
 def test_known_words():
     """Words cut by the ends of a sample do not count."""
     assert known_word_share(["cut the cat xq sat cu"], {"the", "cat", "sat"}) == pytest.approx(3 / 4)

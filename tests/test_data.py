@@ -16,7 +16,8 @@ import pytest
 
 from cli import UserError
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
-from data.loader import PIECE, gather, load_meta, load_split, prefetch, random_crops, recode, subset, windows
+from data.loader import (PIECE, gather, load_meta, load_split, prefetch, prepare_command, random_crops, recode, subset,
+                         windows)
 from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import (
     TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, byte_alphabet, make_tokenizer, text8_words, tokens_of,
@@ -226,6 +227,25 @@ def test_textfile_with_its_own_splits(monkeypatch, tmp_path):
     prepare(monkeypatch, prepare_textfile, tmp_path / "train.txt", "--val", tmp_path / "val.txt", "--test",
             tmp_path / "test.txt", "--name", "mine", "--alphabet", "text8", "--data_dir", tmp_path)
     assert [read(tmp_path / "mine", s) for s in ("train", "val", "test")] == ["yes it is", "no it isnt", "maybe"]
+
+
+def test_byte_order_mark(tmp_path):
+    """The mark that some editors put before a text is no text."""
+    (tmp_path / "a.txt").write_bytes("\ufeffwords".encode())
+    assert read_text(tmp_path / "a.txt") == "words"
+
+
+@pytest.mark.parametrize("name, command", [
+    ("shakespeare27", "shakespeare.py --alphabet text8"), ("wikitext103", "wikitext.py --large"), ("text8", "text8.py"),
+    ("wikitext103_bert", "wikitext.py --large --tokenizer bert"), ("pydoc_gpt2", "pydoc.py --tokenizer gpt2"),
+    ("gutenberg_bpe4096", "gutenberg.py --tokenizer bpe:4096"), ("names_mine", "textfile.py FILE --name names_mine"),
+    ("text8_gpt2", "textfile.py FILE --name text8_gpt2"), ("textfile_x", "textfile.py FILE --name textfile_x"),
+    ("pydoc_mine", "textfile.py FILE --name pydoc_mine"), ("mine", "textfile.py FILE --name mine")])
+def test_prepare_command(name, command):
+    """Each name of a data set has the command that makes it."""
+    assert prepare_command(name) == f"python data/prepare_{command}"
+    if name == "mine":
+        assert prepare_command(name, {"record": 32}) == "python data/prepare_names.py --file FILE --name mine"
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 12])

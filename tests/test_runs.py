@@ -369,8 +369,8 @@ def test_weights_that_overflow_are_not_saved(call, data_dir, tmp_path):
     result = train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=40", "--checkpoint_interval=1",
                    "--lr=3e38", "--beta2=0", "--grad_clip=0", "--log_interval=40")
     assert result.code == 2 and result.err.count("\n") == 1 and "weights are not finite after step" in result.err
-    for path in (tmp_path / "out").glob("ckpt*.pt"):
-        assert all(torch.isfinite(value).all() for value in storage.read(path)["model"].values())
+    saved = list((tmp_path / "out").glob("ckpt*.pt"))
+    assert saved and all(value.isfinite().all() for path in saved for value in storage.read(path)["model"].values())
 
 
 POISONED = """
