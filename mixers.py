@@ -262,11 +262,11 @@ MIXERS = {"attention": Attention, "mixer": Mixer, "gmlp": GMLP, "amlp": functool
           "container_conv": ContainerConv}
 
 
-def layers(name, D, n_head, L, kind, init, gate_bias):
-    """The layers of a block of the mixer with this name."""
-    if name in ("gmlp", "amlp"):
-        return [MIXERS[name](D, n_head, L, kind, init, gate_bias=gate_bias)]
-    return [MIXERS[name](D, n_head, L, kind, init), MLP(D)]
+def layers(config):
+    """The layers of a block with the mixer that config names."""
+    make = functools.partial(MIXERS[config.mixer], config.n_embd, config.n_head, config.seq_len, config.static_map,
+                             config.map_init)
+    return [make(gate_bias=config.gate_bias)] if config.mixer in ("gmlp", "amlp") else [make(), MLP(config.n_embd)]
 
 
 MAPPED = ("mixer", "gmlp", "amlp", "synth_random", "container")  # these have static maps
@@ -285,12 +285,13 @@ class Residual(nn.Module):
     plain: there is no gate.
     """
 
-    def __init__(self, layer, D, n_cond=0, residual="plain", dropout=0.0, norm_bias=False, shift_tokens=False):
+    def __init__(self, layer, config, n_cond):
         super().__init__()
-        self.layer, self.residual, self.dropout, self.shift_tokens = layer, residual, dropout, shift_tokens
-        self.norm = LayerNorm(D, norm_bias)
-        self.modulation = nn.Linear(n_cond, (3 if residual == "zero" else 2) * D) if n_cond else None
-        self.gate = nn.Parameter(torch.zeros(())) if residual == "rezero" else None
+        D, self.layer, self.residual = config.n_embd, layer, config.residual
+        self.dropout, self.shift_tokens = config.dropout, config.shift_tokens
+        self.norm = LayerNorm(D, config.norm_bias)
+        self.modulation = nn.Linear(n_cond, (3 if self.residual == "zero" else 2) * D) if n_cond else None
+        self.gate = nn.Parameter(torch.zeros(())) if self.residual == "rezero" else None
 
     @torch.no_grad()
     def init_weights(self):
@@ -322,23 +323,24 @@ class Residual(nn.Module):
 class MixerBlock(nn.ModuleList):
     """The branches of a block, one after the other."""
 
+    def __init__(self, config, n_cond):
+        super().__init__(Residual(layer, config, n_cond) for layer in layers(config))
+
     def forward(self, x, c, known, at=None):
         for branch in self:
             x = branch(x, c, known, at if branch is self[-1] else None)
         return x
 
+    def outputs(self):
+        """None: Residual.init_weights makes the block the identity."""
+        return []
+
 
 class MixerDiT(DiT):
     """model.DiT with another mixer of tokens in its blocks. It has no past, no block diffusion and no causal mode."""
 
+    block = MixerBlock
     own = ("mixer", "residual", "static_map", "map_init", "mask_aware", "gate_bias")
-
-    @classmethod
-    def from_config(cls, config, vocab_size):
-        return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.n_cond,
-                   config.dropout, config.clock, config.objective_class.has_mask, config.tied, config.head_bias,
-                   config.norm_bias, config.shift_tokens, config.checkpoint_blocks, config.mixer, config.residual,
-                   config.static_map, config.map_init, config.mask_aware, config.gate_bias)
 
     @classmethod
     def misfit(cls, config):
@@ -360,16 +362,12 @@ class MixerDiT(DiT):
             return f"map_init={config.map_init!r} is not valid: use orthogonal, or a number as in 0.004 or 0.02/L"
         return super().misfit(config)
 
-    def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, n_cond=128, dropout=0.0, clock=None, mask=True,
-                 tied=True, head_bias=False, norm_bias=False, shift_tokens=False, checkpoint_blocks=False,
-                 mixer="attention", residual="zero", static_map="full", map_init="", mask_aware=False, gate_bias=1.0):
-        super().__init__(vocab_size, seq_len, 0, n_head, n_embd, n_cond, 0.0, clock, mask, tied, head_bias, norm_bias,
-                         checkpoint_blocks=checkpoint_blocks)
-        self.mask_aware, n_cond = mask_aware, n_cond if clock else 0
-        self.blocks = nn.ModuleList(
-            MixerBlock(Residual(layer, n_embd, n_cond, residual, dropout, norm_bias, shift_tokens)
-                       for layer in layers(mixer, n_embd, n_head, seq_len, static_map, map_init, gate_bias))
-            for _ in range(n_layer))
+    def __init__(self, vocab_size, config):
+        super().__init__(vocab_size, config)
+        self.mask_aware = config.mask_aware
+
+    def init_weights(self):
+        super().init_weights()
         for block in self.blocks:
             for branch in block:
                 branch.init_weights()

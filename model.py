@@ -96,18 +96,19 @@ def at_positions(at, B, L, *features):
 class Block(nn.Module):
     """Attention and MLP, pre-norm. If n_cond > 0, c shifts, scales and gates both (adaLN-Zero)."""
 
-    def __init__(self, n_embd, n_head, n_cond, dropout, shift_tokens=False, causal=False, norm_bias=False,
-                 shift_left=False):
+    def __init__(self, config, n_cond):
         super().__init__()
-        self.n_head, self.dropout, self.causal, self.shift_tokens = n_head, dropout, causal, shift_tokens
-        self.shift_left = shift_left or causal  # see token_shift
-        self.norm1 = LayerNorm(n_embd, norm_bias)
-        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
-        self.attn_out = nn.Linear(n_embd, n_embd, bias=False)
-        self.norm2 = LayerNorm(n_embd, norm_bias)
-        self.mlp_in = nn.Linear(n_embd, 4 * n_embd)
-        self.mlp_out = nn.Linear(4 * n_embd, n_embd)
-        self.modulation = nn.Linear(n_cond, 6 * n_embd) if n_cond else None
+        D = config.n_embd
+        self.n_head, self.dropout, self.shift_tokens = config.n_head, config.dropout, config.shift_tokens
+        self.causal = config.objective_class.causal
+        self.shift_left = self.causal or config.predict_next  # see token_shift
+        self.norm1 = LayerNorm(D, config.norm_bias)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.attn_out = nn.Linear(D, D, bias=False)
+        self.norm2 = LayerNorm(D, config.norm_bias)
+        self.mlp_in = nn.Linear(D, 4 * D)
+        self.mlp_out = nn.Linear(4 * D, D)
+        self.modulation = nn.Linear(n_cond, 6 * D) if n_cond else None
 
     def neighbours(self, h, layout=Layout(), before=None):
         """token_shift of h (B, L, D), if the block has it. before: what Past keeps of the tokens before, or None."""
@@ -187,27 +188,24 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Denoiser over V = vocab_size tokens and, unless mask=False, the mask (id V).
+    """Denoiser over V = vocab_size tokens and, if the noise has masks, the mask (id V). config: configs.Config.
 
-    clock: t -> the number whose sinusoids the time embedding takes (configs.clock has some by name). None: a plain
-    pre-norm transformer without time. tied: the head's weights are the tokens' embeddings; else the head has its own
-    weights, zero at first. head_bias, norm_bias: biases that other projects' networks have. shift_tokens: see
-    token_shift. causal: no token sees those on its right (for the autoregressive baseline). block_size: a token sees
-    the tokens of its block and of the blocks before (for block diffusion); 0: all tokens. No weight depends on it.
-    predict_next: the output at a token predicts the token on its right. The mask stands before the text, as in the
-    autoregressive baseline, so that the first token is predicted, too. With it shift_tokens looks to the left only.
+    Without config.clock, which maps t to the number whose sinusoids the time embedding takes, it is a plain pre-norm
+    transformer without time. tied: the head's weights are the tokens' embeddings; else the head has its own weights,
+    zero at first. head_bias, norm_bias: biases that other projects' networks have. shift_tokens: see token_shift.
+    block_size: a token sees the tokens of its block and of the blocks before (for block diffusion); 0: all tokens. No
+    weight depends on it. predict_next: the output at a token predicts the token on its right. The mask stands before
+    the text, as in the autoregressive baseline, so that the first token is predicted, too. With it shift_tokens looks
+    to the left only. In the autoregressive baseline no token sees those on its right.
     """
 
+    block = Block   # the class of the blocks
     own = ()        # settings of Config that no other network has
     of_source = ()  # settings that a run which begins with a checkpoint takes from it
 
     @classmethod
     def from_config(cls, config, vocab_size):
-        objective = config.objective_class
-        return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.n_cond,
-                   config.dropout, config.clock, objective.has_mask, config.tied, config.head_bias, config.norm_bias,
-                   config.shift_tokens, config.checkpoint_blocks, objective.causal, config.block_size,
-                   config.predict_next)
+        return cls(vocab_size, config)
 
     @classmethod
     def misfit(cls, config):
@@ -219,25 +217,21 @@ class DiT(nn.Module):
                 objective.causal or objective.blocks == config.objective or not objective.has_mask):
             return "predict_next and anneal_steps are for masks in whole texts: use objective=mdlm, d3pm, sedd or bert"
 
-    def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, n_cond=128, dropout=0.0, clock=None,
-                 mask=True, tied=True, head_bias=False, norm_bias=False, shift_tokens=False, checkpoint_blocks=False,
-                 causal=False, block_size=0, predict_next=False):
+    def __init__(self, vocab_size, config):
         super().__init__()
-        self.vocab_size, self.seq_len, self.checkpoint_blocks = vocab_size, seq_len, checkpoint_blocks
-        self.predict_next = predict_next
-        self.shift_tokens, self.causal, self.block_size = shift_tokens, causal, block_size
-        self.head_dim = n_embd // n_head
-        n_cond = n_cond if clock else 0
-        self.embed = nn.Embedding(vocab_size + mask, n_embd)
+        objective, clock, D = config.objective_class, config.clock, config.n_embd
+        self.vocab_size, self.seq_len, self.predict_next = vocab_size, config.seq_len, config.predict_next
+        self.shift_tokens, self.causal, self.block_size = config.shift_tokens, objective.causal, config.block_size
+        self.checkpoint_blocks, self.head_dim = config.checkpoint_blocks, D // config.n_head
+        n_cond = config.n_cond if clock else 0
+        self.embed = nn.Embedding(vocab_size + objective.has_mask, D)
         self.time_embed = TimeEmbedding(n_cond, clock) if n_cond else None
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, n_cond, dropout, shift_tokens, causal, norm_bias,
-                                          predict_next)
-                                    for _ in range(n_layer))
-        self.norm = LayerNorm(n_embd, norm_bias)
-        self.modulation = nn.Linear(n_cond, 2 * n_embd) if n_cond else None
-        self.head_weight = None if tied else nn.Parameter(torch.zeros(vocab_size, n_embd))
-        self.head_bias = nn.Parameter(torch.zeros(vocab_size)) if head_bias else None
-        cos, sin = rotary_tables(seq_len + predict_next, n_embd // n_head)
+        self.blocks = nn.ModuleList(self.block(config, n_cond) for _ in range(config.n_layer))
+        self.norm = LayerNorm(D, config.norm_bias)
+        self.modulation = nn.Linear(n_cond, 2 * D) if n_cond else None
+        self.head_weight = None if config.tied else nn.Parameter(torch.zeros(vocab_size, D))
+        self.head_bias = nn.Parameter(torch.zeros(vocab_size)) if config.head_bias else None
+        cos, sin = rotary_tables(config.seq_len + config.predict_next, self.head_dim)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.init_weights()

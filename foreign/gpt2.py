@@ -24,11 +24,11 @@ class GPT2Block(Block):
 
     gelu = "tanh"  # GPT-2's approximation
 
-    def __init__(self, n_embd, n_head, dropout, causal, bias):
-        super().__init__(n_embd, n_head, 0, dropout, causal=causal, norm_bias=bias)
+    def __init__(self, config, n_cond):
+        super().__init__(config, n_cond)
         for name in ("qkv", "attn_out", "mlp_in", "mlp_out"):
             layer = getattr(self, name)
-            setattr(self, name, nn.Linear(layer.in_features, layer.out_features, bias))
+            setattr(self, name, nn.Linear(layer.in_features, layer.out_features, config.norm_bias))
 
     def rotated(self, x, cos, sin):
         return x
@@ -50,13 +50,6 @@ class GPT2(DiT):
     block, of_source = GPT2Block, ("n_layer", "n_head", "n_embd", "norm_bias")
 
     @classmethod
-    def from_config(cls, config, vocab_size):
-        objective = config.objective_class
-        return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.dropout,
-                   config.norm_bias, config.checkpoint_blocks, objective.causal, config.block_size,
-                   config.predict_next)
-
-    @classmethod
     def misfit(cls, config):
         if (config.conditioning != "none" or not config.objective_class.has_mask or not config.tied
                 or config.head_bias or config.shift_tokens):
@@ -64,12 +57,9 @@ class GPT2(DiT):
                     "tied, head_bias and shift_tokens")
         return super().misfit(config)
 
-    def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, dropout=0.0, bias=True, checkpoint_blocks=False,
-                 causal=False, block_size=0, predict_next=False):
-        super().__init__(vocab_size, seq_len, 0, n_head, n_embd, norm_bias=bias, checkpoint_blocks=checkpoint_blocks,
-                         causal=causal, block_size=block_size, predict_next=predict_next)
-        self.blocks = nn.ModuleList(self.block(n_embd, n_head, dropout, causal, bias) for _ in range(n_layer))
-        self.positions = nn.Embedding(seq_len + predict_next, n_embd)
+    def __init__(self, vocab_size, config):
+        super().__init__(vocab_size, config)
+        self.positions = nn.Embedding(config.seq_len + config.predict_next, config.n_embd)
         self.init_weights()
 
     def embedded(self, xt, positions):

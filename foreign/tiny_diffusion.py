@@ -46,7 +46,7 @@ class TinyDiffusion(nn.Module):
 
     @classmethod
     def from_config(cls, config, vocab_size):
-        return cls(vocab_size, config.seq_len, config.n_layer, config.n_head, config.n_embd, config.T)
+        return cls(vocab_size, config)
 
     @classmethod
     def misfit(cls, config):
@@ -61,14 +61,14 @@ class TinyDiffusion(nn.Module):
                     "than ar and block, and the defaults of tied, head_bias, norm_bias, shift_tokens, predict_next, "
                     "anneal_steps and checkpoint_blocks")
 
-    def __init__(self, vocab_size, seq_len, n_layer, n_head, n_embd, T):
+    def __init__(self, vocab_size, config):
         super().__init__()
-        self.vocab_size, self.seq_len = vocab_size, seq_len
-        self.embed = nn.Embedding(vocab_size + 1, n_embd)
-        self.time_embed = nn.Embedding(T, n_embd)  # row s - 1 is step s; step 1 has the fewest masks
-        self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
-        self.head = nn.Linear(n_embd, vocab_size, bias=False)
-        cos, sin = rotary_tables(seq_len, n_embd // n_head)
+        self.vocab_size, self.seq_len, D = vocab_size, config.seq_len, config.n_embd
+        self.embed = nn.Embedding(vocab_size + 1, D)
+        self.time_embed = nn.Embedding(config.T, D)  # row s - 1 is step s; step 1 has the fewest masks
+        self.blocks = nn.ModuleList(Block(D, config.n_head) for _ in range(config.n_layer))
+        self.head = nn.Linear(D, vocab_size, bias=False)
+        cos, sin = rotary_tables(config.seq_len, D // config.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.init_weights()

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-import configs
 from attention import Tiles, attend, layout_beside_clean, layout_of_blocks
 from block_diffusion import (BlockDiffusion, Rereader, cut, finish, in_blocks, mask_count_probabilities,
                              read_rate_range)
@@ -21,7 +20,8 @@ from commands import assert_one_line, log, losses, train
 from configs import Config
 from diffusion import MDLM
 from likelihood import by_rate, chain_rule
-from model import Block, DiT
+from model import Block
+from networks import network, small
 from prompts import denoise
 from randomness import repeated_uniforms, uniforms
 from sampler_settings import loop_grid, schedule_grid
@@ -184,12 +184,12 @@ def test_the_ends():
         results = []
         for objective, size in ((MDLM(27, "linear", sampling, weighting), 0),
                                 (BlockDiffusion(27, 16, "linear", sampling, weighting), 16)):
-            model = network(block_size=size)
+            model = network(27, **({"objective": "block", "block_size": size} if size else {}))
             loss, nelbo = objective.loss(model, x0, objective.noise(u, v))
             loss.backward()
             results.append((loss, nelbo, *[p.grad for p in model.parameters()]))
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
-    model, objective = network(block_size=1).eval(), BlockDiffusion(27, 1)
+    model, objective = network(27, objective="block", block_size=1), BlockDiffusion(27, 1)
     with torch.no_grad():
         nelbo = objective.nelbo(model, x0, objective.exact_k(torch.rand(6, 16, dtype=torch.float64), v))
         torch.testing.assert_close(nelbo, chain_rule(model, objective, x0, "l2r"), rtol=1e-5, atol=1e-5)
@@ -292,17 +292,6 @@ def test_times_are_spread_over_blocks_but_not_tied_to_places():
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
-def network(conditioning="none", seq_len=16, **kwargs):
-    """A small network without a parameter at its initial zero."""
-    torch.manual_seed(0)
-    model = DiT(vocab_size=27, seq_len=seq_len, n_layer=2, n_head=2, n_embd=16, n_cond=8,
-                clock=configs.clock(conditioning, T=10), **kwargs)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return model
-
-
 def texts(n, seed=1):
     """Noisy and clean texts, times of blocks, each for a token: xt, x0 (4, 16) long, t (4, 16)."""
     g = torch.Generator().manual_seed(seed)
@@ -322,7 +311,7 @@ def test_three_ways_to_call_are_one(conditioning, shift, n):
     xt, x0, t = texts(n)
     found = []
     for way in ("beside", "cache", "again"):
-        model = network(conditioning, block_size=n, shift_tokens=shift)
+        model = network(27, conditioning=conditioning, objective="block", block_size=n, shift_tokens=shift)
         if way == "beside":
             logits = model(xt, t, clean=x0)
         else:
@@ -344,7 +333,7 @@ def test_three_ways_to_call_are_one(conditioning, shift, n):
 @pytest.mark.parametrize("shift", [False, True])
 def test_several_blocks_after_a_past(shift):
     """Remembered at once, they are what they are one after the other: each sees its own block and those before."""
-    model, (_, x0, _) = network(block_size=4, shift_tokens=shift).eval(), texts(4)
+    model, (_, x0, _) = network(27, objective="block", block_size=4, shift_tokens=shift), texts(4)
     one = two = model.remember(x0[:, :4], torch.zeros(4))
     one = model.remember(x0[:, 4:12], torch.zeros(4), past=one)
     for a in (4, 8):
@@ -359,8 +348,9 @@ def test_one_text_of_noisy_and_clean_tokens():
     n, (xt, x0, t) = 4, texts(4)
     block, clean = torch.arange(32) % 16 // n, torch.arange(32) >= 16
     sees = (block[:, None] == block) & (clean[:, None] == clean) | (block[:, None] > block) & clean
-    logits = network()(torch.cat((xt, x0), 1), t[:, 0], visible=sees, positions=torch.arange(16).repeat(2))
-    torch.testing.assert_close(network(block_size=n)(xt, t, clean=x0), logits[:, :16], rtol=1e-4, atol=1e-4)
+    logits = network(27)(torch.cat((xt, x0), 1), t[:, 0], visible=sees, positions=torch.arange(16).repeat(2))
+    model = network(27, objective="block", block_size=n)
+    torch.testing.assert_close(model(xt, t, clean=x0), logits[:, :16], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -369,7 +359,7 @@ def test_nothing_leaks_from_later_blocks(conditioning, shift):
     """Logits of block b stay the same to the last bit, whatever its own clean tokens and all later tokens are; they
     change with the clean tokens before, and with the noisy tokens of the block itself."""
     n, (xt, x0, t) = 4, texts(4)
-    model = network(conditioning, block_size=n, shift_tokens=shift).eval()
+    model = network(27, conditioning=conditioning, objective="block", block_size=n, shift_tokens=shift)
     before = model(xt, t, clean=x0)
     for b in range(4):
         a, e = b * n, (b + 1) * n
@@ -392,7 +382,7 @@ def test_neighbours_of_blocks():
     of its block. The numbers are those of positions, 100 more for clean tokens, 0 for none."""
     layout = layout_beside_clean(6, 3, torch.device("cpu"))
     assert layout.positions.tolist() == [0, 1, 2, 3, 4, 5]
-    block = Block(4, 1, 0, 0.0, shift_tokens=True)
+    block = Block(small(n_head=1, n_embd=4, shift_tokens=True), n_cond=0)
     number = lambda *numbers: torch.tensor(numbers).float()[None, :, None].expand(1, -1, 4)
     found = block.neighbours(number(1, 2, 3, 4, 5, 6), layout, number(101, 102, 103, 104, 105, 106)[..., :1])
     assert found[0].T.int().tolist() == [[0, 1, 2, 103, 4, 5], [2, 3, 0, 5, 6, 0], *[[1, 2, 3, 4, 5, 6]] * 2]
@@ -446,7 +436,7 @@ def test_tiles(size):
 def test_blocks_compile_in_one_graph(shift):
     """torch.compile finds no reason to leave the graph of either text; with any number of masks."""
     torch._dynamo.reset()
-    model, (xt, x0, t) = network(block_size=4, shift_tokens=shift), texts(4)
+    model, (xt, x0, t) = network(27, objective="block", block_size=4, shift_tokens=shift), texts(4)
     expected = [model(xt, t, where=where, clean=x0) for where in (xt == 27, xt < 9)]
     model.trunk = torch.compile(model.trunk, fullgraph=True, backend="aot_eager")
     found = [model(xt, t, where=where, clean=x0) for where in (xt == 27, xt < 9)]
@@ -459,7 +449,7 @@ def test_flops_of_blocks():
     pairs of tokens that do not see each other: of 40 x 40 clean pairs and 40 x 80 noisy ones half of 40 x 48 do."""
     from torch.utils.flop_counter import FlopCounterMode
     for shift in (False, True):
-        model = network(seq_len=40, block_size=8, shift_tokens=shift)
+        model = network(27, seq_len=40, objective="block", block_size=8, shift_tokens=shift)
         g = torch.Generator().manual_seed(0)
         x0, where = torch.randint(27, (4, 40), generator=g), torch.rand(4, 40, generator=g) < 0.5
         with (FlopCounterMode(display=False) as counter,
@@ -530,7 +520,8 @@ def test_samplers_follow_their_chains(n):
 def test_the_cache_changes_nothing(settings, conditioning, shift):
     """Tokens with and without the cache are the same, and their probabilities to 1e-5, from the same numbers. Prompts
     end anywhere, one is longer than a block, and the text is no multiple of the block size."""
-    n, model = 4, network(conditioning, seq_len=24, block_size=4, shift_tokens=shift).eval()
+    n = 4
+    model = network(27, conditioning=conditioning, seq_len=24, objective="block", block_size=n, shift_tokens=shift)
     xt = torch.full((5, 22), 27)
     for row, given in enumerate((0, 3, 4, 9, 21)):
         xt[row, :given] = torch.randint(27, (given,), generator=torch.Generator().manual_seed(row))
@@ -555,7 +546,7 @@ def test_the_cache_changes_nothing(settings, conditioning, shift):
 def test_calls_of_the_network():
     """A block is remembered once, after it is full, and counted; a prompt of several blocks in one call; nothing for
     the last block. A text that has its end token costs no more calls."""
-    model, objective, sizes = network(block_size=4).eval(), BlockDiffusion(27, 4), []
+    model, objective, sizes = network(27, objective="block", block_size=4), BlockDiffusion(27, 4), []
 
     class Watched(Counted):
         def __call__(self, xt, t, where=None, **more):

@@ -19,7 +19,7 @@ from block_diffusion import BlockDiffusion
 from data.loader import SPLITS
 from diffusion import MDLM, Noise, make_schedule
 from foreign import ddit, files
-from model import DiT
+from networks import small
 from sampling import euler_chance
 from uniform import Uniform, posterior, uniform_jumps
 
@@ -214,7 +214,7 @@ def unfolded(golden):
     """MDLM's network as it is, always told sigma = 0."""
     found = files.read_files(golden / "mdlm/hf")
     state = {key: value for key, value in files.tensors(found.payload).items() if "inv_freq" not in key}
-    model = DiT(27, 32, 2, 2, 64, 32, clock=torch.zeros_like, tied=False, head_bias=True)
+    model = small(seq_len=32, n_embd=64, n_cond=32, conditioning="constant", tied=False, head_bias=True).make_model(27)
     model.load_state_dict(ddit.mask_last(files.rename(state, ddit.NAMES), 27))
     return model.eval()
 

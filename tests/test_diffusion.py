@@ -10,7 +10,7 @@ import world
 from configs import OBJECTIVES, Config
 from diffusion import D3PM, MDLM, SEDD, WHOLE, AutoRegressive, Noise, make_schedule
 from likelihood import ORDERS
-from model import DiT
+from networks import network
 from randomness import give_prefix, prefix_lengths, repeated_uniforms, uniforms
 from sampling import SAMPLERS
 from world import MASK, MASKS, SEQUENCES, L, V
@@ -418,10 +418,7 @@ def nll(model):
 def test_autoregressive_likelihoods_sum_to_one(causal):
     """The probabilities of all sequences under a random causal network sum to one; a network that looks to the right
     is no distribution, and is found out."""
-    torch.manual_seed(2)
-    model = DiT(V, L, n_layer=2, n_head=2, n_embd=16, causal=causal)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=1.0)
+    model = network(V, seed=2, std=1.0, seq_len=L, objective="ar" if causal else "mdlm")
     with torch.no_grad():
         total = (-nll(model)).exp().sum().item()
     assert (abs(total - 1) < 1e-4) == causal, total

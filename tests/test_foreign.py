@@ -28,7 +28,7 @@ from data.loader import SPLITS
 from data.tokenizer import KNOWN, CharTokenizer, make_tokenizer
 from diffusion import MDLM
 from foreign import ddit, files, translate
-from model import DiT
+from networks import small
 
 CPU = torch.device("cpu")
 
@@ -538,7 +538,7 @@ def test_a_trained_checkpoint_and_its_weights_shuffled(tmp_path, capsys, monkeyp
     text = "the cat sat on the mat and the dog sat on the log " * 4
     monkeypatch.setattr(translate, "ENGLISH", text)
     torch.manual_seed(0)
-    model = DiT(27, 32, n_layer=1, n_head=2, n_embd=32, tied=False, head_bias=True, norm_bias=True)
+    model = small(seq_len=32, n_layer=1, n_embd=32, tied=False, head_bias=True, norm_bias=True).make_model(27)
     tokens = torch.from_numpy(CharTokenizer(KNOWN["text8"]["alphabet"]).encode(text).astype("int64"))
     objective = MDLM(27)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

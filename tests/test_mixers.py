@@ -14,6 +14,7 @@ from commands import (STEADY, assert_one_line, assert_resumes_exactly, assert_sa
 from configs import Config, replace
 from cli import UserError
 from mixers import MAPPED, MIXERS, TINY, Map, layers, std_of
+from networks import small
 from studies import mixers as study
 from studies import runs
 
@@ -32,9 +33,14 @@ def softmax(row):
     return [math.exp(value - top) / total for value in row]
 
 
+def shape(name, n_head=H, kind="full", **settings):
+    """The Config of layers with the mixer of this name."""
+    return small(architecture="mixers", mixer=name, seq_len=L, n_embd=D, n_head=n_head, static_map=kind, **settings)
+
+
 def one_layer(name, kind="full", n_head=H, seed=0):
     """The layer that mixes tokens, with weights of a size at which everything matters, in float64."""
-    layer = layers(name, D, n_head, L, kind, "", 1.0)[0]
+    layer = layers(shape(name, n_head, kind))[0]
     if name in ("gmlp", "amlp"):
         layer.norm = torch.nn.LayerNorm(3 * D)  # as ours, but not only in float32
     layer.double()
@@ -189,7 +195,7 @@ def test_order_tells_them_apart():
     commutes with a shift inside a text that is zero at its ends, and a full map does not. MLPs commute with all.
     """
     order, x = torch.tensor([3, 0, 5, 1, 4, 2]), torch.randn(1, L, D, dtype=torch.float64)
-    mlp = layers("attention", D, H, L, "full", "", 1.0)[1].double()
+    mlp = layers(shape("attention"))[1].double()
     torch.testing.assert_close(mlp(x[:, order], None), mlp(x, None)[:, order])
     still = one_layer("attention")
     still.cos.fill_(1)  # attention without positions
@@ -217,8 +223,8 @@ def test_first_weights_of_maps():
     table = Map(2, 8, "full", "orthogonal")
     table.init_weights()
     torch.testing.assert_close(table.weight @ table.weight.mT, torch.eye(8).expand(2, 8, 8), atol=1e-5, rtol=0)
-    gate = layers("gmlp", D, H, L, "full", "", 1.0)[0]
-    assert (gate.bias == 1).all() and layers("gmlp", D, H, L, "full", "", 0.0)[0].bias.abs().max() == 0
+    gate = layers(shape("gmlp"))[0]
+    assert (gate.bias == 1).all() and layers(shape("gmlp", gate_bias=0.0))[0].bias.abs().max() == 0
 
 
 @pytest.mark.parametrize("width, expected", [

@@ -13,6 +13,7 @@ from categorical import Counted
 from cli import UserError
 from commands import assert_one_line, losses, train
 from configs import Config
+from networks import small
 from diffusion import D3PM
 from foreign import translate
 from foreign.tiny_diffusion import TinyDiffusion, swap_halves
@@ -190,25 +191,30 @@ def test_overrides(tmp_path, trained):
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
-def small(seed=0):
+def theirs(**settings):
+    return small(architecture="tiny_diffusion", conditioning="step", **settings)
+
+
+def network(seed=0):
     torch.manual_seed(seed)
-    return TinyDiffusion(vocab_size=50, seq_len=64, n_layer=3, n_head=2, n_embd=64, T=T)
+    return TinyDiffusion(50, theirs(seq_len=64, n_layer=3, n_head=2, n_embd=64, T=T))
 
 
 def test_initial_network():
     """Blocks are the identity and the prediction is uniform; embeddings and matrices have their standard deviations."""
-    model, x = small(), torch.randn(1, 8, 64)
+    model, x = network(), torch.randn(1, 8, 64)
     assert torch.equal(model.blocks[1](x, model.cos[:8], model.sin[:8]), x)
     assert (model(torch.full((1, 8), 50), torch.ones(1)) == 0).all()
     for weight, std in ((model.embed.weight, 1), (model.time_embed.weight, 1), (model.blocks[0].q.weight, 1 / 8),
                         (model.blocks[2].mlp_in.weight, 1 / 8)):
         assert weight.std().item() == pytest.approx(std, rel=0.1)
-    assert TinyDiffusion(127, 256, 6, 6, 384, 128).n_params() == 10_764_288 - 384  # theirs, without the mask's logits
+    published = TinyDiffusion(127, theirs(seq_len=256, n_layer=6, n_head=6, n_embd=384, T=128))
+    assert published.n_params() == 10_764_288 - 384  # without the mask's logits
 
 
 def test_time_and_what_it_is_told():
     """Step s = round(t T) is row s - 1, cut off at both ends; an objective's steps are met exactly."""
-    model, objective = small(), D3PM(50, T)
+    model, objective = network(), D3PM(50, T)
     seen = []
     model.time_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0].tolist()))
     xt = torch.full((T, 4), 50)
@@ -255,7 +261,7 @@ def test_golden_runs(run, settings, golden):
 def test_flops():
     """flops() is what PyTorch's own counter finds in a forward and backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
-    model, where = small(), torch.rand(4, 64) < 0.5
+    model, where = network(), torch.rand(4, 64) < 0.5
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.randint(0, 50, (4, 64)), torch.rand(4), where).sum().backward()
     assert counter.get_total_flops() == pytest.approx(model.flops(64, where.float().mean().item()) * 4 * 64)
@@ -263,7 +269,7 @@ def test_flops():
 
 def test_bf16_autocast_is_close():
     """bfloat16 matrix products move logits by a little; they come out of a float32 residual stream."""
-    model, xt, t = small(), torch.randint(0, 51, (3, 16)), torch.rand(3)
+    model, xt, t = network(), torch.randint(0, 51, (3, 16)), torch.rand(3)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
