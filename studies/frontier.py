@@ -4,9 +4,9 @@
 
 D3PM (nanoDD's objective and optimiser), the fast recipe of MDLM, block diffusion in blocks of 16, and left to right,
 each at sizes from 0.2M to 10M parameters with some budgets of operations C (model.DiT.flops, recomputation not
-counted). A budget gives each size its number of steps. The learning rate of each method and size is chosen by the
-validation, with the smallest budget and one seed. Then all is run with every seed. All bits of masked models are bounds
-in continuous time.
+counted). A budget gives each size its number of steps. The learning rate of each method and size is tuned by factors of
+2, by the validation of one seed with the smallest budget. Then all is run with every seed. All bits of masked models
+are bounds in continuous time.
 
 For each method and budget the best size gives a point of the frontier. Through the points of all budgets goes the line
 
@@ -46,7 +46,6 @@ METHODS = {
 }
 SIZES = {"0.2M": dict(n_layer=4, n_embd=64, n_head=2), "0.8M": dict(n_layer=4, n_embd=128, n_head=4),
          "2.7M": dict(n_layer=6, n_embd=192, n_head=6), "10M": dict(n_layer=6, n_embd=384, n_head=6)}
-LRS = (1.5e-3, 3e-3, 6e-3)
 BUDGETS = "3e12,1e13,3e13,1e14"
 
 
@@ -126,10 +125,9 @@ def main():
     budgets = sorted({number(float, 1, 1e30)(text) for text in args.budgets.split(",")})
     if len(budgets) < 2:
         raise UserError("--budgets needs at least two numbers, for a line")
-    trials = [(method, size, budgets[0], lr, 1) for method in METHODS for size in SIZES for lr in LRS]
-    found = runs.in_stages([trials], study.measure, args.jobs)
-    best = {(method, size): min(LRS, key=lambda lr: found[method, size, budgets[0], lr, 1]["val"])
-            for method in METHODS for size in SIZES}
+    best, found = runs.tuned([(method, size, budgets[0]) for method in METHODS for size in SIZES], study.measure,
+                             args.jobs)
+    best = {(method, size): lr for (method, size, _), lr in best.items()}
     key = lambda method, size, budget, seed: (method, size, budget, best[method, size], seed)
     found |= runs.in_stages([[key(method, size, budget, seed) for budget in budgets for seed in seeds
                               for method in METHODS for size in SIZES]], study.measure, args.jobs)

@@ -182,6 +182,17 @@ def test_tokens(answers, monkeypatch, tmp_path):
     assert len(calls) == before
 
 
+def test_tuned():
+    """The search goes on while the best rate is an end, and not after runs that are equal or all diverged."""
+    val = {"large": lambda rate: abs(math.log2(rate / 0.024)), "small": lambda rate: abs(math.log2(rate / 4e-4)),
+           "middle": lambda rate: abs(math.log2(rate / 3e-3)), "flat": lambda rate: 1.0, "bad": lambda rate: math.inf}
+    best, found = runs.tuned([(kind,) for kind in val], lambda kind, rate, seed: {"val": val[kind](rate)}, 1)
+    assert {kind: rate for (kind,), rate in best.items()} == {
+        "large": 0.024, "small": 3.75e-4, "middle": 3e-3, "flat": 1.5e-3, "bad": 1.5e-3}
+    assert sorted(rate for kind, rate, _ in found if kind == "large") == [1.5e-3, 3e-3, 6e-3, 0.012, 0.024, 0.048]
+    assert len(found) == 6 + 6 + 3 * 3
+
+
 def test_correlation():
     g = np.random.default_rng(0)
     x = g.standard_normal(400)
