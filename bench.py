@@ -45,7 +45,7 @@ from sampler_settings import default_settings, schedule_grid
 from sampling import Settings
 from studies import textbook
 from studies.forecast import GPUS, estimate
-from train import batches, compiles, train_step
+from train import batches, train_step
 
 
 def add_arguments(parser):
@@ -85,7 +85,7 @@ class Training:
         torch.manual_seed(cfg.seed)
         self.model, self.objective = cfg.make_model(vocab_size), cfg.make_objective(vocab_size)
         self.flops = flops_per_token(self.model, self.objective, cfg)
-        self.compiled = compiles(cfg, device)
+        self.compiled = parallel.compiles(cfg, device)
         self.net = parallel.spread(self.model, device, False, self.compiled)
         self.optimizers, self.ema = make_optimizers(self.model, cfg, device, dtype), EMA(self.model, cfg.ema_decay)
         self.stream = self.batches(self.objective)

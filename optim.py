@@ -95,49 +95,54 @@ class AdamW(torch.optim.AdamW):
 
 
 # (a, b, c) of the iterations of orthogonalise, by the method of Polar Express (arXiv 2505.16932). Each has, of all odd
-# polynomials of degree 5, the one nearest to 1 on the interval into which those before it have mapped [0.01, 1]. The
+# polynomials of degree 5, the one nearest to 1 on the interval into which those before it have mapped [0.02, 1]. The
 # upper end of each interval is raised by 3 %, because beyond it the polynomials grow fast, and bfloat16 rounds.
-ITERATIONS = (7.8690, -21.6582, 15.0808), (3.5633, -2.5190, 0.4676), (2.6596, -1.8821, 0.4038)
+ITERATIONS = (7.5071, -20.3140, 14.0738), (3.1688, -2.2498, 0.4403)
 
 
 def orthogonalise(g, iterations=ITERATIONS):
     """Approximate U V^T of g = U S V^T, for matrices g (..., m, n).
 
     Newton-Schulz: x <- p x, with s = x x^T and p = a I + b s + c s^2, maps every singular value v of x to
-    a v + b v^3 + c v^5. ITERATIONS map all values in [0.01, 1] into [0.70, 1.30].
+    a v + b v^3 + c v^5. First x is divided by (sum of v^8)^(1/8) = |s^2|^(1/4), which is at least the largest v, and
+    closer to it than the Frobenius norm (sum of v^2)^(1/2). ITERATIONS then map values in [0.02, 1] into [0.46, 1.54].
 
-    If x is wide, it is cheaper to multiply it once, by q, the product of all p. Until then only s is needed: x <- p x
-    makes s <- p s p. Rounding errors of s grow with the iterations. Three are safe in bfloat16, five are not.
+    Until the end only s is needed, which is small: x <- p x makes s <- p s p. q is the product of all p.
     """
     x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that s is the smaller square
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if not is_wide(*x.shape[-2:]):
-        for a, b, c in iterations:
-            s = x @ x.mT
-            x = a * x + (b * s + c * s @ s) @ x
-    else:
-        s, p, q = x @ x.mT, None, None
-        for a, b, c in iterations:
-            if p is not None:
-                s = p @ s @ p
-            p = b * s + c * s @ s
-            p.diagonal(dim1=-2, dim2=-1).add_(a)
-            q = p if q is None else p @ q
-        x = q @ x
+    s = x @ x.mT
+    square = s @ s
+    largest = square.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12) ** 0.25
+    s, square, q = s / largest**2, square / largest**4, None
+    identity = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    for a, b, c in iterations:
+        if q is not None:
+            s = p @ s @ p
+            square = s @ s
+        p = a * identity + b * s + c * square
+        q = p if q is None else p @ q
+    x = q @ (x / largest)
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
-def is_wide(m, n):
-    """Tell whether an m x n matrix, m <= n, takes fewer operations by way of q: 4 m^2 n + 18 m^3 in three iterations,
-    and not 12 m^2 n + 6 m^3."""
-    return n > 1.5 * m
+def in_parts(x, parts):
+    """Cut matrices x (N, m, n) into `parts` pieces each, of rows, or of columns if parts < 0: (N |parts|, ...)."""
+    return x.unflatten(1, (parts, -1)).flatten(0, 1) if parts > 0 else in_parts(x.mT, -parts).mT
+
+
+def together(x, parts):
+    """The inverse of in_parts."""
+    return x.unflatten(0, (-1, parts)).flatten(1, 2) if parts > 0 else together(x.mT, -parts).mT
 
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised in `dtype`, with decoupled weight decay. params: matrices.
 
-    A step of an m x n matrix is scaled by 0.2 sqrt(max(m, n)), to the size of AdamW's steps. So both optimisers can use
-    the same learning rate and weight decay (Moonlight, arXiv 2502.16982, eq. 4).
+    Matrices of attention are cut into those of its heads, which are orthogonalised each on its own. The attribute
+    `parts` of a parameter says into how many (see in_parts). A step of an m x n matrix is scaled by
+    0.2 sqrt(max(m, n)), to the size of AdamW's steps. So both optimisers can use the same learning rate and weight
+    decay (Moonlight, arXiv 2502.16982, eq. 4).
     """
 
     @staticmethod
@@ -148,11 +153,14 @@ class Muon(torch.optim.Optimizer):
     def flops(shape):
         """Operations of orthogonalise for an m x n matrix."""
         m, n = sorted(shape)
-        return 4 * m * m * n + 18 * m**3 if is_wide(m, n) else 12 * m * m * n + 6 * m**3
+        return 4 * m * m * n + 10 * m**3
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32, compiled=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.dtype = dtype
+        self.directions, self.orthogonalise, self.add = (
+            torch.compile(function, dynamic=False) if compiled else function
+            for function in (directions, orthogonalise, add))
 
     def step_unless(self, bad):
         """Take a step, unless bad, a bool tensor on the device, is True."""
@@ -162,24 +170,46 @@ class Muon(torch.optim.Optimizer):
     def step(self, good=1.0):
         """Take a step if good, 1 or a tensor of 0 or 1 on the device, is 1; with 0 nothing changes."""
         for group in self.param_groups:
-            for shape in sorted({p.shape for p in group["params"]}):
-                self.step_together([p for p in group["params"] if p.shape == shape], group, torch.as_tensor(good))
+            for shape, parts in sorted({kind_of(p) for p in group["params"]}):
+                self.step_together([p for p in group["params"] if kind_of(p) == (shape, parts)], parts, group, good)
 
-    def step_together(self, params, group, good):
-        """Step all of params, matrices of one shape, at once."""
-        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        good = good.to(params[0].device)
+    def step_together(self, params, parts, group, good):
+        """Step all of params, matrices of one shape and with as many parts, at once."""
+        good = torch.as_tensor(good).to(params[0].device)
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum"] for p in params]
-        # In a bad step the momentum stands for the gradient: the average of the momentum with itself is unchanged.
-        grads = [p.grad.where(good > 0, buffer) for p, buffer in zip(params, buffers)]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        ahead = torch._foreach_lerp(grads, buffers, momentum)
-        steps = parallel.shared_out(orthogonalise, torch.stack(ahead).to(self.dtype)).to(ahead[0].dtype) * good
-        torch._foreach_mul_(params, 1 - lr * weight_decay * good)
-        torch._foreach_add_(params, list(steps), alpha=-lr * 0.2 * max(params[0].shape) ** 0.5)
+        x = self.directions([p.grad for p in params], [self.state[p]["momentum"] for p in params], good,
+                            group["momentum"], parts, self.dtype)
+        steps, rate = parallel.shared_out(self.orthogonalise, x), group["lr"] * good
+        self.add(params, steps, parts, -0.2 * max(x.shape[1:]) ** 0.5 * rate, 1 - group["weight_decay"] * rate)
+
+
+def kind_of(p):
+    """(shape, parts) of a parameter."""
+    return tuple(p.shape), getattr(p, "parts", 1)
+
+
+def pieces(p):
+    """(shape, number) of the pieces that a parameter is cut into."""
+    shape, parts = list(p.shape), getattr(p, "parts", 1)
+    if parts != 1:
+        shape[0 if parts > 0 else 1] //= abs(parts)
+    return tuple(shape), abs(parts)
+
+
+def directions(grads, momenta, good, momentum, parts, dtype):
+    """Update the momenta, and return Nesterov's directions, cut into parts: (N, m, n)."""
+    # In a bad step the momentum stands for the gradient: the average of the momentum with itself is unchanged.
+    grads = [grad.where(good > 0, m) for grad, m in zip(grads, momenta)]
+    torch._foreach_lerp_(momenta, grads, 1 - momentum)
+    return in_parts(torch.stack(torch._foreach_lerp(grads, momenta, momentum)), parts).to(dtype)
+
+
+def add(params, steps, parts, scale, decay):
+    """params <- decay params + scale steps. scale, decay: tensors; steps are cut into parts."""
+    torch._foreach_mul_(params, decay)
+    torch._foreach_add_(params, list(together(steps, parts).to(params[0].dtype) * scale))
 
 
 class SM3(torch.optim.Optimizer):
@@ -253,7 +283,8 @@ def make_optimizers(model, cfg, device, dtype):
     optimizers = []
     for kind, parameters in shares(model, cfg):
         if kind is Muon:
-            optimizers.append(Muon(parameters, cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype))
+            optimizers.append(Muon(parameters, cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype,
+                                   compiled=parallel.compiles(cfg, device)))
             continue
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]

@@ -162,6 +162,11 @@ class StopSignals:
 # ---- models on several devices -------------------------------------------------------------------------------------
 
 
+def compiles(cfg, device):
+    """Tell whether a run is compiled: as cfg.compile says, or by default on CUDA only."""
+    return device.type == "cuda" if cfg.compile is None else cfg.compile
+
+
 def spread(model, device, fsdp, compiled):
     """Put the model on the device, compile it if `compiled`, and wrap it to average gradients over the processes.
 

@@ -143,7 +143,7 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
         out_dir, args.resume, args.init_from, cfg, meta, model, stop) if parallel.is_main else (None, None, None))
     resumed, copied = on_main(lambda: (payload is not None, source is not None))
     lock = together(lambda: (lock or storage.claim(out_dir)) if parallel.is_main else None)
-    net = parallel.spread(model, device, cfg.fsdp, compiles(cfg, device))
+    net = parallel.spread(model, device, cfg.fsdp, parallel.compiles(cfg, device))
     if copied:
         for key, p in model.named_parameters():
             parallel.copy_from_main(p, source and source[key])
@@ -159,11 +159,6 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
         tally = exchange.resume(payload, states(optimizers), tally)
         ema.updates = step
     return net, optimizers, ema, exchange, (step, best_val, Tally(*tally.to(device)), wandb_id), lock
-
-
-def compiles(cfg, device):
-    """Tell whether the model is compiled: as cfg.compile says, or by default on CUDA only."""
-    return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 
 def main():
@@ -261,7 +256,7 @@ def main():
            f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}"
            f"{f', {parallel.n_teams} workers that exchange every {cfg.local_steps} steps' if cfg.local_steps else ''}"
            f", {str(dtype).removeprefix('torch.')}"
-           f"{', compiled' if compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, "
+           f"{', compiled' if parallel.compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, "
            f"optimiser state {kept / 1e6:,.1f} MB, writing to {out_dir}"
            + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if step else ""),
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,

@@ -22,7 +22,7 @@ SLOW_TESTS = {"test_hub_offline", "test_a_missing_tokenizer", "test_pydoc", "tes
               "test_from_mdlm_to_blocks", "test_two_workers_resume_exactly", "test_teams",
               "test_a_dead_worker_ends_the_run", "test_equal_machines_do_what_two_processes_do",
               "test_averaged_gradients_are_those_of_micro_batches", "test_halos_of_one_region_is_async",
-              "test_a_simulated_run"}
+              "test_a_simulated_run", "test_compiled_steps"}
 
 
 def pytest_configure(config):

@@ -19,16 +19,16 @@ CFG = Config(n_layer=2, n_head=2, n_embd=16, n_cond=8, seq_len=8, optimizer="muo
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (3, 16, 40)])
 def test_orthogonalise(shape):
-    """The singular vectors stay. The singular values from 1 to 1/100 of the norm end between 0.70 and 1.30, and are
+    """The singular vectors stay. The singular values from 1 to 1/50 of the norm end between 0.46 and 1.54, and are
     those of the polynomials."""
     n = min(shape[-2:])
     u, v = torch.linalg.qr(torch.randn(*shape[:-1], n))[0], torch.linalg.qr(torch.randn(*shape[:-2], shape[-1], n))[0]
-    s = torch.logspace(0, -math.log10(60), n)
+    s = torch.logspace(0, -math.log10(40), n)
     inner = u.mT @ orthogonalise(10 * u * s @ v.mT) @ v
     values = inner.diagonal(dim1=-2, dim2=-1)
-    assert values.min() > 0.70 and values.max() < 1.30
-    expected = s / s.norm()
-    assert expected.min() > 0.01
+    assert values.min() > 0.46 and values.max() < 1.54
+    expected = s / (s**8).sum() ** (1 / 8)
+    assert expected.min() > 0.02
     for a, b, c in ITERATIONS:
         expected = a * expected + b * expected**3 + c * expected**5
     torch.testing.assert_close(values, expected.expand_as(values), atol=1e-4, rtol=0)
@@ -38,8 +38,8 @@ def test_orthogonalise(shape):
 
 def test_iterations():
     """Each polynomial is the best of its kind: its error has four extremes of equal size and alternating sign on the
-    interval that the one before left (Chebyshev's criterion), with 3 % more. The last one is [0.70, 1.30]."""
-    low, high = 0.01, 1.0
+    interval that the one before left (Chebyshev's criterion), with 3 % more. The last one is [0.47, 1.53]."""
+    low, high = 0.02, 1.0
     for a, b, c in ITERATIONS:
         x = torch.linspace(low, 1.03 * high, 100_001, dtype=torch.float64)
         error = a * x + b * x**3 + c * x**5 - 1
@@ -49,15 +49,14 @@ def test_iterations():
         assert len(extremes) == 4 and (extremes.sign() == torch.tensor([-1, 1, -1, 1])).all()
         torch.testing.assert_close(extremes.abs(), size.expand(4), atol=0.01, rtol=0)
         low, high = 1 - size.item(), 1 + size.item()
-    assert (low, high) == pytest.approx((0.70, 1.30), abs=0.01)
+    assert (low, high) == pytest.approx((0.47, 1.53), abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["dense", "one direction", "two directions", "one row", "some rows", "one entry",
                                   "uneven rows"])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256)])
 def test_no_value_grows_in_bfloat16(kind, shape):
-    """By way of x and of q: no singular value gets much larger than 1.30, whatever the gradient is like. (With
-    polynomials for [0.01, 1] without the margin, that of one row becomes 250 to 670.)"""
+    """No singular value gets much larger than 1.54, whatever the gradient is like."""
     m, n = shape
     for i in range(1, 21):
         direction = lambda: torch.outer(torch.randn(m), torch.randn(n))
@@ -66,13 +65,14 @@ def test_no_value_grows_in_bfloat16(kind, shape):
              "one row": g * (torch.arange(m) == 3)[:, None], "some rows": g * (torch.arange(m) < i)[:, None],
              "one entry": i / 7 * torch.eye(m, n) * (torch.arange(m) == 3)[:, None],
              "uneven rows": g * torch.randn(m, 1).mul(3).exp()}[kind]
-        assert torch.linalg.svdvals(orthogonalise(g.bfloat16()).float()).max() < 1.45
+        assert torch.linalg.svdvals(orthogonalise(g.bfloat16()).float()).max() < 1.7
 
 
 def test_is_torchs(monkeypatch):
-    """Ten steps from random gradients, with five iterations, are torch.optim.Muon's, but for its bfloat16. Shapes are
-    mixed on purpose."""
-    monkeypatch.setattr(optim, "orthogonalise", lambda g: orthogonalise(g, 5 * [(3.4445, -4.7750, 2.0315)]))
+    """Ten steps from random gradients, with torch's iterations, are torch.optim.Muon's. Shapes are mixed on purpose."""
+    theirs_of = lambda x: torch.stack([torch.optim._muon._zeropower_via_newtonschulz(
+        matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7) for matrix in x]).float()
+    monkeypatch.setattr(optim, "orthogonalise", theirs_of)
     torch.manual_seed(0)
     shapes = [(16, 16), (48, 16), (16, 64), (16, 16)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -87,7 +87,51 @@ def test_is_torchs(monkeypatch):
         for optimizer in optimizers:
             optimizer.step()
     for p, q, old in zip(ours, theirs, start):
-        assert (p - q).norm() < 0.02 * (p - old).norm()
+        assert (p - q).norm() < 1e-5 * (p - old).norm()
+
+
+def test_compiled_steps():
+    """The compiled Muon takes the same steps, skips the same ones, and is compiled once whatever the learning rate is."""
+    torch.manual_seed(0)
+    starts = [torch.randn(shape) for shape in ((12, 8), (12, 8), (8, 16))]
+    grads = [[torch.randn_like(p) for p in starts] for _ in range(4)]
+    ends = []
+    for compiled in (False, True):
+        params = [torch.nn.Parameter(p.clone()) for p in starts]
+        params[2].parts = -2
+        optimizer = Muon(params, lr=0.1, weight_decay=0.1, compiled=compiled)
+        for i, of_step in enumerate(grads):
+            optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
+            for p, grad in zip(params, of_step):
+                p.grad = grad
+            torch.compiler.set_stance("fail_on_recompile" if compiled and i else "default")
+            optimizer.step_unless(torch.tensor(i == 2))
+            torch.compiler.set_stance("default")
+        ends.append([p.detach() for p in params])
+    torch.testing.assert_close(ends[1], ends[0])
+
+
+def test_parts():
+    """A matrix in parts moves as its parts would, each a parameter of its own: rows of heads, and columns."""
+    def moved(parameters, grads):
+        optimizer = Muon(parameters, lr=0.1)
+        for p, grad in zip(parameters, grads):
+            p.grad = grad
+        optimizer.step()
+        return [p.detach() for p in parameters]
+
+    new = lambda *shape: torch.nn.Parameter(torch.zeros(shape))
+    grad = torch.randn(12, 8)
+    for parts, pieces in ((3, grad.split(4)), (-2, grad.split(4, 1))):
+        whole = new(12, 8)
+        whole.parts = parts
+        found, = moved([whole], [grad])
+        expected = torch.cat(moved([new(*piece.shape) for piece in pieces], pieces), 0 if parts > 0 else 1)
+        torch.testing.assert_close(found, expected)
+        assert optim.pieces(whole) == (tuple(pieces[0].shape), len(pieces))
+    block = CFG.make_model(5).blocks[0]
+    assert [optim.pieces(weight) for weight in block.matrices()] == [
+        ((8, 16), 6), ((16, 8), 2), ((64, 16), 1), ((16, 64), 1)]
 
 
 def test_precision():
