@@ -23,8 +23,8 @@ from data.tokenizer import make_tokenizer
 from export import export
 from foreign import translate
 from log import parse
-from storage import (Hints, add_hints, check_finite, check_fit, check_keys, claim, config_of, fill, hints_of, read,
-                     read_latest)
+from storage import (Hints, add_hints, check_finite, check_fit, check_keys, claim, config_of, hints_of, load_weights,
+                     read, read_latest)
 
 OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # English data sets of foreign checkpoints
 
@@ -149,7 +149,7 @@ def load_model(path, device, hints=Hints(), raw=False):
     weights = payload["model"] if raw else payload["ema"]
     check_fit(model, weights, path)
     check_finite(weights, path)
-    fill(model, weights)
+    load_weights(model, weights)
     model = model.to(device).eval()
     if payload.get("foreign") and payload["meta"]["name"] in OF_ENGLISH:
         translate.warn_if_implausible(model, config.make_objective(payload["meta"]["vocab_size"]),

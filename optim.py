@@ -114,7 +114,7 @@ def orthogonalise(g, iterations=ITERATIONS):
     s = x @ x.mT
     square = s @ s
     largest = square.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12) ** 0.25
-    s, square, q = s / largest**2, square / largest**4, None
+    s, square, p, q = s / largest**2, square / largest**4, None, None
     identity = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     for a, b, c in iterations:
         if q is not None:

@@ -85,13 +85,13 @@ def canvases(args, seq_len, tokenizer, mask_id):
     longest = max(map(len, found))
     if longest > seq_len and args.context is None:
         raise UserError(f"the text has {longest} tokens, and the model writes {seq_len} at a time: shorten it, or "
-                        f"set --context, the number of tokens that each block continues, such as {seq_len // 4}")
+                        f"set --context, the number of tokens that each window continues, such as {seq_len // 4}")
     if args.context is not None and args.context >= seq_len:
         raise UserError(f"--context {args.context} leaves nothing of the model's {seq_len} tokens: use fewer")
     return found
 
 
-def blocks(length, seq_len, context):
+def windows_of(length, seq_len, context):
     """Windows (a, b) that cover 0 ... length. Each begins `context` tokens before the end of the one before."""
     found = [(0, min(length, seq_len))]
     while found[-1][1] < length:
@@ -126,7 +126,7 @@ def denoise(settings, objective, model, canvas, config, context, generator, end=
     """
     given, size = canvas != objective.mask_id, None
     state = begin(canvas)
-    for a, b in blocks(canvas.shape[1], config.seq_len, context):
+    for a, b in windows_of(canvas.shape[1], config.seq_len, context):
         xt, p = state.xt[:, a:b], state.p[:, a:b]
         if not (xt == objective.mask_id).any():
             continue

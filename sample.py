@@ -59,7 +59,7 @@ def parse_args():
     q.add_argument("--length", type=number(int, 1, 10**7),
                    help="number of tokens, the prompt included (default: the length in training)")
     q.add_argument("--context", type=number(int, 0), metavar="N",
-                   help="write longer text in blocks: each continues the last N tokens of the block before")
+                   help="write longer text in windows: each continues the last N tokens of the window before")
     q.add_argument("--template", type=named, metavar="TEXT",
                    help=r"fill the blanks of TEXT: ____ is four tokens, {12} is twelve; write _ { } \ and a new line "
                    r"as \_ \{ \} \\ \n")

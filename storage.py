@@ -318,7 +318,7 @@ def check_fit(model, weights, path):
 
 
 @torch.no_grad()
-def fill(model, weights):
+def load_weights(model, weights):
     """Copy weights {name: tensor}, which check_fit found to fit, into the model's parameters."""
     for name, p in model.named_parameters():
         p.copy_(weights[name])

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli import ArgumentParser, number, require, run, table, write_file
 from plot import picture
 from studies import runs
-from studies.runs import mean_and_error
+from studies.runs import over_seeds
 
 PLAIN = ["mdlm_mini_fast", "--no-shift_tokens", "--sample_interval=0", "--eval_sequences=256"]
 KINDS = {  # what a run has beside PLAIN
@@ -104,8 +104,8 @@ def main():
     rows, by_steps, needed = [], {}, {}
     tuned = [(kind, n) for kind in SOURCES for n in lengths[kind]]
     for kind, n in [("A", S), ("C", S), ("C", 2 * S), ("AR", S), *tuned]:
-        mean, error = mean_and_error([bits[kind, seed, n] for seed in seeds])
-        less, less_error = mean_and_error([bits[kind, seed, n] - bits["C", seed, S] for seed in seeds])
+        mean, error = over_seeds([bits[kind, seed, n] for seed in seeds])
+        less, less_error = over_seeds([bits[kind, seed, n] - bits["C", seed, S] for seed in seeds])
         rows.append(dict(run=kind, steps=n, bits=mean, stderr=error, less_c=less, less_c_stderr=less_error))
         if kind in SOURCES:
             by_steps.setdefault(kind, []).append((n, mean, error))
@@ -136,8 +136,8 @@ def main():
         by_seed = [found[kind, seed, n] for seed in seeds]
         for row in range(len(by_seed[0]) - 1):  # the last row is real text
             one = [rows_of_seed[row] for rows_of_seed in by_seed]
-            judge, judge_error = mean_and_error([r["judge_bits_per_char"] for r in one])
-            entropy, entropy_error = mean_and_error([r["unigram_entropy_bits"] for r in one])
+            judge, judge_error = over_seeds([r["judge_bits_per_char"] for r in one])
+            entropy, entropy_error = over_seeds([r["unigram_entropy_bits"] for r in one])
             quality.append(dict(
                 run=kind, steps=n, calls=statistics.mean(r["nfe"] for r in one), judge=judge,
                 judge_stderr=judge_error, entropy=entropy, entropy_stderr=entropy_error,

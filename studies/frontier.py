@@ -36,7 +36,7 @@ from costs import flops_per_token
 from log import finite
 from plot import picture
 from studies import runs
-from studies.runs import mean_and_error
+from studies.runs import over_seeds
 
 METHODS = {
     "D3PM": ("d3pm_mini", dict(batch_size=16, micro_batch_size=16)),
@@ -141,7 +141,7 @@ def main():
     for method in METHODS:
         for budget in budgets:
             for size in SIZES:
-                bits, error = mean_and_error([found[key(method, size, budget, seed)]["bits"] for seed in seeds])
+                bits, error = over_seeds([found[key(method, size, budget, seed)]["bits"] for seed in seeds])
                 rows.append({"method": method, "operations": budget, "size": size, "lr": best[method, size],
                              "steps": steps_of(method, size, budget), "bits": finite(bits), "stderr": error})
     print(f"bits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds")

@@ -34,7 +34,7 @@ from data.loader import load_meta, load_split
 from mixers import MIXERS
 from plot import picture
 from studies import runs
-from studies.runs import mean_and_error
+from studies.runs import over_seeds
 
 BASE = dict(optimizer="adamw", shift_tokens=False, sample_interval=0, eval_sequences=256, architecture="mixers")
 LRS = (1e-3, 3e-3, 6e-3)
@@ -153,7 +153,7 @@ def main():
 
     results, best, costs = [], {}, costs_of(rows)
     for row in rows:
-        means = {lr: mean_and_error([found[row.name, lr, seed]["bits"] for seed in seeds]) for lr in row.lrs}
+        means = {lr: over_seeds([found[row.name, lr, seed]["bits"] for seed in seeds]) for lr in row.lrs}
         best[row.name] = lr = min(row.lrs, key=lambda lr: sum(found[row.name, lr, seed]["val"] for seed in seeds))
         all_runs = [found[row.name, rate, seed] for rate in row.lrs for seed in seeds]
         results.append(dict(

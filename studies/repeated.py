@@ -24,7 +24,7 @@ from cli import ArgumentParser, number, require, run, table, write_file
 from log import finite
 from plot import picture
 from studies import runs
-from studies.runs import mean_and_error
+from studies.runs import over_seeds
 
 SIZES = {"0.2M": ["--n_embd=64", "--n_head=2"], "0.8M": []}
 KINDS = {"left to right": ["--objective=ar", "--weighting=nelbo", "--time_sampling=uniform"], "diffusion": []}
@@ -103,7 +103,7 @@ def main():
     rows, series = [], {}
     for size in SIZES:
         for kind in KINDS:
-            line = [(n, *mean_and_error([found[key(kind, size, n, seed)]["bits"] for seed in seeds])) for n in epochs]
+            line = [(n, *over_seeds([found[key(kind, size, n, seed)]["bits"] for seed in seeds])) for n in epochs]
             series[f"{kind}, {size}"] = line
             rows += [{"size": size, "kind": kind, "epochs": n, "bits": finite(bits), "stderr": error}
                      for n, bits, error in line]

@@ -144,7 +144,7 @@ def tuned(kinds, measure, jobs, rates=(1.5e-3, 3e-3, 6e-3)):
     return best, found
 
 
-def mean_and_error(values):
+def over_seeds(values):
     """Mean over seeds and the standard error of it (None for one seed, or if the mean is not finite)."""
     mean = sum(values) / len(values)
     if len(values) < 2 or not math.isfinite(mean):
@@ -154,4 +154,4 @@ def mean_and_error(values):
 
 def mean_curve(curves):
     """[(x, mean, standard error)] of curves [(x, y)] with the same x."""
-    return [(column[0][0], *mean_and_error([y for _, y in column])) for column in zip(*curves)]
+    return [(column[0][0], *over_seeds([y for _, y in column])) for column in zip(*curves)]

@@ -186,7 +186,7 @@ class Simulation:
             source = storage.read(args.init_from)
             check_same_tokens(source["meta"], self.meta, cfg.dataset)
             storage.check_fit(self.model, source["ema"], args.init_from)
-            storage.fill(self.model, source["ema"])
+            storage.load_weights(self.model, source["ema"])
         self.start = [p.detach().clone() for p in self.model.parameters()]
         self.sums, self.updates, self.nats, self.steps = dict.fromkeys(SUMS, 0.0), 0, 0.0, 0
         self.events_done, self.logged, self.progress = 0, 0, 0

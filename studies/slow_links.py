@@ -37,7 +37,7 @@ import log
 from cli import ArgumentParser, UserError, number, require, run, table, write_file
 from plot import picture
 from studies import runs
-from studies.runs import ROOT, mean_and_error
+from studies.runs import ROOT, over_seeds
 
 LEVELS = ("none", "slight", "moderate", "very")
 BASE = ["mdlm_mini_fast", "--optimizer=adamw", "--lr=3e-3", "--sample_interval=0", "--eval_sequences=256"]
@@ -209,8 +209,8 @@ def main():
         if any(one["bits"] is None for one in these):
             rows.append({"name": name, "level": f"{level}: diverged"})
             continue
-        bits, _ = mean_and_error([one["bits"] for one in these])
-        more, error = mean_and_error([one["bits"] - base[seed] for one, seed in zip(these, seeds)])
+        bits, _ = over_seeds([one["bits"] for one in these])
+        more, error = over_seeds([one["bits"] - base[seed] for one, seed in zip(these, seeds)])
         mean = lambda key: sum(one[key] or 0 for one in these) / len(these)
         rows.append({"name": name if level != "one" else ("lookahead" if flags else "plain"), "level": level,
                      "bits": bits, "more": more, "error": error,

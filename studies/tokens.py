@@ -26,7 +26,7 @@ from configs import CONFIGS
 from data.loader import load_meta
 from log import finite
 from studies import runs
-from studies.runs import mean_and_error
+from studies.runs import over_seeds
 
 KINDS = {"diffusion": [], "left to right": ["--objective=ar", "--weighting=nelbo", "--time_sampling=uniform"]}
 TOKENS = "characters", "BPE"
@@ -71,7 +71,7 @@ def main():
 
     rows = []
     for tokens, kind, shift in kinds:
-        mean, error = mean_and_error(bits[tokens, kind, shift])
+        mean, error = over_seeds(bits[tokens, kind, shift])
         rows.append({"tokens": tokens, "kind": kind, "shift": "yes" if shift else "no", "lr": best[tokens, kind, shift],
                      "bits": finite(mean), "stderr": error})
     (characters, tokens), (steps, as_many) = study.seq_len.values(), study.steps.values()
@@ -88,7 +88,7 @@ def main():
     for shift in (False, True):
         answers[f"what they cost diffusion more, {'with' if shift else 'without'} token shift"] = less(
             costs["diffusion", shift], costs["left to right", shift])
-    summary = {name: mean_and_error(values) for name, values in answers.items()}
+    summary = {name: over_seeds(values) for name, values in answers.items()}
     table([{"what": name, "bits": finite(mean), "stderr": error} for name, (mean, error) in summary.items()],
           {"what": ("bits per byte, by seed", ""), "bits": ("", "+.4f"), "stderr": ("±", ".4f")}, sys.stdout)
     write_file(args.folder / "tokens.json", json.dumps({"rows": rows, "answers": summary}) + "\n")

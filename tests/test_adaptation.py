@@ -468,7 +468,7 @@ def opened(path):
     payload = storage.read(path)
     network = storage.config_of(payload).make_model(payload["meta"]["vocab_size"]).eval()
     storage.check_fit(network, payload["ema"], path)
-    storage.fill(network, payload["ema"])
+    storage.load_weights(network, payload["ema"])
     return network, storage.config_of(payload)
 
 
@@ -541,7 +541,7 @@ def diffusion_twin(network, config, V):
     new = replace(config, objective="mdlm", predict_next=True)
     twin = new.make_model(V).eval()
     source = {"config": vars(config), "ema": dict(network.named_parameters())}
-    storage.fill(twin, adapt(twin, source, new, "it"))
+    storage.load_weights(twin, adapt(twin, source, new, "it"))
     return twin, new.make_objective(V)
 
 
@@ -588,8 +588,8 @@ def test_after_annealing_it_is_a_plain_network():
     config = Config(n_layer=2, n_head=2, n_embd=32, seq_len=12, conditioning="none", objective="mdlm")
     torch.manual_seed(0)
     next_token, plain = (replace(config, seq_len=n, predict_next=n == 12).make_model(11).eval() for n in (12, 13))
-    storage.fill(plain, {name: p + 0.3 * torch.randn_like(p) for name, p in next_token.named_parameters()})
-    storage.fill(next_token, dict(plain.named_parameters()))
+    storage.load_weights(plain, {name: p + 0.3 * torch.randn_like(p) for name, p in next_token.named_parameters()})
+    storage.load_weights(next_token, dict(plain.named_parameters()))
     xt, t, where = torch.randint(12, (3, 12)), torch.ones(3), torch.rand(3, 12) < 0.5
     with torch.no_grad():
         expected = plain(torch.nn.functional.pad(xt, (1, 0), value=11), t)[:, :-1]
@@ -652,11 +652,11 @@ def test_new_tensors_do_not_change_the_function(new, capsys):
     before = replace(before, **{key: value for key, value in new.items() if key in ("architecture", "mixer")})
     torch.manual_seed(0)
     network = before.make_model(11).eval()
-    storage.fill(network, {name: p + 0.3 * torch.randn_like(p) for name, p in network.named_parameters()})
+    storage.load_weights(network, {name: p + 0.3 * torch.randn_like(p) for name, p in network.named_parameters()})
     now = replace(before, **new)
     other = now.make_model(11).eval()
     source = {"config": vars(before) | {}, "ema": dict(network.named_parameters())}
-    storage.fill(other, adapt(other, source, now, "it"))
+    storage.load_weights(other, adapt(other, source, now, "it"))
     assert "; new: " in capsys.readouterr().err
     if now.conditioning != "none":
         assert other.time_embed.fc_in.weight.abs().max() > 0

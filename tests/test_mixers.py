@@ -249,7 +249,7 @@ def test_network(name):
     torch.manual_seed(0)
     cfg = replace(CFG, mixer=name, conditioning="time", mask_aware=aware, shift_tokens=True)
     net = cfg.make_model(5).train()
-    storage.fill(net, {key: p + 0.3 * torch.randn_like(p) for key, p in net.named_parameters()})
+    storage.load_weights(net, {key: p + 0.3 * torch.randn_like(p) for key, p in net.named_parameters()})
     xt, t, where = torch.randint(6, (3, L)), torch.rand(3), torch.rand(3, L) < 0.5
     torch.testing.assert_close(net(xt, t, where), net(xt, t)[where])
     gradients = []
@@ -267,7 +267,7 @@ def test_network(name):
     assert len(net.matrices()) >= 2 and net.flops(L, 0.5) < net.flops(L, 1.0)
     if aware and name not in ("amlp", "container", "container_conv"):  # these attend to masks, too
         net = replace(cfg, shift_tokens=False).make_model(5).eval()
-        storage.fill(net, {key: p + 0.3 * torch.randn_like(p) for key, p in net.named_parameters()})
+        storage.load_weights(net, {key: p + 0.3 * torch.randn_like(p) for key, p in net.named_parameters()})
         xt = torch.tensor([[0, 5, 1, 5, 2, 3]])
         with torch.no_grad():
             before = net(xt, t[:1])

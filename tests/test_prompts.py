@@ -22,7 +22,7 @@ from diffusion import MDLM
 from foreign import translate
 from likelihood import Windows
 from model import DiT
-from prompts import blocks, canvases, template
+from prompts import canvases, template, windows_of
 from randomness import prefix_lengths
 from sampling import SIGMAS
 from studies.curves import measure_context, measure_curve
@@ -92,10 +92,10 @@ def test_space_before_a_blank():
                                             *ids(" mat")]
 
 
-def test_blocks():
+def test_windows():
     """They cover all, overlap by the context, and are no longer than the model."""
-    assert blocks(20, 32, 0) == [(0, 20)] and blocks(32, 32, 5) == [(0, 32)]
-    assert blocks(70, 32, 8) == [(0, 32), (24, 56), (48, 70)] and blocks(64, 32, 0) == [(0, 32), (32, 64)]
+    assert windows_of(20, 32, 0) == [(0, 20)] and windows_of(32, 32, 5) == [(0, 32)]
+    assert windows_of(70, 32, 8) == [(0, 32), (24, 56), (48, 70)] and windows_of(64, 32, 0) == [(0, 32), (32, 64)]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_many_templates_go_in_batches(sample, tmp_path):
     assert [one["text"][0] for one in found["samples"]] == [chr(97 + i % 26) for i in range(40)] and found["nfe"] == 2
 
 
-def test_long_text_by_blocks(sample, trained, monkeypatch):
+def test_long_text_by_windows(sample, trained, monkeypatch):
     """Each block sees the last tokens of the one before, and the suffix comes last."""
     seen = []
     model, *rest = checkpoint.load_model(trained, torch.device("cpu"))
