@@ -19,16 +19,16 @@ CFG = Config(n_layer=2, n_head=2, n_embd=16, n_cond=8, seq_len=8, optimizer="muo
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (3, 16, 40)])
 def test_orthogonalise(shape):
-    """The singular vectors stay. The singular values from 1 to 1/50 of the norm end between 0.46 and 1.54, and are
+    """The singular vectors stay. The singular values from 1 to 1/100 of the norm end between 0.70 and 1.30, and are
     those of the polynomials."""
     n = min(shape[-2:])
     u, v = torch.linalg.qr(torch.randn(*shape[:-1], n))[0], torch.linalg.qr(torch.randn(*shape[:-2], shape[-1], n))[0]
-    s = torch.logspace(0, -math.log10(40), n)
+    s = torch.logspace(0, -math.log10(80), n)
     inner = u.mT @ orthogonalise(10 * u * s @ v.mT) @ v
     values = inner.diagonal(dim1=-2, dim2=-1)
-    assert values.min() > 0.46 and values.max() < 1.54
+    assert values.min() > 0.70 and values.max() < 1.30
     expected = s / (s**8).sum() ** (1 / 8)
-    assert expected.min() > 0.02
+    assert expected.min() > 0.01
     for a, b, c in ITERATIONS:
         expected = a * expected + b * expected**3 + c * expected**5
     torch.testing.assert_close(values, expected.expand_as(values), atol=1e-4, rtol=0)
@@ -38,8 +38,8 @@ def test_orthogonalise(shape):
 
 def test_iterations():
     """Each polynomial is the best of its kind: its error has four extremes of equal size and alternating sign on the
-    interval that the one before left (Chebyshev's criterion), with 3 % more. The last one is [0.47, 1.53]."""
-    low, high = 0.02, 1.0
+    interval that the one before left (Chebyshev's criterion), with 3 % more. The last one is [0.70, 1.30]."""
+    low, high = 0.01, 1.0
     for a, b, c in ITERATIONS:
         x = torch.linspace(low, 1.03 * high, 100_001, dtype=torch.float64)
         error = a * x + b * x**3 + c * x**5 - 1
@@ -49,14 +49,15 @@ def test_iterations():
         assert len(extremes) == 4 and (extremes.sign() == torch.tensor([-1, 1, -1, 1])).all()
         torch.testing.assert_close(extremes.abs(), size.expand(4), atol=0.01, rtol=0)
         low, high = 1 - size.item(), 1 + size.item()
-    assert (low, high) == pytest.approx((0.47, 1.53), abs=0.01)
+    assert (low, high) == pytest.approx((0.70, 1.30), abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["dense", "one direction", "two directions", "one row", "some rows", "one entry",
                                   "uneven rows"])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256)])
 def test_no_value_grows_in_bfloat16(kind, shape):
-    """No singular value gets much larger than 1.54, whatever the gradient is like."""
+    """No singular value gets much larger than 1.30, whatever the gradient is like. (With polynomials for [0.01, 1]
+    without the margin, that of one row became 250 to 670. Rounding errors add up to a quarter.)"""
     m, n = shape
     for i in range(1, 21):
         direction = lambda: torch.outer(torch.randn(m), torch.randn(n))
@@ -143,7 +144,7 @@ def test_precision():
         p.grad = torch.randn(p.shape)
         Muon([p], lr=0.1, dtype=dtype).step()
         steps.append(p.detach())
-    assert steps[1].dtype == torch.float32 and 1e-4 < (steps[0] - steps[1]).norm() / steps[0].norm() < 0.08
+    assert steps[1].dtype == torch.float32 and 1e-4 < (steps[0] - steps[1]).norm() / steps[0].norm() < 0.12
 
 
 def test_a_bad_step_does_nothing():
