@@ -74,8 +74,5 @@ def flops_per_token(model, objective, cfg):
 
 def optimizer_flops(model, cfg, processes=1):
     """Operations of the optimisers per step and process, the busiest one: Muon shares the matrices of a shape out."""
-    counts = Counter()
-    for kind, parameters in optim.shares(model, cfg):
-        for shape, number in map(optim.pieces, parameters):
-            counts[kind, shape] += number
-    return sum(kind.flops(shape) * -(-n // processes) for (kind, shape), n in counts.items())
+    return sum(kind.flops(shape) * -(-n // processes) for kind, parameters in optim.shares(model, cfg)
+               for shape, n in Counter(p.shape for p in parameters).items())

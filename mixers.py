@@ -113,7 +113,6 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = n_head
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-        self.qkv.weight.parts, self.out.weight.parts = 3 * n_head, -n_head  # see optim.Muon
         for name, table in zip(("cos", "sin"), rotary_tables(L, D // n_head)):
             self.register_buffer(name, table, persistent=False)
 

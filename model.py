@@ -105,7 +105,6 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(D, config.norm_bias)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.attn_out = nn.Linear(D, D, bias=False)
-        self.qkv.weight.parts, self.attn_out.weight.parts = 3 * config.n_head, -config.n_head  # see optim.Muon
         self.norm2 = LayerNorm(D, config.norm_bias)
         self.mlp_in = nn.Linear(D, 4 * D)
         self.mlp_out = nn.Linear(4 * D, D)

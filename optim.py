@@ -126,23 +126,13 @@ def orthogonalise(g, iterations=ITERATIONS):
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
-def in_parts(x, parts):
-    """Cut matrices x (N, m, n) into `parts` pieces each, of rows, or of columns if parts < 0: (N |parts|, ...)."""
-    return x.unflatten(1, (parts, -1)).flatten(0, 1) if parts > 0 else in_parts(x.mT, -parts).mT
-
-
-def together(x, parts):
-    """The inverse of in_parts."""
-    return x.unflatten(0, (-1, parts)).flatten(1, 2) if parts > 0 else together(x.mT, -parts).mT
-
-
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised in `dtype`, with decoupled weight decay. params: matrices.
 
-    Matrices of attention are cut into those of its heads, which are orthogonalised each on its own. The attribute
-    `parts` of a parameter says into how many (see in_parts). A step of an m x n matrix is scaled by
-    0.2 sqrt(max(m, n)), to the size of AdamW's steps. So both optimisers can use the same learning rate and weight
-    decay (Moonlight, arXiv 2502.16982, eq. 4).
+    A step of an m x n matrix is scaled by 0.2 sqrt(max(m, n)), to the size of AdamW's steps. So both optimisers can use
+    the same learning rate and weight decay (Moonlight, arXiv 2502.16982, eq. 4).
+
+    compiled: compile the functions that a step consists of, which then read and write each number less often.
     """
 
     @staticmethod
@@ -170,46 +160,33 @@ class Muon(torch.optim.Optimizer):
     def step(self, good=1.0):
         """Take a step if good, 1 or a tensor of 0 or 1 on the device, is 1; with 0 nothing changes."""
         for group in self.param_groups:
-            for shape, parts in sorted({kind_of(p) for p in group["params"]}):
-                self.step_together([p for p in group["params"] if kind_of(p) == (shape, parts)], parts, group, good)
+            for shape in sorted({p.shape for p in group["params"]}):
+                self.step_together([p for p in group["params"] if p.shape == shape], group, good)
 
-    def step_together(self, params, parts, group, good):
-        """Step all of params, matrices of one shape and with as many parts, at once."""
+    def step_together(self, params, group, good):
+        """Step all of params, matrices of one shape, at once."""
         good = torch.as_tensor(good).to(params[0].device)
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         x = self.directions([p.grad for p in params], [self.state[p]["momentum"] for p in params], good,
-                            group["momentum"], parts, self.dtype)
+                            group["momentum"], self.dtype)
         steps, rate = parallel.shared_out(self.orthogonalise, x), group["lr"] * good
-        self.add(params, steps, parts, -0.2 * max(x.shape[1:]) ** 0.5 * rate, 1 - group["weight_decay"] * rate)
+        self.add(params, steps, -0.2 * max(x.shape[1:]) ** 0.5 * rate, 1 - group["weight_decay"] * rate)
 
 
-def kind_of(p):
-    """(shape, parts) of a parameter."""
-    return tuple(p.shape), getattr(p, "parts", 1)
-
-
-def pieces(p):
-    """(shape, number) of the pieces that a parameter is cut into."""
-    shape, parts = list(p.shape), getattr(p, "parts", 1)
-    if parts != 1:
-        shape[0 if parts > 0 else 1] //= abs(parts)
-    return tuple(shape), abs(parts)
-
-
-def directions(grads, momenta, good, momentum, parts, dtype):
-    """Update the momenta, and return Nesterov's directions, cut into parts: (N, m, n)."""
+def directions(grads, momenta, good, momentum, dtype):
+    """Update the momenta, and return Nesterov's directions as one tensor (N, m, n)."""
     # In a bad step the momentum stands for the gradient: the average of the momentum with itself is unchanged.
     grads = [grad.where(good > 0, m) for grad, m in zip(grads, momenta)]
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
-    return in_parts(torch.stack(torch._foreach_lerp(grads, momenta, momentum)), parts).to(dtype)
+    return torch.stack(torch._foreach_lerp(grads, momenta, momentum)).to(dtype)
 
 
-def add(params, steps, parts, scale, decay):
-    """params <- decay params + scale steps. scale, decay: tensors; steps are cut into parts."""
+def add(params, steps, scale, decay):
+    """params <- decay params + scale steps, with steps (N, m, n), and tensors for scale and decay."""
     torch._foreach_mul_(params, decay)
-    torch._foreach_add_(params, list(together(steps, parts).to(params[0].dtype) * scale))
+    torch._foreach_add_(params, list(steps.to(params[0].dtype) * scale))
 
 
 class SM3(torch.optim.Optimizer):

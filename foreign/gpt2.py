@@ -28,9 +28,7 @@ class GPT2Block(Block):
         super().__init__(config, n_cond)
         for name in ("qkv", "attn_out", "mlp_in", "mlp_out"):
             layer = getattr(self, name)
-            new = nn.Linear(layer.in_features, layer.out_features, config.norm_bias)
-            new.weight.parts = getattr(layer.weight, "parts", 1)  # see optim.Muon
-            setattr(self, name, new)
+            setattr(self, name, nn.Linear(layer.in_features, layer.out_features, config.norm_bias))
 
     def rotated(self, x, cos, sin):
         return x

@@ -99,7 +99,6 @@ def test_compiled_steps():
     ends = []
     for compiled in (False, True):
         params = [torch.nn.Parameter(p.clone()) for p in starts]
-        params[2].parts = -2
         optimizer = Muon(params, lr=0.1, weight_decay=0.1, compiled=compiled)
         for i, of_step in enumerate(grads):
             optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
@@ -110,29 +109,6 @@ def test_compiled_steps():
             torch.compiler.set_stance("default")
         ends.append([p.detach() for p in params])
     torch.testing.assert_close(ends[1], ends[0])
-
-
-def test_parts():
-    """A matrix in parts moves as its parts would, each a parameter of its own: rows of heads, and columns."""
-    def moved(parameters, grads):
-        optimizer = Muon(parameters, lr=0.1)
-        for p, grad in zip(parameters, grads):
-            p.grad = grad
-        optimizer.step()
-        return [p.detach() for p in parameters]
-
-    new = lambda *shape: torch.nn.Parameter(torch.zeros(shape))
-    grad = torch.randn(12, 8)
-    for parts, pieces in ((3, grad.split(4)), (-2, grad.split(4, 1))):
-        whole = new(12, 8)
-        whole.parts = parts
-        found, = moved([whole], [grad])
-        expected = torch.cat(moved([new(*piece.shape) for piece in pieces], pieces), 0 if parts > 0 else 1)
-        torch.testing.assert_close(found, expected)
-        assert optim.pieces(whole) == (tuple(pieces[0].shape), len(pieces))
-    block = CFG.make_model(5).blocks[0]
-    assert [optim.pieces(weight) for weight in block.matrices()] == [
-        ((8, 16), 6), ((16, 8), 2), ((64, 16), 1), ((16, 64), 1)]
 
 
 def test_precision():
