@@ -332,7 +332,7 @@ class MixerBlock(nn.ModuleList):
         return x
 
     def outputs(self):
-        """None: Residual.init_weights makes the block the identity."""
+        """No layers: Residual.init_weights makes the block the identity."""
         return []
 
 

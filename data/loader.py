@@ -15,18 +15,18 @@ from randomness import rng
 
 DATA_DIR = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")
-ALONE = {"names": "names.py", "text8": "text8.py", "openwebtext": "openwebtext.py", "shakespeare": "shakespeare.py",
-         "shakespeare27": "shakespeare.py --alphabet text8"}  # the scripts in data/, by the names of their data sets
-WITH_TOKENS = {"gutenberg": "gutenberg.py", "pydoc": "pydoc.py", "wikitext": "wikitext.py",
-               "wikitext103": "wikitext.py --large"}  # NAME_TOKENS has other tokens
+VARIANTS = {"shakespeare27": "shakespeare.py --alphabet text8", "wikitext103": "wikitext.py --large"}
+OTHER_TOKENS = re.compile(r"(gutenberg|pydoc|wikitext|wikitext103)_(gpt2|bert|bpe\d+)")  # prepare.folder_of names them
 
 
 def prepare_command(name, meta={}):
     """The command that prepares a data set of this name. meta: its meta.json, if it is known."""
-    text, _, tokens = name.partition("_")
-    if name in ALONE or text in WITH_TOKENS and re.fullmatch(r"|gpt2|bert|roberta|bpe\d+", tokens):
-        command = ALONE.get(name) or WITH_TOKENS[text]
-        return f"python data/prepare_{command}" + (f" --tokenizer {re.sub('^bpe', 'bpe:', tokens)}" if tokens else "")
+    other = OTHER_TOKENS.fullmatch(name)
+    text, tokens = other.groups() if other else (name, "")
+    script, *flags = VARIANTS.get(text, f"{text}.py").split()
+    if (DATA_DIR / f"prepare_{script}").exists() and text != "textfile":
+        flags += ["--tokenizer", tokens.replace("bpe", "bpe:")] if tokens else []
+        return " ".join([f"python data/prepare_{script}", *flags])
     return f"python data/prepare_{'names.py --file' if 'record' in meta else 'textfile.py'} FILE --name {name}"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, progress, run
-from data.prepare import DatasetWriter, is_prepared, parser
+from data.prepare import DatasetWriter, folder_of, is_prepared, parser
 from data.tokenizer import KNOWN, make_tokenizer, text8_words
 
 PHRASE = 8  # words; a paragraph with too many known phrases of this length counts as a repetition
@@ -75,11 +75,10 @@ def main():
     p = parser(__doc__)
     p.add_argument("--tokenizer", choices=("char", "gpt2"), default="char", help="kind of tokens (default: char)")
     args = p.parse_args()
-    name = "pydoc" if args.tokenizer == "char" else "pydoc_gpt2"
-    folder = args.data_dir / name
+    folder = folder_of(args, "pydoc", "char")
     if is_prepared(folder):
         return
-    meta = dict(KNOWN["text8" if name == "pydoc" else "openwebtext"], name=name,
+    meta = dict(KNOWN["text8" if args.tokenizer == "char" else "openwebtext"], name=folder.name,
                 source=f"documentation strings of Python {platform.python_version()}")
     tokenizer = make_tokenizer(meta)
     with DatasetWriter(folder, meta) as writer:
@@ -87,7 +86,7 @@ def main():
             part = hash_of(words) % 10
             split = "test" if part == 0 else "val" if part == 1 else "train"
             text = " ".join(words)
-            text = f"{text} " if name == "pydoc" else f" {text}"  # GPT-2: " word"
+            text = f"{text} " if args.tokenizer == "char" else f" {text}"  # GPT-2: " word"
             writer.append(split, tokenizer.encode(text), len(text))
 
 

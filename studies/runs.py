@@ -17,7 +17,7 @@ from cli import UserError, number, progress, write_file
 from data.loader import load_meta
 
 ROOT = Path(__file__).resolve().parent.parent
-OPEN = "folder", "data_dir", "seeds", "jobs", "epochs", "budgets"  # more of these may be asked for later
+CHANGE_NO_RUN = "folder", "data_dir", "seeds", "jobs", "epochs", "budgets"  # but ask for more or fewer runs
 
 
 def add_arguments(parser, steps):
@@ -40,7 +40,7 @@ def make_folder(path, args, name="settings"):
     Raises UserError if it has runs with other settings, or the data set is not prepared.
     """
     load_meta(args.dataset, args.data_dir)  # before anything is kept
-    settings = {key: value for key, value in vars(args).items() if key not in OPEN}
+    settings = {key: value for key, value in vars(args).items() if key not in CHANGE_NO_RUN}
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

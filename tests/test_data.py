@@ -236,11 +236,13 @@ def test_byte_order_mark(tmp_path):
 
 
 @pytest.mark.parametrize("name, command", [
-    ("shakespeare27", "shakespeare.py --alphabet text8"), ("wikitext103", "wikitext.py --large"), ("text8", "text8.py"),
+    ("shakespeare27", "shakespeare.py --alphabet text8"), ("wikitext103", "wikitext.py --large"),
     ("wikitext103_bert", "wikitext.py --large --tokenizer bert"), ("pydoc_gpt2", "pydoc.py --tokenizer gpt2"),
-    ("gutenberg_bpe4096", "gutenberg.py --tokenizer bpe:4096"), ("names_mine", "textfile.py FILE --name names_mine"),
-    ("text8_gpt2", "textfile.py FILE --name text8_gpt2"), ("textfile_x", "textfile.py FILE --name textfile_x"),
-    ("pydoc_mine", "textfile.py FILE --name pydoc_mine"), ("mine", "textfile.py FILE --name mine")])
+    ("gutenberg_bpe4096", "gutenberg.py --tokenizer bpe:4096"),
+    *((name, f"{name}.py") for name in (
+        "gutenberg", "names", "openwebtext", "pydoc", "shakespeare", "text8", "wikitext")),
+    *((name, f"textfile.py FILE --name {name}") for name in (
+        "mine", "names_mine", "text8_gpt2", "pydoc_mine", "textfile", "textfile_x"))])
 def test_prepare_command(name, command):
     """Each name of a data set has the command that makes it."""
     assert prepare_command(name) == f"python data/prepare_{command}"

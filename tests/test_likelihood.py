@@ -396,9 +396,9 @@ def test_curse_is_the_total_correlation():
 
 
 def test_variance_of_the_reported_bound():
-    """With as many network calls on the same windows, the reported estimator has at most a quarter of the variance of
-    the papers' way, s uniform and tokens masked independently; both have the same mean (T = 1000 is nearly continuous).
-    """
+    """The reported estimator has at most a quarter of the variance of the papers' way, s uniform and tokens masked
+    independently, with as many network calls on the same windows. Both have the same mean (T = 1000 is nearly
+    continuous)."""
     model, data = random_network(4, "none", seq_len=16), windows_of(random_text(8, seq_len=16))
     x0, chain, generator = data.read(range(8)).repeat_interleave(8, 0), D3PM(4), torch.Generator().manual_seed(0)
     ours, naive = [], []
