@@ -41,8 +41,8 @@ def read_rate_range(text):
 def mask_count_probabilities(n, low, high):
     """P(k of n tokens are masked), k = 0 ... n, if each is masked with probability r, and r is uniform on [low, high].
 
-    It is the mean over r of C(n, k) r^k (1 - r)^(n - k), a polynomial of degree n. Gauss's rule with n/2 + 1 points
-    is exact for it, and sums positive terms only. (n + 1,) float64.
+    It is the mean over r of (n choose k) r^k (1 - r)^(n - k), a polynomial of degree n. Gauss's rule with n/2 + 1
+    points is exact for it, and sums positive terms only. (n + 1,) float64.
     """
     points, weights = np.polynomial.legendre.leggauss(n // 2 + 1)
     r = torch.from_numpy((low + high) / 2 + (high - low) / 2 * points)[:, None]

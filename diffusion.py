@@ -41,7 +41,7 @@ class Schedule(NamedTuple):
     alpha: Callable    # t -> P(a token is visible at t)
     dalpha: Callable   # t -> d alpha / dt, never positive
     inverse: Callable  # a -> the t at which alpha(t) = a, or the nearest t there is
-    sigma: Callable    # t -> -log alpha(t), the total noise, to the last digit where alpha is 1 or 0, nearly
+    sigma: Callable    # t -> -log alpha(t), the total noise
 
     def weight(self, t):
         """-alpha'(t)/(1 - alpha(t)): nats of bound for a nat of CE at a mask. It is the rate, per unit of t, at which a
@@ -107,7 +107,7 @@ def to_device(x, device):
 
 
 class Noise(NamedTuple):
-    """What was masked, at which time, and what the cross-entropy there counts in the bound.
+    """Masks, times, and what the cross-entropy at each mask counts in the bound.
 
     t and weight are one number for a sequence (B,), or one for each of its tokens (B, L), as where blocks of a text
     have times of their own.
@@ -131,7 +131,7 @@ def per_token(x, mask):
 
 
 def n_free(v):
-    """How many tokens of each sequence are not given: v (B, L) -> (B,) float64."""
+    """Count the tokens of each sequence that are not given: v (B, L) -> (B,) float64."""
     return (v <= 1).sum(1).double()
 
 
@@ -195,7 +195,7 @@ class Absorbing:
         return 1
 
     def corrupt(self, x0, mask):
-        """What the network sees of x0 (B, L)."""
+        """Return the input of the network for x0 (B, L)."""
         return torch.where(mask, self.mask_id, x0)
 
     def predict(self, model, x0, noise):
@@ -209,11 +209,11 @@ class Absorbing:
         return torch.zeros(x0.shape, device=ce.device).masked_scatter(noise.mask, ce)
 
     def log_prediction(self, logits, t):
-        """What the network thinks of each token, logits (N, V) at times t (N,): log p(x0), (N, V) float32."""
+        """Return log p(x0) of each token, (N, V) float32, from logits (N, V) at times t (N,)."""
         return logits.float().log_softmax(-1)
 
     def cost(self, logits, x0, t):
-        """What the bound counts at masked positions: logits (N, V), x0 (N,), t (N,) -> nats (N,)."""
+        """Costs of masked positions in the bound: logits (N, V), x0 (N,), t (N,) -> nats (N,)."""
         return cross_entropy(logits, x0)
 
     def weighted(self, ce, weight):

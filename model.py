@@ -180,8 +180,8 @@ class Block(nn.Module):
     def flops(self, seen, predicted=1.0, attends=True):
         """Floating-point operations of a training step per token: 2 per weight forward, 4 backward, and attention's.
 
-        seen: keys per token. predicted: the share of tokens that the MLP runs on. attends: False if keys and values are
-        all that is computed, which takes the query's product along."""
+        seen: keys per token. predicted: the share of tokens that the MLP runs on. attends: False if only keys and
+        values are needed; the queries are then computed with them, in one product."""
         qkv, attn_out, mlp_in, mlp_out = (weight.numel() for weight in self.matrices())
         return 6 * (qkv + attends * attn_out + predicted * (mlp_in + mlp_out)) + (
             12 * attends * seen * self.attn_out.out_features)

@@ -7,9 +7,10 @@ optimiser, write a class like Muon and name it in `shares` and `make_optimizers`
 Muon is by Keller Jordan et al., 2024 (see also Moonlight, arXiv 2502.16982). Gradients of weight matrices have a few
 large singular values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so
 that every direction learns at the same speed. It updates the matrices inside the blocks. AdamW updates embeddings,
-head, time conditioning and vectors. torch.optim.Muon does the same, but one matrix at a time, and always in bfloat16,
-which is a hundred times slower on CPUs that emulate it. Muon here computes in the dtype of the run's matrix products,
-treats all matrices of one shape together, and shares them out among the processes of a run.
+head, time conditioning and vectors. torch.optim.Muon has the same momentum and scale, but takes five iterations of one
+polynomial after a division by the Frobenius norm, one matrix at a time, and always in bfloat16, which is a hundred
+times slower on CPUs that emulate it. Muon here computes in the dtype of the run's matrix products, treats all matrices of one
+shape together, and shares them out among the processes of a run.
 """
 
 import contextlib
@@ -94,8 +95,8 @@ class AdamW(torch.optim.AdamW):
             self.step()
 
 
-# (a, b, c) of the iterations of orthogonalise, by the method of Polar Express (arXiv 2505.16932). Each has, of all odd
-# polynomials of degree 5, the one nearest to 1 on the interval into which those before it have mapped [0.01, 1]. The
+# (a, b, c) of the iterations of orthogonalise, by the method of Polar Express (arXiv 2505.16932). Each is the odd
+# polynomial of degree 5 that stays nearest to 1 on the interval into which those before it have mapped [0.01, 1]. The
 # upper end of each interval is raised by 3 %, because beyond it the polynomials grow fast, and bfloat16 rounds.
 ITERATIONS = (7.8690, -21.6582, 15.0808), (3.5633, -2.5190, 0.4676), (2.6596, -1.8821, 0.4038)
 
@@ -105,9 +106,10 @@ def orthogonalise(g, iterations=ITERATIONS):
 
     Newton-Schulz: x <- p x, with s = x x^T and p = a I + b s + c s^2, maps every singular value v of x to
     a v + b v^3 + c v^5. First x is divided by (sum of v^8)^(1/8) = |s^2|^(1/4), which is at least the largest v, and
-    closer to it than the Frobenius norm (sum of v^2)^(1/2). ITERATIONS then map values in [0.01, 1] into [0.70, 1.30].
+    closer to it than the Frobenius norm (sum of v^2)^(1/2). (That is divided out before, because v^8 would leave the
+    range of float32.) ITERATIONS then map values in [0.01, 1] into [0.70, 1.30].
 
-    Until the end only s is needed, which is small: x <- p x makes s <- p s p. q is the product of all p.
+    Until the end only s is needed, which is m x m with m <= n: x <- p x makes s <- p s p. q is the product of all p.
     """
     x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that s is the smaller square
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

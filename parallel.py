@@ -291,7 +291,9 @@ class Average:
 
 
 def gather_from_teams(x):
-    """In the main process [x of the first process of each team], else None. One team sends after the other."""
+    """Gather [x of the first process of each team] in the main process; None elsewhere.
+
+    One team sends after the other."""
     found = [x]
     for leader in range(team_size, world, team_size):
         box = [x]

@@ -331,7 +331,7 @@ class Settings(NamedTuple):
 
     @property
     def steps(self):
-        """How many, where that is known beforehand and does not depend on the text; else None."""
+        """Number of steps, where it is known beforehand and does not depend on the text; else None."""
         return len(self.options["grid"]) - 1 if self.options.get("grid") else None
 
     def __call__(self, objective, model, xt, generator, size=None, time=None, past=None):

@@ -43,7 +43,7 @@ def posterior(x, xt, r, s):
 
         (r - s) x + (1 - kappa) s/N   everywhere, plus   N (1 - r) x_z + kappa s   at z = xt.
 
-    The sum is N (1 - r) x_z + r. It is linear in x, and x may be any weights that sum to one. The rates are
+    The sum is N (1 - r) x_z + r. The weights are linear in x, so x may be any weights that sum to one. The rates are
     numbers or float64 tensors, because float32 would lose their difference.
     """
     N = x.shape[-1]

@@ -288,7 +288,7 @@ def joint_of_parts(model, x0, rng):
 
 
 def mask_not_forbidden(model, x0, rng):
-    """Not false but loose: the network may predict the mask, and what it gives to the mask is lost."""
+    """Looseness, no mistake: the network may predict the mask, and what it gives to the mask is lost."""
     t = 1 - torch.rand(len(x0), generator=rng, dtype=torch.float64)
     mask = torch.rand(x0.shape, generator=rng, dtype=torch.float64) < t[:, None]
     log_p = model.leaky(torch.where(mask, model.mask_id, x0), t).log_softmax(-1)
