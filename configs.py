@@ -6,6 +6,7 @@ time; the number of accumulation steps follows from both. So a config trains the
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import sys
 from dataclasses import dataclass, replace
@@ -512,7 +513,9 @@ def from_command_line(script, description, add_arguments, several=False):
         raise UserError("no config is named: add one of " + ", ".join(CONFIGS))
     for name in args.config:
         if name not in CONFIGS:
-            raise UserError(f"unknown config {name!r}: choose one of {', '.join(CONFIGS)}")
+            guess = difflib.get_close_matches(name, CONFIGS, n=1)
+            raise UserError(f"unknown config {name!r}{f' (did you mean {guess[0]}?)' if guess else ''}: choose one of "
+                            f"{', '.join(CONFIGS)}")
     if len(args.config) > 1 and not several:
         raise UserError(f"name one config at a time, not {' and '.join(args.config)}")
     overrides = {key: value for key, value in vars(args).items() if key in Config.__dataclass_fields__}

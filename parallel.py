@@ -149,6 +149,8 @@ class StopSignals:
         # A second Ctrl-C stops at once. Under torchrun each one arrives twice, from the terminal and from torchrun.
         if self.received == number == signal.SIGINT and not dist.is_initialized():
             raise KeyboardInterrupt
+        if number == signal.SIGINT and not dist.is_initialized():
+            os.write(2, b"\nstopping after this step, which will be saved; Ctrl-C again stops at once, without saving\n")
         self.received = number
 
     def agreed(self):

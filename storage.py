@@ -292,7 +292,9 @@ def read_latest(out_dir):
                 note(f"{problem}; continuing from {path}")
             return path, payload
     if problems:
-        raise UserError("; ".join(problems))
+        best = out_dir / "ckpt_best.pt"
+        raise UserError(f"{'; '.join(problems)}; start a new run with another --out_dir"
+                        + f" and --init_from={best}" * best.exists())
     return None, None
 
 

@@ -258,7 +258,8 @@ def main():
            f", {str(dtype).removeprefix('torch.')}"
            f"{', compiled' if parallel.compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, "
            f"optimiser state {kept / 1e6:,.1f} MB, writing to {out_dir}"
-           + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if step else ""),
+           + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if 0 < step < cfg.max_steps else "")
+           + f"\nall {step:,} steps are done already" * (step == cfg.max_steps),
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
            optimizer_bytes=kept, versions=storage.versions())
     indices = range(rank * local, (rank + 1) * local)

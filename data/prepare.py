@@ -49,11 +49,18 @@ def folder_of(args, name, usual):
     return args.data_dir / (name if args.tokenizer == usual else f"{name}_{tokens}")
 
 
-def is_prepared(folder):
-    """Return True and print a line that says so if the data set is prepared already."""
+def is_prepared(folder, **asked):
+    """Return True and print a line that says so if the data set is prepared already.
+
+    asked: what its meta.json must say. Raises UserError if it says something else.
+    """
     if not (folder / "meta.json").exists():
         return False
     meta = load_meta(folder.name, folder.parent)
+    for key, value in asked.items():
+        if meta.get(key) != value:
+            raise UserError(f"{folder} is already prepared with {key} {meta.get(key)!r}, not {value!r}: choose another "
+                            "--name, or delete it")
     sizes = ", ".join(f"{split} {meta['sizes'][split]:,}" for split in SPLITS)
     note(f"{folder} is already prepared ({sizes} tokens); delete it to prepare it again")
     return True

@@ -57,6 +57,8 @@ def main():
     if is_prepared(folder):
         return
     load = functools.cache(lambda: dict(zip(SPLITS, texts(args.large, args.file))))
+    if args.file:
+        load()  # local files are read before a tokenizer is downloaded
     meta = tokens_of(args.tokenizer, lambda: [load()["train"]])
     meta |= {"name": folder.name, "source": ", ".join(args.file or [SOURCE])}
     tokenizer = make_tokenizer(meta)

@@ -1,5 +1,6 @@
 """Convert text to token ids and back. The `meta` of a data set or checkpoint, plain JSON types, names its tokenizer."""
 
+import functools
 import json
 import re
 import string
@@ -200,8 +201,12 @@ def from_hub(name):
     from transformers import AutoTokenizer
     place, _, revision = str(name).removeprefix("hf://").partition("@") if str(name).startswith("hf://") else (
         str(name), "", "")
+    read = functools.partial(AutoTokenizer.from_pretrained, place, revision=revision or "main", trust_remote_code=False)
     try:
-        found = AutoTokenizer.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
+        try:
+            found = read(local_files_only=True)  # or one that is in the cache would wait for the network
+        except Exception:
+            found = read()
         if found.backend_tokenizer.get_vocab_size() > len(found.all_special_ids):  # else it was made of no file
             return found
         raise FileNotFoundError
@@ -209,7 +214,7 @@ def from_hub(name):
         kind = type(error).__name__
         if str(name).startswith("hf://"):
             raise UserError(f"the tokenizer of {name} is not in the Hub's cache and could not be downloaded ({kind}): "
-                            "go online once")
+                            "go online once, or name a folder with its files")
         raise UserError(f"{name} has no tokenizer that can be read ({kind}): put its tokenizer.json and "
                         "tokenizer_config.json there")
 

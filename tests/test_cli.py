@@ -258,6 +258,7 @@ def test_help_lists_every_setting(call):
 
 @pytest.mark.parametrize("arguments, words", [
     (["nope"], ["unknown config 'nope'", "d3pm_text8"]),
+    (["d3pm_text8_4gpu"], ["did you mean d3pm_text8_8gpu?"]),
     (["--lr=1"], ["no config is named"]),
     (["demo", "--learning_rate=1"], ["unknown argument --learning_rate=1"]),
     (["demo", "--lrr=1"], ["did you mean --lr"]),

@@ -139,7 +139,7 @@ def test_two_damaged_checkpoints_are_not_written_over(call, data_dir, tmp_path):
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         (tmp_path / "out" / name).write_bytes(b"rubbish")
     assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=4", "--resume=auto"),
-                    "out/ckpt.pt", "out/ckpt_prev.pt")
+                    "out/ckpt.pt", "out/ckpt_prev.pt", f"another --out_dir and --init_from={tmp_path / 'out'}")
     assert (tmp_path / "out" / "ckpt.pt").read_bytes() == b"rubbish"
 
 

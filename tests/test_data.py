@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from cli import UserError
+from commands import assert_one_line
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
 from data.loader import (PIECE, gather, load_meta, load_split, prefetch, prepare_command, random_crops, recode, subset,
                          windows)
@@ -257,6 +258,19 @@ def test_a_damaged_archive(tmp_path, damage):
     (tmp_path / "a.gz").write_bytes(packed[:10] + damage + packed[22:] if damage else packed[:-9])
     with pytest.raises(UserError, match="a.gz is not a complete compressed file"):
         read_text(tmp_path / "a.gz")
+
+
+def test_a_name_that_is_taken(call, tmp_path):
+    """The same command again is fine. Another text or other tokens under the same name are refused."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("some words, and then some other words. " * 100)
+    prepare = lambda file, *more: call(
+        "data/prepare_textfile.py", tmp_path / file, "--name", "x", "--data_dir", tmp_path, *more)
+    assert prepare("a.txt").code == 0 and prepare("a.txt").code == 0
+    assert_one_line(prepare("b.txt"), "already prepared with source 'a.txt', not 'b.txt': choose another --name")
+    assert_one_line(prepare("a.txt", "--alphabet", "text8"), "already prepared with alphabet")
+    assert_one_line(prepare("a.txt", "--tokenizer", "bpe:300"), "already prepared with tokenizer 'char', not 'hf'")
+    assert_one_line(prepare("a.txt", "--tokenizer", "bpe:x"), "write bpe:SIZE")
 
 
 def test_textfile_gpt2(monkeypatch, tmp_path, gpt2):

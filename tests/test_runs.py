@@ -124,13 +124,18 @@ def test_resume_keeps_the_best_validation(call, data_dir, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_signals(call, data_dir, tmp_path, monkeypatch, name):
-    """Each of the three finishes the step, writes a checkpoint, says how to go on, and exits 0."""
+    """Each of the three finishes the step, writes a checkpoint, says how to go on, and exits 0. Ctrl-C is answered at
+    once, and a run that is done says so."""
     stop_after(monkeypatch, 3, getattr(signal, name))
     result = train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=50", "--log_interval=50")
     assert result.code == 0 and result.out.splitlines()[-1] == (
         f"stopped by {name} after step 3 of 50, which is saved in {tmp_path / 'out'}: "
         "to continue, run the same command with --resume auto")
     assert storage.read(tmp_path / "out")["step"] == 3
+    assert ("stopping after this step" in result.err) == (name == "SIGINT")
+    monkeypatch.undo()
+    again = lambda: train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=50", "--resume=auto")
+    assert "continuing at step 3 of 50" in again().out and "all 50 steps are done already" in again().out
 
 
 def test_a_signal_while_starting(call, data_dir, tmp_path, monkeypatch):
