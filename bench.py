@@ -1,4 +1,4 @@
-"""Measure training throughput, memory and sampling time of configs, on random tokens: no data needed.
+"""Measure the throughput and memory of training, and the time of samplers, on random tokens: no data needed.
 
     python bench.py demo                                  the time of each part of a step, and the utilisation (MFU)
     python bench.py demo mdlm_mini_fast --repeats 5       several configs, timed in alternation
@@ -40,8 +40,7 @@ from diffusion import D3PM, MDLM
 from optim import EMA, make_optimizers
 from parallel import share_of_batch
 from plot import save, subplots
-from prompts import denoise
-from sampler_settings import default_settings, schedule_grid
+from sampler_settings import schedule_grid
 from sampling import Settings
 from studies import textbook
 from studies.forecast import GPUS, estimate
@@ -50,7 +49,7 @@ from train import batches, train_step
 
 def add_arguments(parser):
     parser.add_argument("--repeats", type=number(int, 1),
-                        help="number of timed optimiser steps, and of timed samples (default 10)")
+                        help="number of timed optimiser steps, or of timed draws of --samplers (default 10)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--compare", choices=("naive",), help="also time a simple implementation of D3PM (float32, "
                       "not compiled, with full posteriors); sets lambda_ce=0")
@@ -189,23 +188,8 @@ def with_mb(rows):
     return [row | {"activations": row["activation_bytes"] and row["activation_bytes"] / 1e6} for row in rows]
 
 
-def sampling(training, repeats):
-    """(seconds, network calls) for one text, drawn as train.py draws it for its log; seconds is a median."""
-    denoiser = Counted(training.model.eval())
-
-    def sample():
-        xt = torch.full((1, training.cfg.seq_len), training.vocab_size, device=training.device)
-        with autocast(training.device, training.dtype), torch.compiler.set_stance("force_eager"):
-            for _ in denoise(default_settings(training.cfg), training.objective, denoiser, xt, training.cfg, 0,
-                             generator_on(training.device, 0)):
-                pass
-
-    seconds = [timed(sample, training.device) for _ in progress(range(repeats + 1), desc="sampling", leave=False)]
-    return statistics.median(seconds[1:]), denoiser.nfe // (repeats + 1)
-
-
 def throughput(trainings, repeats, compare):
-    """Print the time and memory of training, and of a sample. With compare, trainings are pairs (ours, naive)."""
+    """Print the time and memory of training. With compare, trainings are pairs (ours, naive)."""
     device, dtype = trainings[0].device, trainings[0].dtype
     seconds, peaks, shares = {training: [] for training in trainings}, [], {training: [] for training in trainings}
     for repeat in progress(range(-2, repeats), desc="training", leave=False):  # two steps to warm up and compile
@@ -232,8 +216,6 @@ def throughput(trainings, repeats, compare):
         else:
             row["mfu"] = rate * training.flops / max(peaks)
             row |= {part: statistics.median(share[part] for share in shares[training]) for part in shares[training][0]}
-            row["sample_seconds"], row["sample_nfe"] = sampling(training, repeats) if not compare else (None, None)
-            row["sample_steps"] = cfg.T
         rows.append(row)
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, matrix products "
           f"{max(peaks) / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}, torch {torch.__version__}, "
@@ -243,8 +225,7 @@ def throughput(trainings, repeats, compare):
         "tokens_per_second": ("tokens/s", ",.0f"), "mfu": ("MFU", ".0%"), "data": ("data", ".0%"),
         "forward": ("forward", ".0%"), "loss": ("loss", ".0%"), "backward": ("backward", ".0%"),
         "optimiser": ("optimiser", ".0%"), "activations": ("activations, MB", ",.0f"),
-        **({"ratio": ("times naive", ".2f"), "activation_ratio": ("activations / naive", ".2f")} if compare
-           else {"sample_seconds": ("s/sample", ".2f"), "sample_nfe": ("network calls", ".0f")}),
+        **({"ratio": ("times naive", ".2f"), "activation_ratio": ("activations / naive", ".2f")} if compare else {}),
     }, sys.stdout)
     return {"device": device_name(device), "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "repeats": repeats, "peak_tflops": max(peaks) / 1e12, "results": rows}

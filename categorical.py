@@ -144,4 +144,6 @@ def entropy(logits, p):
 
     log Z - sum of p logits takes half the work of - sum of p log p."""
     log_z = logits.amax(-1) - p.amax(-1).log()
-    return (log_z - torch.linalg.vecdot(p, logits.clamp(min=-1e30))).clamp(min=0)  # 0 times -inf would be nan
+    with torch.autocast(p.device.type, enabled=False):  # which would compute vecdot in bfloat16
+        mean = torch.linalg.vecdot(p, logits.clamp(min=-1e30))  # 0 times -inf would be nan
+    return (log_z - mean).clamp(min=0)

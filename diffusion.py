@@ -125,11 +125,6 @@ class Noise(NamedTuple):
         return [type(self)(*part) for part in zip(*(x.split(size) for x in self))]
 
 
-def per_token(x, mask):
-    """x (B,) or (B, L), at the True positions of mask (B, L): (N,)."""
-    return (x[:, None].expand_as(mask) if x.dim() == 1 else x)[mask]
-
-
 def n_free(v):
     """Count the tokens of each sequence that are not given: v (B, L) -> (B,) float64."""
     return (v <= 1).sum(1).double()
@@ -204,9 +199,10 @@ class Absorbing:
 
     def masked_ce(self, model, x0, noise):
         """The cross-entropy at masked positions, 0 at visible ones: x0 (B, L) -> nats (B, L)."""
-        logits = self.predict(model, x0, noise)
-        ce = self.cost(logits, x0[noise.mask], per_token(noise.t, noise.mask))
-        return torch.zeros(x0.shape, device=ce.device).masked_scatter(noise.mask, ce)
+        at = noise.mask.flatten().nonzero().squeeze(1)  # this waits for a GPU, so it is before the forward pass
+        t = noise.t[:, None].expand(x0.shape) if noise.t.dim() == 1 else noise.t
+        ce = self.cost(self.predict(model, x0, noise), x0.flatten()[at], t.flatten()[at])
+        return ce.new_zeros(x0.numel()).scatter(0, at, ce).view(x0.shape)
 
     def log_prediction(self, logits, t):
         """Return log p(x0) of each token, (N, V) float32, from logits (N, V) at times t (N,)."""

@@ -324,7 +324,8 @@ class DiT(nn.Module):
             where = where if where is None else F.pad(where, (0, 1))
         at = None if where is None else where.flatten().nonzero().squeeze(1)
         if clean is not None and xt.shape[1] > self.block_size:
-            past = self.remember(clean, torch.zeros_like(t if t.dim() == 1 else t[:, 0]))
+            # Not self.remember: FSDP would take the parameters away after it, in the middle of this call.
+            past = DiT.remember(self, clean, torch.zeros_like(t if t.dim() == 1 else t[:, 0]))
             layout = self.layout(xt.shape[1], beside_clean=True)
         else:
             layout = self.layout(xt.shape[1], past, visible, positions)

@@ -41,8 +41,8 @@ def of_rows(model, past=None):
 
     past: of all B sequences, what model.remember() returned for the tokens before (model.DiT)."""
     def denoiser(xt, t, where):
-        rows = where.any(1)
-        more = {} if past is None else {"past": past if rows.all() else [block.of_rows(rows) for block in past]}
+        rows = where.any(1).nonzero().squeeze(1)
+        more = {} if past is None else {"past": past if len(rows) == len(where) else [b.of_rows(rows) for b in past]}
         return model(xt[rows], t[rows], where=where[rows], **more)
 
     return denoiser

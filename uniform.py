@@ -235,7 +235,7 @@ class UniformD3PM(Uniform):
 
     def step_kl(self, logits, x0, xt, s):
         """KL(q(x_{s-1} | x_s = xt, x0) || p) at steps s (B,): logits (B, L, N) -> nats (B, L)."""
-        steps = s.cpu().double()[:, None, None]  # mps has no float64
+        steps = (s.cpu() if s.device.type == "mps" else s).double()[:, None, None]  # mps has no float64
         r, r_next = (1 - self.schedule.alpha(x / self.T) for x in (steps, steps - 1))
         q, p = (posterior(x, xt, r, r_next) for x in (F.one_hot(x0, logits.shape[-1]).float(),
                                                       logits.float().softmax(-1)))

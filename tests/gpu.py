@@ -9,12 +9,14 @@ Throughput, memory and utilisation are measured by bench.py, and compared with t
 """
 
 import os
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 import configs
+from bench import Training
 from commands import finish_well, log, losses, start, stop_after, train
 from configs import replace
 from likelihood import Windows, bound
@@ -62,6 +64,18 @@ def test_trains_resumes_scores_and_samples(call, monkeypatch, data_dir, tmp_path
         assert result.code == 0 and result.out, result.err
 
 
+@pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
+def test_resumes_with_dropout(call, monkeypatch, data_dir, tmp_path, compiled):
+    """The noise of dropout, too, goes on after a stop as it would have gone on without."""
+    config, own = flags("mdlm", "--dropout=0.2", compiled)
+    assert train(call, config, data_dir, tmp_path / "whole", *own).code == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train(call, config, data_dir, tmp_path / "stopped", *own)
+    assert train(call, config, data_dir, tmp_path / "stopped", *own, "--resume=auto").code == 0
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+
+
 @kinds
 def test_compiled_losses(call, data_dir, tmp_path, kind):
     """A compiled run has the losses of the other up to rounding, and those of a run on the CPU."""
@@ -74,12 +88,17 @@ def test_compiled_losses(call, data_dir, tmp_path, kind):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3), name
 
 
+def small(kind, **settings):
+    """The Config of a small network."""
+    name, *words = KINDS[kind]
+    cfg = configs.CONFIGS[name]()
+    own = {key: type(getattr(cfg, key))(value) for key, value in (word.removeprefix("--").split("=") for word in words)}
+    return replace(cfg, **own | dict(n_embd=64, n_head=2, n_layer=2, seq_len=128) | settings)
+
+
 def bounds(kind, device, dtype=torch.float32):
     """The bounds of four texts, (4,), by a network with random weights, none of them zero, on a device."""
-    words = [flag.removeprefix("--").split("=") for flag in KINDS[kind][1:]]
-    cfg = configs.CONFIGS[KINDS[kind][0]]()
-    own = {key: type(getattr(cfg, key))(value) for key, value in words}
-    cfg = replace(cfg, **own | dict(n_embd=64, n_head=2, n_layer=2, dropout=0.0, seq_len=128))
+    cfg = small(kind, dropout=0.0)
     torch.manual_seed(0)
     model = cfg.make_model(27).eval()
     for p in model.parameters():
@@ -110,6 +129,35 @@ def test_torchrun(data_dir, tmp_path, more):
     finish_well(start(config, data_dir, tmp_path / "torchrun", *command, *more, torchrun=["--standalone"]))
     validations = [losses(tmp_path / name, "val_bits_per_token") for name in ("plain", "torchrun")]
     assert validations[0] and validations[1] == pytest.approx(validations[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mdlm", "blocks"])
+def test_fsdp(data_dir, tmp_path, kind):
+    """FSDP with one process has the losses of a plain run, and can draw a sample."""
+    config, own = flags(kind, "--no-compile", "--eval_interval=6", "--sample_interval=6")
+    finish_well(start(config, data_dir, tmp_path / "plain", *own))
+    finish_well(start(config, data_dir, tmp_path / "fsdp", *own, "--fsdp", torchrun=["--standalone"]))
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+
+
+@kinds
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CPU does not wait")
+def test_waits(kind):
+    """A training step waits for the GPU at most twice, to find the masks, and that is before its forward pass."""
+    cfg = small(kind, batch_size=8, micro_batch_size=8, compile=False)
+    training = Training(kind, cfg, 27, torch.device(DEVICE), torch.bfloat16)
+    for _ in range(2):
+        training.step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            training.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        training.stream.close()
+    waits = [f"{w.filename}:{w.lineno}" for w in found if "synchroniz" in str(w.message)]
+    assert len(waits) <= 2, waits
 
 
 def test_memory_and_utilisation_are_logged(call, data_dir, tmp_path):

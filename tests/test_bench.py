@@ -83,7 +83,7 @@ def test_training(call):
         assert row["mfu"] == pytest.approx(flops / (line["peak_tflops"] * 1e12))
         parts = [row[part] for part in ("data", "forward", "loss", "backward", "optimiser")]
         assert min(parts) > 0 and sum(parts) == pytest.approx(1)
-        assert 16 * 4 * 32 * 4 < row["activation_bytes"] < 10**8 and 0 < row["sample_nfe"] <= 20
+        assert 16 * 4 * 32 * 4 < row["activation_bytes"] < 10**8
 
 
 def test_compare(call):

@@ -44,7 +44,8 @@ def test_compiles_in_one_graph(conditioning):
     """torch.compile finds no reason to leave the graph, with and without `where`; with any number of masks."""
     model, (xt, t) = tiny(conditioning), batch()
     expected = [model(xt, t), *(model(xt, t, where=xt < n) for n in (2, 3, 4))]
-    model.trunk = torch.compile(model.trunk, fullgraph=True, backend="aot_eager")
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close([model(xt, t), *(model(xt, t, where=xt < n) for n in (2, 3, 4))], expected)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import storage
-from commands import (ROOT, STEADY, assert_same_training, finish, finish_well, losses, read_until,
+from commands import (ROOT, STEADY, assert_same_training, finish, finish_well, log, losses, read_until,
                       start, train)
 from conftest import TRAINED
 
@@ -47,9 +47,11 @@ def test_blocks_run_everywhere(call, data_dir, tmp_path):
     flags = [*STEADY, "--objective=block", "--block_size=8", "--shift_tokens"]
     assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *flags).code == 0
     finish_well(start("mdlm_text8", data_dir, tmp_path / "two", *flags, "--micro_batch_size=2", n=2))
-    finish_well(start("mdlm_text8", data_dir, tmp_path / "fsdp", *flags, "--fsdp", "--checkpoint_blocks", n=2))
+    finish_well(start("mdlm_text8", data_dir, tmp_path / "fsdp", *flags, "--fsdp", "--checkpoint_blocks",
+                      "--sample_interval=4", n=2))
     for name in ("two", "fsdp"):
         assert_same_training(tmp_path / "one", tmp_path / name)
+    assert len(log(tmp_path / "fsdp")[-1]["sample"]) == 32
 
 
 def test_validation_with_fewer_windows_than_processes(call, data_dir, tmp_path):

@@ -286,6 +286,18 @@ def test_threshold_by_hand():
     assert len(states_of(threshold, by_hand, xt, threshold=0.0, mask=2)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropy(dtype):
+    """It is that of float64, also within autocast, which would compute the sum of products in bfloat16."""
+    logits = 8 * torch.randn(50, 27, generator=generator())
+    logits[:, :3] = -math.inf
+    p = logits.softmax(-1)
+    exact = torch.special.entr(logits.double().softmax(-1)).sum(-1)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = entropy(logits, p)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)
+
+
 def test_entropy_bound_by_hand():
     """Entropies .0012, .0402, .1914, .5825 nats: their sum without the largest stays below gamma."""
     H = entropy(HAND, HAND.softmax(-1)).double()
