@@ -17,7 +17,7 @@ from cli import UserError, number, progress, write_file
 from data.loader import load_meta
 
 ROOT = Path(__file__).resolve().parent.parent
-CHANGE_NO_RUN = "folder", "data_dir", "seeds", "jobs", "epochs", "budgets"  # but ask for more or fewer runs
+CHANGE_NO_RUN = "folder", "data_dir", "seeds", "jobs", "epochs", "budgets", "sizes"  # but ask for more or fewer runs
 
 
 def add_arguments(parser, steps):
@@ -78,22 +78,30 @@ def trained(out, flags, args, best=False, how=(), dataset=None, unit="token"):
     unit: "token" or "byte". The bits are infinite if its weights or its likelihood became so.
     """
     def measure():
-        try:
-            return train_and_score()
-        except UserError as error:
-            if "not finite" in str(error):
-                return {f"bits_per_{unit}": None}
-            raise
-
-    def train_and_score():
-        call("train.py", *flags, f"--dataset={dataset or args.dataset}", f"--data_dir={args.data_dir}",
-             f"--out_dir={out}", *(f"--{flag}" for flag in args.flags), "--resume=auto")
+        train(out, flags, args, dataset)
         seq_len = log.read(out / "log.jsonl")[0]["config"]["seq_len"]
         return json.loads(call("evaluate.py", out / "ckpt_best.pt" if best else out, *data_flags(args), "--n_tokens",
                                seq_len * args.windows, *how))
 
-    bits = once(out.with_name(f"{out.name}.json"), measure)[f"bits_per_{unit}"]
+    bits = once(out.with_name(f"{out.name}.json"), lambda: unless_infinite(measure) or {f"bits_per_{unit}": None})
+    bits = bits[f"bits_per_{unit}"]
     return math.inf if bits is None else bits
+
+
+def unless_infinite(measure):
+    """measure(), or None if a command of it says that weights or a likelihood are not finite."""
+    try:
+        return measure()
+    except UserError as error:
+        if "not finite" in str(error):
+            return None
+        raise
+
+
+def train(out, flags, args, dataset=None):
+    """Train the run `out`, or continue it."""
+    call("train.py", *flags, f"--dataset={dataset or args.dataset}", f"--data_dir={args.data_dir}", f"--out_dir={out}",
+         *(f"--{flag}" for flag in args.flags), "--resume=auto")
 
 
 def validation(out):

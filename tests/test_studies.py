@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cli import UserError
-from studies import frontier, repeated, runs, slow_links, tokens, two_estimates
+from studies import frontier, recipe, repeated, runs, slow_links, tokens, two_estimates
 
 
 @pytest.fixture
@@ -180,6 +180,37 @@ def test_tokens(answers, monkeypatch, tmp_path):
     before = len(calls)
     go(tokens, monkeypatch, tmp_path / "study", *flags)
     assert len(calls) == before
+
+
+def test_recipe(answers, monkeypatch, tmp_path):
+    """Each choice is compared with the same seed; batches and shares change the number of steps; nothing runs twice."""
+    def bits(path):
+        name = path.split("/")[-1]
+        words = dict(word.split("=") for word in name.split("_") if "=" in word)
+        seed, nano = int(name[-1]), "d3pm" in name
+        return (2 + 0.4 * nano + abs(math.log2(float(words["lr"]) / 3e-3)) + 0.3 * (1 - float(words["share"]))
+                + 0.05 * ("batch_size=32" in name) - 0.02 * seed * ("weight_decay=0_" in name) + 0.001 * seed)
+
+    calls = answers(bits)
+    flags = ["--seeds", "2", "--sizes", "128x4"]
+    found = go(recipe, monkeypatch, tmp_path / "study", *flags)
+    assert [row["lr"] for row in found["recipes"]] == [3e-3, 1e-3, 3e-3, 3e-3, 3e-3]
+    assert [row["bits"] for row in found["recipes"]] == pytest.approx(
+        [2.4015, 2.4015 + math.log2(3), 2.1515, 2.0765, 2.0015])
+    nothing, *changes = found["changes"]
+    assert nothing == {"size": "128x4", "change": "nothing", "bits": pytest.approx(2.0115)}
+    more = {row["change"]: (row["more"], row["stderr"]) for row in changes}
+    assert more.pop("weight_decay=0") == pytest.approx((-0.03, 0.01))
+    assert more.pop("batch_size=32")[0] == pytest.approx(0.05)
+    assert len(more) == 5 and all(value == pytest.approx((0, 0), abs=1e-9) for value in more.values())
+    for words in (words for words in calls if words[0] == "train.py"):
+        value = {word.split("=")[0]: word.split("=")[-1] for word in words}
+        batch = int(value["--micro_batch_size"])
+        assert int(value["--max_steps"]) * batch in (800 * 16, 600 * 16, 400 * 16)
+        assert batch == int(value.get("--batch_size", 32 if words[1] == "d3pm_mini" else 16))
+    names = [next(word for word in words if word.startswith("--out_dir")) for words in calls if words[0] == "train.py"]
+    go(recipe, monkeypatch, tmp_path / "study", *flags)
+    assert len(names) == sum(words[0] == "train.py" for words in calls)
 
 
 def test_tuned():
