@@ -63,7 +63,7 @@ def add_arguments(parser):
     parser.add_argument("--gpus", type=number(int, 1), help="number of GPUs of --estimate (default: from the config's "
                         "name, else 1)")
     parser.add_argument("--mfu", type=number(float, 1e-3, 1),
-                        help="utilisation (MFU) that --estimate assumes (default 0.4)")
+                        help="utilisation (MFU) that --estimate assumes (default 0.25)")
     parser.add_argument("--vocab_size", type=number(int, 2, 10**6), help="number of tokens in the vocabulary "
                         "(default: that of the config's data set, or 27 if it is unknown)")
 
@@ -85,7 +85,7 @@ class Training:
         self.model, self.objective = cfg.make_model(vocab_size), cfg.make_objective(vocab_size)
         self.flops = flops_per_token(self.model, self.objective, cfg)
         self.compiled = parallel.compiles(cfg, device)
-        self.net = parallel.spread(self.model, device, False, self.compiled)
+        self.net = parallel.spread(self.model, self.objective, device, False, self.compiled)
         self.optimizers, self.ema = make_optimizers(self.model, cfg, device, dtype), EMA(self.model, cfg.ema_decay)
         self.stream = self.batches(self.objective)
 
@@ -377,7 +377,7 @@ def main():
         raise UserError("--scaling and --samplers take one config at a time")
     if args.estimate:
         for name, cfg in chosen:
-            estimate(name, cfg, size(cfg), args.gpu or "h100", args.gpus, args.mfu or 0.4)
+            estimate(name, cfg, size(cfg), args.gpu or "h100", args.gpus, args.mfu or 0.25)
     elif args.scaling:
         require("matplotlib", "--scaling")
         folder = os.path.dirname(os.path.abspath(args.scaling))

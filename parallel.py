@@ -169,23 +169,21 @@ def compiles(cfg, device):
     return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 
-def spread(model, device, fsdp, compiled):
+def spread(model, objective, device, fsdp, compiled):
     """Put the model on the device, compile it if `compiled`, and wrap it to average gradients over the processes.
 
-    Blocks are compiled one by one. They have the same code, so the compiler is called once for all, or twice: the last
-    block computes its MLP at fewer positions. Compiling 12 blocks as one graph takes three times as long.
     With fsdp every process keeps a share of each parameter, and collects the parameters of a block when they are needed
     (FSDP, arXiv 2304.11277). Otherwise every process has the whole model (DDP).
     """
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # training, validation, both texts of block diffusion, last batches
-        for block in model.blocks:
-            block.compile()
     if fsdp:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         mesh = init_device_mesh(device.type, (world,))
         for block in model.blocks:
+            if compiled:
+                block.compile()
             fully_shard(block, mesh=mesh)
         # Otherwise the outer parameters would stay whole after a forward pass without a backward one, and become stale.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
@@ -193,6 +191,8 @@ def spread(model, device, fsdp, compiled):
             register_fsdp_forward_method(model, "remember")
         return model
     model.to(device)
+    if compiled:
+        model.compile(objective)
     if team_size == 1:
         return model
     net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, process_group=team,

@@ -132,7 +132,7 @@ def add_arguments(parser):
                         "--resume finds a run")
 
 
-def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
+def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, stop):
     """Set up a new run, or one that continues from a checkpoint.
 
     Returns (net, optimizers, ema, exchange, (step, best_val, tally, wandb_id), lock).
@@ -143,7 +143,7 @@ def start_or_resume(cfg, args, out_dir, meta, model, device, dtype, stop):
         out_dir, args.resume, args.init_from, cfg, meta, model, stop) if parallel.is_main else (None, None, None))
     resumed, copied = on_main(lambda: (payload is not None, source is not None))
     lock = together(lambda: (lock or storage.claim(out_dir)) if parallel.is_main else None)
-    net = parallel.spread(model, device, cfg.fsdp, parallel.compiles(cfg, device))
+    net = parallel.spread(model, objective, device, cfg.fsdp, parallel.compiles(cfg, device))
     if copied:
         for key, p in model.named_parameters():
             parallel.copy_from_main(p, source and source[key])
@@ -197,7 +197,7 @@ def main():
     n_params, kept = model.n_params(), 4 * numbers_kept(model, cfg)
     flops = flops_per_token(model, objective, cfg)
     net, optimizers, ema, exchange, (step, best_val, tally, wandb_id), lock = start_or_resume(
-        cfg, args, out_dir, meta, model, device, dtype, stop)
+        cfg, args, out_dir, meta, model, objective, device, dtype, stop)
     peak = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
     peak = parallel.total(torch.tensor(peak, dtype=torch.float64)).item()
 

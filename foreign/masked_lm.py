@@ -160,10 +160,9 @@ class MaskedLM(nn.Module):
         for name, p in self.named_parameters():
             p.requires_grad_(name not in backbone["unused"])  # DistributedDataParallel would wait for their gradients
 
-    @property
-    def blocks(self):
-        """What is compiled: the body as one."""
-        return [self.body]
+    def compile(self, objective):
+        """Compile the body."""
+        self.body.compile()
 
     def trunk(self, xt):
         """Tokens xt (B, L) -> features (B, L, D), the input of the head."""

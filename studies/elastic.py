@@ -72,7 +72,7 @@ def main():
     mine = range(local * (group * world + rank), cfg.batch_size)[:local]
     torch.manual_seed(cfg.seed)
     model, objective = cfg.make_model(meta["vocab_size"]), cfg.make_objective(meta["vocab_size"])
-    net = parallel.spread(model, device, fsdp=False, compiled=False)
+    net = parallel.spread(model, objective, device, fsdp=False, compiled=False)
     optimizers, ema = make_optimizers(model, cfg, device, dtype), EMA(model, cfg.ema_decay)
     outer = torch.optim.SGD(model.parameters(), lr=cfg.outer_lr, momentum=cfg.outer_momentum,
                             nesterov=cfg.outer_momentum > 0)

@@ -66,6 +66,15 @@ def activation_bytes(cfg, vocab_size, device, dtype, masked=0.5):
     return 2 * one - two, two - one
 
 
+def gradient_bytes(cfg, vocab_size, masked=0.5):
+    """Bytes of the gradients of one sequence's log-probabilities and logits, both in float32.
+
+    The backward pass begins with them, when all that autograd keeps is still there.
+    """
+    share = 1.0 if cfg.make_objective(vocab_size).everywhere else masked
+    return 2 * 4 * share * cfg.seq_len * vocab_size
+
+
 def fullest(rates):
     """Largest share of masks in a micro-batch of a long run; the memory for logits must suffice for it.
 
@@ -92,7 +101,7 @@ def spell(days):
 def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     """Print the memory and the days of a run on `gpus` GPUs of a kind, with DDP and without torch.compile.
 
-    torch.compile keeps fewer activations. mfu: the assumed utilisation. Raises UserError for an unknown GPU, and for
+    torch.compile keeps fewer activations, and no logits in float32. mfu: the assumed utilisation. Raises UserError for an unknown GPU, and for
     FSDP, which divides the state among GPUs.
     """
     if cfg.fsdp:
@@ -110,6 +119,7 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     state = 4 * (3 * model.n_params() + numbers_kept(model, cfg))  # weights, gradients, averages; moments
     masked = fullest(micro * cfg.make_objective(vocab_size).times(cfg.seq_len))
     fixed, one = activation_bytes(cfg, vocab_size, torch.device("cpu"), dtype, masked)
+    one += gradient_bytes(cfg, vocab_size, masked)
     activations = fixed + one * micro
     tokens = cfg.max_steps * cfg.batch_size * cfg.seq_len
     flops = flops_per_token(model, cfg.make_objective(vocab_size), cfg)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import configs
 from attention import attend, attend_by_products
+from diffusion import Noise
 from model import Block, rotary_tables, rotate, token_shift
 from networks import network, small
 
@@ -39,14 +40,31 @@ def test_where_selects(conditioning, shift):
         assert model(xt, t, where=torch.zeros_like(where)).shape == (0, 5)
 
 
-@pytest.mark.parametrize("conditioning", ["none", "step"])
-def test_compiles_in_one_graph(conditioning):
-    """torch.compile finds no reason to leave the graph, with and without `where`; with any number of masks."""
-    model, (xt, t) = tiny(conditioning), batch()
-    expected = [model(xt, t), *(model(xt, t, where=xt < n) for n in (2, 3, 4))]
-    for block in model.blocks:
-        block.compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close([model(xt, t), *(model(xt, t, where=xt < n) for n in (2, 3, 4))], expected)
+@pytest.mark.parametrize("objective, vocab_size", [("d3pm", 5), ("mdlm", 5), ("mdlm", 1000), ("sedd", 1000)])
+def test_compiles_in_one_graph(objective, vocab_size, monkeypatch):
+    """torch.compile finds no reason to leave a graph, and needs no other one for another number of masks.
+
+    With many tokens the head and the cost are compiled, too."""
+    torch._dynamo.reset()
+    plain, calls = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or plain(
+        function, fullgraph=True, backend="aot_eager"))
+    settings = dict(d3pm=dict(conditioning="step"), sedd=dict(conditioning="sigma", schedule="loglinear")).get(objective)
+    model = network(vocab_size, objective=objective, **settings or {})
+    objective = small(objective=objective, **settings or {}).make_objective(vocab_size)
+    x0, mask = torch.randint(vocab_size, (3, 16)), torch.rand(3, 16)
+    noise = [Noise(mask < rate, torch.full((3,), rate), torch.ones(3)) for rate in (0.3, 0.5, 0.8)]
+    expected = [model(x0, noise[0].t), *(objective.masked_ce(model, x0, n) for n in noise)]
+    model.compile(objective)
+    assert len(calls) == (3 if vocab_size >= 1000 else 1)
+    found = [model(x0, noise[0].t), objective.masked_ce(model, x0, noise[0])]
+    if len(calls) == 1:  # the head and the cost are compiled once more
+        torch.compiler.set_stance("fail_on_recompile")
+    try:
+        found += [objective.masked_ce(model, x0, n) for n in noise[1:]]
+    finally:
+        torch.compiler.set_stance("default")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_it_looks_both_ways():

@@ -95,7 +95,7 @@ parallel.join(1)
 torch.manual_seed(0)
 model = Config(n_layer=2, n_head=2, n_embd=32, n_cond=8, seq_len=16).make_model(27)
 before = {{name: p.detach().clone() for name, p in model.named_parameters()}}
-parallel.spread(model, torch.device("cpu"), True, False)
+parallel.spread(model, None, torch.device("cpu"), True, False)
 ema = EMA(model, 0.9)
 held = sum(x.numel() for x in ema.weights)
 assert held == sum(x.numel() for x in ema.averages) < 0.6 * model.n_params(), (held, model.n_params())
