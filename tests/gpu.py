@@ -1,11 +1,7 @@
 """Checks of train.py, evaluate.py and sample.py on a GPU: `python -m pytest tests/gpu.py`. Skipped without CUDA.
 
-No GPU has run them yet. `make test` leaves this file out. DEVICE=cpu runs the same checks on the CPU, to test them.
-Throughput, memory and utilisation are measured by bench.py, and compared with their forecast:
-
-    for name in d3pm_text8 mdlm_text8_fast_8gpu d3pm_openwebtext_8gpu mdlm_openwebtext_fast_8gpu; do
-        python bench.py $name --compare naive && python bench.py --estimate $name --gpu h100
-    done
+`make test` leaves this file out. DEVICE=cpu runs the same checks on the CPU, to test them. With pytest-xdist, `-n 8` runs
+eight at a time. RESULTS.md, "On a GPU", has the commands that measure speed and memory.
 """
 
 import os
