@@ -256,9 +256,9 @@ class DiT(nn.Module):
             self.modulation.weight.zero_()
 
     def compile(self, objective):
-        """Compile the trunk as one graph. With many tokens compile the head and the objective's cost, too.
+        """Compile the trunk as one graph, and with a large vocabulary also the head and the objective's cost.
 
-        These two then need no copy of the logits in float32. With few tokens they are as fast without.
+        These two then need no copy of the logits in float32. With a small vocabulary they are as fast without.
         """
         self.trunk, self.compiled = torch.compile(self.trunk), True
         if self.vocab_size >= 1000:

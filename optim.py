@@ -9,8 +9,8 @@ large singular values and many small ones, and so have AdamW's steps. Muon repla
 that every direction learns at the same speed. It updates the matrices inside the blocks. AdamW updates embeddings,
 head, time conditioning and vectors. torch.optim.Muon has the same momentum and scale, but takes five iterations of one
 polynomial after a division by the Frobenius norm, one matrix at a time, and always in bfloat16, which is a hundred
-times slower on CPUs that emulate it. Muon here computes in the dtype of the run's matrix products, treats all matrices of one
-shape together, and shares them out among the processes of a run.
+times slower on CPUs that emulate it. Muon here computes in the dtype of the run's matrix products, treats all matrices
+of one shape together, and shares them out among the processes of a run.
 """
 
 import contextlib
@@ -134,8 +134,7 @@ class Muon(torch.optim.Optimizer):
     A step of an m x n matrix is scaled by 0.2 sqrt(max(m, n)), to the size of AdamW's steps. So both optimisers can use
     the same learning rate and weight decay (Moonlight, arXiv 2502.16982, eq. 4).
 
-    compiled: compile the functions that a step consists of, which then read and write each number less often. It pays
-    on a CPU, whose foreach functions take one tensor after the other.
+    compiled: compile the functions that a step consists of, which then read and write each number less often.
     """
 
     @staticmethod

@@ -150,7 +150,8 @@ class StopSignals:
         if self.received == number == signal.SIGINT and not dist.is_initialized():
             raise KeyboardInterrupt
         if number == signal.SIGINT and not dist.is_initialized():
-            os.write(2, b"\nstopping after this step, which will be saved; Ctrl-C again stops at once, without saving\n")
+            os.write(2, b"\nstopping after this step, which will be saved; Ctrl-C again stops at once, without "
+                        b"saving\n")
         self.received = number
 
     def agreed(self):
@@ -173,7 +174,7 @@ def spread(model, objective, device, fsdp, compiled):
     """Put the model on the device, compile it if `compiled`, and wrap it to average gradients over the processes.
 
     With fsdp every process keeps a share of each parameter, and collects the parameters of a block when they are needed
-    (FSDP, arXiv 2304.11277). Otherwise every process has the whole model (DDP).
+    (FSDP, arXiv 2304.11277), and only blocks are compiled. Otherwise every process has the whole model (DDP).
     """
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # training, validation, both texts of block diffusion, last batches

@@ -64,8 +64,8 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
     visible: which tokens each token sees in this step (attention.annealed); None: all.
 
     Returns, for the whole batch (of a worker, with local_steps), the bound in nats per token, the gradient norm, and
-    whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors:
-    nothing here waits for a GPU but the search for the masks, before each forward pass.
+    whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors.
+    With the networks of model.py only the search for the masks waits for a GPU, before each forward pass.
     mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats, denoiser = torch.zeros((), device=device), net

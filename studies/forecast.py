@@ -67,12 +67,14 @@ def activation_bytes(cfg, vocab_size, device, dtype, masked=0.5):
 
 
 def gradient_bytes(cfg, vocab_size, masked=0.5):
-    """Bytes of the gradients of one sequence's log-probabilities and logits, both in float32.
+    """Bytes of the gradients of one sequence's logits, and of what the cost computes from them, in float32.
 
-    The backward pass begins with them, when all that autograd keeps is still there.
+    The backward pass begins with them, when all that autograd keeps is still there. Measured: a cross-entropy has two
+    such tensors at a time, the score entropy of masks has one, uniform noise three, and four with D3PM's steps.
     """
-    share = 1.0 if cfg.make_objective(vocab_size).everywhere else masked
-    return 2 * 4 * share * cfg.seq_len * vocab_size
+    objective = cfg.make_objective(vocab_size)
+    tensors = 3 + bool(objective.T) if not objective.has_mask else 1 if objective.normalised else 2
+    return 4 * tensors * (1.0 if objective.everywhere else masked) * cfg.seq_len * vocab_size
 
 
 def fullest(rates):
@@ -101,8 +103,8 @@ def spell(days):
 def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     """Print the memory and the days of a run on `gpus` GPUs of a kind, with DDP and without torch.compile.
 
-    torch.compile keeps fewer activations, and no logits in float32. mfu: the assumed utilisation. Raises UserError for an unknown GPU, and for
-    FSDP, which divides the state among GPUs.
+    torch.compile keeps less. mfu: the assumed utilisation. Raises UserError for an unknown GPU, and for FSDP, which
+    divides the state among GPUs.
     """
     if cfg.fsdp:
         raise UserError("--estimate is for DDP, where each GPU has the whole model: leave out --fsdp")

@@ -1,7 +1,7 @@
 """Checks of train.py, evaluate.py and sample.py on a GPU: `python -m pytest tests/gpu.py`. Skipped without CUDA.
 
-`make test` leaves this file out. DEVICE=cpu runs the same checks on the CPU, to test them. With pytest-xdist, `-n 8` runs
-eight at a time. RESULTS.md, "On a GPU", has the commands that measure speed and memory.
+`make test` leaves this file out. DEVICE=cpu runs the same checks on the CPU, to test them. `-n 8` runs eight at a time.
+RESULTS.md, "On a GPU", has the commands that measure speed and memory.
 """
 
 import os
@@ -134,6 +134,21 @@ def test_fsdp(data_dir, tmp_path, kind):
     finish_well(start(config, data_dir, tmp_path / "plain", *own))
     finish_well(start(config, data_dir, tmp_path / "fsdp", *own, "--fsdp", torchrun=["--standalone"]))
     assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+    assert any(line.get("sample") for line in log(tmp_path / "fsdp"))
+
+
+@pytest.mark.parametrize("kind", ["d3pm", "fast", "sedd", "left to right"])
+def test_a_large_vocabulary(kind):
+    """With 1,200 tokens the head and the cost are compiled, too: three steps leave the weights of three plain ones."""
+    weights = []
+    for compiled in (False, True):
+        cfg = small(kind, batch_size=8, micro_batch_size=8, dropout=0.0, lr=1e-5, compile=compiled)
+        training = Training(kind, cfg, 1200, torch.device(DEVICE), torch.float32)
+        for _ in range(3):
+            training.step()
+        training.stream.close()
+        weights.append({name: p.detach().cpu() for name, p in training.model.named_parameters()})
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
 @kinds

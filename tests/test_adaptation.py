@@ -246,6 +246,18 @@ def test_networks_that_cannot_compute_in_bfloat16(tmp_path):
     assert json.loads(config.backbone)["autocast"] is False
 
 
+def test_it_can_be_compiled(saved, monkeypatch):
+    """The body is compiled; outputs and the names of parameters stay the same."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or function)
+    model = checkpoint.load_model(saved("bert")[0], CPU)[0].eval()
+    names, xt = list(model.state_dict()), torch.arange(8)[None]
+    expected = model(xt, None)
+    model.compile(None)
+    assert len(calls) == 1 and list(model.state_dict()) == names
+    torch.testing.assert_close(model(xt, None), expected)
+
+
 def test_recomputation_and_flops(saved):
     """--checkpoint_blocks reaches the network; the head counts by its share of predicted tokens."""
     _, config, meta, _ = checkpoint.load_model(saved("roberta")[0], CPU)

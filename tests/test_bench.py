@@ -190,11 +190,14 @@ def test_logits_of_as_many_masks_as_asked_for():
     assert kept[0] == kept[1] and kept[2] - kept[0] >= 128 * 5000 * 4
 
 
-@pytest.mark.parametrize("config", ["d3pm_openwebtext_8gpu", "mdlm_openwebtext_8gpu", "ar_text8"])
+@pytest.mark.parametrize("config, more", [
+    ("d3pm_openwebtext_8gpu", {}), ("mdlm_openwebtext_8gpu", {}), ("ar_text8", {}), ("sedd_text8", {}),
+    ("udlm_text8", {}), ("sedd_text8", {"noise": "uniform"}), ("d3pm_text8", {"noise": "uniform", "lambda_ce": 0.0})])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_large_vocabulary(config, dtype):
-    """A step with nearly nothing but logits takes what is kept and their gradients, whether at masks or everywhere."""
-    cfg = replace(CONFIGS[config](), n_layer=1, n_embd=32, n_head=2, seq_len=64, batch_size=4, micro_batch_size=4)
+def test_a_large_vocabulary(config, more, dtype):
+    """A step with nearly nothing but logits takes what is kept and their gradients, whatever the cost."""
+    cfg = replace(CONFIGS[config](), **more, n_layer=1, n_embd=32, n_head=2, seq_len=64, batch_size=4,
+                  micro_batch_size=4)
     training = bench.Training("x", cfg, 10_000, CPU, dtype)
     fixed, one = forecast.activation_bytes(cfg, 10_000, CPU, dtype)
     estimated = fixed + 4 * (one + forecast.gradient_bytes(cfg, 10_000))

@@ -49,9 +49,9 @@ def test_compiles_in_one_graph(objective, vocab_size, monkeypatch):
     plain, calls = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or plain(
         function, fullgraph=True, backend="aot_eager"))
-    settings = dict(d3pm=dict(conditioning="step"), sedd=dict(conditioning="sigma", schedule="loglinear")).get(objective)
-    model = network(vocab_size, objective=objective, **settings or {})
-    objective = small(objective=objective, **settings or {}).make_objective(vocab_size)
+    settings = {"d3pm": dict(conditioning="step"), "sedd": dict(conditioning="sigma", schedule="loglinear")}
+    settings = dict(objective=objective, **settings.get(objective, {}))
+    model, objective = network(vocab_size, **settings), small(**settings).make_objective(vocab_size)
     x0, mask = torch.randint(vocab_size, (3, 16)), torch.rand(3, 16)
     noise = [Noise(mask < rate, torch.full((3,), rate), torch.ones(3)) for rate in (0.3, 0.5, 0.8)]
     expected = [model(x0, noise[0].t), *(objective.masked_ce(model, x0, n) for n in noise)]
@@ -65,6 +65,20 @@ def test_compiles_in_one_graph(objective, vocab_size, monkeypatch):
     finally:
         torch.compiler.set_stance("default")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["dit", "tiny_diffusion", "gpt2", "nanogpt", "mixers"])
+def test_every_network_can_be_compiled(architecture, monkeypatch):
+    """Its outputs and the names of its parameters stay the same. test_adaptation.py has masked_lm."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or function)
+    settings = dict(architecture=architecture, conditioning="step" if architecture == "tiny_diffusion" else "none",
+                    predict_next=architecture in ("gpt2", "nanogpt"))
+    model, (xt, t) = network(5, **settings), batch()
+    names, expected = list(model.state_dict()), model(xt, t)
+    model.compile(small(**settings).make_objective(5))
+    assert len(calls) == 1 and list(model.state_dict()) == names
+    torch.testing.assert_close(model(xt, t), expected)
 
 
 def test_it_looks_both_ways():

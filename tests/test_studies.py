@@ -192,8 +192,7 @@ def test_recipe(answers, monkeypatch, tmp_path):
                 + 0.05 * ("batch_size=32" in name) - 0.02 * seed * ("weight_decay=0_" in name) + 0.001 * seed)
 
     calls = answers(bits)
-    flags = ["--seeds", "2", "--sizes", "128x4"]
-    found = go(recipe, monkeypatch, tmp_path / "study", *flags)
+    found = go(recipe, monkeypatch, tmp_path / "study", "--seeds", "2", "--sizes", "128x4")
     assert [row["lr"] for row in found["recipes"]] == [3e-3, 1e-3, 3e-3, 3e-3, 3e-3]
     assert [row["bits"] for row in found["recipes"]] == pytest.approx(
         [2.4015, 2.4015 + math.log2(3), 2.1515, 2.0765, 2.0015])
@@ -203,14 +202,38 @@ def test_recipe(answers, monkeypatch, tmp_path):
     assert more.pop("weight_decay=0") == pytest.approx((-0.03, 0.01))
     assert more.pop("batch_size=32")[0] == pytest.approx(0.05)
     assert len(more) == 5 and all(value == pytest.approx((0, 0), abs=1e-9) for value in more.values())
+    found = go(recipe, monkeypatch, tmp_path / "study", "--seeds", "2")
+    assert {row["size"] for row in found["recipes"]} == {"128x4", "384x6"} and len(found["changes"]) == 16
+    outs = set()
     for words in (words for words in calls if words[0] == "train.py"):
-        value = {word.split("=")[0]: word.split("=")[-1] for word in words}
-        batch = int(value["--micro_batch_size"])
-        assert int(value["--max_steps"]) * batch in (800 * 16, 600 * 16, 400 * 16)
-        assert batch == int(value.get("--batch_size", 32 if words[1] == "d3pm_mini" else 16))
-    names = [next(word for word in words if word.startswith("--out_dir")) for words in calls if words[0] == "train.py"]
-    go(recipe, monkeypatch, tmp_path / "study", *flags)
-    assert len(names) == sum(words[0] == "train.py" for words in calls)
+        value = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
+        outs.add(name := value["out_dir"].split("/")[-1])
+        named = dict(word.split("=") for word in name.split("_") if "=" in word)
+        usual = 32 if words[1] == "d3pm_mini" else 16
+        batch = int(value["micro_batch_size"])
+        assert batch == int(value.get("batch_size", usual))
+        assert int(value["max_steps"]) * batch == 12_800 * float(named["share"])
+        assert float(value["lr"]) == pytest.approx(float(named["lr"]) * (batch / usual) ** 0.5)
+        assert (value["n_embd"], value["n_layer"]) == (("384", "6") if name.startswith("384x6") else ("128", "4"))
+        if "decay=" not in name:
+            assert float(value["ema_decay"]) == pytest.approx(0.99 ** (batch / usual))
+    again = 2 * 3  # at each size both seeds of the fast recipe and one of nanoDD's are trained before they are scored
+    assert len(outs) == sum(words[0] == "train.py" for words in calls) - again
+    for words in (words for words in calls if words[0] == "evaluate.py"):
+        assert ("exact_k" in words) == ("d3pm_mini" in words[1])
+    before = len(calls)
+    go(recipe, monkeypatch, tmp_path / "study", "--seeds", "2")
+    assert len(calls) == before
+
+
+def test_only_infinite_numbers_are_let_through():
+    def fail(message):
+        raise UserError(message)
+
+    assert runs.unless_infinite(lambda: 3) == 3
+    assert runs.unless_infinite(lambda: fail("train.py failed: the weights are not finite after step 7")) is None
+    with pytest.raises(UserError, match="no such data"):
+        runs.unless_infinite(lambda: fail("no such data"))
 
 
 def test_tuned():
