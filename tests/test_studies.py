@@ -65,7 +65,10 @@ def test_repeated(answers, monkeypatch, tmp_path):
     trained = [words for words in calls if words[0] == "train.py"]
     assert len(trained) == 4 * 18 + 4 * 6 + 2 * 4 * 5 - 4 * 2  # seed 1 at 16 and 64 epochs has been trained in tuning
     assert all("--lr=0.006" not in words for words in trained if "--max_steps=12500" in words)
-    assert all(16 < x < 64 for by_seed in found["crossings"].values() for x in by_seed)
+    assert all(64 < x < 128 for by_seed in found["crossings"].values() for x in by_seed)
+    of = lambda kind, epochs: next(row for row in found["rows"] if (row["kind"], row["epochs"]) == (kind, epochs))
+    assert of("left to right", 128)["best"] == of("left to right", 16)["bits"] < of("left to right", 128)["bits"]
+    assert of("diffusion", 128)["best"] == of("diffusion", 128)["bits"]
     before = len(calls)
     go(repeated, monkeypatch, tmp_path / "study", "--seeds", "2")
     assert len(calls) == before
