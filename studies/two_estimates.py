@@ -22,14 +22,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import log
+import storage
 from cli import ArgumentParser, UserError, number, run, table
 from studies import runs
 
 
 def check(out, args):
     """Two estimates of a run's likelihood: what a row of the table has, and whether one is "exact"."""
-    config = log.read(out / "log.jsonl")[0]["config"]
+    config = storage.read(out)["config"]
     exact = config["objective"] == "ar"
     windows = min(args.windows, 32) if exact else args.windows
     words = ["--n_tokens", config["seq_len"] * windows, "--seed", zlib.crc32(out.name.encode()),
