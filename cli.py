@@ -42,9 +42,13 @@ class ArgumentParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_intermixed_args(args)  # options may stand between CKPTs
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
-            guess = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {guess[0]}?" if guess else ""))
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].split('=')[0], known)}")
         return parsed
+
+
+def did_you_mean(word, known):
+    """", did you mean X?" for the X of the known words that is most like this one; "" if none is like it."""
+    return "".join(f", did you mean {guess}?" for guess in difflib.get_close_matches(word, known, n=1))
 
 
 def require(module, what):

@@ -6,7 +6,6 @@ time; the number of accumulation steps follows from both. So a config trains the
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import sys
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch
 
 import local_sgd
 from block_diffusion import BlockDiffusion
-from cli import ArgumentParser, UserError
+from cli import ArgumentParser, UserError, did_you_mean
 from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
 from foreign.bert import BERT
 from foreign.gpt2 import GPT2, NanoGPT
@@ -513,8 +512,7 @@ def from_command_line(script, description, add_arguments, several=False):
         raise UserError("no config is named: add one of " + ", ".join(CONFIGS))
     for name in args.config:
         if name not in CONFIGS:
-            guess = difflib.get_close_matches(name, CONFIGS, n=1)
-            raise UserError(f"unknown config {name!r}{f' (did you mean {guess[0]}?)' if guess else ''}: choose one of "
+            raise UserError(f"unknown config {name!r}{did_you_mean(name, CONFIGS) or ':'} choose one of "
                             f"{', '.join(CONFIGS)}")
     if len(args.config) > 1 and not several:
         raise UserError(f"name one config at a time, not {' and '.join(args.config)}")

@@ -209,7 +209,7 @@ class Absorbing:
         return logits.float().log_softmax(-1)
 
     def cost(self, logits, x0, t):
-        """Costs of masked positions in the bound: logits (N, V), x0 (N,), t (N,) -> nats (N,)."""
+        """Costs of masked positions in the bound: logits (..., V), x0 (...), their times t -> nats (...)."""
         return cross_entropy(logits, x0)
 
     def weighted(self, ce, weight):
@@ -339,8 +339,7 @@ class D3PM(Absorbing):
         if not self.lambda_ce:
             nelbo = self.nelbo(model, x0, noise)
             return nelbo.mean() / self.T, nelbo.detach()
-        logits = model(self.corrupt(x0, noise.mask), noise.t)
-        ce = self.cost(logits.flatten(0, 1), x0.flatten(), None).view(x0.shape)  # which asks for no times
+        ce = self.cost(model(self.corrupt(x0, noise.mask), noise.t), x0, noise.t)
         nelbo = self.weighted(ce * noise.mask, noise.weight)
         return nelbo.mean() / self.T + self.lambda_ce * ce.mean(), nelbo.detach()
 

@@ -390,7 +390,7 @@ class MixerDiT(DiT):
 
     def forward(self, xt, t, where=None):
         """xt (B, L) long in [0, V], t (B,) in (0, 1] -> logits (B, L, V), or (N, V) where `where` (B, L) is True."""
-        return self.head(self.trunk(xt, t, self.indices(where)))
+        return self.head(self.trunk(xt, t, None if where is None else where.flatten().nonzero().squeeze(1)))
 
     def matrices(self):
         """The two-dimensional weights of the layers; static maps, which are one matrix for each head, are left out."""

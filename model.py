@@ -200,7 +200,6 @@ class DiT(nn.Module):
     """
 
     block = Block   # the class of the blocks
-    compiled = False
     own = ()        # settings of Config that no other network has
     of_source = ()  # settings that a run which begins with a checkpoint takes from it
 
@@ -254,24 +253,6 @@ class DiT(nn.Module):
             last.weight.zero_()
         if self.modulation is not None:
             self.modulation.weight.zero_()
-
-    def compile(self, objective):
-        """Compile the trunk as one graph, and with a large vocabulary also the head and the objective's cost.
-
-        These two then need no copy of the logits in float32. With a small vocabulary they are as fast without.
-        """
-        self.trunk, self.compiled = torch.compile(self.trunk), True
-        if self.vocab_size >= 1000:
-            self.head, objective.cost = torch.compile(self.head), torch.compile(objective.cost)
-
-    def indices(self, where):
-        """The places (N,) among all B L at which `where` (B, L) is True, in row-major order. None for None."""
-        if where is None:
-            return None
-        at = where.flatten().nonzero().squeeze(1)
-        if self.compiled:  # for any N; else the second step, with other masks, would compile the trunk once more
-            torch._dynamo.maybe_mark_dynamic(at, 0)
-        return at
 
     def layout(self, L, past=None, visible=None, positions=None, beside_clean=False):
         """The Layout of L tokens after the past. Raises ValueError if token_shift would look back from the past."""
@@ -341,7 +322,7 @@ class DiT(nn.Module):
         if self.predict_next:  # the output before a token predicts it, and the last output predicts nothing
             xt = F.pad(xt, (1, 0), value=self.vocab_size)
             where = where if where is None else F.pad(where, (0, 1))
-        at = self.indices(where)
+        at = None if where is None else where.flatten().nonzero().squeeze(1)
         if clean is not None and xt.shape[1] > self.block_size:
             # Not self.remember: FSDP would take the parameters away after it, in the middle of this call.
             past = DiT.remember(self, clean, torch.zeros_like(t if t.dim() == 1 else t[:, 0]))

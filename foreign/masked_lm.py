@@ -160,10 +160,6 @@ class MaskedLM(nn.Module):
         for name, p in self.named_parameters():
             p.requires_grad_(name not in backbone["unused"])  # DistributedDataParallel would wait for their gradients
 
-    def compile(self, objective):
-        """Compile the body."""
-        self.body.compile()
-
     def trunk(self, xt):
         """Tokens xt (B, L) -> features (B, L, D), the input of the head."""
         B, L = xt.shape

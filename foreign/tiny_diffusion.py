@@ -85,10 +85,6 @@ class TinyDiffusion(nn.Module):
         for last in (self.head, *(layer for block in self.blocks for layer in (block.attn_out, block.mlp_out))):
             last.weight.zero_()
 
-    def compile(self, objective):
-        """Compile the trunk."""
-        self.trunk = torch.compile(self.trunk)
-
     def trunk(self, xt, t):
         """Map tokens xt (B, L) at times t (B,) to features (B, L, D) in float32, the input of the head."""
         L = xt.shape[1]

@@ -53,10 +53,8 @@ class Study:
 
     def measure(self, size, recipe, lr, seed, choice=None):
         """Train one run, with one of CHOICES by its number. Returns {"val": bits of its validation}."""
-        out, flags = self.run(size, recipe, lr, seed, **({} if choice is None else CHOICES[choice]))
-        runs.once(out.with_name(f"{out.name}.val.json"), lambda: runs.unless_infinite(
-            lambda: runs.train(out, flags, self.args) or finite(runs.validation(out))))
-        return {"val": runs.validation(out)}
+        settings = {} if choice is None else CHOICES[choice]
+        return {"val": runs.validated(*self.run(size, recipe, lr, seed, **settings), self.args)}
 
     def score(self, size, recipe, lr, seed, share):
         """The bits per character of the test split of one run."""

@@ -104,6 +104,12 @@ def train(out, flags, args, dataset=None):
          *(f"--{flag}" for flag in args.flags), "--resume=auto")
 
 
+def validated(out, flags, args):
+    """Train the run `out`, or continue it, without scoring it. Returns its best validation, as validation() does."""
+    once(out.with_name(f"{out.name}.trained.json"), lambda: unless_infinite(lambda: train(out, flags, args)))
+    return validation(out)
+
+
 def validation(out):
     """The best validation of the run `out`, in bits per token; infinite if there is none. Settings are chosen by it."""
     lines = log.read(out / "log.jsonl") if (out / "log.jsonl").exists() else []

@@ -139,7 +139,7 @@ def test_fsdp(data_dir, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["d3pm", "fast", "sedd", "left to right"])
 def test_a_large_vocabulary(kind):
-    """With 1,200 tokens the head and the cost are compiled, too: three steps leave the weights of three plain ones."""
+    """Three steps with the head and the cost compiled, as for 1,200 tokens, leave the weights of three plain steps."""
     weights = []
     for compiled in (False, True):
         cfg = small(kind, batch_size=8, micro_batch_size=8, dropout=0.0, lr=1e-5, compile=compiled)

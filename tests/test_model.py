@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import configs
+import parallel
 from attention import attend, attend_by_products
 from diffusion import Noise
 from model import Block, rotary_tables, rotate, token_shift
@@ -55,7 +56,7 @@ def test_compiles_in_one_graph(objective, vocab_size, monkeypatch):
     x0, mask = torch.randint(vocab_size, (3, 16)), torch.rand(3, 16)
     noise = [Noise(mask < rate, torch.full((3,), rate), torch.ones(3)) for rate in (0.3, 0.5, 0.8)]
     expected = [model(x0, noise[0].t), *(objective.masked_ce(model, x0, n) for n in noise)]
-    model.compile(objective)
+    parallel.compile_parts(model, objective)
     assert len(calls) == (3 if vocab_size >= 1000 else 1)
     found = [model(x0, noise[0].t), objective.masked_ce(model, x0, noise[0])]
     if len(calls) == 1:  # the head and the cost are compiled once more
@@ -67,18 +68,20 @@ def test_compiles_in_one_graph(objective, vocab_size, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("vocab_size", [5, 1000])
 @pytest.mark.parametrize("architecture", ["dit", "tiny_diffusion", "gpt2", "nanogpt", "mixers"])
-def test_every_network_can_be_compiled(architecture, monkeypatch):
+def test_every_network_can_be_compiled(architecture, vocab_size, monkeypatch):
     """Its outputs and the names of its parameters stay the same. test_adaptation.py has masked_lm."""
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or function)
     settings = dict(architecture=architecture, conditioning="step" if architecture == "tiny_diffusion" else "none",
                     predict_next=architecture in ("gpt2", "nanogpt"))
-    model, (xt, t) = network(5, **settings), batch()
-    names, expected = list(model.state_dict()), model(xt, t)
-    model.compile(small(**settings).make_objective(5))
-    assert len(calls) == 1 and list(model.state_dict()) == names
-    torch.testing.assert_close(model(xt, t), expected)
+    model, (xt, t) = network(vocab_size, **settings), batch()
+    names, expected = list(model.state_dict()), [model(xt, t), model(xt, t, where=xt < 3)]
+    parallel.compile_parts(model, small(**settings).make_objective(vocab_size))
+    assert len(calls) == (1 if vocab_size == 5 else 2 if architecture == "tiny_diffusion" else 3)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close([model(xt, t), model(xt, t, where=xt < 3)], expected)
 
 
 def test_it_looks_both_ways():
