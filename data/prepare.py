@@ -49,18 +49,29 @@ def folder_of(args, name, usual):
     return args.data_dir / (name if args.tokenizer == usual else f"{name}_{tokens}")
 
 
-def is_prepared(folder, **asked):
+def in_words(value):
+    """A part of a request, as messages have it."""
+    return ", ".join(value) or "none" if isinstance(value, list) else value
+
+
+def named_files(files):
+    """Return the names and sizes of files, by which a later call knows them again."""
+    return [f"{path.name} ({path.stat().st_size:,} bytes)" if path.is_file() else path.name for path in map(Path, files)]
+
+
+def is_prepared(folder, request={}):
     """Return True and print a line that says so if the data set is prepared already.
 
-    asked: what its meta.json must say. Raises UserError if it says something else.
+    request: what was asked for, as meta.json keeps it. Raises UserError if another request made the data set.
     """
     if not (folder / "meta.json").exists():
         return False
     meta = load_meta(folder.name, folder.parent)
-    for key, value in asked.items():
-        if meta.get(key) != value:
-            raise UserError(f"{folder} is already prepared with {key} {meta.get(key)!r}, not {value!r}: choose another "
-                            "--name, or delete it")
+    made = meta.get("request", request)  # older data sets do not say
+    for key in request:
+        if made.get(key) != request[key]:
+            raise UserError(f"{folder} is already prepared with {key} {in_words(made.get(key))}, not "
+                            f"{in_words(request[key])}: choose another --name, or delete it")
     sizes = ", ".join(f"{split} {meta['sizes'][split]:,}" for split in SPLITS)
     note(f"{folder} is already prepared ({sizes} tokens); delete it to prepare it again")
     return True

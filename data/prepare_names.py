@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, note, run
-from data.prepare import DatasetWriter, cut, fetch, is_prepared, parser, read_text
+from data.prepare import DatasetWriter, cut, fetch, is_prepared, named_files, parser, read_text
 from data.tokenizer import CharTokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
@@ -45,7 +45,8 @@ def main():
     if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
         p.error(f"--name {args.name!r} is not a valid folder name: use letters, digits, _ and -")
     folder = args.data_dir / args.name
-    if is_prepared(folder):
+    request = {"files": named_files([args.file]) if args.file else [URL]}
+    if is_prepared(folder, request):
         return
     names, left_out = clean(read_text(args.file) if args.file else fetch(URL, SHA256).decode("ascii"))
     counts = ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n)
@@ -55,7 +56,7 @@ def main():
     random.Random(1).shuffle(names)
     alphabet = "".join(sorted(set().union(*names))) + PAD
     meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet), "pad": PAD, "record": RECORD,
-            "name": args.name, "source": Path(args.file).name if args.file else URL}
+            "name": args.name, "source": Path(args.file).name if args.file else URL, "request": request}
     encode = CharTokenizer(alphabet).encode
     with DatasetWriter(folder, meta) as writer:
         for split, part in cut(names, train=0.9, val=0.05).items():

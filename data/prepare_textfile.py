@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, named, progress, run
 from data.loader import SPLITS
-from data.prepare import cut, is_prepared, parser, read_text, write_splits
+from data.prepare import cut, is_prepared, named_files, parser, read_text, write_splits
 from data.tokenizer import KNOWN, make_tokenizer, size_of_bpe, text8_words, tokens_of
 
 CHUNK = 1 << 20  # characters encoded at a time
@@ -45,16 +45,15 @@ def main():
         p.error("--alphabet text8 needs --tokenizer char")
     if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
         p.error(f"--name {args.name!r} is not a valid folder name: use letters, digits, _ and -")
-    folder, source = args.data_dir / args.name, ", ".join(Path(file).name for file in args.files)
-    asked = {"source": source, "tokenizer": args.tokenizer if args.tokenizer in ("char", "gpt2") else "hf"}
     if args.tokenizer.startswith("bpe:"):
-        asked["vocab_size"] = size_of_bpe(args.tokenizer)
-    if args.alphabet == "text8":
-        asked["alphabet"] = KNOWN["text8"]["alphabet"]
-    if is_prepared(folder, **asked):
+        size_of_bpe(args.tokenizer)  # refuses what is not a size
+    folder, held_out = args.data_dir / args.name, [file for file in (args.val, args.test) if file]
+    request = {"files": named_files(args.files), "val and test": named_files(held_out), "tokenizer": args.tokenizer,
+               "alphabet": args.alphabet}
+    if is_prepared(folder, request):
         return
 
-    texts = ["".join(map(read_text, args.files))] + [read_text(path) for path in (args.val, args.test) if path]
+    texts = ["".join(map(read_text, args.files))] + [read_text(path) for path in held_out]
     if args.alphabet == "text8":
         texts = [" ".join(text8_words(text)) for text in texts]
     if args.val:
@@ -73,7 +72,7 @@ def main():
             raise UserError(f"the text has {len(alphabet):,} different characters, more than 65,536: "
                             "use --tokenizer gpt2")
         meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet)}
-    meta |= {"name": args.name, "source": source}
+    meta |= {"name": args.name, "source": ", ".join(Path(file).name for file in args.files), "request": request}
     tokenizer = make_tokenizer(meta)
     write_splits(folder, meta, splits, lambda text: encode(text, tokenizer))
 

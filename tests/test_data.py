@@ -261,16 +261,30 @@ def test_a_damaged_archive(tmp_path, damage):
 
 
 def test_a_name_that_is_taken(call, tmp_path):
-    """The same command again is fine. Another text or other tokens under the same name are refused."""
+    """The same command again is fine. Other texts or other tokens under the same name are refused."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("some words, and then some other words. " * 100)
     prepare = lambda file, *more: call(
         "data/prepare_textfile.py", tmp_path / file, "--name", "x", "--data_dir", tmp_path, *more)
     assert prepare("a.txt").code == 0 and prepare("a.txt").code == 0
-    assert_one_line(prepare("b.txt"), "already prepared with source 'a.txt', not 'b.txt': choose another --name")
-    assert_one_line(prepare("a.txt", "--alphabet", "text8"), "already prepared with alphabet")
-    assert_one_line(prepare("a.txt", "--tokenizer", "bpe:300"), "already prepared with tokenizer 'char', not 'hf'")
+    assert_one_line(prepare("b.txt"), "already prepared with files a.txt (3,900 bytes), not b.txt (3,900 bytes): choose")
+    assert_one_line(prepare("a.txt", "--alphabet", "text8"), "already prepared with alphabet own, not text8: choose")
+    assert_one_line(prepare("a.txt", "--tokenizer", "bpe:300"), "with tokenizer char, not bpe:300: choose another --name")
     assert_one_line(prepare("a.txt", "--tokenizer", "bpe:x"), "write bpe:SIZE")
+    assert_one_line(prepare("a.txt", "--val", tmp_path / "b.txt", "--test", tmp_path / "b.txt"),
+                    "with val and test none, not b.txt (3,900 bytes), b.txt (3,900 bytes)")
+    (tmp_path / "a.txt").write_text("another text " * 100)
+    assert_one_line(prepare("a.txt"), "with files a.txt (3,900 bytes), not a.txt (1,300 bytes)")
+
+
+def test_the_same_command_again(call, tmp_path):
+    """A text too small for so many tokens of a BPE has fewer, and the same command is fine all the same."""
+    (tmp_path / "a.txt").write_text("some words\n" * 200)
+    command = ["data/prepare_textfile.py", tmp_path / "a.txt", "--name", "x", "--data_dir", tmp_path, "--tokenizer"]
+    for _ in range(2):
+        assert call(*command, "bpe:2000").code == 0
+    assert json.loads((tmp_path / "x" / "meta.json").read_text())["vocab_size"] < 2000
+    assert_one_line(call(*command, "bpe:1000"), "with tokenizer bpe:2000, not bpe:1000")
 
 
 def test_textfile_gpt2(monkeypatch, tmp_path, gpt2):
