@@ -24,7 +24,7 @@ class Past(NamedTuple):
     to_mlp: torch.Tensor = None        # the same of the MLP's input
 
     def of_rows(self, rows):
-        """The past of some sequences, by their numbers, a (N,) long."""
+        """The past of the sequences `rows`, a (N,) long."""
         return Past(*(x if x is None else x[rows] for x in self))
 
 

@@ -69,8 +69,8 @@ def cosine():
 
 
 def loglinear(eps=1e-3):
-    """The linear one, but alpha(1) = eps: SEDD's (arXiv 2310.16834), whose networks see sigma, which may
-    not be infinite."""
+    """Linear schedule of SEDD (arXiv 2310.16834), with alpha(1) = eps: its networks see sigma, which has to be finite.
+    """
     return Schedule(lambda t: 1 - (1 - eps) * t, lambda t: (eps - 1) * torch.ones_like(t),
                     lambda a: ((1 - a) / (1 - eps)).clamp(max=1), lambda t: -torch.log1p((eps - 1) * t))
 
@@ -298,10 +298,10 @@ class D3PM(Absorbing):
         if config.prefix != "none" and config.lambda_ce:
             return "lambda_ce adds a loss at all tokens, and a prefix has none: use lambda_ce=0 with a prefix"
         if config.weighting == "simple":
-            return "weighting=simple is only for objective=mdlm: use weighting=nelbo"
+            return "weighting=simple is only for objective=mdlm and block: use weighting=nelbo"
 
     def noise(self, u, v):
-        """s uniform on 1 ... T (if u is uniform on (0, 1]); tokens masked independently. u (B,), v (B, L) -> Noise."""
+        """Draw s uniformly from 1 ... T (if u is uniform on (0, 1]) and masks independently: u (B,), v (B, L) -> Noise."""
         s = torch.ceil(u * self.T)
         a, a_next = self.schedule.alpha(s / self.T), self.schedule.alpha((s - 1) / self.T)
         weight = self.T * (a_next - a) / (1 - a) * v.shape[1] / n_free(v)

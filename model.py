@@ -27,7 +27,7 @@ class LayerNorm(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """x * (1 + scale) + shift in float32: in bfloat16 the sum 1 + scale would lose a small scale. None: x itself."""
+    """Return x * (1 + scale) + shift in float32: in bfloat16 1 + scale would lose a small scale. None: x itself."""
     return x if scale is None else x * (1 + scale.float()) + shift
 
 
@@ -324,8 +324,8 @@ class DiT(nn.Module):
             where = where if where is None else F.pad(where, (0, 1))
         at = None if where is None else where.flatten().nonzero().squeeze(1)
         if clean is not None and xt.shape[1] > self.block_size:
-            # Not self.remember: FSDP would take the parameters away after it, in the middle of this call.
-            past = DiT.remember(self, clean, torch.zeros_like(t if t.dim() == 1 else t[:, 0]))
+            t0, nowhere = torch.zeros_like(t if t.dim() == 1 else t[:, 0]), xt.new_empty(0)  # as in remember()
+            past = self.trunk(clean, t0, self.layout(xt.shape[1]), nowhere, None, True)[1]
             layout = self.layout(xt.shape[1], beside_clean=True)
         else:
             layout = self.layout(xt.shape[1], past, visible, positions)
@@ -340,8 +340,7 @@ class DiT(nn.Module):
         Returns a list with the Past of each block. They equal those of one call on all tokens, provided that these
         tokens see none of those that follow. The last block computes keys and values only (unless shift_tokens).
         """
-        nowhere = torch.empty(0, dtype=torch.long, device=xt.device)
-        return self.trunk(xt, t, self.layout(xt.shape[1], past), nowhere, past, keep=True)[1]
+        return self.trunk(xt, t, self.layout(xt.shape[1], past), xt.new_empty(0), past, True)[1]
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())

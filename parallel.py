@@ -193,6 +193,7 @@ def compile_parts(model, objective):
 def spread(model, objective, device, fsdp, compiled):
     """Put the model on the device, compile it if `compiled`, and wrap it to average gradients over the processes.
 
+    objective: its cost may be compiled, too (compile_parts).
     With fsdp every process keeps a share of each parameter, and collects the parameters of a block when they are needed
     (FSDP, arXiv 2304.11277), and only blocks are compiled. Otherwise every process has the whole model (DDP).
     """

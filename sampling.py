@@ -88,15 +88,15 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
 
         r_1/r_0 * r_2/r_1 * ... * r_i/r_(i-1) = r_i/r_0,
 
-    so the rate u at which it is revealed is uniform on [0, r_0), and the step is the one from r to s with s <= u < r.
-    All u are drawn at once, and only the steps that reveal something are walked through. These are different steps in
+    so its reveal rate is uniform on [0, r_0). If that is in [s, r), the mask is revealed in the step from r to s. All
+    reveal rates are drawn at once, and only the steps that reveal something are walked through. These are different steps in
     each sequence, and the sequences do not know of each other. So the j-th such steps of all sequences are taken
     together, each at its own rate: with as many network calls as the longest sequence has such steps.
     """
     state, masked, n = begin(xt), xt == mask_id, len(grid) - 1
     rates = torch.tensor(grid, dtype=torch.float64)
-    u = grid[0] * draw.uniform(xt.shape)
-    step_of = n - torch.searchsorted(rates.flip(0).to(u.device), u, right=True)
+    reveal_rate = grid[0] * draw.uniform(xt.shape)
+    step_of = n - torch.searchsorted(rates.flip(0).to(reveal_rate.device), reveal_rate, right=True)
     step_of = step_of.to(xt.device).masked_fill(~masked, n)  # (B, L), 0 ... n - 1, or n for given tokens
     ordered, order = step_of.sort(dim=1)
     turn = torch.zeros_like(step_of).scatter(1, order, F.pad(ordered.diff(dim=1) > 0, (1, 0)).cumsum(1))

@@ -65,7 +65,7 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
 
     Returns, for the whole batch (of a worker, with local_steps), the bound in nats per token, the gradient norm, and
     whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors.
-    With the networks of model.py only the search for the masks waits for a GPU, before each forward pass.
+    With the networks of model.py only two searches for the masks wait for a GPU, before each forward pass.
     mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats, denoiser = torch.zeros((), device=device), net

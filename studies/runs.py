@@ -89,7 +89,7 @@ def trained(out, flags, args, best=False, how=(), dataset=None, unit="token"):
 
 
 def unless_infinite(measure):
-    """measure(), or None if a command of it says that weights or a likelihood are not finite."""
+    """Return measure(), or None if a command of it says that weights or a likelihood are not finite."""
     try:
         return measure()
     except UserError as error:

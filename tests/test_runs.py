@@ -135,7 +135,9 @@ def test_signals(call, data_dir, tmp_path, monkeypatch, name):
     assert ("stopping after this step" in result.err) == (name == "SIGINT")
     monkeypatch.undo()
     again = lambda: train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=50", "--resume=auto")
-    assert "continuing at step 3 of 50" in again().out and "all 50 steps are done already" in again().out
+    continued, done = again().out, again().out
+    assert "continuing at step 3 of 50" in continued and "done already" not in continued
+    assert "continuing" not in done and "all 50 steps are done already" in done
 
 
 def test_a_signal_while_starting(call, data_dir, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Studies of many runs, with recorded answers of the commands: what they run and compute, and that they resume."""
 
+import argparse
 import json
 import math
 import sys
@@ -17,7 +18,9 @@ def answers(monkeypatch):
     """Replace the commands: train.py and the simulator write a log, evaluate.py answers by a function of its words."""
     calls = []
 
-    def install(bits):
+    def install(bits, val=None):
+        val = val or bits
+
         def answer(script, *arguments):
             words = [script, *map(str, arguments)]
             calls.append(words)
@@ -30,7 +33,7 @@ def answers(monkeypatch):
             out.mkdir(exist_ok=True)
             drift = 0.01 * len(calls)
             lines = [{"step": 0, "config": {"seq_len": 128}}] + [
-                {"step": step, "val_bits_per_token": bits(str(out)) + 1 / step, "val_stderr": 0.1,
+                {"step": step, "val_bits_per_token": val(str(out)) + 1 / step, "val_stderr": 0.1,
                  "hours": step / 10, "drift": drift, "staleness": 1.0, "cosine": 0.5, "utilisation": 0.9,
                  "bytes": {"a-b": 1e9}}
                 for step in (50, 100)]
@@ -73,6 +76,14 @@ def test_repeated(answers, monkeypatch, tmp_path):
     before = len(calls)
     go(repeated, monkeypatch, tmp_path / "study", "--seeds", "2")
     assert len(calls) == before
+
+
+def test_validation_chooses(answers, monkeypatch, tmp_path):
+    """The best run of up to so many epochs is the one with the best validation, whatever its bits on test."""
+    epochs = lambda path: int(path.split("/")[-1].split("M_")[1].split("_")[0])
+    answers(lambda path: 3 - 0.1 * (epochs(path) == 4), lambda path: 3 - 0.1 * (epochs(path) == 16))
+    found = go(repeated, monkeypatch, tmp_path / "study", "--seeds", "1")
+    assert {row["epochs"]: row["best"] for row in found["rows"]} == dict.fromkeys((1, 4, 16, 64, 128), 3)
 
 
 def test_crossing():
@@ -211,6 +222,7 @@ def test_recipe(answers, monkeypatch, tmp_path):
     outs = set()
     for words in (words for words in calls if words[0] == "train.py"):
         value = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
+        assert words[-1] == "--resume=auto"
         outs.add(name := value["out_dir"].split("/")[-1])
         named = dict(word.split("=") for word in name.split("_") if "=" in word)
         usual = 32 if words[1] == "d3pm_mini" else 16
@@ -218,6 +230,9 @@ def test_recipe(answers, monkeypatch, tmp_path):
         assert batch == int(value.get("batch_size", usual))
         assert int(value["max_steps"]) * batch == 12_800 * float(named["share"])
         assert float(value["lr"]) == pytest.approx(float(named["lr"]) * (batch / usual) ** 0.5)
+        steps, share_of_warmup = int(value["max_steps"]), 0.1 if usual == 32 else 0.05
+        assert int(value["warmup_steps"]) == round(share_of_warmup * steps)
+        assert (int(value["eval_interval"]), value["eval_sequences"]) == (steps, "1024")
         assert (value["n_embd"], value["n_layer"]) == (("384", "6") if name.startswith("384x6") else ("128", "4"))
         if "decay=" not in name:
             assert float(value["ema_decay"]) == pytest.approx(0.99 ** (batch / usual))
@@ -228,6 +243,26 @@ def test_recipe(answers, monkeypatch, tmp_path):
     before = len(calls)
     go(recipe, monkeypatch, tmp_path / "study", "--seeds", "2")
     assert len(calls) == before
+
+
+def test_a_run_that_diverges(answers, monkeypatch, tmp_path):
+    """It has infinite bits and no validation, and is not trained again; any other error ends the study."""
+    args = argparse.Namespace(dataset="x", data_dir="", flags=[], windows=8)
+    message = "train.py failed: the weights are not finite after step 7"
+
+    def fail(script, *words):
+        calls.append(script)
+        raise UserError(message)
+
+    calls = []
+    monkeypatch.setattr(runs, "call", fail)
+    for _ in range(2):
+        assert runs.trained(tmp_path / "one", [], args) == math.inf == runs.validated(tmp_path / "two", [], args)
+    assert len(calls) == 2
+    message = "no space is left"
+    for function in (runs.trained, runs.validated):
+        with pytest.raises(UserError, match="no space"):
+            function(tmp_path / "three", [], args)
 
 
 def test_only_infinite_numbers_are_let_through():
