@@ -5,8 +5,9 @@
 D3PM (nanoDD's objective and optimiser), the fast recipe of MDLM, block diffusion in blocks of 16, and left to right,
 each at sizes from 0.2M to 10M parameters with some budgets of operations C (model.DiT.flops, recomputation not
 counted). A budget gives each size its number of steps. The learning rate of each method and size is tuned by factors of
-2, by the validation of one seed with the smallest budget. Then all is run with every seed. All bits of masked models
-are bounds in continuous time.
+2, by the validation of seed 1 with the second budget. Then seed 1 trains all sizes with all budgets. The other seeds
+train the two sizes that have the best validation with seed 1, for each method and budget. All bits of masked models are
+bounds in continuous time.
 
 For each method and budget the best size gives a point of the frontier. Through the points of all budgets goes the line
 
@@ -47,6 +48,7 @@ METHODS = {
 SIZES = {"0.2M": dict(n_layer=4, n_embd=64, n_head=2), "0.8M": dict(n_layer=4, n_embd=128, n_head=4),
          "2.7M": dict(n_layer=6, n_embd=192, n_head=6), "10M": dict(n_layer=6, n_embd=384, n_head=6)}
 BUDGETS = "3e12,1e13,3e13,1e14"
+KEPT = 2  # sizes that all seeds train
 
 
 def config_of(method, size):
@@ -65,23 +67,33 @@ def operations_per_step(method, size):
 
 def steps_of(method, size, budget):
     """Number of training steps that a budget of operations pays for."""
-    return max(16, round(budget / operations_per_step(method, size)))
+    return max(1, round(budget / operations_per_step(method, size)))
 
 
 class Study:
     def __init__(self, args):
         self.args = args
 
-    def measure(self, method, size, budget, lr, seed):
-        """Train one run, or continue it. Returns {"bits": per character on the test split, "val": its validation}."""
+    def run(self, method, size, budget, lr, seed):
+        """(folder, arguments of train.py) of a run."""
         name, settings = METHODS[method]
         steps = steps_of(method, size, budget)
         out = self.args.folder / f"{method.replace(' ', '_').replace(',', '')}_{size}_{budget:g}_lr={lr:g}_{seed}"
         flags = [name, *(f"--{key}={value}" for key, value in (settings | SIZES[size]).items()), f"--lr={lr}",
                  "--sample_interval=0", "--eval_sequences=256", f"--seed={seed}", f"--max_steps={steps}",
                  f"--warmup_steps={max(1, min(100, steps // 10))}", f"--eval_interval={steps}"]
+        return out, flags
+
+    def tune(self, *key):
+        """Train one run, or continue it. Returns {"val": bits of its validation}."""
+        return {"val": runs.validated(*self.run(*key), self.args)}
+
+    def measure(self, method, *key):
+        """Train one run, or continue it. Returns {"val": bits of its validation, "bits": on the test split}."""
         how = ["--estimator", "exact_k"] if method == "D3PM" else []  # its own is of 1,000 steps
-        return {"bits": runs.trained(out, flags, self.args, how=how), "val": runs.validation(out)}
+        out, flags = self.run(method, *key)
+        bits = runs.trained(out, flags, self.args, how=how)
+        return {"val": runs.validation(out), "bits": bits}
 
 
 # ---- the frontier ----------------------------------------------------------------------------------------------------
@@ -125,28 +137,36 @@ def main():
     budgets = sorted({number(float, 1, 1e30)(text) for text in args.budgets.split(",")})
     if len(budgets) < 2:
         raise UserError("--budgets needs at least two numbers, for a line")
-    best, found = runs.tuned([(method, size, budgets[0]) for method in METHODS for size in SIZES], study.measure,
-                             args.jobs)
+    best, _ = runs.tuned([(method, size, budgets[1]) for method in METHODS for size in SIZES], study.tune, args.jobs)
     best = {(method, size): lr for (method, size, _), lr in best.items()}
     key = lambda method, size, budget, seed: (method, size, budget, best[method, size], seed)
-    found |= runs.in_stages([[key(method, size, budget, seed) for budget in budgets for seed in seeds
-                              for method in METHODS for size in SIZES]], study.measure, args.jobs)
+    pairs = [(method, budget) for budget in budgets for method in METHODS]
+    found = runs.in_stages([[key(method, size, budget, 1) for method, budget in pairs for size in SIZES]],
+                           study.measure, args.jobs)
+    val = lambda method, size, budget: found[key(method, size, budget, 1)]["val"]
+    kept = {(method, budget): sorted(SIZES, key=lambda size: val(method, size, budget))[:KEPT]
+            for method, budget in pairs}
+    found |= runs.in_stages([[key(method, size, budget, seed) for method, budget in pairs for seed in seeds[1:]
+                              for size in kept[method, budget]]], study.measure, args.jobs)
 
     def frontier(method, chosen):
         """[(C, bits of the best size)], in the mean over the chosen seeds."""
         mean = lambda size, budget: sum(found[key(method, size, budget, seed)]["bits"] for seed in chosen) / len(chosen)
-        return [(budget, min(mean(size, budget) for size in SIZES)) for budget in budgets]
+        return [(budget, min(mean(size, budget) for size in kept[method, budget])) for budget in budgets]
 
     rows = []
     for method in METHODS:
         for budget in budgets:
             for size in SIZES:
-                bits, error = over_seeds([found[key(method, size, budget, seed)]["bits"] for seed in seeds])
+                trained = [k for seed in seeds if (k := key(method, size, budget, seed)) in found]
+                bits, error = over_seeds([found[k]["bits"] for k in trained])
                 rows.append({"method": method, "operations": budget, "size": size, "lr": best[method, size],
-                             "steps": steps_of(method, size, budget), "bits": finite(bits), "stderr": error})
-    print(f"bits per character on {args.dataset} test, {args.windows:,} windows, {args.seeds} seeds")
+                             "steps": steps_of(method, size, budget), "seeds": len(trained), "bits": finite(bits),
+                             "stderr": error})
+    print(f"bits per character on {args.dataset} test, {args.windows:,} windows")
     table(rows, {"method": ("", ""), "operations": ("operations", ".0e"), "size": ("size", ""), "lr": ("lr", "g"),
-                 "steps": ("steps", ",d"), "bits": ("bits", ".4f"), "stderr": ("±", ".4f")}, sys.stdout)
+                 "steps": ("steps", ",d"), "seeds": ("seeds", "d"), "bits": ("bits", ".4f"), "stderr": ("±", ".4f")},
+          sys.stdout)
     frontiers = {method: frontier(method, list(seeds)) for method in METHODS}
     level = max(points[-1][1] for points in frontiers.values())  # the bits that all methods reach
     if not math.isfinite(level):

@@ -112,6 +112,8 @@ def test_frontier(answers, monkeypatch, tmp_path):
     steps = {(row["method"], row["size"], row["operations"]): row["steps"] for row in found["rows"]}
     assert steps["MDLM, fast", "0.2M", 1.6e13] == pytest.approx(4 * steps["MDLM, fast", "0.2M", 4e12], rel=0.01)
     assert all(row["lr"] != 6e-3 for row in found["rows"])
+    assert {row["size"]: row["seeds"] for row in found["rows"]} == {"0.2M": 1, "0.8M": 2, "2.7M": 2, "10M": 1}
+    assert all("4e+12" in str(words) for words in calls if "lr=0.006" in str(words))  # tuned with the second budget
     before = len(calls)
     go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,4e12,1.6e13")
     assert len(calls) == before
@@ -302,7 +304,7 @@ def test_other_settings_are_other_runs(answers, monkeypatch, tmp_path):
     go(frontier, monkeypatch, tmp_path / "study", "--seeds", "1", "--budgets", "1e12,4e12")
     before = len(calls)
     go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,4e12,5e12")
-    assert len(calls) - before == 2 * (3 * 2 - 2) * 4 * 4  # a training and a score of each new run
+    assert len(calls) - before == 2 * (4 * 4 + 3 * 4 * 2)  # a training and a score of each new run
     with pytest.raises(UserError, match="has runs with windows=1024, not 99"):
         go(frontier, monkeypatch, tmp_path / "study", "--budgets", "1e12,5e12", "--windows", "99")
     with pytest.raises(UserError, match="at least two numbers"):
