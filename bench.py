@@ -163,8 +163,8 @@ def without_stderr():
 def measured_bytes(training):
     """Peak memory of a step in bytes, besides weights, averages and moments; None on mps.
 
-    It is the median of three steps, which have different masks. The peak is at the beginning of the backward pass. Gradients
-    of logits are there then, and hardly any of parameters."""
+    It is the median of three steps, which have different masks. The peak is at the beginning of the backward pass.
+    Gradients of logits are there then, and hardly any of parameters."""
     return training.device.type != "mps" and statistics.median(peak_of_step(training) for _ in range(3)) or None
 
 

@@ -301,7 +301,7 @@ class D3PM(Absorbing):
             return "weighting=simple is only for objective=mdlm and block: use weighting=nelbo"
 
     def noise(self, u, v):
-        """Draw s uniformly from 1 ... T (if u is uniform on (0, 1]) and masks independently: u (B,), v (B, L) -> Noise."""
+        """Draw s uniformly from 1 ... T, and masks independently, by uniform numbers u (B,) and v (B, L) -> Noise."""
         s = torch.ceil(u * self.T)
         a, a_next = self.schedule.alpha(s / self.T), self.schedule.alpha((s - 1) / self.T)
         weight = self.T * (a_next - a) / (1 - a) * v.shape[1] / n_free(v)

@@ -89,8 +89,8 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
         r_1/r_0 * r_2/r_1 * ... * r_i/r_(i-1) = r_i/r_0,
 
     so its reveal rate is uniform on [0, r_0). If that is in [s, r), the mask is revealed in the step from r to s. All
-    reveal rates are drawn at once, and only the steps that reveal something are walked through. These are different steps in
-    each sequence, and the sequences do not know of each other. So the j-th such steps of all sequences are taken
+    reveal rates are drawn at once, and only the steps that reveal something are walked through. Each sequence has
+    other such steps than the rest, and depends on no other sequence. So the j-th such steps of all sequences are taken
     together, each at its own rate: with as many network calls as the longest sequence has such steps.
     """
     state, masked, n = begin(xt), xt == mask_id, len(grid) - 1

@@ -56,7 +56,8 @@ def in_words(value):
 
 def named_files(files):
     """Return the names and sizes of files, by which a later call knows them again."""
-    return [f"{path.name} ({path.stat().st_size:,} bytes)" if path.is_file() else path.name for path in map(Path, files)]
+    sized = lambda path: f"{path.name} ({path.stat().st_size:,} bytes)" if path.is_file() else path.name
+    return [sized(Path(file)) for file in files]
 
 
 def is_prepared(folder, request={}):

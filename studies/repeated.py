@@ -5,9 +5,9 @@
 Both are trained on the same 200,000 characters (--unique_tokens), again and again, for 1 to 128 epochs, by two networks
 of mdlm_mini_fast: 0.2M and 0.8M parameters. Equal epochs are equal tokens and, but for the output layer, equal
 operations. Both are scored on the same windows of the test split: left to right exactly, diffusion by its bound, so it
-can only be better than it looks. A run is scored at its best checkpoint, which 16 validations choose. In a long run they
-are far apart, and a network that overfits early is caught too late. So the figure, and the number of epochs at which the
-lines cross, have the best of all runs of up to so many epochs, chosen by validation.
+can only be better than it looks. A run is scored at its best checkpoint, which 16 validations choose. In a long run
+they are far apart, and a network that overfits early is caught too late. So the figure, and the number of epochs at
+which the lines cross, have the best of all runs of up to so many epochs, chosen by validation.
 
 Each is tuned on its own, by its validations: learning rate, dropout and weight decay with 16 epochs and one seed;
 dropout and weight decay once more with 64 epochs, for the runs of 32 epochs and more. It prints the tables and the

@@ -11,8 +11,8 @@ mean 0 and variance 1 over the runs.
 The exact likelihood of left-to-right models is computed once more, with one network call for each token, on 32 windows.
 Nothing is random there: the two numbers must be equal up to rounding.
 
-It prints every difference, and exits with code 1 if one of them is larger than four standard errors and 0.0001 bits. RUN.check.json
-beside each run keeps the answer, and what is there is not run again.
+It prints every difference, and exits with code 1 if one of them is larger than four standard errors and 0.0001 bits.
+RUN.check.json beside each run keeps the answer, and what is there is not run again.
 """
 
 import json

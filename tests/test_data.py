@@ -267,9 +267,9 @@ def test_a_name_that_is_taken(call, tmp_path):
     prepare = lambda file, *more: call(
         "data/prepare_textfile.py", tmp_path / file, "--name", "x", "--data_dir", tmp_path, *more)
     assert prepare("a.txt").code == 0 and prepare("a.txt").code == 0
-    assert_one_line(prepare("b.txt"), "already prepared with files a.txt (3,900 bytes), not b.txt (3,900 bytes): choose")
+    assert_one_line(prepare("b.txt"), "prepared with files a.txt (3,900 bytes), not b.txt (3,900 bytes)")
     assert_one_line(prepare("a.txt", "--alphabet", "text8"), "already prepared with alphabet own, not text8: choose")
-    assert_one_line(prepare("a.txt", "--tokenizer", "bpe:300"), "with tokenizer char, not bpe:300: choose another --name")
+    assert_one_line(prepare("a.txt", "--tokenizer", "bpe:300"), "tokenizer char, not bpe:300: choose another --name")
     assert_one_line(prepare("a.txt", "--tokenizer", "bpe:x"), "write bpe:SIZE")
     assert_one_line(prepare("a.txt", "--val", tmp_path / "b.txt", "--test", tmp_path / "b.txt"),
                     "with val and test none, not b.txt (3,900 bytes), b.txt (3,900 bytes)")
