@@ -20,7 +20,7 @@ class Past(NamedTuple):
 
     keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
     values: torch.Tensor           # (B, heads, P, head_dim)
-    to_attention: torch.Tensor = None  # (B, P, D/4, with causal D/2), what token_shift takes of the attention's input
+    to_attention: torch.Tensor = None  # (B, P, D/4), what token_shift takes of the attention's input; D/2 if left_only
     to_mlp: torch.Tensor = None        # the same of the MLP's input
 
     def of_rows(self, rows):

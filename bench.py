@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
-# before torch, which reads a setting of this file
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, named, number, pick_device, pick_dtype,
                  progress, require, run, synchronize, table)
 

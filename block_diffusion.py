@@ -15,7 +15,7 @@ model: the bound of one token is its CE, and that of the text the likelihood its
 One call of the network scores all blocks: `model(xt, t, where, clean=x0)`. The network first reads the clean text,
 where a token sees its own block and those before, and keeps its keys and values. Then it reads the noisy text, where a
 token sees its noisy block and the clean blocks before. BD3-LM runs both as one text of 2L tokens, x_t and x_0 beside
-each other: these are the same numbers, but here no product is computed for pairs of a clean and a later noisy token,
+each other. The numbers are the same. But here no product of a clean token's query and a noisy token's key is computed,
 and the last layer computes keys and values only of the clean text. Sampling keeps the same keys and values (in_blocks).
 """
 
@@ -104,7 +104,7 @@ class BlockDiffusion(MDLM):
             return "objective=block continues any text, whatever its length: use prefix=none with it"
         return super().misfit(config)
 
-    def times(self, L):
+    def n_times(self, L):
         return L // self.block_size
 
     def in_each_block(self, draw, u, v, *w):
@@ -155,7 +155,7 @@ class Tokens(NamedTuple):
 
 
 class Rereader:
-    """A network without a memory: it reads all blocks before again in every call. The cache is compared with it."""
+    """A network without a memory: it reads all blocks before again in every call (`sample.py --no_cache`)."""
 
     def __init__(self, model):
         self.model = model
@@ -179,8 +179,8 @@ def in_blocks(settings, objective, model, xt, generator, end=None):
     returns once per block, after its last mask is filled. Nothing is kept inside the network. This is exact: the clean
     blocks see neither noise nor later blocks.
 
-    The given tokens of a text may end inside a block, and anywhere for each text. The last block may be short. It is
-    then filled as a whole block, and cut: the network was trained on whole blocks.
+    The given tokens may end inside a block, and at another place in each text. The last block may be short. It is then
+    filled as a whole block, and cut: the network was trained on whole blocks.
 
     end: the id of the token that ends a text, or None. Once a block has it after the given tokens, that text is
     finished: its masks are filled with `end`, without the network.
@@ -214,4 +214,7 @@ def finish(xt, given, end, mask_id):
 
 def cut(tokens, start, end):
     """The tokens of a text before the first `end` that was written into the masks of `start`; both are lists of ids."""
-    return tokens[:next((i for i, token in enumerate(tokens) if token == end != start[i]), len(tokens))]
+    for i, token in enumerate(tokens):
+        if token == end and start[i] != end:
+            return tokens[:i]
+    return tokens

@@ -68,7 +68,7 @@ def flops_per_token(model, objective, cfg):
     if objective.everywhere:
         return model.flops(cfg.seq_len)
     noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True,
-                                       times=objective.times(cfg.seq_len)))
+                                       n_times=objective.n_times(cfg.seq_len)))
     return model.flops(cfg.seq_len, noise.mask.float().mean().item())
 
 

@@ -17,7 +17,7 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-# before torch, which reads a setting of this file
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import ArgumentParser, UserError, named, number, require, run, table
 
 import torch

@@ -14,8 +14,8 @@ ends at clean text; its term of the bound is the papers' reconstruction term.
     nelbo       bound on -log p(x0), nats per token   L_vb / L        L_NELBO / L   loss / L    L_DWDSE / L   -
 
 The model never predicts the mask, and it keeps what it sees (carry-over). Then the KL divergence between the true and
-the learned reverse step is zero at visible tokens, and a multiple of the cross-entropy CE = -log p(x0) at masks. So
-every bound here is one sum,
+the learned reverse step is zero at visible tokens. At masks it is a multiple of the cross-entropy, CE = -log of the
+network's probability of the clean token. So every bound here is one sum,
 
     nelbo = E[ weight * sum over masks of CE ] / L,
 
@@ -115,7 +115,8 @@ class Noise(NamedTuple):
 
     mask: torch.Tensor    # (B, L) bool, True where xt is the mask
     t: torch.Tensor       # (B,) or (B, L) float32, the time that the model is told
-    weight: torch.Tensor  # (B,) or (B, L) float32, nats of bound per sequence for each nat of CE at a masked position
+    weight: torch.Tensor  # (B,) or (B, L) float32, nats of bound for each nat of CE at a mask, times L/n if n of the L
+                          # tokens are free: `nelbo` divides by L, and the bound is per free token
 
     def to(self, device):
         return type(self)(*(to_device(x, device) for x in self))
@@ -138,8 +139,9 @@ def cross_entropy(logits, x0):
 class Absorbing:
     """What the objectives of masked text share, and the facts that each objective states about itself.
 
-    The commands ask for these facts and for nothing else, so a new objective is one class, and one line in
-    configs.OBJECTIVES. (uniform.Uniform has the same attributes and methods.)
+    A new objective is one class, and one line in configs.OBJECTIVES. If it inherits from this class, it states what is
+    different. If not, it needs all of this, and `time`, `corrupt`, `nelbo`, `log_prediction`, `mask_id` and `schedule`
+    as they are here (uniform.Uniform is such a class).
 
     description: what a checkpoint of this objective does; completes "it ..." in messages
     has_mask: the noise makes masks, so the network has one token more than the vocabulary
@@ -152,14 +154,14 @@ class Absorbing:
     estimators: {method (u, v, w) -> Noise that estimates the bound with a finite variance: another one that estimates
         the same number}; w (B,) decides the time where the mask leaves it open
     reported: the estimator whose bound is reported
-    normalised: the objective whose bound the normalised prediction has, if this one's prediction is not normalised
+    normalised: if the network's prediction f need not sum to one, the objective whose bound f/sum(f) has; else None
     everywhere: the loss asks for logits at all positions, visible ones included
     T: the number of steps, or None in continuous time
 
     from_config(config, vocab_size): the objective of a Config
     misfit(config): what of a Config does not go with this objective, in words, or None
     noise(u, v): the Noise to train on
-    times(L): how many numbers u the noise of a text of L tokens needs; if more than one, u is (B, times)
+    n_times(L): how many numbers u the noise of a text of L tokens needs; if more than one, u is (B, n_times)
     loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
     """
 
@@ -186,7 +188,7 @@ class Absorbing:
         tokens: (B,) -> (B,) float32."""
         return self.schedule.inverse(1 - rate).float()
 
-    def times(self, L):
+    def n_times(self, L):
         return 1
 
     def corrupt(self, x0, mask):
@@ -205,7 +207,7 @@ class Absorbing:
         return ce.new_zeros(x0.numel()).scatter(0, at, ce).view(x0.shape)
 
     def log_prediction(self, logits, t):
-        """Return log p(x0) of each token, (N, V) float32, from logits (N, V) at times t (N,)."""
+        """The logarithms of the prediction of x0, (N, V) float32, from logits (N, V) at times t (N,)."""
         return logits.float().log_softmax(-1)
 
     def cost(self, logits, x0, t):
@@ -213,7 +215,7 @@ class Absorbing:
         return cross_entropy(logits, x0)
 
     def weighted(self, ce, weight):
-        """Weighted sum over each sequence, over L: ce (B, L), weight (B,) or (B, L) -> nats per token (B,)."""
+        """The weighted sum of each sequence, divided by L: ce (B, L), weight (B,) or (B, L) -> nats per token (B,)."""
         if weight.dim() == 2:
             return (weight * ce).sum(1) / ce.shape[1]
         return weight * (ce.sum(1) / ce.shape[1])
@@ -238,20 +240,20 @@ class Absorbing:
         """
         L, n = v.shape[1], n_free(v)
         k = torch.minimum(torch.ceil(u * n).clamp(min=1), n).long()
-        order = v.argsort(dim=1)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(L).expand_as(order))
-        rate = v.gather(1, order).gather(1, k[:, None] - 1).squeeze(1)
-        return Noise(rank < k[:, None], self.time(rate), L / k.float())
+        rate = v.sort(dim=1).values.gather(1, k[:, None] - 1)
+        return Noise(v <= rate, self.time(rate.squeeze(1)), L / k.float())
 
     def continuous(self, u, v, w):
         """The continuous-time bound by independent masks at a uniform rate, u, without the large weights of small u.
 
-        u (B,), v (B, L), w (B,) -> Noise. The weight 1/u has no finite variance. Its mean over the rates that give k
-        masks, Beta(k + 1, n - k + 1) for a uniform rate, is (n + 1)/k (0 if k = 0), which has one (Rao-Blackwell). A
-        network that sees the time must be told a rate from Beta(k, n - k + 1), as in exact_k: the k-th smallest of n
+        u (B,), v (B, L), w (B,) -> Noise. The weight 1/u has no finite variance. Its mean given k masks has one
+        (Rao-Blackwell). The rate given k is Beta(k + 1, n - k + 1) if it was uniform, and the mean of 1/u is (n + 1)/k.
+        With k = 0 there is no CE to weigh, and the weight is 0.
+
+        A network that sees the time must be told a rate from Beta(k, n - k + 1), as in exact_k: the k-th smallest of n
         uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. Leave one out at random,
-        by w. With probability k/(n + 1) it is below u, and the k-th smallest of the rest is u. Otherwise it is the
-        largest v <= u.
+        by w. If the one left out is below u, which has probability k/(n + 1), the k-th smallest of the rest is u.
+        Otherwise the k-th smallest of the rest is the largest v <= u.
         """
         L, n = v.shape[1], n_free(v)
         mask = v <= u[:, None]
@@ -309,7 +311,7 @@ class D3PM(Absorbing):
 
     def time(self, rate):
         """s/T, the time of the step s in whose interval the noise rate lies: s - 1 < T alpha^-1(1 - rate) <= s."""
-        s = torch.ceil(self.schedule.inverse(1 - rate) * self.T - 1e-6)  # a rate of s/T is s, rounded up or not
+        s = torch.ceil(self.schedule.inverse(1 - rate) * self.T - 1e-6)  # step s stays s if it was rounded up a little
         return (s.clamp(1, self.T) / self.T).float()
 
     def t_step_uniform(self, u, v, w=None):
@@ -321,9 +323,10 @@ class D3PM(Absorbing):
 
             sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked],
 
-        where P(s) = a_{s-1} - a_s. The mean over which of the k masks is token i gives the weight L/k, so small s have
-        no large weights. Let f be the first token that is not given. Its number v_f chooses i = f + ceil(n v_f) - 1.
-        Then v_f takes the value of v_i, and v_i becomes 0, so token i is masked.
+        where P(s) = a_{s-1} - a_s, because E[masked_i CE_i] = (1 - a_s) E[CE_i | i masked]. Given the masks, i is each
+        of the k masked tokens with probability 1/k. So the mean of L CE_i over i is L/k times the sum of CE, and small
+        s have no large weights. Let v_f be the number of the first token f that is not given. It chooses i = f +
+        ceil(n v_f) - 1. Then v_f takes the value of v_i, and v_i becomes 0, so token i is masked.
         """
         (B, L), n = v.shape, n_free(v)
         rows, first = torch.arange(B), (L - n).long()
@@ -356,8 +359,8 @@ class MDLM(Absorbing):
     'exact_k': exactly k tokens masked, see there.
 
     weighting 'simple' trains on 2 sum CE / L, the same weight for every masked token. For the linear schedule a term of
-    the bound is (1/t) sum CE / L, so each is multiplied by 2t. This is not the bound, but it varies less, and short
-    runs end far lower (LOG.md). The reported bound keeps its weights.
+    the bound is (1/t) sum CE / L, so each is multiplied by 2t, which is 1 on average. This is not the bound, but it
+    varies less, and short runs end far lower (LOG.md). The reported bound keeps its weights.
     """
 
     blocks = "block"

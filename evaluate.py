@@ -195,7 +195,7 @@ def nats_of(subject, estimator, args):
 
 def order_of(subject, args):
     """The order of a subject's windows by mask rate, for mean_and_error, or None."""
-    return by_rate(subject.data.n, args.seed, args.repeats, subject.objective().times(subject.data.seq_len))
+    return by_rate(subject.data.n, args.seed, args.repeats, subject.objective().n_times(subject.data.seq_len))
 
 
 def likelihood(subject, estimator, args):

@@ -64,12 +64,12 @@ class Windows(NamedTuple):
         return gather(self.tokens, self.starts[chunk], self.seq_len)
 
 
-def by_rate(n, seed=0, repeats=1, times=1):
+def by_rate(n, seed=0, repeats=1, n_times=1):
     """The order that sorts bound()'s values by the mask rate of their windows, for mean_and_error.
 
     None if a window has several rates, from all over (0, 1]: then the values have no such trend.
     """
-    return torch.from_numpy(strata(seed, n)).argsort() if repeats == times == 1 else None
+    return torch.from_numpy(strata(seed, n)).argsort() if repeats == n_times == 1 else None
 
 
 @torch.no_grad()
@@ -77,10 +77,11 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
     """Estimate the bound on windows `mine` (default: all) of the data (Windows): (len(mine),) float64, nats per token.
 
     prefix_range: (fewest, most) tokens at the beginning of each window that are given, and not scored.
+    repeats: draws of the noise for each window. Its value is their mean.
     estimator: one of objective.estimators (default: objective.reported).
 
-    The noise of window i depends on seed, i, data.n and repeats only. So two models, or two steps of training, are
-    compared on the same masks.
+    The noise of window i depends on seed, i, data.n, repeats, the estimator, the blocks and prefix_range. So two models
+    that agree in these, or two steps of training, are compared on the same masks.
     """
     draw = getattr(objective, estimator or objective.reported)
     mine = list(range(data.n) if mine is None else mine)
@@ -90,7 +91,7 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
         for i in range(0, len(mine), size):
             chunk = mine[i:i + size]
             x0 = data.read(chunk).repeat_interleave(repeats, 0)
-            u, v, w = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len, objective.times(data.seq_len))
+            u, v, w = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len, objective.n_times(data.seq_len))
             v = give_prefix(v, prefix_lengths(prefix_range, seed, 0, chunk))
             noise = draw(u.flatten(0, 1), v.flatten(0, 1), w.flatten(0, 1))
             for x, part in zip(x0.split(data.batch_size), noise.split(data.batch_size)):
@@ -105,12 +106,12 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
 
 
 @torch.no_grad()
-def reveal(model, objective, x0, order, everywhere=()):
+def reveal(model, objective, x0, order, all_at=()):
     """Reveal x0 (B, L) token by token, with one network call for each. Yields (position, masked, ce) before each token.
 
     position: (B,), the position that is revealed next. masked: (B, L), the positions masked until now.
-    ce: (B, L), -log p(x0) given the visible tokens, at the next position only. If the number of masked positions is in
-        `everywhere`, or the order is 'confidence', it is at all of these. Elsewhere it is 0.
+    ce: (B, L), -log p of the clean token given the visible ones. It is computed at all masked positions if their number
+        is in `all_at`, or if the order is 'confidence', and else at the next position only. It is 0 elsewhere.
 
     order: (B, L) positions, or 'confidence': the next position is the masked one with the largest max p(token).
     """
@@ -121,7 +122,7 @@ def reveal(model, objective, x0, order, everywhere=()):
         where = masked
         if torch.is_tensor(order):
             position = order[:, i]
-            if L - i not in everywhere:
+            if L - i not in all_at:
                 where = torch.zeros_like(masked)
                 where[rows, position] = True
         if objective.causal:  # the visible text, after the mask that stands for its start
@@ -192,7 +193,7 @@ def chain_rule_of(model, objective, data, order, seed=0, show=False):
 
 
 def along_orders(model, objective, x0, v):
-    """log p(x0) of the tokens one by one in K random orders: x0 (B, L), v (B, K, L) -> l (B, blocks, K) float64, nats.
+    """log p of each block of x0, revealed in K random orders: x0 (B, L), v (B, K, L) -> (B, blocks, K) float64, nats.
 
     The model that reveals tokens in random order has p(x) = E exp l(order), with the mean over all orders.
     """

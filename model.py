@@ -62,23 +62,23 @@ class TimeEmbedding(nn.Module):
         return F.silu(c[:, None] if t.dim() == 1 else c)
 
 
-def token_shift(x, causal=False, before=None, first=None, last=None):
+def token_shift(x, left_only=False, before=None, first=None, last=None):
     """Take a quarter of the channels of x (B, L, D) from the token on the left, a quarter from the one on the right.
 
-    causal: the second quarter comes from the second token to the left instead.
-    before (B, L or 1, D/4): the left neighbours' quarter for the tokens at which first (L,) is True. With causal it is
-        (B, 2, D/2): both quarters of the last two tokens of the past.
+    left_only: the second quarter comes from the second token to the left instead.
+    before (B, L or 1, D/4): the left neighbours' quarter for the tokens at which first (L,) is True. With left_only it
+        is (B, 2, D/2): both quarters of the last two tokens of the past.
     last (L,): True for the tokens that have no neighbour on the right.
 
     This is RWKV's token shift (arXiv 2305.13048) in both directions and without parameters. It shows each token its
     neighbours at no cost; small networks need long training to find them by attention.
     """
     left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
-    if causal and before is not None:
+    if left_only and before is not None:
         left, right = (torch.cat(pair, 1) for pair in zip(before.chunk(2, dim=-1), (left, right)))
         return torch.cat((left[:, 1:-1], right[:, :-2], here), dim=-1)
     left = F.pad(left, (0, 0, 1, 0))[:, :-1]
-    right = F.pad(right, (0, 0, 2, 0))[:, :-2] if causal else F.pad(right, (0, 0, 0, 1))[:, 1:]
+    right = F.pad(right, (0, 0, 2, 0))[:, :-2] if left_only else F.pad(right, (0, 0, 0, 1))[:, 1:]
     if before is not None:
         left = torch.where(first[:, None], before, left)
     if last is not None:
@@ -255,7 +255,8 @@ class DiT(nn.Module):
             self.modulation.weight.zero_()
 
     def layout(self, L, past=None, visible=None, positions=None, beside_clean=False):
-        """The Layout of L tokens after the past. Raises ValueError if token_shift would look back from the past."""
+        """The Layout of L tokens after the past. Raises ValueError if token_shift would need, for the last token of the
+        past, the token on its right."""
         P, device = 0 if past is None else past[0].keys.shape[2], self.cos.device
         assert positions is not None or P + L <= self.seq_len + self.predict_next, (
             f"{P + L} tokens, but the model was built for {self.seq_len}")
@@ -285,7 +286,8 @@ class DiT(nn.Module):
         keep: return also the Past of each block, of the past and these tokens. If `at` is empty, features are None."""
         (B, L), layout = xt.shape, layout or self.layout(xt.shape[1], past)
         x, (cos, sin) = self.embedded(xt, layout.positions), self.angles(layout.positions)
-        c, pasts = None if self.time_embed is None else self.time_embed(t), []
+        c = None if self.time_embed is None else self.time_embed(t)
+        pasts = []
         for i, block in enumerate(self.blocks):
             inputs = (x, c, cos, sin, layout, at if block is self.blocks[-1] else None, past and past[i], keep)
             x = (checkpoint(block, *inputs, use_reentrant=False) if self.checkpoint_blocks and self.training
@@ -308,8 +310,8 @@ class DiT(nn.Module):
     def forward(self, xt, t, where=None, visible=None, positions=None, past=None, clean=None, keep=False):
         """xt (B, L) long in [0, V], t (B,) or (B, L) in (0, 1] -> logits (B, L, V).
 
-        where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. For 50,000 tokens
-            the head is a third of the work, and nothing reads its logits at visible tokens.
+        where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. With a vocabulary of
+            50,000 the head is a third of the work, and nothing reads its logits at visible tokens.
         visible, positions: as in Layout. With block_size both follow from the blocks. With predict_next they are of
             L + 1 tokens: the mask comes first.
         past: what remember() returned for the P tokens before these.

@@ -1,8 +1,7 @@
 """Optimisation: AdamW, Muon, SM3, the learning rate, clipping, and the moving average of the weights.
 
-The loop in train.py uses three members of an optimiser: `step_unless(bad)`, `zero_grad()` and `param_groups`. To add an
-optimiser, write a class like Muon and name it in `shares` and `make_optimizers`. Clipping rules are in
-`clip_gradients`.
+To add an optimiser, write a class like Muon, a torch.optim.Optimizer with `step_unless(bad)`, `state_shapes` and
+`flops`, and name it in `shares` and `make_optimizers`. Clipping rules are in `clip_gradients`.
 
 Muon is by Keller Jordan et al., 2024 (see also Moonlight, arXiv 2502.16982). Gradients of weight matrices have a few
 large singular values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so
@@ -194,7 +193,7 @@ def add(params, steps, scale, decay):
 class SM3(torch.optim.Optimizer):
     """SM3-II with momentum (arXiv 1901.11150): AdaGrad with one number for each row and each column of a matrix.
 
-    Let mu_r be the number of row, or column, r. For entry i of the gradient g, in one step:
+    Every row and every column r keeps one number, mu_r. For entry i of the gradient g, in one step:
 
         nu_i = min over the r with i of mu_r  +  g_i^2,     u_i = g_i / sqrt(nu_i),     mu_r = max over i in r of nu_i.
 
@@ -287,23 +286,23 @@ class EMA:
         self.model, self.decay, self.updates = model, decay, 0
         self.average = [p.detach().clone() for p in model.parameters()]
         # The part that this process holds: a share with FSDP, else all.
-        self.weights, self.averages = parallel.local(model.parameters()), parallel.local(self.average)
-        self.of = of or self.weights
+        self.local_weights, self.local_average = parallel.local(model.parameters()), parallel.local(self.average)
+        self.of = of or self.local_weights
 
     def update(self, steps=1):
         """Update after some steps: average <- d^steps average + (1 - d^steps) weights, with d the last step's decay."""
         self.updates += steps
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** steps
-        torch._foreach_lerp_(self.averages, self.of, 1 - decay)
+        torch._foreach_lerp_(self.local_average, self.of, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self):
         """Put the model into eval mode with the average as its weights, within the context."""
-        raw = [weight.clone() for weight in self.weights]
-        torch._foreach_copy_(self.weights, self.averages)
+        raw = [weight.clone() for weight in self.local_weights]
+        torch._foreach_copy_(self.local_weights, self.local_average)
         self.model.eval()
         try:
             yield
         finally:
-            torch._foreach_copy_(self.weights, raw)
+            torch._foreach_copy_(self.local_weights, raw)
             self.model.train()

@@ -18,23 +18,23 @@ def rng(seed, purpose, step=0, index=0):
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, index, step]))
 
 
-def uniforms(seed, step, indices, batch_size, seq_len, stratified, times=1):
-    """The noise of some sequences of a batch: u (N,), or (N, times) if times > 1, and v (N, L), float64 in (0, 1].
+def uniforms(seed, step, indices, batch_size, seq_len, stratified, n_times=1):
+    """The noise of some sequences of a batch: u (N,), or (N, n_times) if n_times > 1, and v (N, L), float64 in (0, 1].
 
     u says how much of a sequence is masked, v which of its tokens. With `stratified`, each interval
     ((i - 1)/batch_size, i/batch_size] has one u of the whole batch, in random order. (The batch has batch_size
     sequences; this returns the N in `indices`.) Every single u is still uniform, so estimates stay unbiased, but their
-    mean over the batch varies less. With several times per sequence there are batch_size * times intervals.
+    mean over the batch varies less. With several times per sequence there are batch_size * n_times intervals.
     """
-    u, v = np.empty((len(indices), times)), np.empty((len(indices), seq_len))
+    u, v = np.empty((len(indices), n_times)), np.empty((len(indices), seq_len))
     for row, index in enumerate(indices):
         generator = rng(seed, "noise", step, index)
-        u[row] = 1 - generator.random(times)
+        u[row] = 1 - generator.random(n_times)
         v[row] = 1 - generator.random(seq_len)
     if stratified:
-        stratum = strata(seed, batch_size * times, step).reshape(-1, times)[np.asarray(indices)]
-        u = (stratum + u) / (batch_size * times)
-    return torch.from_numpy(u if times > 1 else u[:, 0]), torch.from_numpy(v)
+        stratum = strata(seed, batch_size * n_times, step).reshape(-1, n_times)[np.asarray(indices)]
+        u = (stratum + u) / (batch_size * n_times)
+    return torch.from_numpy(u if n_times > 1 else u[:, 0]), torch.from_numpy(v)
 
 
 def strata(seed, n, block=0):
@@ -44,25 +44,25 @@ def strata(seed, n, block=0):
     return rng(seed, "strata", block).permutation(n)
 
 
-def repeated_uniforms(seed, indices, n, repeats, seq_len, times=1):
+def repeated_uniforms(seed, indices, n, repeats, seq_len, n_times=1):
     """The noise of some of n sequences that are scored `repeats` times each, as (u, v, w), float64.
 
     u and w are (N, repeats), v is (N, repeats, L). Every number is uniform on (0, 1], and all v and w are independent.
     The u are stratified: (0, 1] has n * repeats equal intervals with one u in each, and `repeats` equal blocks of
-    these with one u of every sequence in each. With times > 1, u and w are (N, repeats, times), and the n * times
+    these with one u of every sequence in each. With n_times > 1, u and w are (N, repeats, n_times), and the n * n_times
     u of each repeat are stratified.
     """
-    stratum = np.stack([strata(seed, n * times, repeat).reshape(n, times) for repeat in range(repeats)], 1)
-    u, w = np.empty((2, len(indices), repeats, times))
+    stratum = np.stack([strata(seed, n * n_times, repeat).reshape(n, n_times) for repeat in range(repeats)], 1)
+    u, w = np.empty((2, len(indices), repeats, n_times))
     v = np.empty((len(indices), repeats, seq_len))
     for row, index in enumerate(indices):
         generator, place = rng(seed, "noise", 0, index), stratum[index]
-        if times == 1:  # the repeats share the intervals of one u each, block by block
+        if n_times == 1:  # the repeats share the intervals of one u each, block by block
             block = generator.permutation(repeats)
             place = (block * n + place[block, 0])[:, None]
-        u[row] = (place + 1 - generator.random((repeats, times))) / (n * (repeats if times == 1 else times))
-        v[row], w[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random((repeats, times))
-    if times == 1:
+        u[row] = (place + 1 - generator.random((repeats, n_times))) / (n * (repeats if n_times == 1 else n_times))
+        v[row], w[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random((repeats, n_times))
+    if n_times == 1:
         u, w = u[..., 0], w[..., 0]
     return tuple(map(torch.from_numpy, (u, v, w)))
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-# before torch, which reads a setting of this file
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
                  progress, require, run, write_file)
 

@@ -1,8 +1,8 @@
 """The reverse process: samplers, as functions of a denoiser callable `model(xt, t, where) -> logits`.
 
 A sampler is an iterator over the states on the way from xt (B, L), which has masks and maybe given tokens, to text. The
-given tokens never change. Steps in which nothing can happen are counted (State.steps) and not walked through: what a
-sample costs follows from the number of its tokens, however many steps there are.
+given tokens never change. `ancestral` and `topk` count the steps in which nothing happens (State.steps), and do not
+walk through them. So what they cost follows from the number of tokens, however many steps there are.
 
     sampler          reveals                                                      distribution of the texts
     ancestral        each mask by chance, on a grid of mask rates                 that of the chain on this grid
@@ -16,8 +16,17 @@ sample costs follows from the number of its tokens, however many steps there are
 
 Only `temperature`, `top_k` and `top_p` other than their defaults change what a token is drawn from. Grids are made of
 mask rates, not of times. From rate r to rate s < r a mask is revealed with probability 1 - s/r, whatever the schedule
-is. The schedule says only what time the network is told at a rate (diffusion.Absorbing.time). A sequence that begins
-with given tokens has a smaller share of masks, `start` (B,), and is told the times from there on.
+is. The schedule says only what time the network is told at a rate (diffusion.Absorbing.time).
+
+All samplers take the same arguments, and then those of their own:
+
+    model    the denoiser: xt (B, L), t (B,) and where (B, L) -> logits (N, V) of the N positions in `where`
+    xt       (B, L) long; mask_id where a token is to be written
+    time     mask rates (B,) float64 -> the times (B,) that the network is told
+    draw     categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
+    start    (B,) float64, the share of masks at first, below 1 if tokens are given: where the grid has the rate r, the
+             network is told the time of the rate start * r
+    grid     (samplers with steps) mask rates, from 1 to 0
 
 Networks trained on uniform noise have samplers of their own, in uniform.py.
 """
@@ -25,7 +34,6 @@ Networks trained on uniform noise have samplers of their own, in uniform.py.
 import functools
 from typing import Callable, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -49,7 +57,7 @@ def of_rows(model, past=None):
 
 
 def fill(model, state, where, time, rate, draw):
-    """Draw the masks at where (B, L), when the mask rates are (B,)."""
+    """Draw tokens for the masks at `where` (B, L), from the network at the mask rates `rate` (B,). Returns a State."""
     if not where.any():
         return state
     tokens, p = draw(model(state.xt, time(rate).to(where.device), where=where))
@@ -141,23 +149,18 @@ def topk(model, xt, mask_id, time, draw, start, grid=None, k=1):
     rates a share r_i/r_0 of the masks, rounded down, is left after step i; without one, each step reveals k tokens.
     Texts do not have the distribution of the model: they look better, and become more alike.
     """
-    state, n = begin(xt), (xt == mask_id).sum(1)
-    if grid:
-        share_of = np.array(grid) / grid[0]
-        kept = {m: np.floor(m * share_of + 1e-9).astype(int) for m in n.unique().tolist()}  # after each step
-        happening = np.flatnonzero(sum(np.diff(left) != 0 for left in kept.values())).tolist()
-        n_steps = len(grid) - 1
-    else:
-        n_steps = -(-int(n.max()) // k)
-        happening = list(range(n_steps))
-    for i, steps in zip(happening, np.diff([-1, *happening]).tolist()):  # steps since the one before
-        masked = state.xt == mask_id
-        left = masked.sum(1)
-        quota = left - left.new_tensor([kept[m][i + 1] for m in n.tolist()]) if grid else left.clamp(max=k)
-        state = accept(state, *propose(model, state, masked, time(share(start, left, n)), draw), quota)
+    state, n = begin(xt), (xt == mask_id).sum(1).cpu()
+    left, steps = n, 0  # steps: since the last State
+    for i in range(len(grid) - 1 if grid else -(-int(n.max()) // k)):
+        kept = (n.double() * (grid[i + 1] / grid[0]) + 1e-9).floor().long() if grid else (left - k).clamp(min=0)
+        steps += 1
+        if (kept < left).any():
+            proposed, sure = propose(model, state, state.xt == mask_id, time(share(start, left, n)), draw)
+            state = accept(state, proposed, sure, (left - kept).to(xt.device))
+            yield state._replace(steps=steps)
+            left, steps = kept, 0
+    if steps:
         yield state._replace(steps=steps)
-    if empty := n_steps - 1 - (happening[-1] if happening else -1):  # steps at the end in which nothing happens
-        yield state._replace(steps=empty)
 
 
 @torch.no_grad()
@@ -194,18 +197,18 @@ SIGMAS = {"cap": 0.02, "rescale": 0.05, "conf": 1.0, "loop": 0.02}  # rule -> et
 
 @torch.no_grad()
 def remdm(model, xt, mask_id, time, draw, start, grid, sigma="cap", eta=None):
-    """ancestral, where revealed tokens become masks again with probability sigma (ReMDM, arXiv 2503.00307, eq. 7), so
-    that mistakes can be mended; the more steps, the more often.
+    """ancestral, where revealed tokens become masks again with probability g, so that mistakes can be mended; the more
+    steps, the more often (ReMDM, arXiv 2503.00307, eq. 7, which calls g sigma_t).
 
-    From rate r to s a mask is revealed with probability h, and a revealed token becomes a mask with probability sigma.
-    The share of visible tokens must become 1 - s, as in the chain that the network was trained for:
+    From rate r to s a mask is revealed with probability h, and a revealed token becomes a mask with probability g. The
+    share of visible tokens must become 1 - s, as in the chain that the network was trained for:
 
-        (1 - r)(1 - sigma) + r h = 1 - s,   so   h = (1 - s - (1 - sigma)(1 - r))/r,   and h <= 1 if sigma <= s/(1 - r).
+        (1 - r)(1 - g) + r h = 1 - s,   so   h = 1 - s/r + g (1 - r)/r,   and h <= 1 if g <= s/(1 - r).
 
-    The rules for sigma, with limit = min(1, s/(1 - r)):
+    sigma: the rule for g, with limit = min(1, s/(1 - r)):
     cap: min(eta, limit).    rescale: eta * limit.
     conf: eta * limit * softmax(-p) over the revealed tokens, p what the network gave them. Masks are revealed with
-        1 - s/r, as if sigma were 0, so the mask rate stays a little above the grid.
+        1 - s/r, as if g were 0, so the mask rate stays a little above the grid.
     loop: as cap where the grid stands still (loop_grid), else 0.
     Given tokens are never masked.
     """
@@ -215,15 +218,16 @@ def remdm(model, xt, mask_id, time, draw, start, grid, sigma="cap", eta=None):
         masked = state.xt == mask_id
         limit = min(1, s / (1 - r)) if r < 1 else 1
         if sigma == "cap" or sigma == "loop" and r == s:
-            remasking = min(eta, limit)
+            g = min(eta, limit)
         elif sigma == "rescale":
-            remasking = eta * limit
+            g = eta * limit
         elif sigma == "conf":
-            remasking = eta * limit * state.p.neg().masked_fill(masked | given, -torch.inf).softmax(1)
+            g = eta * limit * state.p.neg().masked_fill(masked | given, -torch.inf).softmax(1)
         else:  # loop, where the grid moves on
-            remasking = 0
-        revealed = masked & draw.happens((1 - s - (1 - (0 if sigma == "conf" else remasking)) * (1 - r)) / r, xt)
-        again = ~masked & ~given & draw.happens(remasking, xt)
+            g = 0
+        h = 1 - s / r + (0 if sigma == "conf" else g * (1 - r) / r)
+        revealed = masked & draw.happens(h, xt)
+        again = ~masked & ~given & draw.happens(g, xt)
         state = fill(model, state, revealed, time, start * r, draw)
         state = State(state.xt.masked_fill(again, mask_id), state.p.masked_fill(again, torch.nan))
         yield state
@@ -233,10 +237,10 @@ def remdm(model, xt, mask_id, time, draw, start, grid, sigma="cap", eta=None):
 def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lambda r, s: 1 - s / r):
     """SEDD's analytic predictor, or Tweedie denoiser (arXiv 2310.16834), with masks.
 
-    From rate r to s a mask becomes y with probability (1 - s/r) q_y, where q is the network's prediction, whose sum Z
+    From rate r to s a mask becomes y with probability (1 - s/r) f_y, where f is the network's prediction, whose sum Z
     may not be 1 (diffusion.SEDD). If it is, this is `ancestral`. A probability above 1 counts as 1. The last step, to
-    0, is the removal of noise: what is still a mask is drawn from q/Z. chance: (r, s) -> the factor in place of
-    1 - s/r.
+    0, is the removal of noise: what is still a mask is drawn from f/Z. Every step calls the network while a mask is
+    left. chance: (r, s) -> the factor in place of 1 - s/r.
     """
     state = begin(xt)
     for r, s in zip(grid, grid[1:]):

@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-# before torch, which reads a setting of this file
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, named, pick_dtype, progress,
                  require, run)
 
@@ -50,7 +50,7 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, p
         if cfg.padding == "random" and pad is not None:  # bench.py trains on random tokens, without pads
             x0 = move_padding(x0, pad, cfg.seed, step, indices)
         u, v = uniforms(cfg.seed, step, indices, cfg.batch_size, cfg.seq_len, cfg.time_sampling != "uniform",
-                        objective.times(cfg.seq_len))
+                        objective.n_times(cfg.seq_len))
         v = give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, step, indices))
         noise = objective.noise(u, v)
         if pin:
@@ -224,7 +224,7 @@ def main():
             nats[0, mine] = bound(model, objective, val_data, mine, prefix_range=cfg.prefix_range)
         nats[1, mine] = 1
         total, scored = parallel.total(nats)
-        return mean_and_error(total / scored / math.log(2), by_rate(n, times=objective.times(cfg.seq_len)))
+        return mean_and_error(total / scored / math.log(2), by_rate(n, n_times=objective.n_times(cfg.seq_len)))
 
     def sample():
         """Draw one text from the averaged weights; all processes do the same. If the model needs a prefix, the text
@@ -316,7 +316,7 @@ def main():
             if bits < best_val:
                 best_val = bits
                 save("ckpt_best.pt", to_resume=False)
-        if cfg.sample_interval and step // cfg.sample_interval > (step - taken) // cfg.sample_interval:
+        if cfg.sample_interval and due(cfg.sample_interval):
             text = sample()
             report(f"step {step:,}  sample  {text}", sample=text)
         stopped, stopped_by = stop.agreed()

@@ -1,9 +1,9 @@
 """Uniform diffusion of text: the noise is random tokens, not masks. The forward process, the objectives, the samplers.
 
-A token stays with probability alpha(t), independently of the others. Otherwise it becomes one of the N = V tokens at
+A token stays with probability alpha(t), independently of the others. Otherwise it becomes one of the V tokens at
 random, itself included. With alpha = e^-sigma,
 
-    q(xt = y | x0) = alpha [y = x0] + (1 - alpha)/N.
+    q(xt = y | x0) = alpha [y = x0] + (1 - alpha)/V.
 
 There is no mask, so nothing shows which tokens are noise. The network predicts every position, is told the time, and
 every token may change until the end.
@@ -37,18 +37,18 @@ class UniformNoise(NamedTuple):
 
 
 def posterior(x, xt, r, s):
-    """q(x_s | x_t = xt, x0 ~ x), unnormalised: x (..., N), xt (...), noise rates r = 1 - alpha_t > s -> (..., N).
+    """q(x_s | x_t = xt, x0 ~ x), unnormalised: x (..., V), xt (...), noise rates r = 1 - alpha_t > s -> (..., V).
 
     UDLM, arXiv 2412.10193; D3PM, arXiv 2107.03006, eq. 3 and 4. With kappa = alpha_t/alpha_s = (1 - r)/(1 - s) it is
 
-        (r - s) x + (1 - kappa) s/N   everywhere, plus   N (1 - r) x_z + kappa s   at z = xt.
+        (r - s) x + (1 - kappa) s/V   everywhere, plus   V (1 - r) x_z + kappa s   at z = xt.
 
-    The sum is N (1 - r) x_z + r. The weights are linear in x, so x may be any weights that sum to one. The rates are
+    The sum is V (1 - r) x_z + r. The weights are linear in x, so x may be any weights that sum to one. The rates are
     numbers or float64 tensors, because float32 would lose their difference.
     """
-    N = x.shape[-1]
+    V = x.shape[-1]
     spread, rest, at_x, stays = (c.to(x) if torch.is_tensor(c) else c for c in (
-        r - s, (r - s) / (1 - s) * s / N, N * (1 - r), (1 - r) / (1 - s) * s))
+        r - s, (r - s) / (1 - s) * s / V, V * (1 - r), (1 - r) / (1 - s) * s))
     at_z = at_x * x.gather(-1, xt[..., None]) + stays
     return (spread * x + rest).scatter_add(-1, xt[..., None], at_z)
 
@@ -58,10 +58,10 @@ def positive(sigma):
     return sigma.float().clamp(min=1e-30)
 
 
-def prior_kl(sigma, N):
+def prior_kl(sigma, V):
     """KL(q(x_1 | x0) || uniform) of one token, in nats, at the total noise sigma."""
     a = math.exp(-sigma)
-    return (a + (1 - a) / N) * math.log1p(a * (N - 1)) + (1 - a) * (N - 1) / N * math.log1p(-a)
+    return (a + (1 - a) / V) * math.log1p(a * (V - 1)) + (1 - a) * (V - 1) / V * math.log1p(-a)
 
 
 def excess(d):
@@ -72,14 +72,14 @@ def excess(d):
 class Uniform:
     """Uniform diffusion in continuous time: UDLM (arXiv 2412.10193), Duo (arXiv 2506.10892); with `score`, SEDD's.
 
-    All of them learn the scores s_y = p_t(y)/p_t(z), z = xt, at every position. The true score given x0 is
-    r_y = q(y | x0)/q(z | x0). All minimise the same score entropy (SEDD, arXiv 2310.16834), which for scores computed
-    from x_theta is the bound of UDLM and Duo. The forward rate between any two tokens is dsigma/dt / N, so
+    All of them learn the scores S_y = p_t(y)/p_t(z), z = xt, at every position. The true score given x0 is
+    c_y = q(y | x0)/q(z | x0). All minimise the same score entropy (SEDD, arXiv 2310.16834), which for scores computed
+    from x_theta is the bound of UDLM and Duo. The forward rate between any two tokens is dsigma/dt / V, so
 
-        nelbo = integral over t of dsigma/dt * E[ sum_i 1/N sum_{y != z} (s_y - r_y log s_y + r_y (log r_y - 1)) ] / L.
+        nelbo = integral over t of dsigma/dt * E[ sum_i 1/V sum_{y != z} (S_y - c_y log S_y + c_y (log c_y - 1)) ] / L.
 
-    score=True: the network's logits are log s_y. The integral ends at the schedule's last sigma, and a prior term is
-    added. score=False: the logits are those of x_theta, and s_y = (N alpha x_theta[y] + 1 - alpha)/(the same at z).
+    score=True: the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
+    added. score=False: the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z).
     The integral is then over all rates 1 - alpha from 0 to 1, so the prior term is zero; at rates beyond the end of the
     schedule the network is told t = 1. Below the first sigma it is told t = 0, and there is no reconstruction term.
     """
@@ -89,7 +89,7 @@ class Uniform:
         False, False, False, True, True, None, None, 0, None)
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
-    time, times, loss = Absorbing.time, Absorbing.times, Absorbing.loss
+    time, n_times, loss = Absorbing.time, Absorbing.n_times, Absorbing.loss
 
     @classmethod
     def from_config(cls, config, vocab_size):
@@ -113,7 +113,7 @@ class Uniform:
         return torch.where(token < 0, x0, token)
 
     def tokens(self, rate, v):
-        """The noise tokens (B, L) at rates (B,): token ceil(N v/rate) - 1 where v (B, L) <= rate, else -1."""
+        """The noise tokens (B, L) at rates (B,): token ceil(V v/rate) - 1 where v (B, L) <= rate, else -1."""
         token = torch.ceil(v / rate[:, None] * self.mask_id).clamp(1, self.mask_id).long() - 1
         return torch.where(v <= rate[:, None], token, -1)
 
@@ -127,7 +127,7 @@ class Uniform:
         """The bound by the noise rate u^power: u (B,), v (B, L) -> UniformNoise.
 
         Small rates, at which few tokens cost much, come more often than under a uniform rate, whose estimate has no
-        finite variance. With score=True, sigma is last_sigma u^power instead, because a network's log s, unlike the
+        finite variance. With score=True, sigma is last_sigma u^power instead, because a network's log S, unlike the
         true one, does not vanish at large sigma."""
         if self.score:
             sigma = self.last_sigma * u**power
@@ -142,37 +142,37 @@ class Uniform:
         return self.rates(u, v, w, power=1.5)
 
     def log_score(self, logits, xt, sigma):
-        """log s, which is zero at xt: logits (..., N), xt (...) long, sigma (...) float32 -> (..., N) float32."""
+        """log S_y, which is zero at xt: logits (..., V), xt (...) long, sigma (...) float32 -> (..., V) float32."""
         if self.score:
             return logits.float().scatter(-1, xt[..., None], 0.0)
-        N, sigma = logits.shape[-1], sigma[..., None]
-        log_x_bar = torch.logaddexp(logits.float().log_softmax(-1) + math.log(N) - sigma,
+        V, sigma = logits.shape[-1], sigma[..., None]
+        log_x_bar = torch.logaddexp(logits.float().log_softmax(-1) + math.log(V) - sigma,
                                     torch.log(-torch.expm1(-sigma)))
         return log_x_bar - log_x_bar.gather(-1, xt[..., None])
 
     def prediction(self, logits, xt, sigma):
-        """x_theta (..., N) float32. Scores that no x_theta has give negative entries, but the sum is still 1."""
+        """x_theta (..., V) float32. Scores that no x_theta has give negative entries, but the sum is still 1."""
         if not self.score:
             return logits.float().softmax(-1)
         share = self.log_score(logits, xt, sigma).softmax(-1)
         return (share + torch.expm1(-sigma[..., None]) / logits.shape[-1]) * torch.exp(sigma[..., None])
 
     def cost(self, logits, x0, xt, sigma):
-        """1/N sum_{y != z} r_y (e^d - 1 - d), d = log s_y - log r_y: logits (B, L, N), sigma (B,) -> nats (B, L).
+        """1/V sum_{y != z} c_y (e^d - 1 - d), d = log S_y - log c_y: logits (B, L, V), sigma (B,) -> nats (B, L).
 
-        Let rho = (1 - alpha)/(1 - alpha + N alpha). If z = x0, all r_y are rho. Else r_x0 = 1/rho, and other r_y are 1.
+        Let c = (1 - alpha)/(1 - alpha + V alpha). If z = x0, all c_y are c. Else c_x0 = 1/c, and the other c_y are 1.
         """
-        N, sigma = logits.shape[-1], sigma[:, None].expand_as(x0)
-        log_s, same = self.log_score(logits, xt, sigma), xt == x0
+        V, sigma = logits.shape[-1], sigma[:, None].expand_as(x0)
+        log_score, same = self.log_score(logits, xt, sigma), xt == x0
         rate = -torch.expm1(-sigma)
-        log_rho = torch.log(rate / (rate + N * torch.exp(-sigma)))
-        usual = torch.where(same, log_rho, 0.0)  # log r_y of all y but x0
-        d = (log_s - usual[..., None]).scatter(-1, xt[..., None], 0.0).scatter(-1, x0[..., None], 0.0)
-        d_x0 = log_s.gather(-1, x0[..., None]).squeeze(-1) + log_rho
-        return (usual.exp() * excess(d).sum(-1) + torch.where(same, 0.0, excess(d_x0) / log_rho.exp())) / N
+        log_c = torch.log(rate / (rate + V * torch.exp(-sigma)))
+        usual = torch.where(same, log_c, 0.0)  # log c_y of all y but x0
+        d = (log_score - usual[..., None]).scatter(-1, xt[..., None], 0.0).scatter(-1, x0[..., None], 0.0)
+        d_x0 = log_score.gather(-1, x0[..., None]).squeeze(-1) + log_c
+        return (usual.exp() * excess(d).sum(-1) + torch.where(same, 0.0, excess(d_x0) / log_c.exp())) / V
 
     def position_costs(self, logits, x0, noise):
-        """Costs of the positions in the bound, without its weight: logits (B, L, N), x0 (B, L) -> nats (B, L)."""
+        """Costs of the positions in the bound, without its weight: logits (B, L, V), x0 (B, L) -> nats (B, L)."""
         return self.cost(logits, x0, self.corrupt(x0, noise.token), noise.sigma)
 
     def nelbo(self, model, x0, noise):
@@ -234,13 +234,14 @@ class UniformD3PM(Uniform):
         return self.at_step(s, v, 1 / ((s / self.T).sqrt() - ((s - 1) / self.T).sqrt()))
 
     def step_kl(self, logits, x0, xt, s):
-        """KL(q(x_{s-1} | x_s = xt, x0) || p) at steps s (B,): logits (B, L, N) -> nats (B, L)."""
+        """KL(q(x_{s-1} | x_s = xt, x0) || p) at steps s (B,): logits (B, L, V) -> nats (B, L)."""
         steps = (s.cpu() if s.device.type == "mps" else s).double()[:, None, None]  # mps has no float64
         r, r_next = (1 - self.schedule.alpha(x / self.T) for x in (steps, steps - 1))
         q, p = (posterior(x, xt, r, r_next) for x in (F.one_hot(x0, logits.shape[-1]).float(),
                                                       logits.float().softmax(-1)))
         q, p = q / q.sum(-1, keepdim=True), (p / p.sum(-1, keepdim=True)).clamp(min=1e-30)
         possible = q > 0
+        # q (e^d - 1 - d) = p - q - q d is p where q = 0.
         return torch.where(possible, q * excess(torch.where(possible, p.log() - q.log(), 0.0)), p).sum(-1)
 
     def position_costs(self, logits, x0, noise):
@@ -309,7 +310,7 @@ def uniform_ancestral(model, xt, mask_id, time, draw, start, grid, objective):
 
 def uniform_euler(model, xt, mask_id, time, draw, start, grid, objective):
     """SEDD's Euler predictor with uniform noise: from time t to t' a token z becomes y with probability
-    (t - t') dsigma/dt s_y / N, s_y the score, and stays with what is left. Then noise removal, as in `euler`."""
+    (t - t') dsigma/dt S_y / V, S_y the score, and stays with what is left. Then noise removal, as in `euler`."""
     def step(x, logits, now, r, s):
         if s == 0:
             return posterior(objective.prediction(logits, now, noise_at(r, now)), now, r, 0.0).clamp(min=0)

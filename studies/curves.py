@@ -105,7 +105,7 @@ def measure_curse(model, objective, data, n_chars, seed=0):
         x0, order = data.read(chunk).to(device), v[:, 0].argsort(1).to(device)
         rows, at_once, each, size = torch.arange(len(x0), device=device), [], [], []
         with autocast(device, data.dtype):
-            for position, masked, ce in reveal(model, objective, x0, order, everywhere=ks):
+            for position, masked, ce in reveal(model, objective, x0, order, all_at=ks):
                 at_once.append(ce.sum(1))
                 each.append(ce[rows, position])
                 size.append((n_chars.to(device)[x0] * masked).sum(1))

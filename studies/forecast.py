@@ -33,7 +33,7 @@ def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
         return x
 
     x0 = torch.randint(vocab_size, (n, cfg.seq_len), device=device)
-    noise = objective.noise(torch.full((n, objective.times(cfg.seq_len)), masked, dtype=torch.float64).squeeze(1),
+    noise = objective.noise(torch.full((n, objective.n_times(cfg.seq_len)), masked, dtype=torch.float64).squeeze(1),
                             torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
     if objective.has_mask and not objective.causal:  # the exact number of masks, anywhere
         noise = noise._replace(mask=(torch.randperm(x0.numel(), device=device) < masked * x0.numel()).view_as(x0))
@@ -120,7 +120,7 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     with torch.device("meta"):
         model = cfg.make_model(vocab_size)
     state = 4 * (3 * model.n_params() + numbers_kept(model, cfg))  # weights, gradients, averages; moments
-    masked = fullest(micro * cfg.make_objective(vocab_size).times(cfg.seq_len))
+    masked = fullest(micro * cfg.make_objective(vocab_size).n_times(cfg.seq_len))
     fixed, one = activation_bytes(cfg, vocab_size, torch.device("cpu"), dtype, masked)
     one += gradient_bytes(cfg, vocab_size, masked)
     activations = fixed + one * micro

@@ -44,7 +44,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# before torch, which reads a setting of this file
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import UserError, named, note, number, pick_dtype, progress, require, run, table
 
 import torch
@@ -250,7 +250,7 @@ class Simulation:
         self.logged = step
         with self.ema.applied():
             nats = bound(self.model, self.objective, self.windows, prefix_range=self.cfg.prefix_range)
-        order = by_rate(self.windows.n, times=self.objective.times(self.cfg.seq_len))
+        order = by_rate(self.windows.n, n_times=self.objective.n_times(self.cfg.seq_len))
         bits, error = mean_and_error(nats / math.log(2), order)
         means = {key: value / self.updates if self.updates else None for key, value in self.sums.items()}
         used = sum(self.clock.busy) / (self.K * seconds) if seconds else 1.0

@@ -141,7 +141,7 @@ def test_estimators_agree(n):
     """20,000 draws of exact_k, of continuous and of the training noise have the mean of the enumerated bound."""
     rule, N = arbitrary, 20_000
     model, bound = World(n, rule), bound_of(rule, n)
-    u, v, w = (x[:, 0] for x in repeated_uniforms(0, range(N), N, 1, L, times=max(2, L // n)))
+    u, v, w = (x[:, 0] for x in repeated_uniforms(0, range(N), N, 1, L, n_times=max(2, L // n)))
     u, w = (x if L // n > 1 else x[:, 0] for x in (u, w))
     x = TEXTS[torch.arange(N) % 16]
     expected = bound[torch.arange(N) % 16] / L
@@ -165,7 +165,7 @@ def test_estimators_agree_if_the_network_sees_the_time(n):
             return (log_p * (1 + torch.sin(6 * t.double()))[..., None])[where]
 
     N, objective = 40_000, BlockDiffusion(MASK, n)
-    u, v, w = (x[:, 0] for x in repeated_uniforms(1, range(N), N, 1, L, times=max(2, L // n)))
+    u, v, w = (x[:, 0] for x in repeated_uniforms(1, range(N), N, 1, L, n_times=max(2, L // n)))
     u, w = (x if L // n > 1 else x[:, 0] for x in (u, w))
     x = TEXTS[torch.arange(N) % 16]
     found = [objective.nelbo(Timed(n, arbitrary), x, noise).double()
@@ -262,31 +262,31 @@ def test_times_are_spread_over_blocks_but_not_tied_to_places():
     B, times = 2, 4
     seen = torch.zeros(times, B * times)
     for step in range(2000):
-        u, v = uniforms(5, step, range(B), B, 8, stratified=True, times=times)
+        u, v = uniforms(5, step, range(B), B, 8, stratified=True, n_times=times)
         assert u.shape == (B, times) and v.shape == (B, 8)
         interval = torch.ceil(u * B * times).long() - 1
         assert interval.flatten().sort().values.tolist() == list(range(B * times))
         for b in range(times):
             seen[b] += torch.bincount(interval[:, b], minlength=B * times)
     assert chi_square_excess(seen.flatten(), torch.full((times * B * times,), 1 / seen.numel()).double()) < 4
-    some = uniforms(5, 7, [1], B, 8, stratified=True, times=times)
-    whole = uniforms(5, 7, range(B), B, 8, stratified=True, times=times)
+    some = uniforms(5, 7, [1], B, 8, stratified=True, n_times=times)
+    whole = uniforms(5, 7, range(B), B, 8, stratified=True, n_times=times)
     assert all(torch.equal(a, b[1:]) for a, b in zip(some, whole))
-    u, v, w = repeated_uniforms(3, range(5), 5, 2, 8, times=times)
+    u, v, w = repeated_uniforms(3, range(5), 5, 2, 8, n_times=times)
     assert u.shape == w.shape == (5, 2, times) and v.shape == (5, 2, 8)
     for repeat in range(2):
         assert (torch.ceil(u[:, repeat] * 20).long() - 1).flatten().sort().values.tolist() == list(range(20))
-    again = repeated_uniforms(3, [4, 2], 5, 2, 8, times=times)
+    again = repeated_uniforms(3, [4, 2], 5, 2, 8, n_times=times)
     assert all(torch.equal(a, b[[4, 2]]) for a, b in zip(again, (u, v, w)))
     seen, pairs = torch.zeros(times, 20), []
     for seed in range(1000):
-        u, v, w = repeated_uniforms(seed, range(5), 5, 1, 8, times=times)
+        u, v, w = repeated_uniforms(seed, range(5), 5, 1, 8, n_times=times)
         for b in range(times):
             seen[b] += torch.bincount(torch.ceil(u[:, 0, b] * 20).long() - 1, minlength=20)
         pairs.append(torch.stack((u.flatten(), w.flatten(), v[..., :times].flatten())))
     assert chi_square_excess(seen.flatten(), torch.full((seen.numel(),), 1 / seen.numel()).double()) < 4
     assert (torch.corrcoef(torch.cat(pairs, 1)) - torch.eye(3)).abs().max() < 0.03
-    assert by_rate(5, times=2) is None and by_rate(5) is not None
+    assert by_rate(5, n_times=2) is None and by_rate(5) is not None
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------

@@ -515,7 +515,7 @@ def test_facts_of_an_objective(key):
     for estimator, other in objective.estimators.items():
         assert callable(getattr(objective, estimator)) and other != estimator
         assert objective.estimators.get(other) == estimator or other in ORDERS
-    times = objective.times(4)
+    times = objective.n_times(4)
     assert times == (4 // objective.block_size if objective.block_size else 1) and model.block_size == config.block_size
     u, v = torch.rand(3, *[times] * (times > 1), dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
     noise = objective.noise(u, v)

@@ -363,7 +363,7 @@ def test_every_parameter_of_every_config_is_used(name):
     cfg = configs.replace(cfg, n_embd=24, n_head=2, n_layer=2, seq_len=8, n_cond=8, prefix="none",
                           block_size=min(cfg.block_size, 4))
     model, objective = cfg.make_model(11), cfg.make_objective(11)
-    x0, u = torch.randint(0, 11, (4, 8)), torch.full((4, objective.times(8)), 0.7).double().squeeze(1)
+    x0, u = torch.randint(0, 11, (4, 8)), torch.full((4, objective.n_times(8)), 0.7).double().squeeze(1)
     objective.loss(model, x0, objective.noise(u, torch.rand(4, 8).double()))[0].backward()
     assert all(p.grad is not None for p in model.parameters())
 

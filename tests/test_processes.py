@@ -97,8 +97,8 @@ model = Config(n_layer=2, n_head=2, n_embd=32, n_cond=8, seq_len=16).make_model(
 before = {{name: p.detach().clone() for name, p in model.named_parameters()}}
 parallel.spread(model, None, torch.device("cpu"), True, False)
 ema = EMA(model, 0.9)
-held = sum(x.numel() for x in ema.weights)
-assert held == sum(x.numel() for x in ema.averages) < 0.6 * model.n_params(), (held, model.n_params())
+held = sum(x.numel() for x in ema.local_weights)
+assert held == sum(x.numel() for x in ema.local_average) < 0.6 * model.n_params(), (held, model.n_params())
 assert parallel.total(torch.tensor(held)) == model.n_params() == sum(x.numel() for x in before.values())
 for name, p in model.named_parameters():
     together = parallel.whole(p)
