@@ -143,21 +143,6 @@ class Absorbing:
     different. If not, it needs all of this, and `time`, `corrupt`, `nelbo`, `log_prediction`, `mask_id` and `schedule`
     as they are here (uniform.Uniform is such a class).
 
-    description: what a checkpoint of this objective does; completes "it ..." in messages
-    has_mask: the noise makes masks, so the network has one token more than the vocabulary
-    causal: the network sees only tokens on the left
-    any_order: the network predicts any masked tokens from any visible ones, as samplers and studies of masks need it
-    both_sides: a token sees the text on its right, too, so that blanks in the middle of a text can be filled
-    block_size: tokens of a block, if blocks are predicted from left to right (block_diffusion.py); else 0
-    blocks: the objective that has the same predictions within blocks, or None
-    samplers: {what --sampler calls it: its name in sampling.SAMPLERS}; the first one is the default
-    estimators: {method (u, v, w) -> Noise that estimates the bound with a finite variance: another one that estimates
-        the same number}; w (B,) decides the time where the mask leaves it open
-    reported: the estimator whose bound is reported
-    normalised: if the network's prediction f need not sum to one, the objective whose bound f/sum(f) has; else None
-    everywhere: the loss asks for logits at all positions, visible ones included
-    T: the number of steps, or None in continuous time
-
     from_config(config, vocab_size): the objective of a Config
     misfit(config): what of a Config does not go with this objective, in words, or None
     noise(u, v): the Noise to train on
@@ -165,18 +150,29 @@ class Absorbing:
     loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
     """
 
-    description = "predicts masked tokens"
-    has_mask, causal, any_order, both_sides, everywhere, normalised, T, block_size, blocks = (
-        True, False, True, True, False, None, None, 0, None)
+    description = "predicts masked tokens"  # what a checkpoint of this objective does; completes "it ..." in messages
+    has_mask = True     # the noise makes masks, so the network has one token more than the vocabulary
+    causal = False      # the network sees only tokens on the left
+    any_order = True    # it predicts any masked tokens from any visible ones, as samplers and studies of masks need it
+    both_sides = True   # a token sees the text on its right, too, so that blanks in the middle of a text can be filled
+    everywhere = False  # the loss asks for logits at all positions, visible ones included
+    T = None            # the number of steps, or None in continuous time
+    block_size = 0      # tokens of a block, if blocks are predicted from left to right (block_diffusion.py)
+    blocks = None       # the objective that has the same predictions within blocks
+    normalised = None   # if the prediction f need not sum to one: the objective whose bound f/sum(f) has
+    own = ()            # settings of Config, of lambda_ce and weighting, that this objective has
+    # What --sampler calls a sampler: its name in sampling.SAMPLERS. The first one is the default.
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
+    # A method (u, v, w) -> Noise that estimates the bound with a finite variance: another one that estimates the same
+    # number. w (B,) decides the time where the mask leaves it open. `reported` is the one whose bound is reported.
     estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
 
     @classmethod
     def misfit(cls, config):
-        if config.lambda_ce:
+        if config.lambda_ce and "lambda_ce" not in cls.own:
             return "lambda_ce is only for objective=d3pm: use lambda_ce=0"
-        if config.weighting == "simple":
+        if config.weighting == "simple" and "weighting" not in cls.own:
             return "weighting=simple is only for objective=mdlm and block: use weighting=nelbo"
 
     def __init__(self, mask_id, schedule="linear"):
@@ -281,6 +277,7 @@ class D3PM(Absorbing):
 
     estimators = {"t_step": "t_step_uniform", "t_step_uniform": "t_step"} | Absorbing.estimators
     reported = "t_step"
+    own = ("lambda_ce",)
 
     def __init__(self, mask_id, T=1000, schedule="linear", lambda_ce=0.0):
         super().__init__(mask_id, schedule)
@@ -299,8 +296,7 @@ class D3PM(Absorbing):
             return "time_sampling=exact_k is for the continuous-time bound: use it with objective=mdlm"
         if config.prefix != "none" and config.lambda_ce:
             return "lambda_ce adds a loss at all tokens, and a prefix has none: use lambda_ce=0 with a prefix"
-        if config.weighting == "simple":
-            return "weighting=simple is only for objective=mdlm and block: use weighting=nelbo"
+        return super().misfit(config)
 
     def noise(self, u, v):
         """Draw s uniformly from 1 ... T, and masks independently, by uniform numbers u (B,) and v (B, L) -> Noise."""
@@ -364,6 +360,7 @@ class MDLM(Absorbing):
     """
 
     blocks = "block"
+    own = ("weighting",)
 
     def __init__(self, mask_id, schedule="linear", time_sampling="stratified", weighting="nelbo"):
         super().__init__(mask_id, schedule)
@@ -372,11 +369,6 @@ class MDLM(Absorbing):
     @classmethod
     def from_config(cls, config, vocab_size):
         return cls(vocab_size, config.schedule, config.time_sampling, config.weighting)
-
-    @classmethod
-    def misfit(cls, config):
-        if config.lambda_ce:
-            return "lambda_ce is only for objective=d3pm: use lambda_ce=0"
 
     def noise(self, u, v):
         """Draw what to train on, in the way of time_sampling. u (B,), v (B, L) -> Noise."""
@@ -414,7 +406,7 @@ class SEDD(MDLM):
     normalised.
     """
 
-    normalised, blocks = "mdlm", None
+    normalised, blocks, own = "mdlm", None, ()
 
     def __init__(self, mask_id, schedule="loglinear", time_sampling="stratified", scaled=True):
         super().__init__(mask_id, schedule, time_sampling)
@@ -429,7 +421,7 @@ class SEDD(MDLM):
         if config.schedule in WHOLE and not config.scale_by_sigma:
             return (f"scale_by_sigma=False needs a finite sigma, and schedule={config.schedule} ends at an infinite "
                     "one: use loglinear or geometric")
-        return Absorbing.misfit(config)
+        return super().misfit(config)
 
     def log_odds(self, t):
         """log(alpha/(1 - alpha)) at times t."""

@@ -85,8 +85,10 @@ class Uniform:
     """
 
     description = "was trained with uniform noise"
-    has_mask, causal, any_order, both_sides, everywhere, normalised, T, block_size, blocks = (
-        False, False, False, True, True, None, None, 0, None)
+    has_mask = causal = any_order = False
+    both_sides = everywhere = True
+    T = blocks = normalised = None
+    block_size = 0
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
     time, n_times, loss = Absorbing.time, Absorbing.n_times, Absorbing.loss
