@@ -70,13 +70,38 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
 
     dataset, data_dir, seq_len: by default those of the training
     n_tokens: about as many tokens, in windows spread over the split; by default n_windows windows, or all
-    normalised: score the normalised prediction, where the objective's own is not normalised
-    block_size: score as block diffusion with blocks of so many tokens (models of objective=mdlm or block)
+    normalised, block_size: see config_to_score
 
     Raises UserError if these do not fit together.
     """
     model, config, meta, step = load_model(path, device, hints, raw)
     seq_len = seq_len or config.seq_len
+    config = config_to_score(config, path, seq_len, normalised, block_size)
+    if block_size:
+        model.block_size = block_size  # no weight depends on it
+    tokenizer, content = make_tokenizer(meta), None
+    if text and dataset and "sha256" in meta:
+        raise UserError("--text is scored instead of a data set: leave out --dataset")
+    dataset, data_dir = dataset or config.dataset, data_dir or config.data_dir
+    if text:
+        dataset, split = text, None
+        tokens, content, where = read_tokens(text, tokenizer, meta, seq_len)
+        n_bytes = len(content.encode())
+    else:
+        data_meta, where = load_meta(dataset, data_dir), f"{dataset} {split}"
+        tokens = recode(load_split(dataset, split, seq_len, data_dir), data_meta, meta, dataset)
+        n_bytes = data_meta["bytes"][split] if "bytes" in data_meta else None
+    starts = windows(tokens, seq_len, max(1, round(n_tokens / seq_len)) if n_tokens else n_windows)
+    return Subject(path, model, config, meta, step, tokenizer, dataset, split, where, data_dir,
+                   Windows(tokens, starts, seq_len, batch_size, device, dtype), n_bytes, content)
+
+
+def config_to_score(config, path, seq_len, normalised, block_size):
+    """The Config of a checkpoint for windows of seq_len tokens. Raises UserError if they do not fit together.
+
+    normalised: score the normalised prediction, where the objective's own is not normalised
+    block_size: score as block diffusion with blocks of so many tokens (models of objective=mdlm or block)
+    """
     if seq_len > config.seq_len:
         raise UserError(f"--seq_len={seq_len} is longer than the {config.seq_len} tokens that {path} was trained on")
     if seq_len <= config.prefix_range[1]:
@@ -89,36 +114,28 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
     if size and seq_len % size:
         raise UserError(f"windows of {seq_len} tokens are no multiple of blocks of {size}: choose another --seq_len"
                         + (" or --block_size" if block_size else ""))
-    if block_size:
-        if not config.objective_class.blocks:
-            raise UserError(f"--block_size is for models of objective=mdlm or block, and {path} has "
-                            f"objective={config.objective} with noise={config.noise}")
-        if config.prefix != "none":
-            raise UserError(f"{path} needs a prefix ({config.prefix}), and --block_size scores whole windows")
-        config = replace(config, objective=config.objective_class.blocks, block_size=block_size, seq_len=seq_len)
-        model.block_size = block_size  # no weight depends on it
-    tokenizer = make_tokenizer(meta)
-    if text and dataset and "sha256" in meta:
-        raise UserError("--text is scored instead of a data set: leave out --dataset")
-    dataset, data_dir = dataset or config.dataset, data_dir or config.data_dir
-    if text:
-        content, how = read_text(text), "as it stands"
-        if meta.get("alphabet") == TEXT8_ALPHABET:
-            content, how = " ".join(text8_words(content)), "in text8's 27 symbols"
-        tokens, n_bytes = tokenizer.encode(content), len(content.encode())
-        if len(tokens) < seq_len:
-            raise UserError(f"{text} has {len(tokens):,} tokens, fewer than one window of {seq_len}: "
-                            f"use a longer text{f' or --seq_len={len(tokens)}' if len(tokens) else ''}")
-        dataset, split = text, None
-        where = f"{text} ({how}, no detokenisation; the last {len(tokens) % seq_len} tokens left out)"
-    else:
-        data_meta, content = load_meta(dataset, data_dir), None
-        tokens = recode(load_split(dataset, split, seq_len, data_dir), data_meta, meta, dataset)
-        n_bytes = data_meta["bytes"][split] if "bytes" in data_meta else None
-        where = f"{dataset} {split}"
-    starts = windows(tokens, seq_len, max(1, round(n_tokens / seq_len)) if n_tokens else n_windows)
-    return Subject(path, model, config, meta, step, tokenizer, dataset, split, where, data_dir,
-                   Windows(tokens, starts, seq_len, batch_size, device, dtype), n_bytes, content)
+    if not block_size:
+        return config
+    if not config.objective_class.blocks:
+        raise UserError(f"--block_size is for models of objective=mdlm or block, and {path} has "
+                        f"objective={config.objective} with noise={config.noise}")
+    if config.prefix != "none":
+        raise UserError(f"{path} needs a prefix ({config.prefix}), and --block_size scores whole windows")
+    return replace(config, objective=config.objective_class.blocks, block_size=block_size, seq_len=seq_len)
+
+
+def read_tokens(file, tokenizer, meta, seq_len):
+    """The tokens of a text file, its text as it was encoded, and in words what was done to it.
+
+    Raises UserError if the tokens do not fill one window of seq_len."""
+    content, how = read_text(file), "as it stands"
+    if meta.get("alphabet") == TEXT8_ALPHABET:
+        content, how = " ".join(text8_words(content)), "in text8's 27 symbols"
+    tokens = tokenizer.encode(content)
+    if len(tokens) < seq_len:
+        raise UserError(f"{file} has {len(tokens):,} tokens, fewer than one window of {seq_len}: "
+                        f"use a longer text{f' or --seq_len={len(tokens)}' if len(tokens) else ''}")
+    return tokens, content, f"{file} ({how}, no detokenisation; the last {len(tokens) % seq_len} tokens left out)"
 
 
 def different_tokens(one, two):
