@@ -86,7 +86,7 @@ def accept(state, proposed, sure, n):
 
 @torch.no_grad()
 def ancestral(model, xt, mask_id, time, draw, start, grid):
-    """The reverse chain on a grid of mask rates r_0 > ... > r_n = 0 (D3PM, eq. 4; MDLM, eq. 6).
+    """The reverse chain on a grid of mask rates r_0 > r_1 > ... > 0 (D3PM, eq. 4; MDLM, eq. 6).
 
     From r to s each mask is revealed with probability 1 - s/r, whatever the network says. Its token is drawn from the
     network's prediction at r. So the network runs only for the sequences, and its head only at the positions, where a
@@ -101,11 +101,11 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
     other such steps than the rest, and depends on no other sequence. So the j-th such steps of all sequences are taken
     together, each at its own rate: with as many network calls as the longest sequence has such steps.
     """
-    state, masked, n = begin(xt), xt == mask_id, len(grid) - 1
+    state, masked, n_steps = begin(xt), xt == mask_id, len(grid) - 1
     rates = torch.tensor(grid, dtype=torch.float64)
     reveal_rate = grid[0] * draw.uniform(xt.shape)
-    step_of = n - torch.searchsorted(rates.flip(0).to(reveal_rate.device), reveal_rate, right=True)
-    step_of = step_of.to(xt.device).masked_fill(~masked, n)  # (B, L), 0 ... n - 1, or n for given tokens
+    step_of = n_steps - torch.searchsorted(rates.flip(0).to(reveal_rate.device), reveal_rate, right=True)
+    step_of = step_of.to(xt.device).masked_fill(~masked, n_steps)  # (B, L), 0 ... n_steps - 1; given tokens: n_steps
     ordered, order = step_of.sort(dim=1)
     turn = torch.zeros_like(step_of).scatter(1, order, F.pad(ordered.diff(dim=1) > 0, (1, 0)).cumsum(1))
     last = torch.full((len(xt),), -1, device=xt.device)  # the step of each sequence before this one
@@ -115,8 +115,8 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
         state = fill(model, state, where, time, start * rates[step.clamp(min=0).cpu()], draw)
         yield state._replace(steps=(step - last).cpu())
         last = step
-    if (last < n - 1).any():  # the empty steps at the end
-        yield state._replace(steps=(n - 1 - last).cpu())
+    if (last < n_steps - 1).any():  # the empty steps at the end
+        yield state._replace(steps=(n_steps - 1 - last).cpu())
 
 
 @torch.no_grad()
