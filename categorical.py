@@ -53,6 +53,9 @@ def in_pieces(logits):
     return logits.split(max(1, size // logits.shape[-1]))
 
 
+NOT_FINITE = "the outputs of the network are not finite: its weights are damaged"
+
+
 def inverse_cdf(p, u):
     """The first token at which the cumulative sum of the weights p (N, V) exceeds u (N, 1) times their total: (N,).
 
@@ -62,7 +65,7 @@ def inverse_cdf(p, u):
     the rounding. Raises UserError if p is not finite.
     """
     if not p.sum().isfinite():
-        raise UserError("the outputs of the network are not finite: its weights are damaged")
+        raise UserError(NOT_FINITE)
 
     def find(weights, u):
         total = weights.double().cumsum(-1)
@@ -114,6 +117,8 @@ class Draw:
 
     def piece(self, logits, entropies):
         p = logits.softmax(-1)
+        if self.temperature == 0 and not p.sum().isfinite():  # otherwise inverse_cdf looks
+            raise UserError(NOT_FINITE)
         tokens = logits.argmax(-1) if self.temperature == 0 else self.pick(self.cut(logits, p))
         return tokens, p.gather(-1, tokens[:, None]).squeeze(-1), *([entropy(logits, p)] if entropies else [])
 

@@ -63,6 +63,9 @@ def note(text):
     print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr)
 
 
+NO_COMPILER = "InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler"  # how torch.compile says so
+
+
 def run(main):
     """Call main(), which returns an exit code or None, and end the process with the exit code.
 
@@ -89,6 +92,11 @@ def run(main):
         print(f"\n{name}: interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
+        if any(word in f"{type(error).__name__} {error}" for word in NO_COMPILER):
+            if rank in (None, "0"):
+                note(f"{name}: torch.compile finds no compiler (it needs g++, and on a GPU Triton): install it, or use "
+                     "--no-compile")
+            sys.exit(2)
         if rank is None and isinstance(error, (MemoryError, RuntimeError)) and (
                 isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
             note(f"{name}: out of memory: use a smaller --micro_batch_size (train.py) or --batch_size")
@@ -247,10 +255,11 @@ def write_file(path, content):
 
     A link stays a link. A path that is not a regular file (a pipe, /dev/null) is written to and not replaced.
     """
-    path = path.resolve()
+    special = path.exists() and not path.is_file()
+    if not special:  # /dev/stdout would become the name of a pipe that nobody can open
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        special = path.exists() and not path.is_file()
         (path if special else temporary).write_bytes(content.encode() if isinstance(content, str) else content)
         if not special:
             temporary.replace(path)

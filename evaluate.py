@@ -37,7 +37,7 @@ from studies.curves import context, curse, curve
 from studies.orders import orders
 from studies.quality import open_judge, read_samples, samples
 from studies.raw_text import compare_on_text
-from studies.subject import check_comparable, different_tokens, open_subject
+from studies.subject import check_comparable, count_tokens, different_tokens, open_subject
 
 ESTIMATORS = {
     "exact_k": "continuous-time bound, exact k", "continuous": "continuous-time bound, independent masks",
@@ -213,7 +213,7 @@ def likelihood(subject, estimator, args):
     n_tokens = int(counts.sum())
     n_chars, n_bytes = (int(counts @ lengths) for lengths in subject.tokenizer.lengths())
     if subject.n_bytes is not None:  # of the text itself: the lengths of tokens give this share of it
-        of_all = np.bincount(data.tokens, minlength=subject.meta["vocab_size"]) @ subject.tokenizer.lengths()[1]
+        of_all = count_tokens(data.tokens, subject.meta["vocab_size"]) @ subject.tokenizer.lengths()[1]
         n_bytes = n_bytes * (subject.n_bytes / of_all)
     perplexity = 2**bits if bits < 1024 else None  # beyond 1024 a float overflows
     result = {

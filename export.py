@@ -33,7 +33,7 @@ def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
     check_finite(weights, checkpoint)
     settings = {field: value for field, value in dataclasses.asdict(config_of(payload)).items()
                 if same_run(field) and field != "data_dir"}
-    measured = [read_result(path) for path in results]
+    measured = [read_result(path, payload["step"]) for path in results]
     card = {"format": FORMAT, "name": payload["name"], "step": payload["step"], "config": settings,
             "meta": payload["meta"], "versions": versions(), "weights_sha256": digest(weights), "measured": measured}
     try:
@@ -44,9 +44,10 @@ def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
     try:
         temporary.chmod(0o755)
         (temporary / "model.safetensors").write_bytes(save(weights))
-        (temporary / "config.json").write_text(json.dumps(card, indent=1) + "\n")
+        (temporary / "config.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         n_params = sum(value.numel() for value in weights.values())
-        (temporary / "README.md").write_text(model_card(folder.name, card, n_params, last_validation(Path(checkpoint))))
+        validation = last_validation(Path(checkpoint), payload["step"])
+        (temporary / "README.md").write_text(model_card(folder.name, card, n_params, validation), encoding="utf-8")
         temporary.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}")
@@ -54,21 +55,26 @@ def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_result(path):
-    """The fields for the card from a file with the output of evaluate.py --json. Raises UserError."""
+def read_result(path, step):
+    """The fields for the card from a file with the output of evaluate.py --json. Raises UserError if it is no such
+    file, or if other weights were scored than the averaged ones after this step."""
     try:
-        result = json.loads(Path(path).read_text())
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        if (result["step"], result["weights"]) != (step, "ema"):
+            raise UserError(f"{path} scored the {result['weights']} weights of step {result['step']}, and this is the "
+                            f"average of step {step}: run `evaluate.py CKPT --json` on this checkpoint")
         return {key: result[key] for key in ("bits_per_token", "bits_per_char", "stderr", "estimator", "dataset",
                                              "split", "n_sequences", "seq_len", "n_tokens")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the output of `evaluate.py CKPT --json` ({type(error).__name__})")
 
 
-def last_validation(path):
-    """(bits, standard error, step) of the last validation in the log beside a checkpoint, or None."""
+def last_validation(path, step):
+    """(bits, standard error, step) of the last validation up to a step in the log beside a checkpoint, or None."""
     try:
-        lines = ((path if path.is_dir() else path.parent) / "log.jsonl").read_text().splitlines()
-        found = [line for line in map(json.loads, lines) if line.get("val_bits_per_token") is not None]
+        lines = ((path if path.is_dir() else path.parent) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [line for line in map(json.loads, lines)
+                 if line.get("val_bits_per_token") is not None and line["step"] <= step]
         return found[-1]["val_bits_per_token"], found[-1]["val_stderr"], found[-1]["step"]
     except (OSError, ValueError, IndexError, KeyError):
         return None

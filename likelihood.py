@@ -199,7 +199,7 @@ def along_orders(model, objective, x0, v):
     """
     B, K, L = v.shape
     nats = nats_of_blocks(model, objective, x0.repeat_interleave(K, 0), "random", v.flatten(0, 1))
-    return -nats.double().view(B, K, -1).transpose(1, 2)
+    return -nats.cpu().double().view(B, K, -1).transpose(1, 2)  # mps has no float64
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def draw_with_orders(model, objective, v, u, device):
     n = objective.block_size or L
     order = (v.view(B, -1, n).argsort(2) + torch.arange(0, L, n)[:, None]).flatten(1).to(device)
     xt, rows = torch.full((B, L), objective.mask_id, device=device), torch.arange(B, device=device)
-    l = torch.zeros(B, L // n, dtype=torch.float64, device=device)
+    l = torch.zeros(B, L // n, dtype=torch.float64)
     for i in range(L):
         t = objective.time(torch.full((B,), (n - i % n) / n, dtype=torch.float64)).to(device)
         if n < L:  # blocks before this one are clean
@@ -220,8 +220,9 @@ def draw_with_orders(model, objective, v, u, device):
         where = torch.zeros(B, L, dtype=torch.bool, device=device)
         where[rows, order[:, i]] = True
         log_p = model(xt, t, where=where).float().log_softmax(-1)
-        tokens = inverse_cdf(log_p.exp(), u[:, i, None].to(device))
-        l[:, i // n] += log_p[rows, tokens]
+        drawing = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        tokens = inverse_cdf(log_p.exp().to(drawing), u[:, i, None].to(drawing)).to(device)
+        l[:, i // n] += log_p[rows, tokens].cpu()
         xt[rows, order[:, i]] = tokens
     return xt, l
 

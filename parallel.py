@@ -9,6 +9,7 @@ communication.
 import functools
 import os
 import signal
+import warnings
 from datetime import timedelta
 
 import torch
@@ -51,8 +52,8 @@ def share_of_batch(cfg, world):
     return cfg.batch_size // world, micro
 
 
-def form_teams(size):
-    """Split the processes into teams of `size`, the workers of local_sgd.py.
+def form_teams(size, timeout_minutes):
+    """Split the processes into teams of `size`, the workers of local_sgd.py, with the timeout of join().
 
     Raises UserError if the size does not divide their number.
     """
@@ -62,10 +63,10 @@ def form_teams(size):
     team_size, n_teams = size, world // size
     if dist.is_initialized():
         for first in range(0, world, size):  # every process has to take part in making every group
-            group = dist.new_group(list(range(first, first + size)))
+            group = dist.new_group(list(range(first, first + size)), timeout=timedelta(minutes=timeout_minutes))
             if first <= rank < first + size:
                 team = group
-        leaders = dist.new_group(list(range(0, world, size)))
+        leaders = dist.new_group(list(range(0, world, size)), timeout=timedelta(minutes=timeout_minutes))
 
 
 def leave():
@@ -203,6 +204,8 @@ def spread(model, objective, device, fsdp, compiled):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         mesh = init_device_mesh(device.type, (world,))
+        # Keys and values are views of one product. Nothing writes into them, so their gradients are right.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")
         for block in model.blocks:
             if compiled:
                 block.compile()

@@ -47,8 +47,13 @@ def before_blank(text, tokenizer):
 
 
 def encode(text, tokenizer, name):
-    """Token ids of a prompt. Raises a UserError that names the characters outside the alphabet."""
+    """Token ids of a prompt. Raises a UserError that names the characters that the model does not know."""
     try:
+        text.encode()
+        strange = sorted(set(text) - set(tokenizer.alphabet or text))
+        if strange:
+            raise UserError(f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''} not in the "
+                            f"alphabet {tokenizer.alphabet!r}")
         return tokenizer.encode(text).tolist()
     except UnicodeEncodeError:
         raise UserError(f"{name} is not valid text: it has bytes that are not UTF-8")

@@ -46,7 +46,7 @@ def parse_args():
                    help="checkpoint of this or another project: a file, a folder or hf://owner/name (default: the "
                    "model in pretrained/)")
     p.add_argument("--batch_size", type=number(int, 1, 10**5), default=1,
-                   help="number of samples for each prompt (default 1)")
+                   help="number of samples for each prompt, drawn together: more need more memory (default 1)")
     p.add_argument("--sampler", choices=NAMES, help="method of sampling (default: ancestral)")
     p.add_argument("--steps", type=steps_flag, help="number of steps of ancestral, topk, remdm, analytic and euler; "
                    "auto: chosen from the curve of evaluate.py --curve (default: the config's T)")
@@ -221,7 +221,9 @@ def main():
     note(f"{settings.sampler}, {steps}{denoiser.nfe} network calls, {seconds:.1f} s, "
          f"{n_masks / seconds:,.0f} tokens/s, seed {args.seed}")
     if args.known_words:
-        note(f"{known_word_share(texts, known):.1%} of the words occur in the training data")
+        share = known_word_share(texts, known)
+        note("the samples have no words but their first and last ones, which may be cut: none was counted"
+             if share is None else f"{share:.1%} of the words occur in the training data")
 
 
 if __name__ == "__main__":

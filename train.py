@@ -165,7 +165,7 @@ def main():
     name, cfg, args = configs.from_command_line("train.py", __doc__, add_arguments)
     parallel.join(cfg.timeout_minutes)
     if cfg.local_steps:
-        parallel.form_teams(cfg.local_group)
+        parallel.form_teams(cfg.local_group, cfg.timeout_minutes)
     rank, world, is_main = parallel.rank, parallel.world, parallel.is_main
     stop = parallel.StopSignals()
     if cfg.fsdp and "RANK" not in os.environ:

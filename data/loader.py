@@ -3,6 +3,7 @@
 import json
 import queue
 import re
+import shlex
 import threading
 from pathlib import Path
 
@@ -27,7 +28,13 @@ def prepare_command(name, meta={}):
     if (DATA_DIR / f"prepare_{script}").exists() and text != "textfile":
         flags += ["--tokenizer", tokens.replace("bpe", "bpe:")] if tokens else []
         return " ".join([f"python data/prepare_{script}", *flags])
-    return f"python data/prepare_{'names.py --file' if 'record' in meta else 'textfile.py'} FILE --name {name}"
+    if "record" in meta:
+        return f"python data/prepare_names.py --file FILE --name {name}"
+    asked = meta.get("request", {})
+    flags = [f" --{key} {shlex.quote(asked[key])}" for key, usual in (("tokenizer", "char"), ("alphabet", "own"))
+             if asked.get(key, usual) != usual]
+    return (f"python data/prepare_textfile.py FILE --name {name}{''.join(flags)}"
+            + " --val FILE --test FILE" * bool(asked.get("val and test")))
 
 
 def load_meta(name, data_dir=""):

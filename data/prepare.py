@@ -51,19 +51,26 @@ def folder_of(args, name, usual):
 
 def in_words(value):
     """A part of a request, as messages have it."""
-    return ", ".join(value) or "none" if isinstance(value, list) else value
+    return ", ".join(value or ["none"]) if value is None or isinstance(value, list) else value
 
 
-def named_files(files):
-    """Return the names and sizes of files, by which a later call knows them again."""
-    sized = lambda path: f"{path.name} ({path.stat().st_size:,} bytes)" if path.is_file() else path.name
-    return [sized(Path(file)) for file in files]
+def named_files(files, hashed=True):
+    """Return names, sizes and (if hashed) the beginning of the SHA-256 of files: a later call knows them by these.
+
+    A file that does not exist has a name only. Whoever reads it will say so."""
+    def named(path):
+        if not path.is_file():
+            return path.name
+        content = f", SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" if hashed else ""
+        return f"{path.name} ({path.stat().st_size:,} bytes{content})"
+
+    return [named(Path(file)) for file in files]
 
 
-def is_prepared(folder, request={}):
+def is_prepared(folder, request={}, remedy="choose another --name"):
     """Return True and print a line that says so if the data set is prepared already.
 
-    request: what was asked for, as meta.json keeps it. Raises UserError if another request made the data set.
+    request: what this call asks for, of what meta.json keeps. Raises UserError if the data set was made otherwise.
     """
     if not (folder / "meta.json").exists():
         return False
@@ -72,7 +79,7 @@ def is_prepared(folder, request={}):
     for key in request:
         if made.get(key) != request[key]:
             raise UserError(f"{folder} is already prepared with {key} {in_words(made.get(key))}, not "
-                            f"{in_words(request[key])}: choose another --name, or delete it")
+                            f"{in_words(request[key])}: {remedy}, or delete it")
     sizes = ", ".join(f"{split} {meta['sizes'][split]:,}" for split in SPLITS)
     note(f"{folder} is already prepared ({sizes} tokens); delete it to prepare it again")
     return True

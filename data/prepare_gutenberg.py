@@ -24,8 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, progress, run
-from data.prepare import DatasetWriter, folder_of, is_prepared, parser, read_text
-from data.tokenizer import KNOWN, make_tokenizer, size_of_bpe, text8_words, tokens_of
+from data.prepare import DatasetWriter, folder_of, is_prepared, named_files, parser, read_text
+from data.tokenizer import KNOWN, TEXT8_ALPHABET, make_tokenizer, size_of_bpe, text8_words, tokens_of
 
 LIST = Path(__file__).with_name("gutenberg.tsv")
 URL = "https://raw.githubusercontent.com/{repo}/{commit}/{path}"
@@ -111,7 +111,8 @@ def main():
     if args.tokenizer not in ("char", "gpt2"):
         size_of_bpe(args.tokenizer)
     folder = folder_of(args, "gutenberg", "char")
-    if is_prepared(folder):
+    request = {"files": named_files(args.file)} if args.file else {}
+    if is_prepared(folder, request, "choose another --data_dir"):
         return
     with open(LIST, encoding="utf-8", newline="") as file:
         books = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -119,7 +120,10 @@ def main():
         normalise(text_of(download(URL.format(**book)))) for book in progress(books, desc="downloading", unit="book")])
     tokens = KNOWN["text8"] if args.tokenizer == "char" else tokens_of(
         args.tokenizer, lambda: [text for book, text in zip(books, load()) if book["split"] == "train"])
-    meta = tokens | {"name": folder.name, "source": ", ".join(sorted({book["repo"] for book in books}))}
+    if args.tokenizer.startswith("bpe:"):
+        tokens["characters"] = TEXT8_ALPHABET
+    meta = tokens | {"name": folder.name, "source": ", ".join(sorted({book["repo"] for book in books})),
+                     "request": request}
     tokenizer, texts, different = make_tokenizer(meta), load(), []
     with DatasetWriter(folder, meta) as writer, progress(total=len(books), desc="encoding", unit="book") as bar:
         for book, text in zip(books, texts):

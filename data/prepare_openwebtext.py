@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, number, progress, require, run
 from data.loader import SPLITS
-from data.prepare import DatasetWriter, is_prepared, parser
+from data.prepare import DatasetWriter, is_prepared, named_files, parser
 from data.tokenizer import KNOWN, GPT2Tokenizer
 
 SOURCE = "Skylion007/openwebtext"  # on the Hugging Face Hub, as parquet files
@@ -44,8 +44,8 @@ def load_documents(files):
             if not Path(file).is_file():
                 raise UserError(f"no such file: {file}")
         documents = load_dataset(kinds.pop(), data_files=list(map(str, files)), split="train")
-    except (OSError, ConnectionError, DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0][:150]
+    except (OSError, ConnectionError, DatasetGenerationError, ValueError, StopIteration) as error:
+        reason = (str(error.__cause__ or error).strip() or "it is empty").split("\n")[0][:150]
         raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({reason})"
                         + ("" if files else "; download its parquet files elsewhere and pass --file"))
     if "text" not in documents.column_names:
@@ -61,7 +61,7 @@ def start_worker(share):
 def encode(texts):
     """Encode documents as {split: (tokens, bytes)}, with end-of-text, which has no bytes, after each document."""
     tokens, n_bytes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
-    for text in texts:
+    for text in filter(None, texts):  # a document may have no text
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
         split = "test" if place < held_out else "val" if place < 2 * held_out else "train"
         tokens[split] += [tokenizer.encode(text), [tokenizer.end]]
@@ -79,11 +79,13 @@ def main():
                    help="share of documents for val, and for test (default 0.0005: about 4.5M tokens each)")
     args = p.parse_args()
     folder = args.data_dir / "openwebtext"
-    if is_prepared(folder):
+    request = {"held_out": args.held_out} | ({"files": named_files(args.file, hashed=False)} if args.file else {})
+    if is_prepared(folder, request, "choose another --data_dir"):
         return
     documents = load_documents(args.file)
     GPT2Tokenizer()  # fails here, in one line, if there is no vocabulary; else fills the cache for the workers
-    meta = dict(KNOWN["openwebtext"], name="openwebtext", source=", ".join(args.file) if args.file else SOURCE)
+    meta = dict(KNOWN["openwebtext"], name="openwebtext", source=", ".join(args.file) if args.file else SOURCE,
+                request=request)
     pool = multiprocessing.get_context("spawn").Pool(args.num_proc, start_worker, (args.held_out,))
     with DatasetWriter(folder, meta) as writer, pool, progress(total=len(documents), unit="doc") as bar:
         batches = (batch["text"] for batch in documents.iter(BATCH))

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, named, require, run
 from data.loader import SPLITS
-from data.prepare import folder_of, is_prepared, parser, read_text, write_splits
+from data.prepare import folder_of, is_prepared, named_files, parser, read_text, write_splits
 from data.prepare_textfile import encode
 from data.tokenizer import make_tokenizer, tokens_of
 
@@ -54,13 +54,14 @@ def main():
                    help="local copies: .parquet with a column `text`, or plain text")
     args = p.parse_args()
     folder = folder_of(args, "wikitext103" if args.large else "wikitext", "roberta")
-    if is_prepared(folder):
+    request = {"tokenizer": args.tokenizer} | ({"files": named_files(args.file)} if args.file else {})
+    if is_prepared(folder, request, "choose another --data_dir"):
         return
     load = functools.cache(lambda: dict(zip(SPLITS, texts(args.large, args.file))))
     if args.file:
         load()  # local files are read before a tokenizer is downloaded
     meta = tokens_of(args.tokenizer, lambda: [load()["train"]])
-    meta |= {"name": folder.name, "source": ", ".join(args.file or [SOURCE])}
+    meta |= {"name": folder.name, "source": ", ".join(args.file or [SOURCE]), "request": request}
     tokenizer = make_tokenizer(meta)
     write_splits(folder, meta, load(), lambda text: encode(text, tokenizer))
 

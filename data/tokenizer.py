@@ -11,6 +11,7 @@ import numpy as np
 from cli import UserError, require
 
 TEXT8_ALPHABET = " " + string.ascii_lowercase  # space 0, a 1, ..., z 26
+END = "<|endoftext|>"  # GPT-2's token between two texts, as decode() writes it
 
 # Vocabularies of other projects' checkpoints, which do not say themselves what they were trained on (KNOWN).
 LETTERS = string.ascii_letters + string.digits + string.punctuation
@@ -42,6 +43,7 @@ class CharTokenizer:
 
     end, of all tokenizers: the id of the token that ends a text, or None.
     space_first, of all tokenizers: whether the first token of a word has the space before it.
+    alphabet, of all tokenizers: the characters of the texts that it is for, or None if these are any.
     pad: the character of the alphabet, or None, that fills items up to their length and is no part of the text.
     """
 
@@ -75,7 +77,7 @@ class CharTokenizer:
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE by tiktoken: 50,256 tokens and end-of-text (id 50256)."""
 
-    unit, space_first = "token", True
+    unit, space_first, alphabet = "token", True, None
     end = 50256  # end-of-text
 
     def __init__(self, vocab_size=50257):
@@ -94,7 +96,12 @@ class GPT2Tokenizer:
         return np.array(self.bpe.encode_ordinary(text), dtype=np.uint16)
 
     def decode(self, ids):
+        """Convert a sequence of ids to a str. End-of-text becomes the constant END."""
         return self.bpe.decode([int(i) for i in ids if i <= self.end])
+
+    def encode_decoded(self, text):
+        """Convert what decode() returned, in which END is the token of end-of-text: str -> (n,) uint16."""
+        return np.array(self.bpe.encode(text, allowed_special={END}), dtype=np.uint16)
 
     def lengths(self):
         """Return the length of each token: (V,) in characters that start in it, and (V,) in bytes of UTF-8."""
@@ -113,8 +120,9 @@ class HubTokenizer:
 
     unit, end, space_first = "token", None, True
 
-    def __init__(self, definition, left_out=None):
+    def __init__(self, definition, left_out=None, alphabet=None):
         """definition: what a tokenizer.json contains. left_out: the ids to leave out, if not those of special tokens.
+        alphabet: see CharTokenizer. The vocabulary does not say it: a byte-level BPE has tokens for all bytes.
 
         Raises UserError if it is no such definition.
         """
@@ -134,7 +142,7 @@ class HubTokenizer:
         self.tokenizer.encode_special_tokens = True
         self.ids = sorted(self.pieces.keys() - (special if left_out is None else left_out))  # ours -> the tokenizer's
         self.left_out = sorted(set(range(max(self.pieces) + 1)) - set(self.ids))
-        self.vocab_size = len(self.ids)
+        self.vocab_size, self.alphabet = len(self.ids), alphabet
 
     def unknown_of(self, model):
         """The token for characters that the tokenizer does not know, or None if it knows all, as byte-level ones do."""
@@ -287,7 +295,7 @@ def describes_tokens(meta):
                 and (pad is None or isinstance(pad, str) and len(pad) == 1 and pad in alphabet))
     if kind == "hf" and not isinstance(meta.get("definition"), str):
         return False
-    return size >= {"gpt2": 50257, "bert": 30521}.get(kind, 1)
+    return size >= {"gpt2": 50257, "bert": 30521}.get(kind, 1) and isinstance(meta.get("characters", ""), str)
 
 
 def make_tokenizer(meta):
@@ -300,7 +308,7 @@ def make_tokenizer(meta):
         mask = {103} if meta["vocab_size"] == 30521 else set()  # MDLM's models lack [MASK], UDLM's have it
         return HubTokenizer(definition_of(from_hub(HUB["bert"])), left_out=mask)
     if meta["tokenizer"] == "hf":
-        return HubTokenizer(meta["definition"])
+        return HubTokenizer(meta["definition"], alphabet=meta.get("characters"))
     raise UserError(f"unknown tokenizer {meta['tokenizer']!r}; this version knows char, gpt2, bert and hf")
 
 

@@ -132,7 +132,7 @@ def vocabulary(rows, table, uniform, dataset, data_dir, path):
     V, theirs = rows - (not uniform), None
     if dataset and (dataset not in KNOWN or not known):
         meta = load_meta(dataset, data_dir) | {"name": dataset}
-        keys = ("name", "tokenizer", "alphabet", "definition", "vocab_size", "pad", "record")
+        keys = ("name", "tokenizer", "alphabet", "definition", "characters", "vocab_size", "pad", "record")
         theirs = {key: meta[key] for key in keys if key in meta}
     if known:
         meta = dict(KNOWN[known], name=DATA_OF.get(known, known))

@@ -84,7 +84,8 @@ def read_files(path):
         try:
             names = [weights.name]
             if weights.name == SHARDS:
-                names = sorted({Path(name).name for name in json.loads(weights.read_text())["weight_map"].values()})
+                shards = json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values()
+                names = sorted({Path(name).name for name in shards})
             payload = {key: value for name in names for key, value in load_file(weights.parent / name).items()}
         except Exception as error:
             raise UserError(f"{weights} cannot be read as safetensors: {str(error).splitlines()[0][:100]}")
@@ -111,11 +112,11 @@ def read_settings(weights):
             continue
         try:
             if path.suffix == ".json":
-                found = json.loads(path.read_text())
+                found = json.loads(path.read_text(encoding="utf-8"))
             else:
                 require("yaml", f"{path}")
                 import yaml
-                found = yaml.safe_load(path.read_text())
+                found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except Exception as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0][:100]}")
         if not isinstance(found, dict):

@@ -269,7 +269,7 @@ def plausible(model, objective, tokenizer, seq_len, device):
     ce = F.cross_entropy(logits.float(), x0[where]).item()
     if tokenizer.unit != "char":
         return ce, TOKEN_NATS
-    share = torch.bincount(x0[0]).double() / x0.shape[1]
+    share = torch.bincount(x0[0].cpu()).double() / x0.shape[1]
     return ce, -torch.xlogy(share, share).sum().item()
 
 

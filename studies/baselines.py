@@ -75,6 +75,7 @@ def words_of(tokens, tokenizer):
 
 
 def known_word_share(texts, known):
-    """Share of words in texts that are known. A text's first and last word may be cut and do not count."""
+    """Share of words in texts that are known. A text's first and last word may be cut and do not count; None if no text
+    has another one."""
     words = [word for text in texts for word in text.split()[1:-1]]
-    return sum(word in known for word in words) / max(1, len(words))
+    return sum(word in known for word in words) / len(words) if words else None

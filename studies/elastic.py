@@ -48,12 +48,22 @@ def check(cfg):
             cfg.anneal_steps or cfg.dropout):
         raise UserError("delay, eager, fragments, pull, send_dtype, local_group, anneal_steps and dropout do not work "
                         "here: leave them out (--dropout=0)")
+    if cfg.max_steps % cfg.local_steps:
+        raise UserError(f"max_steps={cfg.max_steps} must be a multiple of local_steps={cfg.local_steps}")
     try:
         k, n = int(os.environ["REPLICA_GROUP_ID"]), int(os.environ["NUM_REPLICA_GROUPS"])
         assert 0 <= k < n
     except (ValueError, AssertionError):
         raise UserError("REPLICA_GROUP_ID must be one of 0 ... NUM_REPLICA_GROUPS - 1")
     return k, n
+
+
+def claim_new(out):
+    """Lock a folder for this process, as storage.claim does. Raises UserError if it has a run."""
+    lock = storage.claim(out)
+    if any(out.glob("ckpt*.pt")):
+        raise UserError(f"{out} has a run already: choose another --out_dir, or delete it")
+    return lock
 
 
 def main():
@@ -67,7 +77,8 @@ def main():
     device, meta = parallel.own_device(cfg.device), load_meta(cfg.dataset, cfg.data_dir)
     record, pad = records(cfg, meta)
     tokens = subset(load_split(cfg.dataset, "train", cfg.seq_len, cfg.data_dir), cfg.unique_tokens, record)
-    dtype, out = pick_dtype(device, cfg.dtype), Path(cfg.out_dir or Path("out", f"elastic_{name}", str(group)))
+    dtype, out = pick_dtype(device, cfg.dtype), Path(cfg.out_dir or Path("out", f"elastic_{name}"), str(group))
+    _ = parallel.together(lambda: claim_new(out) if parallel.is_main else None)  # locked until this process ends
     local, micro = parallel.share_of_batch(cfg, n_groups * world)
     mine = range(local * (group * world + rank), cfg.batch_size)[:local]
     torch.manual_seed(cfg.seed)
@@ -107,7 +118,6 @@ def main():
                 checksum = sum(x.double().sum().item() for x in [*model.parameters(), *ema.average])
                 print(f"round {r}  groups {took_part}  bits {nats / math.log(2):.4f}  checksum {checksum}", flush=True)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         storage.save(out / "ckpt.pt", state_of(model, ema) | {
             "name": name, "config": dataclasses.asdict(cfg), "meta": meta, "step": (r - 1) * h})
     manager.shutdown()

@@ -19,7 +19,7 @@ from categorical import Counted
 from checkpoint import load_model
 from cli import UserError, autocast, generator_on, progress, require, table, write_file
 from data.loader import gather, windows
-from data.tokenizer import make_tokenizer
+from data.tokenizer import END, make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
 from plot import picture
 from prompts import denoise, end_of, text_of
@@ -54,12 +54,17 @@ def repetition(texts, n):
     return 1 - sum(len(set(grams)) for grams in found) / sum(map(len, found)) if any(found) else None
 
 
+def ids_of(text, tokenizer):
+    """The ids of a text that a tokenizer has decoded, a list: end-of-text becomes its own token again."""
+    return getattr(tokenizer, "encode_decoded", tokenizer.encode)(text).tolist()
+
+
 def statistics_of(texts, tokenizer, known):
     """Return the statistics of texts that need no judge, as a dict. known: the words of the training text."""
-    entropies = [unigram_entropy(tokenizer.encode(text).tolist()) for text in texts]
+    entropies = [unigram_entropy(ids_of(text, tokenizer)) for text in texts]
     return {"unigram_entropy_bits": sum(entropies) / len(entropies), "distinct_1": distinct(texts, 1),
             "distinct_2": distinct(texts, 2), "repetition_2": repetition(texts, 2),
-            "known_words": known_word_share(texts, known) if distinct(texts, 3) else None}
+            "known_words": known_word_share(texts, known)}
 
 
 # ---- judges ----------------------------------------------------------------------------------------------------------
@@ -77,7 +82,7 @@ class Judge:
         self.name, self.meta, self.tokenizer, self.device, self.dtype = path, meta, make_tokenizer(meta), device, dtype
 
     def encode(self, text):
-        return self.tokenizer.encode(text).tolist()
+        return ids_of(text, self.tokenizer)
 
     def cross_entropies(self, x0):
         """x0 (B, L), L at most self.length -> (B, L) nats."""
@@ -149,7 +154,7 @@ def judged(judge, texts, batch_size=16):
         raise UserError("all samples are empty: there is nothing to judge")
     if not nats.isfinite().all():
         raise UserError(f"the likelihood of the judge {judge.name} is not finite: its weights are damaged")
-    characters = torch.tensor([len(text) for text in texts], dtype=torch.float64)
+    characters = torch.tensor([len(text.replace(END, "")) for text in texts], dtype=torch.float64)
     per_token, per_character = nats.sum() / tokens.sum() / math.log(2), nats.sum() / characters.sum() / math.log(2)
 
     def error(sizes, mean):  # standard error of a ratio of means

@@ -62,7 +62,7 @@ def ratio(values, sizes):
 def same_text(one, two):
     """The text that both models score, in text8's 27 symbols if one of them knows only these, and words that say so."""
     for subject in (one, two):
-        if subject.meta.get("alphabet") == TEXT8_ALPHABET:
+        if subject.tokenizer.alphabet == TEXT8_ALPHABET:
             return subject.text, " in text8's 27 symbols"
     return one.text, ""
 

@@ -85,10 +85,14 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
     dataset, data_dir = dataset or config.dataset, data_dir or config.data_dir
     if text:
         dataset, split = text, None
-        tokens, content, where = read_tokens(text, tokenizer, meta, seq_len)
+        tokens, content, where = read_tokens(text, tokenizer, seq_len)
         n_bytes = len(content.encode())
     else:
         data_meta, where = load_meta(dataset, data_dir), f"{dataset} {split}"
+        record = data_meta.get("record", 1)
+        if seq_len % record:
+            raise UserError(f"data set {dataset!r} has items of {record} tokens, and windows of {seq_len} would cut "
+                            f"them: use --seq_len={record}")
         tokens = recode(load_split(dataset, split, seq_len, data_dir), data_meta, meta, dataset)
         n_bytes = data_meta["bytes"][split] if "bytes" in data_meta else None
     starts = windows(tokens, seq_len, max(1, round(n_tokens / seq_len)) if n_tokens else n_windows)
@@ -124,12 +128,12 @@ def config_to_score(config, path, seq_len, normalised, block_size):
     return replace(config, objective=config.objective_class.blocks, block_size=block_size, seq_len=seq_len)
 
 
-def read_tokens(file, tokenizer, meta, seq_len):
+def read_tokens(file, tokenizer, seq_len):
     """The tokens of a text file, its text as it was encoded, and in words what was done to it.
 
     Raises UserError if the tokens do not fill one window of seq_len."""
     content, how = read_text(file), "as it stands"
-    if meta.get("alphabet") == TEXT8_ALPHABET:
+    if tokenizer.alphabet == TEXT8_ALPHABET:
         content, how = " ".join(text8_words(content)), "in text8's 27 symbols"
     tokens = tokenizer.encode(content)
     if len(tokens) < seq_len:
@@ -142,6 +146,17 @@ def different_tokens(one, two):
     """The first part of the description of their tokens in which two subjects differ, or None."""
     return next((key for key in ("tokenizer", "alphabet", "vocab_size", "definition")
                  if one.meta.get(key) != two.meta.get(key)), None)
+
+
+def same_tokens(one, two, size=1 << 24):
+    """Tell whether two arrays (n,) are equal. They are compared in pieces: a split may be larger than the memory."""
+    return len(one) == len(two) and all(np.array_equal(one[i:i + size], two[i:i + size])
+                                        for i in range(0, len(one), size))
+
+
+def count_tokens(tokens, vocab_size, size=1 << 24):
+    """How often each token occurs, (V,), counted in pieces: np.bincount would copy a whole split."""
+    return sum(np.bincount(tokens[i:i + size], minlength=vocab_size) for i in range(0, len(tokens), size))
 
 
 def check_comparable(one, two, named_data):
@@ -161,7 +176,7 @@ def check_comparable(one, two, named_data):
                         f"{two.config.prefix}): score each of them with --context")
     if not named_data and "sha256" in one.meta and "sha256" in two.meta:
         check_same_data(one.meta, two.meta, one.dataset, two.path)
-    if not np.array_equal(one.data.tokens, two.data.tokens):
+    if not same_tokens(one.data.tokens, two.data.tokens):
         raise UserError(f"{one.path} and {two.path} have different data under the name of {one.dataset}: "
                         "choose the data for both with --data_dir")
     lengths = one.data.seq_len, two.data.seq_len

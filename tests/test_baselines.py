@@ -53,6 +53,7 @@ def test_a_large_vocabulary():
 def test_known_words():
     """Words cut by the ends of a sample do not count."""
     assert known_word_share(["cut the cat xq sat cu"], {"the", "cat", "sat"}) == pytest.approx(3 / 4)
+    assert known_word_share(["cut cu", "cut", ""], {"cut"}) is None
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 1000])

@@ -13,7 +13,7 @@ from data.loader import SPLITS, load_meta, load_split
 from data.tokenizer import make_tokenizer
 from likelihood import Windows, bound
 from studies.raw_text import cut_into_chunks, nats_of_chunks, ratio, windows_of
-from studies.subject import open_subject
+from studies.subject import count_tokens, open_subject, same_tokens
 
 TEXT = "".join(f"Zeile {i}: größere Wörter, 雪 und » {i * i} « .\n" for i in range(300))
 
@@ -68,6 +68,16 @@ def test_evaluate_says_which_bytes(call, text_file, tmp_path):
 
 
 # ---- two models with different tokens --------------------------------------------------------------------------------
+
+
+def test_splits_larger_than_memory():
+    """Counting and comparing in pieces, the last of which is short, is counting and comparing."""
+    tokens = np.array([3, 0, 1, 3, 2, 3, 0], dtype=np.uint16)
+    for size in (1, 3, 7, 100):
+        assert count_tokens(tokens, 5, size).tolist() == [2, 1, 1, 3, 0]
+        for i in range(7):
+            assert not same_tokens(tokens, np.where(np.arange(7) == i, 4, tokens), size)
+        assert same_tokens(tokens, tokens.copy(), size) and not same_tokens(tokens, tokens[:-1], size)
 
 
 def test_chunks():

@@ -524,6 +524,23 @@ def test_readme_has_commands():
     assert folders("evaluate.py out/a --judge out/b/ckpt.pt".split()) == ({"out/a", "out/b"}, set())
 
 
+@pytest.mark.parametrize("message", ["InvalidCxxCompiler: No working C++ compiler found", "TritonMissing: no Triton"])
+def test_no_compiler(message, monkeypatch, capsys):
+    """What torch.compile raises where it has no compiler is one line; another error keeps its traceback."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def fail():
+        raise RuntimeError(message)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(fail)
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    message = "something else"
+    with pytest.raises(RuntimeError):
+        cli.run(fail)
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 220
 

@@ -23,6 +23,7 @@ from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import (
     TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, byte_alphabet, make_tokenizer, text8_words, tokens_of,
 )
+from studies.quality import ids_of
 
 META = {"tokenizer": "char", "alphabet": TEXT8_ALPHABET, "vocab_size": 27}
 
@@ -249,6 +250,12 @@ def test_prepare_command(name, command):
     assert prepare_command(name) == f"python data/prepare_{command}"
     if name == "mine":
         assert prepare_command(name, {"record": 32}) == "python data/prepare_names.py --file FILE --name mine"
+        asked = {"files": ["a"], "val and test": ["b", "c"], "tokenizer": "bpe:300", "alphabet": "own"}
+        assert prepare_command(name, {"request": asked}) == (
+            "python data/prepare_textfile.py FILE --name mine --tokenizer bpe:300 --val FILE --test FILE")
+        asked = {"files": ["a"], "val and test": [], "tokenizer": "char", "alphabet": "text8"}
+        assert prepare_command(name, {"request": asked}) == (
+            "python data/prepare_textfile.py FILE --name mine --alphabet text8")
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 12])
@@ -267,14 +274,24 @@ def test_a_name_that_is_taken(call, tmp_path):
     prepare = lambda file, *more: call(
         "data/prepare_textfile.py", tmp_path / file, "--name", "x", "--data_dir", tmp_path, *more)
     assert prepare("a.txt").code == 0 and prepare("a.txt").code == 0
-    assert_one_line(prepare("b.txt"), "prepared with files a.txt (3,900 bytes), not b.txt (3,900 bytes)")
+    assert_one_line(prepare("b.txt"), "prepared with files a.txt (3,900 bytes, SHA-256 ")
     assert_one_line(prepare("a.txt", "--alphabet", "text8"), "already prepared with alphabet own, not text8: choose")
     assert_one_line(prepare("a.txt", "--tokenizer", "bpe:300"), "tokenizer char, not bpe:300: choose another --name")
     assert_one_line(prepare("a.txt", "--tokenizer", "bpe:x"), "write bpe:SIZE")
     assert_one_line(prepare("a.txt", "--val", tmp_path / "b.txt", "--test", tmp_path / "b.txt"),
-                    "with val and test none, not b.txt (3,900 bytes), b.txt (3,900 bytes)")
-    (tmp_path / "a.txt").write_text("another text " * 100)
-    assert_one_line(prepare("a.txt"), "with files a.txt (3,900 bytes), not a.txt (1,300 bytes)")
+                    "with val and test none, not b.txt (3,900 bytes, SHA-256 ")
+    (tmp_path / "a.txt").write_text("other words, and then some words again. " * 97 + " " * 20)
+    assert_one_line(prepare("a.txt"), "with files a.txt (3,900 bytes, SHA-256 ", ", not a.txt (3,900 bytes, SHA-256 ")
+
+
+def test_other_files_under_a_fixed_name(call, tmp_path):
+    """Scripts without --name refuse other files, too; a call that names none is content with what is there."""
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text(f"some words of {name}\n" * 50)
+    prepare = lambda *files: call("data/prepare_wikitext.py", "--tokenizer", "bpe:300", "--data_dir", tmp_path,
+                                  *(["--file", *(tmp_path / f"{name}.txt" for name in files)] if files else []))
+    assert prepare(*"abc").code == prepare(*"abc").code == prepare().code == 0
+    assert_one_line(prepare(*"abd"), "already prepared with files a.txt", "choose another --data_dir, or delete it")
 
 
 def test_the_same_command_again(call, tmp_path):
@@ -346,6 +363,29 @@ def test_openwebtext(monkeypatch, tmp_path, gpt2, kind):
     assert sorted(sum(found.values(), [])) == sorted(texts)
     assert sum("A copy of the same page." in documents for documents in found.values()) == 1
     assert 15 <= len(set(found["val"])) <= 50 and 15 <= len(set(found["test"])) <= 50
+
+
+def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
+    """A cut or empty file is one line; a document without a text is left out."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and not much more")
+    (tmp_path / "a.jsonl").write_text("")
+    go = lambda file: call("data/prepare_openwebtext.py", "--file", tmp_path / file, "--data_dir", tmp_path)
+    for file in ("a.parquet", "a.jsonl"):
+        result = go(file)
+        assert result.code == 2 and "Traceback" not in result.err
+        assert result.err.splitlines()[-1].startswith(f"prepare_openwebtext.py: could not load {tmp_path / file} (")
+    assert not (tmp_path / "openwebtext").exists()
+    prepare_openwebtext.start_worker(0.0)
+    (tokens, n_bytes), = prepare_openwebtext.encode(["one", None, "two", ""]).values()
+    assert gpt2.decode(tokens) == "one<|endoftext|>two<|endoftext|>" and n_bytes == 6
+
+
+def test_end_of_text_is_one_token(gpt2):
+    """What was decoded is encoded as it was; in a text of somebody's the same letters are letters."""
+    tokens = [*gpt2.encode("a b"), gpt2.end, *gpt2.encode("c")]
+    assert gpt2.encode_decoded(gpt2.decode(tokens)).tolist() == tokens == ids_of(gpt2.decode(tokens), gpt2)
+    assert len(gpt2.encode(gpt2.decode(tokens))) > len(tokens)
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):

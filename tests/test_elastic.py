@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import storage
+from cli import UserError
 from commands import ROOT, assert_one_line, finish_well, start
 
 os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported
 torchft = pytest.importorskip("torchft", reason="torchft is not installed (Linux on x86-64 only)")
 from torchft._torchft import LighthouseServer
+
+from studies.elastic import claim_new
 
 FLAGS = ["--local_steps=10", "--warmup_steps=5", "--lr=1e-3", "--dropout=0", "--time_sampling=exact_k"]
 
@@ -90,4 +93,12 @@ def test_what_is_missing(call, monkeypatch):
         monkeypatch.setenv(name, "2")
     assert_one_line(go(), "--local_steps is missing")
     assert_one_line(go("--local_steps=5", "--fragments=2"), "fragments", "leave them out")
+    assert_one_line(go("--local_steps=7"), "max_steps=1700 must be a multiple of local_steps=7")
     assert_one_line(go("--local_steps=5"), "REPLICA_GROUP_ID must be one of 0 ...")
+
+
+def test_no_run_is_written_over(tmp_path):
+    assert claim_new(tmp_path / "new") and (tmp_path / "new").is_dir()
+    (tmp_path / "ckpt_best.pt").write_text("precious")
+    with pytest.raises(UserError, match="has a run already"):
+        claim_new(tmp_path)

@@ -27,6 +27,7 @@ from configs import CONFIGS, Config, from_command_line, replace
 from data.loader import SPLITS
 from data.tokenizer import KNOWN, CharTokenizer, make_tokenizer
 from diffusion import MDLM
+from export import last_validation
 from foreign import ddit, files, translate
 from networks import small
 
@@ -592,7 +593,7 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     assert "validation during training, step 60" in card and "mdlm_text8" in card
     assert f"| {json.loads(result.out)['bits_per_char']:.4f} | tiny val, " in card
     prepare, train_again = card.split("```sh\n")[2].split("\n```")[0].splitlines()
-    assert prepare == "python data/prepare_textfile.py FILE --name tiny"
+    assert prepare == "python data/prepare_textfile.py FILE --name tiny --alphabet text8"
     config = json.loads((folder / "config.json").read_text())
     monkeypatch.setattr(sys, "argv", shlex.split(train_again)[1:])
     again = dataclasses.asdict(from_command_line("train.py", "", lambda p: None)[1])
@@ -607,12 +608,24 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     assert_one_line(call("checkpoint.py", "export", trained, folder), "already exists")
     assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", folder / "config.json"),
                     "is not the output of `evaluate.py")
+    for wrong in ({"step": 59}, {"weights": "raw"}):
+        (tmp_path / "other.json").write_text(json.dumps(json.loads(result.out) | wrong))
+        assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", tmp_path / "other.json"),
+                        f"scored the {wrong.get('weights', 'ema')} weights of step {wrong.get('step', 60)}")
     assert_one_line(call("checkpoint.py", "export", tmp_path / "nothing", tmp_path / "z"), "no checkpoint at")
     assert not (tmp_path / "z").exists() and not list(tmp_path.glob(".*.tmp"))
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (folder / "model.safetensors").write_bytes(content)
     assert_one_line(call("sample.py", folder), "do not match the SHA-256")
+
+
+def test_a_card_has_its_own_validation(tmp_path):
+    """That of the step of the weights, or the last one before: later ones are of other weights."""
+    lines = [{"step": step, "val_bits_per_token": 4 - step / 100, "val_stderr": 0.1} for step in (20, 40, 60)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 0}, *lines]))
+    found = [last_validation(tmp_path / "ckpt_best.pt", step) for step in (10, 20, 50, 60)]
+    assert found == [None, (3.8, 0.1, 20), (3.6, 0.1, 40), (3.4, 0.1, 60)]
 
 
 def test_nothing_is_written_over(call, trained, tmp_path):

@@ -228,6 +228,7 @@ def test_commands(call, run):
     result = call("demos.py", "names", run, "-n", 20, "--seed", 3)
     assert result.code == 0 and "20 names drawn, seed 3" in result.out and "gap of 29 tokens" in result.out, result.err
     assert call("demos.py", "names", run, "-n", 20, "--seed", 3).out == result.out
+    assert_one_line(call("evaluate.py", run, "--seq_len=16"), "windows of 16 would cut them: use --seq_len=32")
 
 
 def test_names_in_blocks(call, names_dir, tmp_path):

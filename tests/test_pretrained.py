@@ -8,7 +8,7 @@ import torch
 
 import sample
 from checkpoint import load_model
-from commands import ROOT
+from commands import ROOT, assert_one_line
 from data.tokenizer import make_tokenizer
 from likelihood import Windows, bound
 
@@ -68,6 +68,17 @@ def test_recorded_numbers():
         where[:, first::3] = True
         logits = model(objective.corrupt(x0, where), torch.tensor([1 / 3]), where=where)
         assert torch.nn.functional.cross_entropy(logits, x0[where]).item() == pytest.approx(recorded, abs=1e-4)
+
+
+def test_texts_that_it_does_not_know(call, tmp_path):
+    """Its vocabulary has all bytes, but it has seen 27 symbols: a prompt in others is refused, a file is converted."""
+    assert_one_line(call("sample.py", "--prefix", "The end, "), "--prefix: ',' 'T' not in the alphabet ' abc")
+    assert_one_line(call("sample.py", "--template", "ab\udcff ____"), "--template is not valid text")
+    (tmp_path / "a.txt").write_text(f"{TEXT.title()}!\n" * 4)
+    (tmp_path / "b.txt").write_text(" ".join([TEXT] * 4))
+    bits = [json.loads(call("evaluate.py", sample.PRETRAINED, "--json", "--text", tmp_path / name).out)["bits_per_byte"]
+            for name in ("a.txt", "b.txt")]
+    assert bits[0] == bits[1] < 3
 
 
 def test_it_fills_in(call):

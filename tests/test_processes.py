@@ -125,7 +125,9 @@ import torch
 import parallel
 
 parallel.join(1)
-parallel.form_teams({size})
+parallel.form_teams({size}, 10)
+for group in (parallel.team, parallel.leaders if parallel.rank % {size} == 0 else parallel.team):
+    assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 600
 sizes = []
 
 def function(x):

@@ -272,6 +272,9 @@ def test_outputs(call, trained, tmp_path):
     result = call("sample.py", trained, "--out", tmp_path / "link.txt", "--html", "/dev/null", "--png", "/dev/null")
     assert result.code == 0 and (tmp_path / "link.txt").is_symlink() and not os.path.isfile("/dev/null")
     assert (tmp_path / "real.txt").read_text() == result.out
+    written = subprocess.run([sys.executable, ROOT / "sample.py", trained, "--out", "/dev/stdout", "--json"],
+                             stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert written.endswith(json.loads(written.split("\n")[0])["samples"][0]["text"] + "\n")
     with subprocess.Popen([sys.executable, ROOT / "sample.py", trained, "--out", tmp_path / "out.txt"],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
