@@ -5,23 +5,22 @@
 D3PM (nanoDD's objective and optimiser), the fast recipe of MDLM, block diffusion in blocks of 16, and left to right,
 each at sizes from 0.2M to 10M parameters with some budgets of operations C (model.DiT.flops, recomputation not
 counted). A budget gives each size its number of steps. The learning rate of each method and size is tuned by factors of
-2, by the validation of seed 1 with the second budget. Then seed 1 trains all sizes with all budgets. The other seeds
-train the two sizes that have the best validation with seed 1, for each method and budget. All bits of masked models are
-bounds in continuous time.
+2, by the validation of seed 1 with the last budget but one. Then seed 1 trains all sizes with all budgets. For each
+method and budget, the other seeds train the two sizes that have the best validation with seed 1. All bits of masked
+models are bounds in continuous time.
 
-For each method and budget the best size gives a point of the frontier. Through the points of all budgets goes the line
+For each method and budget, the best size gives a point of the frontier. The ratio says how many times the operations a
+method needs for equal bits: its largest budget, divided by the operations with which left to right has the same bits.
+These are read off the frontier of left to right, by a line between neighbouring points in log C. There is no ratio
+where the smallest budget of left to right brings fewer bits already. Small budgets cost little, so --budgets should
+begin low. The slope says what ten times the operations bring: it is that of a line of bits against log10 C, fitted to
+the last three points. Ratio and slope are computed for each seed, too.
 
-    log(bits - floor) = a - b log C,
-
-with one floor for all methods, which is chosen to fit best. (The entropy of the text itself is unknown.) The ratio of
-operations at equal bits is read off the lines of each seed. The level is the worst method's bits at the largest budget.
-Where a method is below it at its smallest budget already, its line is extended, and a sentence says so. It writes
-frontier.json and frontier.png. What is there is not run again.
+It writes frontier.json and frontier.png. What is there is not run again.
 """
 
 import functools
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -47,8 +46,9 @@ METHODS = {
 }
 SIZES = {"0.2M": dict(n_layer=4, n_embd=64, n_head=2), "0.8M": dict(n_layer=4, n_embd=128, n_head=4),
          "2.7M": dict(n_layer=6, n_embd=192, n_head=6), "10M": dict(n_layer=6, n_embd=384, n_head=6)}
-BUDGETS = "3e12,1e13,3e13,1e14"
+BUDGETS = "1e11,3e11,1e12,3e12,1e13,3e13,1e14"
 KEPT = 2  # sizes that all seeds train
+LAST = 3  # budgets of the slope
 
 
 def config_of(method, size):
@@ -99,31 +99,23 @@ class Study:
 # ---- the frontier ----------------------------------------------------------------------------------------------------
 
 
-def line(points, floor):
-    """Least squares of log(bits - floor) = a - b log C over points [(C, bits)]: (a, b, sum of squared residuals)."""
-    x, y = np.log([c for c, _ in points]), np.log([bits - floor for _, bits in points])
-    slope, a = np.polyfit(x, y, 1)
-    return a, -slope, ((y - a - slope * x) ** 2).sum()
+def slope(points):
+    """Bits for ten times the operations: least squares of the bits against log10 C over points [(C, bits)]."""
+    return np.polyfit(np.log10([c for c, _ in points]), [bits for _, bits in points], 1)[0].item()
 
 
-def fit(frontiers):
-    """One floor and a line for each method, {method: [(C, bits)]} -> (floor, {method: (a, b)})."""
-    lowest = min(bits for points in frontiers.values() for _, bits in points)
-    floors = np.linspace(0, 0.98 * lowest, 99)
-    floor = min(floors, key=lambda f: sum(line(points, f)[2] for points in frontiers.values()))
-    return float(floor), {method: line(points, floor)[:2] for method, points in frontiers.items()}
+def operations(points, bits):
+    """The C at which a frontier [(C, bits)] has these bits, by lines between its points in log C; None outside them."""
+    for (c, y), (c2, y2) in zip(points, points[1:]):
+        if y >= bits >= y2:
+            return c * (c2 / c) ** ((y - bits) / (y - y2) if y > y2 else 0)
+    return None
 
 
-def operations(bits, floor, a, b):
-    """The C at which a line reaches these bits."""
-    return math.exp((a - math.log(bits - floor)) / b)
-
-
-def ratios(frontiers, reference, bits):
-    """{method: operations for these bits, relative to the reference's}."""
-    floor, lines = fit(frontiers)
-    needed = {method: operations(bits, floor, *lines[method]) for method in frontiers}
-    return {method: value / needed[reference] for method, value in needed.items()}
+def ratio(points, reference):
+    """The last budget of a frontier, divided by the operations at which the reference has its bits; None: unknown."""
+    needed = operations(reference, points[-1][1])
+    return None if needed is None else points[-1][0] / needed
 
 
 def main():
@@ -137,7 +129,7 @@ def main():
     budgets = sorted({number(float, 1, 1e30)(text) for text in args.budgets.split(",")})
     if len(budgets) < 2:
         raise UserError("--budgets needs at least two numbers, for a line")
-    best, _ = runs.tuned([(method, size, budgets[1]) for method in METHODS for size in SIZES], study.tune, args.jobs)
+    best, _ = runs.tuned([(method, size, budgets[-2]) for method in METHODS for size in SIZES], study.tune, args.jobs)
     best = {(method, size): lr for (method, size, _), lr in best.items()}
     key = lambda method, size, budget, seed: (method, size, budget, best[method, size], seed)
     pairs = [(method, budget) for budget in budgets for method in METHODS]
@@ -168,27 +160,25 @@ def main():
                  "steps": ("steps", ",d"), "seeds": ("seeds", "d"), "bits": ("bits", ".4f"), "stderr": ("±", ".4f")},
           sys.stdout)
     frontiers = {method: frontier(method, list(seeds)) for method in METHODS}
-    level = max(points[-1][1] for points in frontiers.values())  # the bits that all methods reach
-    if not math.isfinite(level):
-        raise UserError("a method has no run with finite bits at the largest budget: there is no line to fit")
-    for method, points in frontiers.items():
-        if points[0][1] < level:
-            print(f"{method} is below {level:.3f} bits at its smallest budget: its operations are extrapolated")
-    by_seed = [ratios({method: frontier(method, [seed]) for method in METHODS}, "left to right", level)
-               for seed in seeds]
-    floor, lines = fit(frontiers)
-    result = {method: {"a": a, "b": b, "ratio": ratios(frontiers, "left to right", level)[method],
-                       "by_seed": [of_seed[method] for of_seed in by_seed]} for method, (a, b) in lines.items()}
-    print(f"floor {floor:.3f} bits; operations for {level:.3f} bits, relative to left to right, in all and by seed")
-    table([{"method": method, **values, "by_seed": "  ".join(f"{x:.2f}" for x in values["by_seed"])}
-           for method, values in result.items()],
-          {"method": ("", ""), "b": ("exponent b", ".3f"), "ratio": ("times the operations", ".2f"),
-           "by_seed": ("by seed", "")}, sys.stdout)
+    result = []
+    for method in METHODS:
+        of_seeds = [(frontier(method, [seed]), frontier("left to right", [seed])) for seed in seeds]
+        ratios = [ratio(*pair) for pair in of_seeds]
+        slopes = over_seeds([slope(points[-LAST:]) for points, _ in of_seeds])
+        result.append({"method": method, "bits": finite(frontiers[method][-1][1]), "slope": finite(slopes[0]),
+                       "stderr": slopes[1], "ratio": ratio(frontiers[method], frontiers["left to right"]),
+                       "by_seed": ratios})
+    print(f"the frontiers at {budgets[-1]:.0e} operations: bits; bits more with ten times the operations; and how many "
+          f"times the operations of left to right these bits take, in all and by seed (none: more than "
+          f"{budgets[-1] / budgets[0]:,.0f})")
+    shown = lambda x: "none" if x is None else f"{x:.2f}"
+    table([row | {"ratio": shown(row["ratio"]), "by_seed": "  ".join(map(shown, row["by_seed"]))} for row in result],
+          {"method": ("", ""), "bits": ("bits", ".4f"), "slope": ("slope", "+.3f"), "stderr": ("±", ".3f"),
+           "ratio": ("times the operations", ""), "by_seed": ("by seed", "")}, sys.stdout)
     picture(args.folder / "frontier.png", {method: [(c, bits, 0.0) for c, bits in points]
                                            for method, points in frontiers.items()},
             "operations of the training", "bits per character (test), the best size", log_x=True)
-    write_file(args.folder / "frontier.json", json.dumps({"rows": rows, "floor": floor, "level": level,
-                                                          "methods": result}) + "\n")
+    write_file(args.folder / "frontier.json", json.dumps({"rows": rows, "methods": result}) + "\n")
 
 
 if __name__ == "__main__":

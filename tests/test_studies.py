@@ -95,7 +95,7 @@ def test_crossing():
 
 
 def test_frontier(answers, monkeypatch, tmp_path):
-    """A known law is found again: exponents, floor and the ratio of operations."""
+    """A known law is found again: the slope and the ratio of operations."""
     factor = {"D3PM": 4.0, "MDLM_fast": 2.0, "blocks_of_16": 1.5, "left_to_right": 1.0}
 
     def bits(path):
@@ -104,19 +104,28 @@ def test_frontier(answers, monkeypatch, tmp_path):
         return 1.3 + 3 * (float(budget) / 1e12 / factor[name]) ** -0.25 + worse
 
     calls = answers(bits)
-    found = go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,4e12,1.6e13")
-    assert found["floor"] == pytest.approx(1.3, abs=0.08)
-    for method, true in zip(frontier.METHODS, factor.values()):
-        assert found["methods"][method]["ratio"] == pytest.approx(true, rel=0.1)
-        assert found["methods"][method]["b"] == pytest.approx(0.25, abs=0.04)
+    found = go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,2e12,4e12,8e12,1.6e13")
+    for row, true in zip(found["methods"], factor.values()):
+        assert row["ratio"] == pytest.approx(true, rel=0.02) and row["by_seed"] == pytest.approx([row["ratio"]] * 2)
+        assert row["slope"] == pytest.approx(-0.75 * np.log(10) * (8 / true) ** -0.25, rel=0.02) and row["stderr"] == 0
     steps = {(row["method"], row["size"], row["operations"]): row["steps"] for row in found["rows"]}
     assert steps["MDLM, fast", "0.2M", 1.6e13] == pytest.approx(4 * steps["MDLM, fast", "0.2M", 4e12], rel=0.01)
     assert all(row["lr"] != 6e-3 for row in found["rows"])
     assert {row["size"]: row["seeds"] for row in found["rows"]} == {"0.2M": 1, "0.8M": 2, "2.7M": 2, "10M": 1}
-    assert all("4e+12" in str(words) for words in calls if "lr=0.006" in str(words))  # tuned with the second budget
+    assert all("8e+12" in str(words) for words in calls if "lr=0.006" in str(words))  # tuned with the last but one
     before = len(calls)
-    go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,4e12,1.6e13")
+    go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,2e12,4e12,8e12,1.6e13")
     assert len(calls) == before
+
+
+def test_ratio_of_operations():
+    """Between points by a line in log C; outside of the reference it is unknown."""
+    reference = [(1e12, 3.0), (1e14, 2.0)]
+    assert frontier.ratio([(1e15, 2.5)], reference) == pytest.approx(100)
+    assert frontier.ratio([(1e15, 3.0)], reference) == pytest.approx(1000)
+    assert frontier.ratio(reference, reference) == 1
+    assert frontier.ratio([(1e15, 3.01)], reference) is None and frontier.ratio([(1e15, 1.9)], reference) is None
+    assert frontier.slope(reference) == pytest.approx(-0.5)
 
 
 def test_slow_links(answers, monkeypatch, tmp_path):
@@ -303,7 +312,7 @@ def test_other_settings_are_other_runs(answers, monkeypatch, tmp_path):
     calls = answers(lambda path: 3.0)
     go(frontier, monkeypatch, tmp_path / "study", "--seeds", "1", "--budgets", "1e12,4e12")
     before = len(calls)
-    go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,4e12,5e12")
+    go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e11,1e12,4e12")
     assert len(calls) - before == 2 * (4 * 4 + 3 * 4 * 2)  # a training and a score of each new run
     with pytest.raises(UserError, match="has runs with windows=1024, not 99"):
         go(frontier, monkeypatch, tmp_path / "study", "--budgets", "1e12,5e12", "--windows", "99")
