@@ -175,8 +175,10 @@ def main():
     table([row | {"ratio": shown(row["ratio"]), "by_seed": "  ".join(map(shown, row["by_seed"]))} for row in result],
           {"method": ("", ""), "bits": ("bits", ".4f"), "slope": ("slope", "+.3f"), "stderr": ("±", ".3f"),
            "ratio": ("times the operations", ""), "by_seed": ("by seed", "")}, sys.stdout)
-    picture(args.folder / "frontier.png", {method: [(c, bits, 0.0) for c, bits in points]
-                                           for method, points in frontiers.items()},
+    best_rows = lambda method, budget: min((row["bits"], row["stderr"]) for row in rows if row["size"] in kept[
+        method, budget] and (row["method"], row["operations"]) == (method, budget))
+    picture(args.folder / "frontier.png", {method: [(budget, *best_rows(method, budget)) for budget in budgets]
+                                           for method in METHODS},
             "operations of the training", "bits per character (test), the best size", log_x=True)
     write_file(args.folder / "frontier.json", json.dumps({"rows": rows, "methods": result}) + "\n")
 
