@@ -10,7 +10,8 @@
 NUM_REPLICA_GROUPS is the largest number of groups. batch_size is that of all of them; each group reads its own share.
 In a round a group trains for local_steps steps, then takes the outer step of local_sgd.py together with all groups that
 are alive. A new group takes part in one exchange before it trains, in which it gets the state of another group. There
-are no checkpoints on the way; at the end each group writes ckpt.pt. docs/slow_links.md says what to know of the engine.
+are no checkpoints on the way; at the end each group writes OUT_DIR/GROUP/ckpt.pt. docs/slow_links.md says what to know
+of the engine.
 
 After each round the first process of a group prints how many groups took part (0: the round is lost, and is trained
 again), its bits per token, and a checksum of weights and averages (EMA), which is the same in all groups.

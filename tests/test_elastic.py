@@ -41,7 +41,7 @@ def group(k, data_dir, out, lighthouse, *flags):
 @pytest.mark.parametrize("lighthouse", [2], indirect=True)  # the first exchange waits for two groups
 def test_agrees_with_local_sgd(data_dir, tmp_path, lighthouse):
     """Weights and averages of the two groups are equal to the bit, and those of train.py up to rounding."""
-    groups = [group(k, data_dir, tmp_path / str(k), lighthouse, "--max_steps=40") for k in (0, 1)]
+    groups = [group(k, data_dir, tmp_path, lighthouse, "--max_steps=40") for k in (0, 1)]
     finish_well(groups)
     finish_well(start("mdlm_text8", data_dir, tmp_path / "train", *FLAGS, "--max_steps=40", n=2))
     one, other, ours = (storage.read(tmp_path / name) for name in ("0", "1", "train"))
@@ -65,7 +65,7 @@ def test_a_group_dies_and_comes_back(data_dir, tmp_path, lighthouse):
                 found[int(match[1])] = float(match[3]), match[4]
         return found
 
-    go = lambda k: group(k, data_dir, tmp_path / str(k), lighthouse, "--max_steps=10000000")
+    go = lambda k: group(k, data_dir, tmp_path, lighthouse, "--max_steps=10000000")
     processes = [go(0), go(1)]
     watchdog = threading.Timer(150, lambda: [process.kill() for process in processes])
     watchdog.start()
