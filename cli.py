@@ -92,23 +92,22 @@ def run(main):
         print(f"\n{name}: interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
+        code = 1
         if any(word in f"{type(error).__name__} {error}" for word in NO_COMPILER):
             if rank in (None, "0"):
                 note(f"{name}: torch.compile finds no compiler (it needs g++, and on a GPU Triton): install it, or use "
                      "--no-compile")
-            sys.exit(2)
-        if rank is None and isinstance(error, (MemoryError, RuntimeError)) and (
+            code = 2
+        elif rank is None and isinstance(error, (MemoryError, RuntimeError)) and (
                 isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
             note(f"{name}: out of memory: use a smaller --micro_batch_size (train.py) or --batch_size")
-            sys.exit(1)
-        if rank is None:
+        elif rank is None:
             raise
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
             reason = str(error).split("] ", 1)[-1].splitlines()[0][:100]
             note(f"{name}: process {rank} lost another process, which ended or did not answer in time ({reason})")
         else:
             traceback.print_exc()
-        code = 1
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

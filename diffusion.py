@@ -160,7 +160,7 @@ class Absorbing:
     block_size = 0      # tokens of a block, if blocks are predicted from left to right (block_diffusion.py)
     blocks = None       # the objective that has the same predictions within blocks
     normalised = None   # if the prediction f need not sum to one: the objective whose bound f/sum(f) has
-    own = ()            # settings of Config, of lambda_ce and weighting, that this objective has
+    own = ()            # which of the settings lambda_ce and weighting it has
     # What --sampler calls a sampler: its name in sampling.SAMPLERS. The first one is the default.
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}

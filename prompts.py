@@ -11,6 +11,7 @@ from block_diffusion import cut, finish, in_blocks
 from categorical import State, begin
 from cli import UserError
 from data.prepare import read_text
+from data.tokenizer import check_alphabet
 
 BLANKS = re.compile(r"\\(?P<escaped>[\\_{}n])|(?P<blanks>_+)|\{(?P<count>[^{}]*)\}|(?P<wrong>[{}\\])")
 
@@ -50,10 +51,7 @@ def encode(text, tokenizer, name):
     """Token ids of a prompt. Raises a UserError that names the characters that the model does not know."""
     try:
         text.encode()
-        strange = sorted(set(text) - set(tokenizer.alphabet or text))
-        if strange:
-            raise UserError(f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''} not in the "
-                            f"alphabet {tokenizer.alphabet!r}")
+        check_alphabet(text, tokenizer.alphabet or text)  # a BPE could encode more than its model has seen
         return tokenizer.encode(text).tolist()
     except UnicodeEncodeError:
         raise UserError(f"{name} is not valid text: it has bytes that are not UTF-8")

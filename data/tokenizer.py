@@ -38,6 +38,14 @@ KNOWN = {
 }
 
 
+def check_alphabet(characters, alphabet):
+    """Raise UserError that names any of the characters outside the alphabet."""
+    strange = sorted(set(characters) - set(alphabet))
+    if strange:
+        raise UserError(f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''} not in the alphabet "
+                        f"{alphabet!r}")
+
+
 class CharTokenizer:
     """One token per character of a fixed alphabet; ids are positions in it.
 
@@ -58,10 +66,7 @@ class CharTokenizer:
         """Convert a str to (n,) uint16. Raises UserError that names any characters outside the alphabet."""
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         known, inverse = np.unique(codes, return_inverse=True)
-        strange = [chr(code) for code in known if code not in self.ids]
-        if strange:
-            shown = " ".join(repr(character) for character in strange[:10])
-            raise UserError(f"{shown}{' ...' if len(strange) > 10 else ''} not in the alphabet {self.alphabet!r}")
+        check_alphabet([chr(code) for code in known], self.alphabet)
         return np.array([self.ids[code] for code in known], dtype=np.uint16)[inverse]
 
     def decode(self, ids):

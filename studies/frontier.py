@@ -100,13 +100,14 @@ class Study:
 
 
 def slope(points):
-    """Bits for ten times the operations: least squares of the bits against log10 C over points [(C, bits)]."""
-    return np.polyfit(np.log10([c for c, _ in points]), [bits for _, bits in points], 1)[0].item()
+    """Bits for ten times the operations: least squares of the bits against log10 C over points [(C, bits, ...)]."""
+    C, bits, *_ = zip(*points)
+    return np.polyfit(np.log10(C), bits, 1)[0].item()
 
 
 def operations(points, bits):
-    """The C at which a frontier [(C, bits)] has these bits, by lines between its points in log C; None outside them."""
-    for (c, y), (c2, y2) in zip(points, points[1:]):
+    """The C at which a frontier [(C, bits, ...)] has these bits, by lines between points in log C; None outside."""
+    for (c, y, *_), (c2, y2, *_) in zip(points, points[1:]):
         if y >= bits >= y2:
             return c * (c2 / c) ** ((y - bits) / (y - y2) if y > y2 else 0)
     return None
@@ -142,9 +143,10 @@ def main():
                               for size in kept[method, budget]]], study.measure, args.jobs)
 
     def frontier(method, chosen):
-        """[(C, bits of the best size)], in the mean over the chosen seeds."""
-        mean = lambda size, budget: sum(found[key(method, size, budget, seed)]["bits"] for seed in chosen) / len(chosen)
-        return [(budget, min(mean(size, budget) for size in kept[method, budget])) for budget in budgets]
+        """[(C, bits of the best size in the mean over the chosen seeds, their standard error)]."""
+        of = lambda size, budget: over_seeds([found[key(method, size, budget, seed)]["bits"] for seed in chosen])
+        return [(budget, *min((of(size, budget) for size in kept[method, budget]), key=lambda x: x[0]))
+                for budget in budgets]
 
     rows = []
     for method in METHODS:
@@ -175,11 +177,8 @@ def main():
     table([row | {"ratio": shown(row["ratio"]), "by_seed": "  ".join(map(shown, row["by_seed"]))} for row in result],
           {"method": ("", ""), "bits": ("bits", ".4f"), "slope": ("slope", "+.3f"), "stderr": ("±", ".3f"),
            "ratio": ("times the operations", ""), "by_seed": ("by seed", "")}, sys.stdout)
-    best_rows = lambda method, budget: min((row["bits"], row["stderr"]) for row in rows if row["size"] in kept[
-        method, budget] and (row["method"], row["operations"]) == (method, budget))
-    picture(args.folder / "frontier.png", {method: [(budget, *best_rows(method, budget)) for budget in budgets]
-                                           for method in METHODS},
-            "operations of the training", "bits per character (test), the best size", log_x=True)
+    picture(args.folder / "frontier.png", frontiers, "operations of the training",
+            "bits per character (test), the best size", log_x=True)
     write_file(args.folder / "frontier.json", json.dumps({"rows": rows, "methods": result}) + "\n")
 
 

@@ -155,7 +155,7 @@ def same_tokens(one, two, size=1 << 24):
 
 
 def count_tokens(tokens, vocab_size, size=1 << 24):
-    """How often each token occurs, (V,), counted in pieces: np.bincount would copy a whole split."""
+    """Count each of the V tokens in an array, in pieces, because np.bincount would copy a whole split: (n,) -> (V,)."""
     return sum(np.bincount(tokens[i:i + size], minlength=vocab_size) for i in range(0, len(tokens), size))
 
 

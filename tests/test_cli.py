@@ -526,7 +526,7 @@ def test_readme_has_commands():
 
 @pytest.mark.parametrize("message", ["InvalidCxxCompiler: No working C++ compiler found", "TritonMissing: no Triton"])
 def test_no_compiler(message, monkeypatch, capsys):
-    """What torch.compile raises where it has no compiler is one line; another error keeps its traceback."""
+    """A missing compiler is reported in one line. Other errors keep their traceback."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(sys, "argv", ["train.py"])
 

@@ -382,7 +382,7 @@ def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
 
 
 def test_end_of_text_is_one_token(gpt2):
-    """What was decoded is encoded as it was; in a text of somebody's the same letters are letters."""
+    """Decoding and encoding keeps end-of-text as one token. In a text of the user's the same letters are letters."""
     tokens = [*gpt2.encode("a b"), gpt2.end, *gpt2.encode("c")]
     assert gpt2.encode_decoded(gpt2.decode(tokens)).tolist() == tokens == ids_of(gpt2.decode(tokens), gpt2)
     assert len(gpt2.encode(gpt2.decode(tokens))) > len(tokens)
