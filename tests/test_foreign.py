@@ -599,6 +599,10 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     again = dataclasses.asdict(from_command_line("train.py", "", lambda p: None)[1])
     assert {key: again[key] for key in config["config"]} == config["config"] and again["max_steps"] == 60
     assert config["meta"]["alphabet"] == KNOWN["text8"]["alphabet"] and "/" not in json.dumps(config["config"])
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, ROOT / "checkpoint.py", "export", trained, tmp_path / "c"], env=ascii_only,
+                   check=True)
+    assert "±" in (tmp_path / "c" / "README.md").read_text(encoding="utf-8")
     half = tmp_path / "half"
     assert call("checkpoint.py", "export", trained, half, "--dtype=float16").code == 0
     size = lambda path: (path / "model.safetensors").stat().st_size

@@ -38,10 +38,12 @@ def test_training_learns(trained):
 
 
 def test_validation_and_samples_do_not_touch_training(call, data_dir, tmp_path):
-    """The same weights whether a run validates and samples at every step or never."""
+    """The same weights whether a run validates and samples at every step or only at the end."""
     for interval in (1, 100):
         assert train(call, "d3pm_text8", data_dir, tmp_path / str(interval), "--max_steps=4",
                      f"--eval_interval={interval}", f"--sample_interval={interval}").code == 0
+    drawn = [[line["step"] for line in log(tmp_path / name) if "sample" in line] for name in ("1", "100")]
+    assert drawn == [[1, 2, 3, 4], [4]]
     often, seldom = (storage.read(tmp_path / interval) for interval in ("1", "100"))
     assert all(torch.equal(often["model"][key], seldom["model"][key]) for key in often["model"])
 
