@@ -31,7 +31,7 @@ from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, pl
 from randomness import prefix_lengths
 from sampler_settings import NAMES, add_arguments, cuts, given_flags, settings_of, steps_flag
 from sampling import SAMPLERS
-from storage import add_hints, hints_of
+from storage import add_hints, digest, hints_of
 from studies.baselines import reference_points
 from studies.curves import context, curse, curve
 from studies.orders import orders
@@ -224,6 +224,7 @@ def likelihood(subject, estimator, args):
         "split": subject.split, "seq_len": data.seq_len, "block_size": subject.config.block_size,
         "repeats": args.repeats,
         "seed": args.seed, "step": subject.step, "weights": "raw" if args.raw else "ema", "checkpoint": subject.path,
+        "scored_sha256": digest(dict(sorted(subject.model.named_parameters()))) if args.json else None,
         "seconds": time.perf_counter() - start,
     }
     also = "" if unit == "char" else f", {result['bits_per_byte']:.4f} bits per byte"

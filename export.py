@@ -33,7 +33,8 @@ def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
     check_finite(weights, checkpoint)
     settings = {field: value for field, value in dataclasses.asdict(config_of(payload)).items()
                 if same_run(field) and field != "data_dir"}
-    measured = [read_result(path, payload["step"]) for path in results]
+    scored = digest({key: value.float() for key, value in sorted(payload["ema"].items())}) if results else None
+    measured = [read_result(path, scored) for path in results]
     card = {"format": FORMAT, "name": payload["name"], "step": payload["step"], "config": settings,
             "meta": payload["meta"], "versions": versions(), "weights_sha256": digest(weights), "measured": measured}
     try:
@@ -55,18 +56,20 @@ def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_result(path, step):
+def read_result(path, scored):
     """The fields for the card from a file with the output of evaluate.py --json. Raises UserError if it is no such
-    file, or if other weights were scored than the averaged ones after this step."""
+    file, or if the weights that were scored have another SHA-256 than these averaged ones (scored)."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        if (result["step"], result["weights"]) != (step, "ema"):
-            raise UserError(f"{path} scored the {result['weights']} weights of step {result['step']}, and this is the "
-                            f"average of step {step}: run `evaluate.py CKPT --json` on this checkpoint")
+        if result["scored_sha256"] != scored:
+            raise UserError(f"{path} has the score of other weights ({result['checkpoint']}, step {result['step']}, "
+                            f"{result['weights']}): run `evaluate.py CKPT --json` on this checkpoint")
         return {key: result[key] for key in ("bits_per_token", "bits_per_char", "stderr", "estimator", "dataset",
                                              "split", "n_sequences", "seq_len", "n_tokens")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the output of `evaluate.py CKPT --json` ({type(error).__name__})")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the output of `evaluate.py CKPT --json`: run that again")
 
 
 def last_validation(path, step):

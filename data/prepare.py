@@ -55,14 +55,17 @@ def in_words(value):
 
 
 def named_files(files, hashed=True):
-    """Return names, sizes and (if hashed) the beginning of the SHA-256 of files: a later call knows them by these.
+    """Return names, sizes and the beginning of the SHA-256 of files: a later call knows them by these.
 
-    A file that does not exist has a name only. Whoever reads it will say so."""
+    hashed=False: without the SHA-256, which takes long for hundreds of gigabytes. Raises UserError if it cannot be
+    computed. A pipe has a name only, because it can be read once."""
     def named(path):
-        if not path.is_file():
+        if path.is_file() and not hashed:
+            return f"{path.name} ({path.stat().st_size:,} bytes)"
+        if not hashed or path.exists() and not path.is_dir() and not path.is_file():
             return path.name
-        content = f", SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" if hashed else ""
-        return f"{path.name} ({path.stat().st_size:,} bytes{content})"
+        content = read_bytes(path)
+        return f"{path.name} ({len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()[:12]})"
 
     return [named(Path(file)) for file in files]
 

@@ -32,8 +32,12 @@ READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "te
 def load_documents(files):
     """Return the documents as a Hugging Face data set with a column `text`, memory-mapped from its cache."""
     require("datasets", "the download of OpenWebText")
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
+    from datasets.utils.logging import CRITICAL, set_verbosity
+    set_verbosity(CRITICAL)  # what goes wrong is said below, in one line
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         if not files:
             return load_dataset(SOURCE, split="train")

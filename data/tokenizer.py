@@ -43,7 +43,7 @@ def check_alphabet(characters, alphabet):
     strange = sorted(set(characters) - set(alphabet))
     if strange:
         raise UserError(f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''} not in the alphabet "
-                        f"{alphabet!r}")
+                        f"{alphabet!r}" + ": write lower case letters and spaces" * (alphabet == TEXT8_ALPHABET))
 
 
 class CharTokenizer:

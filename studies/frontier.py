@@ -30,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import configs
-from cli import ArgumentParser, UserError, number, require, run, table, write_file
+from cli import ArgumentParser, number, require, run, table, write_file
 from configs import replace
 from costs import flops_per_token
 from log import finite
@@ -122,14 +122,15 @@ def ratio(points, reference):
 def main():
     p = ArgumentParser(description=__doc__)
     runs.add_arguments(p, steps=0)
-    p.add_argument("--budgets", default=BUDGETS, help=f"operations, separated by commas (default {BUDGETS})")
+    p.add_argument("--budgets", default=BUDGETS, help=f"operations, separated by commas (default {BUDGETS})",
+                   type=lambda text: sorted({number(float, 1, 1e30)(part) for part in text.split(",")}))
     args = p.parse_args()
+    budgets = args.budgets
+    if len(budgets) < 2:
+        p.error("--budgets needs at least two numbers, for a line")
     require("matplotlib", "a picture")
     runs.make_folder(args.folder, args)
     study, seeds = Study(args), range(1, args.seeds + 1)
-    budgets = sorted({number(float, 1, 1e30)(text) for text in args.budgets.split(",")})
-    if len(budgets) < 2:
-        raise UserError("--budgets needs at least two numbers, for a line")
     best, _ = runs.tuned([(method, size, budgets[-2]) for method in METHODS for size in SIZES], study.tune, args.jobs)
     best = {(method, size): lr for (method, size, _), lr in best.items()}
     key = lambda method, size, budget, seed: (method, size, budget, best[method, size], seed)

@@ -45,7 +45,10 @@ def make_folder(path, args, name="settings"):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}")
-    before = once(path / f"{name}.json", lambda: settings)
+    kept = path / f"{name}.json"
+    if list(path.iterdir()) == [kept]:
+        kept.unlink()  # of a call that ended before its first run
+    before = once(kept, lambda: settings)
     for key in settings:
         if before.get(key) != settings[key]:
             raise UserError(f"{path} has runs with {key}={before.get(key)}, not {settings[key]}: choose another folder")

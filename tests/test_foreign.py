@@ -612,10 +612,11 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     assert_one_line(call("checkpoint.py", "export", trained, folder), "already exists")
     assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", folder / "config.json"),
                     "is not the output of `evaluate.py")
-    for wrong in ({"step": 59}, {"weights": "raw"}):
-        (tmp_path / "other.json").write_text(json.dumps(json.loads(result.out) | wrong))
-        assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", tmp_path / "other.json"),
-                        f"scored the {wrong.get('weights', 'ema')} weights of step {wrong.get('step', 60)}")
+    (tmp_path / "other.json").write_text(call("evaluate.py", trained, "--json", "--raw").out)
+    assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", tmp_path / "other.json"),
+                    "has the score of other weights", "step 60, raw")
+    assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", tmp_path / "none.json"),
+                    "cannot read", "No such file")
     assert_one_line(call("checkpoint.py", "export", tmp_path / "nothing", tmp_path / "z"), "no checkpoint at")
     assert not (tmp_path / "z").exists() and not list(tmp_path.glob(".*.tmp"))
     content = bytearray((folder / "model.safetensors").read_bytes())

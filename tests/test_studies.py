@@ -316,8 +316,10 @@ def test_other_settings_are_other_runs(answers, monkeypatch, tmp_path):
     assert len(calls) - before == 2 * (4 * 4 + 3 * 4 * 2)  # a training and a score of each new run
     with pytest.raises(UserError, match="has runs with windows=1024, not 99"):
         go(frontier, monkeypatch, tmp_path / "study", "--budgets", "1e12,5e12", "--windows", "99")
-    with pytest.raises(UserError, match="at least two numbers"):
-        go(frontier, monkeypatch, tmp_path / "other", "--budgets", "1e12")
+    for budgets, message in (("1e12", "at least two numbers"), ("1e12,0", "0 is outside"), ("x,1", "'x' is not")):
+        with pytest.raises(UserError, match=message):
+            go(frontier, monkeypatch, tmp_path / "other", "--budgets", budgets)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_wrong_data_set_leaves_nothing(monkeypatch, tmp_path):
