@@ -31,7 +31,7 @@ class Past(NamedTuple):
 class Layout(NamedTuple):
     """Positions of L tokens, and what each of them sees of the P tokens of the past and of these L, in this order.
 
-    visible: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or Tiles or
+    sees: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or Tiles or
         FlexAttention's BlockMask for the same. None: all tokens, or with a causal network those on the left.
     positions: (L,) or (B, L) long, the tokens' positions in the text. None: those after the past.
     first, last: for token_shift, (L,) bool: the tokens whose left neighbour is of the past, and those without a right
@@ -39,7 +39,7 @@ class Layout(NamedTuple):
         position i is the token i - 1 of the past; else it is the last token of the past.
     """
 
-    visible: torch.Tensor = None
+    sees: torch.Tensor = None
     positions: torch.Tensor = None
     first: torch.Tensor = None
     last: torch.Tensor = None
@@ -47,32 +47,32 @@ class Layout(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """A visibility in square tiles: attention of a row of tiles leaves out the tiles in which nothing is visible."""
+    """A visibility in square tiles: attention of a row of tiles leaves out the tiles in which nothing is seen."""
 
     width: int    # tokens
-    seen: tuple   # for each row of tiles, the numbers of its visible tiles
+    seen: tuple   # for each row of tiles, the numbers of the tiles that it sees
     masks: tuple  # for each row of tiles, (width, width * len(seen)) bool
 
 
-def in_tiles(visible, rows=4):
+def in_tiles(sees, rows=4):
     """The Tiles of a bool (L, n) with this number of rows, or the bool itself where that saves little or cannot be."""
-    (L, n), width = visible.shape, visible.shape[0] // rows
+    (L, n), width = sees.shape, sees.shape[0] // rows
     if width < 16 or L % rows or n % width:
-        return visible
-    tiles = visible.view(rows, width, n // width, width)
+        return sees
+    tiles = sees.view(rows, width, n // width, width)
     seen = [row.nonzero().flatten().tolist() for row in tiles.any(3).any(1)]
     if sum(map(len, seen)) > 0.9 * rows * n // width:
-        return visible
+        return sees
     return Tiles(width, tuple(map(tuple, seen)), tuple(tile[:, row].flatten(1) for tile, row in zip(tiles, seen)))
 
 
-def visibility(sees, L, n, device, flex):
-    """The bool (L, n) of a function sees(row, column), or Tiles, or, with flex, FlexAttention's BlockMask for it.
+def visibility(rule, L, n, device, flex):
+    """The bool (L, n) of a function rule(row, column), or Tiles, or, with flex, FlexAttention's BlockMask for it.
 
     flex=None: on CUDA from 128 tokens on, where FlexAttention skips the tiles of 128 x 128 pairs that see nothing."""
     if flex or flex is None and device.type == "cuda" and L >= 128:
-        return create_block_mask(lambda batch, head, row, column: sees(row, column), None, None, L, n, device=device)
-    return in_tiles(sees(torch.arange(L, device=device)[:, None], torch.arange(n, device=device)))
+        return create_block_mask(lambda batch, head, row, column: rule(row, column), None, None, L, n, device=device)
+    return in_tiles(rule(torch.arange(L, device=device)[:, None], torch.arange(n, device=device)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,10 +81,10 @@ def layout_of_blocks(L, P, size, device, flex=None):
 
     The neighbour on the left may be of the block before. The neighbour on the right may not be of the block after.
     """
-    visible, here = None, P + torch.arange(L, device=device)
+    sees, here = None, P + torch.arange(L, device=device)
     if P % size + L > size:
-        visible = visibility(lambda i, j: j // size <= (P + i) // size, L, P + L, device, flex)
-    return Layout(visible, here, here == P, here % size == size - 1)
+        sees = visibility(lambda i, j: j // size <= (P + i) // size, L, P + L, device, flex)
+    return Layout(sees, here, here == P, here % size == size - 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,11 +94,11 @@ def layout_beside_clean(L, size, device, flex=None):
     A token sees the noisy tokens of its own block, and the clean tokens of the blocks before (BD3-LM, arXiv
     2503.09573, appendix B.6).
     """
-    def sees(i, j):
+    def rule(i, j):
         return torch.where(j < L, j // size < i // size, (j - L) // size == i // size)
 
     here = torch.arange(L, device=device)
-    return Layout(visibility(sees, L, 2 * L, device, flex), here, here % size == 0, here % size == size - 1, True)
+    return Layout(visibility(rule, L, 2 * L, device, flex), here, here % size == 0, here % size == size - 1, True)
 
 
 def annealed(L, step, anneal_steps, seed):
@@ -122,31 +122,31 @@ def compiled_flex_attention():
 MOST_PRODUCTS = 512  # keys up to which attend_by_products is faster; a forecast for GPUs sets it to 0
 
 
-def attend(q, k, v, visible, causal):
-    """Attention of q (B, heads, L, head_dim) to k and v (B, heads, P + L, head_dim). visible: as in Layout."""
-    if isinstance(visible, BlockMask):
+def attend(q, k, v, sees, causal):
+    """Attention of q (B, heads, L, head_dim) to k and v (B, heads, P + L, head_dim). sees: as in Layout."""
+    if isinstance(sees, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-        return flex(q, k, v, block_mask=visible)
-    if isinstance(visible, Tiles):
-        q, k, v = (x.split(visible.width, 2) for x in (q, k, v))
+        return flex(q, k, v, block_mask=sees)
+    if isinstance(sees, Tiles):
+        q, k, v = (x.split(sees.width, 2) for x in (q, k, v))
         return torch.cat([attend(queries, *(torch.cat([x[i] for i in seen], 2) for x in (k, v)), mask, False)
-                          for queries, seen, mask in zip(q, visible.seen, visible.masks)], 2)
+                          for queries, seen, mask in zip(q, sees.seen, sees.masks)], 2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= MOST_PRODUCTS:
-        return attend_by_products(q, k, v, visible, causal)
-    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal and visible is None)
+        return attend_by_products(q, k, v, sees, causal)
+    return F.scaled_dot_product_attention(q, k, v, sees, is_causal=causal and sees is None)
 
 
-def attend_by_products(q, k, v, visible, causal):
+def attend_by_products(q, k, v, sees, causal):
     """attend with the scores as a tensor (B heads, L, P + L), softmax(q k^T / sqrt(head_dim)) v.
 
     In bfloat16 on CPUs, training with up to 512 keys is two to five times as fast as with PyTorch's own function, which
     keeps no scores and computes them again for the gradient. The softmax is computed in float32, kept in bfloat16.
     """
     B, heads, L, head_dim = q.shape
-    if causal and visible is None:
-        visible = torch.ones(L, k.shape[2], dtype=torch.bool).tril()
+    if causal and sees is None:
+        sees = torch.ones(L, k.shape[2], dtype=torch.bool).tril()
     with torch.autocast("cpu", enabled=False):
         scores = torch.baddbmm(q.new_zeros(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=head_dim ** -0.5)
-        if visible is not None:
-            scores = scores.view(B, heads, L, -1).masked_fill(~visible, -torch.inf).flatten(0, 1)
+        if sees is not None:
+            scores = scores.view(B, heads, L, -1).masked_fill(~sees, -torch.inf).flatten(0, 1)
         return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, heads, L, -1)

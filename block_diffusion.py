@@ -16,7 +16,7 @@ One call of the network scores all blocks: `model(xt, t, where, clean=x0)`. The 
 where a token sees its own block and those before, and keeps its keys and values. Then it reads the noisy text, where a
 token sees its noisy block and the clean blocks before. BD3-LM runs both as one text of 2L tokens, x_t and x_0 beside
 each other. The numbers are the same. But here no product of a clean token's query and a noisy token's key is computed,
-and the last layer computes keys and values only of the clean text. Sampling keeps the same keys and values (in_blocks).
+and for the clean text the last layer computes nothing but keys and values. Sampling keeps the same ones (in_blocks).
 """
 
 import math
@@ -61,11 +61,10 @@ class BlockDiffusion(MDLM):
 
     rate_range (low, high): training draws the mask rate r from [low, high] only, and the loss keeps its weights 1/r.
     These are the paper's clipped schedules, which it uses for less variance. Masks are still independent. So every
-    number of masks 0 ... n has a positive probability p(k), all of them masked included, as sampling needs it. That
-    also lets the bound over the full range be reported. It is the sum over k = 1 ... n of
-    1/k * E[sum over masks of CE, with k masks]. So draws with weight 1/(k p(k)) estimate it without bias (if the
-    network does not see the time). At low = 0 and high = 1 this is the weight (n + 1)/k of Absorbing.continuous. Where
-    p(k) is small, the estimate varies much.
+    number of masks k = 0 ... n has a probability p(k) > 0, also k = n, where sampling begins. So the bound over the
+    full range can be estimated from the same draws. It is the sum over k = 1 ... n of 1/k * E[sum over masks of CE,
+    with k masks], and the weight 1/(k p(k)) estimates it without bias (if the network does not see the time). At low =
+    0 and high = 1 this is the weight (n + 1)/k of Absorbing.continuous. Where p(k) is small, the estimate varies much.
     """
 
     description = "writes block after block, from left to right"

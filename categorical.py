@@ -20,7 +20,7 @@ def begin(xt):
 
 
 def with_denoising(grid):
-    """Pairs of rates (r, s) of a grid that ends in 1e-5 instead of 0, and the step of noise removal from there."""
+    """The pairs of rates (r, rho) of a grid that ends in 1e-5 instead of 0, and that of noise removal, (1e-5, 0)."""
     grid = [*grid[:-1], min(1e-5, grid[-2] / 2), 0.0]
     return list(zip(grid, grid[1:]))
 

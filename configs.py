@@ -208,7 +208,7 @@ class Config:
                             "agc_tensor:0.003")
         if self.clip != "norm" and self.fsdp:
             raise UserError(f"clip={self.clip} needs whole tensors, and --fsdp splits them: leave out one of the two")
-        if self.objective_class.blocks != self.objective and (self.block_size or self.rate_range != "0:1"):
+        if self.objective_class.block_twin != self.objective and (self.block_size or self.rate_range != "0:1"):
             raise UserError("block_size and rate_range need objective=block")
         for name, network in NETWORKS.items():
             for key in network.own:

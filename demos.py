@@ -128,7 +128,7 @@ def masked_terms(objective, logits, x0, noise, weight):
     entropy = dsigma * ((log_f.exp() * odds).sum(-1) - odds * (log_f_x0 + odds.log()) + odds * (odds.log() - 1))
     columns = {"p(token)": (-ce).exp(), "CE": ce / BIT, "weight x CE": weight * ce / BIT,
                "score entropy": entropy / BIT}
-    if objective.normalised:
+    if objective.normalised_twin:
         columns |= {"Z": log_z.exp(), "penalty": weight * (log_z.exp() - 1 - log_z) / BIT}
     return columns
 
@@ -173,7 +173,7 @@ def loss(args):
           + (f", with {prior:.2f} for the noise that is left at the end (uniform.prior_kl)" if prior > 0.005 else ""))
     say("Nothing shows which tokens are noise, so all of them cost something." if uniform else
         """The scores are s = r q, and q sums to Z, not to 1. So score entropy is weight x CE and a penalty, weight x
-        (Z - 1 - log Z), which normalising q would save.""" if objective.normalised else
+        (Z - 1 - log Z), which normalising q would save.""" if objective.normalised_twin else
         """Visible tokens cost nothing: they are kept. SEDD's score entropy of the scores s = r p is the same number as
         weight x CE, because p sums to 1""" + (", up to the size of a step." if objective.T else "."))
     (u, v), (w, _) = (uniforms(args.seed, step, range(args.draws), args.draws, L, False) for step in (1, 2))

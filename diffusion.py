@@ -11,7 +11,8 @@ ends at clean text; its term of the bound is the papers' reconstruction term.
     alpha(t)    P(a token is visible at t)            prod(1 - beta)  alpha_t       alpha_t     exp(-sigma)   alpha_t
     mask_id     the mask, always the last id: V       [MASK]          m             m           MASK          m
     model       logits (B, L, V) of x0 given xt       p~(x~_0|x_t)    x_theta       mu_theta    s_theta       x_theta
-    nelbo       bound on -log p(x0), nats per token   L_vb / L        L_NELBO / L   loss / L    L_DWDSE / L   -
+    nelbo       negative evidence lower bound: above  L_vb / L        L_NELBO / L   loss / L    L_DWDSE / L   -
+                -log p(x0), in nats per token
 
 The model never predicts the mask, and it keeps what it sees (carry-over). Then the KL divergence between the true and
 the learned reverse step is zero at visible tokens. At masks it is a multiple of the cross-entropy, CE = -log of the
@@ -23,9 +24,9 @@ and a method is a way to draw (mask, t, weight). The posterior over all V + 1 st
 and compare. Score entropy (SEDD) is such a sum, too, with a penalty beside CE. Noise of random tokens is in uniform.py.
 
 All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (randomness.py).
-So an objective is a deterministic function of (x0, u, v). A text may begin with c given tokens, marked by v = 2. These
-are always visible and no part of the bound, which is then that of the other n = L - c tokens, in nats per token of
-these.
+So an objective is a deterministic function of (x0, u, v). A text may begin with c given tokens, its prefix. They are
+marked by v = 2, so they are always visible. The bound is then that of the other n = L - c tokens, the free ones, given
+the prefix, in nats per free token.
 """
 
 import math
@@ -41,7 +42,7 @@ class Schedule(NamedTuple):
     alpha: Callable    # t -> P(a token is visible at t)
     dalpha: Callable   # t -> d alpha / dt, never positive
     inverse: Callable  # a -> the t at which alpha(t) = a, or the nearest t there is
-    sigma: Callable    # t -> -log alpha(t), the total noise
+    sigma: Callable    # t -> sigma(t) = -log alpha(t), the total noise
 
     def weight(self, t):
         """-alpha'(t)/(1 - alpha(t)): nats of bound for a nat of CE at a mask. It is the rate, per unit of t, at which a
@@ -54,11 +55,12 @@ class Schedule(NamedTuple):
 
 
 def linear():
+    """alpha(t) = 1 - t."""
     return Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t), lambda a: 1 - a, lambda t: -torch.log1p(-t))
 
 
 def cosine():
-    """MD4, arXiv 2406.04329."""
+    """alpha(t) = 1 - cos(pi/2 (1 - t)) (MD4, arXiv 2406.04329)."""
     alpha = lambda t: 1 - torch.cos(math.pi / 2 * (1 - t))
     return Schedule(
         alpha=alpha,
@@ -69,14 +71,16 @@ def cosine():
 
 
 def loglinear(eps=1e-3):
-    """Linear schedule of SEDD (arXiv 2310.16834), with alpha(1) = eps: its networks see sigma, which has to be finite.
+    """alpha(t) = 1 - (1 - eps) t (SEDD, arXiv 2310.16834). sigma = -log(1 - (1 - eps) t), hence the name.
+
+    It is linear but for alpha(1) = eps: SEDD's networks see sigma, which has to be finite.
     """
     return Schedule(lambda t: 1 - (1 - eps) * t, lambda t: (eps - 1) * torch.ones_like(t),
                     lambda a: ((1 - a) / (1 - eps)).clamp(max=1), lambda t: -torch.log1p((eps - 1) * t))
 
 
 def geometric(sigma_min=1e-4, sigma_max=20.0):
-    """sigma(t) = sigma_min^(1 - t) sigma_max^t: the same paper's for uniform noise. Not quite clean at t = 0."""
+    """sigma(t) = sigma_min^(1 - t) sigma_max^t, SEDD's schedule for uniform noise. It is not quite clean at t = 0."""
     ratio = math.log(sigma_max / sigma_min)
     sigma = lambda t: sigma_min * torch.exp(ratio * t)
     return Schedule(lambda t: torch.exp(-sigma(t)), lambda t: -torch.exp(-sigma(t)) * sigma(t) * ratio,
@@ -116,7 +120,7 @@ class Noise(NamedTuple):
     mask: torch.Tensor    # (B, L) bool, True where xt is the mask
     t: torch.Tensor       # (B,) or (B, L) float32, the time that the model is told
     weight: torch.Tensor  # (B,) or (B, L) float32, nats of bound for each nat of CE at a mask, times L/n if n of the L
-                          # tokens are free: `nelbo` divides by L, and the bound is per free token
+                          # tokens are free: `nelbo` divides by L, and the bound is per free token (exact_k)
 
     def to(self, device):
         return type(self)(*(to_device(x, device) for x in self))
@@ -140,14 +144,15 @@ class Absorbing:
     """What the objectives of masked text share, and the facts that each objective states about itself.
 
     A new objective is one class, and one line in configs.OBJECTIVES. If it inherits from this class, it states what is
-    different. If not, it needs all of this, and `time`, `corrupt`, `nelbo`, `log_prediction`, `mask_id` and `schedule`
-    as they are here (uniform.Uniform is such a class).
+    different. If not, as uniform.Uniform, it has the facts below, `mask_id`, `schedule`, and these methods:
 
     from_config(config, vocab_size): the objective of a Config
     misfit(config): what of a Config does not go with this objective, in words, or None
-    noise(u, v): the Noise to train on
+    noise(u, v): the noise to train on, a NamedTuple with `t` and the methods `to` and `split` of Noise
     n_times(L): how many numbers u the noise of a text of L tokens needs; if more than one, u is (B, n_times)
     loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
+    nelbo(model, x0, noise): one estimate of the bound (B,), nats per token, from the noise of an estimator
+    time(rate): the time that the network is told at a noise rate; samplers call it
     """
 
     description = "predicts masked tokens"  # what a checkpoint of this objective does; completes "it ..." in messages
@@ -158,15 +163,15 @@ class Absorbing:
     everywhere = False  # the loss asks for logits at all positions, visible ones included
     T = None            # the number of steps, or None in continuous time
     block_size = 0      # tokens of a block, if blocks are predicted from left to right (block_diffusion.py)
-    blocks = None       # the objective that has the same predictions within blocks
-    normalised = None   # if the prediction f need not sum to one: the objective whose bound f/sum(f) has
+    block_twin = None   # the name of the objective that makes the same predictions inside blocks of a text, or None
+    normalised_twin = None  # the name of the objective whose bound f/sum(f) has, if the prediction f need not sum to 1
     own = ()            # which of the settings lambda_ce and weighting it has
-    # What --sampler calls a sampler: its name in sampling.SAMPLERS. The first one is the default.
+    # {what --sampler calls a sampler: its name in sampling.SAMPLERS}. The first one is the default.
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
-    # A method (u, v, w) -> Noise that estimates the bound with a finite variance: another one that estimates the same
-    # number. w (B,) decides the time where the mask leaves it open. `reported` is the one whose bound is reported.
-    estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
+    # {estimator of the bound: another one of the same number, for --check}. Both are methods (u, v, w) -> Noise with a
+    # finite variance. w (B,) chooses the time that the network is told, where the masks leave it open.
+    estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"  # reported: unless asked
 
     @classmethod
     def misfit(cls, config):
@@ -229,10 +234,13 @@ class Absorbing:
         """The continuous-time bound by exactly k = ceil(u n) masks, with weight L/k: u (B,), v (B, L) -> Noise.
 
         Independent masks at rate r with weight 1/r, integrated over r, are k masks with k uniform on 1 ... n and weight
-        n/k (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736). Here it is L/k, since `nelbo` divides by L. The masked
-        tokens are those with the k smallest v. The network is told the rate at which exactly these are masked, the k-th
-        smallest v. Its distribution is Beta(k, n - k + 1), which is that of r given k masks under the weight 1/r. So
-        the bound is the same for networks that see the time.
+        n/k (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736). The bound per free token is then
+
+            (1/n) (n/k) sum CE = (1/L) (L/k) sum CE,
+
+        and `nelbo` divides by L. The masked tokens are those with the k smallest v. The network is told the rate at
+        which exactly these are masked, the k-th smallest v. Its distribution is Beta(k, n - k + 1), which is that of r
+        given k masks under the weight 1/r. So the bound is the same for networks that see the time.
         """
         L, n = v.shape[1], n_free(v)
         k = torch.minimum(torch.ceil(u * n).clamp(min=1), n).long()
@@ -247,9 +255,10 @@ class Absorbing:
         With k = 0 there is no CE to weigh, and the weight is 0.
 
         A network that sees the time must be told a rate from Beta(k, n - k + 1), as in exact_k: the k-th smallest of n
-        uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. Leave one out at random,
-        by w. If the one left out is below u, which has probability k/(n + 1), the k-th smallest of the rest is u.
-        Otherwise the k-th smallest of the rest is the largest v <= u.
+        uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. (Which of them is u says
+        nothing about the sorted numbers.) Leave one out at random, by w: n uniform numbers remain. If the one left out
+        is below u, which has probability k/(n + 1), the k-th smallest of the rest is u. Otherwise it is the largest
+        v <= u.
         """
         L, n = v.shape[1], n_free(v)
         mask = v <= u[:, None]
@@ -301,8 +310,8 @@ class D3PM(Absorbing):
     def noise(self, u, v):
         """Draw s uniformly from 1 ... T, and masks independently, by uniform numbers u (B,) and v (B, L) -> Noise."""
         s = torch.ceil(u * self.T)
-        a, a_next = self.schedule.alpha(s / self.T), self.schedule.alpha((s - 1) / self.T)
-        weight = self.T * (a_next - a) / (1 - a) * v.shape[1] / n_free(v)
+        a, a_before = self.schedule.alpha(s / self.T), self.schedule.alpha((s - 1) / self.T)
+        weight = self.T * (a_before - a) / (1 - a) * v.shape[1] / n_free(v)
         return Noise(v <= 1 - a[:, None], (s / self.T).float(), weight.float())
 
     def time(self, rate):
@@ -321,8 +330,8 @@ class D3PM(Absorbing):
 
         where P(s) = a_{s-1} - a_s, because E[masked_i CE_i] = (1 - a_s) E[CE_i | i masked]. Given the masks, i is each
         of the k masked tokens with probability 1/k. So the mean of L CE_i over i is L/k times the sum of CE, and small
-        s have no large weights. Let v_f be the number of the first token f that is not given. It chooses i = f +
-        ceil(n v_f) - 1. Then v_f takes the value of v_i, and v_i becomes 0, so token i is masked.
+        s have no large weights. Let f be the index of the first free token. Its number v_f, uniform on (0, 1], chooses
+        the token i = f + ceil(n v_f) - 1. Then v_f takes the value of v_i, and v_i becomes 0, so token i is masked.
         """
         (B, L), n = v.shape, n_free(v)
         rows, first = torch.arange(B), (L - n).long()
@@ -348,6 +357,10 @@ class MDLM(Absorbing):
 
         nelbo = integral over t in (0, 1] of -alpha'(t)/(1 - alpha(t)) * E[sum over masked positions of CE] dt / L
 
+    With alpha(1) > 0 the rates above 1 - alpha(1) are missing in this integral, which is then not quite a bound. So
+    what `noise` gives, to train on, is not quite one either. `exact_k` and `continuous` draw all rates, and tell the
+    network t = 1 at those above 1 - alpha(1).
+
     For a network that does not see the time, the bound is the same for every schedule from alpha = 1 to alpha = 0; the
     variance of its estimate is not. time_sampling:
     'uniform', 'stratified': t from u, tokens masked independently. The weight is 1/t for the linear schedule; its
@@ -359,7 +372,7 @@ class MDLM(Absorbing):
     varies less, and short runs end far lower (LOG.md). The reported bound keeps its weights.
     """
 
-    blocks = "block"
+    block_twin = "block"
     own = ("weighting",)
 
     def __init__(self, mask_id, schedule="linear", time_sampling="stratified", weighting="nelbo"):
@@ -406,7 +419,7 @@ class SEDD(MDLM):
     normalised.
     """
 
-    normalised, blocks, own = "mdlm", None, ()
+    normalised_twin, block_twin, own = "mdlm", None, ()
 
     def __init__(self, mask_id, schedule="loglinear", time_sampling="stratified", scaled=True):
         super().__init__(mask_id, schedule, time_sampling)
@@ -443,7 +456,7 @@ class SEDD(MDLM):
 
 
 class AutoRegressive(Absorbing):
-    """No diffusion: every token is predicted from those on its left, by a causal network. The yardstick of the field.
+    """No diffusion: every token is predicted from those on its left, by a causal network. The baseline of the field.
 
     nelbo is not a bound but the negative log-likelihood itself, by the chain rule. There is no noise in it. In the
     terms of masks: all positions are predicted with weight 1, and position i sees x0[:i]. The input is x0 shifted by
@@ -453,7 +466,7 @@ class AutoRegressive(Absorbing):
     description = "is autoregressive"
     causal, any_order, both_sides, everywhere = True, False, False, True
     samplers = {"left_to_right": "left_to_right"}
-    estimators, reported = {"chain_rule": "l2r"}, "chain_rule"  # l2r: one prefix at a time (likelihood.chain_rule)
+    estimators, reported = {"chain_rule": "l2r"}, "chain_rule"  # l2r: no method but an order (likelihood.chain_rule)
 
     @classmethod
     def from_config(cls, config, vocab_size):

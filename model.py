@@ -129,9 +129,9 @@ class Block(nn.Module):
     def rotated(self, x, cos, sin):
         return rotate(x, cos, sin)
 
-    def attention(self, q, k, v, visible=None):
+    def attention(self, q, k, v, sees=None):
         """The output (B, L, D) of attention to keys and values of the past and these tokens."""
-        x = attend(q, k, v, visible, self.causal)
+        x = attend(q, k, v, sees, self.causal)
         return self.attn_out(x.transpose(1, 2).flatten(2))
 
     def mlp(self, x):
@@ -153,7 +153,7 @@ class Block(nn.Module):
             k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
         if keep and at is not None and len(at) == 0 and not self.shift_tokens:
             return None, Past(k, v)
-        y = drop(self.attention(q, k, v, layout.visible))
+        y = drop(self.attention(q, k, v, layout.sees))
         x = x + (y if gate1 is None else gate1 * y)
         h2 = modulate(self.norm2(x), shift2, scale2)
         near = self.neighbours(h2, layout, past and past.to_mlp)
@@ -214,7 +214,7 @@ class DiT(nn.Module):
             return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
         objective = config.objective_class
         if (config.predict_next or config.anneal_steps) and (
-                objective.causal or objective.blocks == config.objective or not objective.has_mask):
+                objective.causal or objective.block_twin == config.objective or not objective.has_mask):
             return "predict_next and anneal_steps are for masks in whole texts: use objective=mdlm, d3pm, sedd or bert"
 
     def __init__(self, vocab_size, config):
@@ -254,22 +254,22 @@ class DiT(nn.Module):
         if self.modulation is not None:
             self.modulation.weight.zero_()
 
-    def layout(self, L, past=None, visible=None, positions=None, beside_clean=False):
+    def layout(self, L, past=None, sees=None, positions=None, beside_clean=False):
         """The Layout of L tokens after the past. Raises ValueError if token_shift would need, for the last token of the
         past, the token on its right."""
         P, device = 0 if past is None else past[0].keys.shape[2], self.cos.device
         assert positions is not None or P + L <= self.seq_len + self.predict_next, (
             f"{P + L} tokens, but the model was built for {self.seq_len}")
-        if self.block_size and visible is None and positions is None:
+        if self.block_size and sees is None and positions is None:
             flex = None if self.head_dim >= 16 else False  # FlexAttention takes no smaller heads
             return (layout_beside_clean(L, self.block_size, device, flex) if beside_clean
                     else layout_of_blocks(L, P, self.block_size, device, flex))
         here = P + torch.arange(L, device=device)
         if P and self.shift_tokens and not self.causal:
             raise ValueError("shift_tokens mixes a token with both neighbours, so it allows a past only with blocks")
-        if P and self.causal and visible is None:
-            visible = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)
-        return Layout(visible, here if positions is None else positions)
+        if P and self.causal and sees is None:
+            sees = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)
+        return Layout(sees, here if positions is None else positions)
 
     def angles(self, positions):
         """cos and sin at positions (L,) or (B, L), as rotate() takes them."""
@@ -307,12 +307,12 @@ class DiT(nn.Module):
         weight = self.embed.weight[:self.vocab_size] if self.head_weight is None else self.head_weight
         return F.linear(x, weight, self.head_bias)
 
-    def forward(self, xt, t, where=None, visible=None, positions=None, past=None, clean=None, keep=False):
+    def forward(self, xt, t, where=None, sees=None, positions=None, past=None, clean=None, keep=False):
         """xt (B, L) long in [0, V], t (B,) or (B, L) in (0, 1] -> logits (B, L, V).
 
         where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. With a vocabulary of
             50,000 the head is a third of the work, and nothing reads its logits at visible tokens.
-        visible, positions: as in Layout. With block_size both follow from the blocks. With predict_next they are of
+        sees, positions: as in Layout. With block_size both follow from the blocks. With predict_next they are of
             L + 1 tokens: the mask comes first.
         past: what remember() returned for the P tokens before these.
         clean: (B, L) long, with block_size: the text of which xt is the noisy version. Every block of xt sees the clean
@@ -330,7 +330,7 @@ class DiT(nn.Module):
             past = self.trunk(clean, t0, self.layout(xt.shape[1]), nowhere, None, True)[1]
             layout = self.layout(xt.shape[1], beside_clean=True)
         else:
-            layout = self.layout(xt.shape[1], past, visible, positions)
+            layout = self.layout(xt.shape[1], past, sees, positions)
         x = self.trunk(xt, t, layout, at, past, keep)
         if keep:
             return self.head(x[0]), x[1]

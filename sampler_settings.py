@@ -12,13 +12,13 @@ import torch
 from cli import UserError, number
 from configs import OBJECTIVES
 from diffusion import SCHEDULES, make_schedule
-from sampling import SAMPLERS, SIGMAS, Settings
+from sampling import DEFAULT_ETA, SAMPLERS, Settings
 from storage import digest
 
 NAMES = list(dict.fromkeys(name for objective in OBJECTIVES.values() if not objective.causal
                            for name in objective.samplers))  # for --sampler; causal networks have no choice
-FLAGS = ("grid", "k", "threshold", "gamma", "sigma", "eta")
-DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "sigma": "cap"}
+FLAGS = ("grid", "k", "threshold", "gamma", "remask", "eta")
+DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "remask": "cap"}
 CUTS = ("temperature", "top_p", "top_k")
 
 
@@ -33,7 +33,7 @@ def grid_flag(text):
         rates = [float(part) for part in text.split(",")]
     except ValueError:
         rates = []
-    if len(rates) < 2 or rates[0] != 1 or rates[-1] != 0 or not all(r > s for r, s in zip(rates, rates[1:])):
+    if len(rates) < 2 or rates[0] != 1 or rates[-1] != 0 or not all(r > rho for r, rho in zip(rates, rates[1:])):
         raise UserError(f"--grid {text!r} is not a grid: use {', '.join(SCHEDULES)}, auto, or mask rates that fall "
                         "from 1 to 0, such as 1,0.8,0.3,0")
     return rates
@@ -62,9 +62,9 @@ def add_arguments(parser):
                    help="probability at which the sampler threshold reveals a token (default 0.9)")
     p.add_argument("--gamma", type=number(float, 0), help="limit of nats per step of entropy_bound: the entropies of "
                    "its tokens, without the largest, have at most this sum (default 0.1)")
-    p.add_argument("--sigma", choices=SIGMAS, help="rule by which remdm masks tokens again (default cap)")
+    p.add_argument("--remask", choices=DEFAULT_ETA, help="rule by which remdm masks tokens again (default cap)")
     p.add_argument("--eta", type=number(float, 0, 1), help="strength of the remasking of remdm (default: "
-                   + ", ".join(f"{rule} {eta}" for rule, eta in SIGMAS.items()) + ")")
+                   + ", ".join(f"{rule} {eta}" for rule, eta in DEFAULT_ETA.items()) + ")")
     p.add_argument("--temperature", type=temperature_flag, help="temperature of the token distribution; below 1: "
                    "likelier tokens, less variety; 0: the likeliest token (default 1)")
     p.add_argument("--top_p", type=number(float, 1e-6, 1),
@@ -107,29 +107,29 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
         raise UserError(f"--{next(iter(cut))} changes the token distribution, which euler does not use with uniform "
                         "noise: choose --sampler ancestral")
     given = {flag: value for flag, value in DEFAULTS.items() if flag in known} | given
-    if "sigma" in given:
-        given.setdefault("eta", SIGMAS[given["sigma"]])
+    if "remask" in given:
+        given.setdefault("eta", DEFAULT_ETA[given["remask"]])
     steps, grid = given.pop("steps", None), given.pop("grid", None)
     name = grid or ("auto" if steps == "auto" else "")
     if "k" in given:
         if steps or grid:
             raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
     elif "steps" in known:
-        given["grid"] = make_grid(steps, grid, config, checkpoint, model, given.get("sigma"))
+        given["grid"] = make_grid(steps, grid, config, checkpoint, model, given.get("remask"))
     return Settings(sampler, given, ",".join(map(str, name)) if isinstance(name, list) else name, **cut)
 
 
-def make_grid(steps, grid, config, checkpoint, model, sigma):
-    """The grid of mask rates that --steps, --grid and remdm's --sigma ask for. Raises UserError."""
-    if isinstance(grid, list) and sigma != "loop":
+def make_grid(steps, grid, config, checkpoint, model, remask):
+    """The grid of mask rates that --steps, --grid and remdm's --remask ask for. Raises UserError."""
+    if isinstance(grid, list) and remask != "loop":
         if steps:
             raise UserError(f"--grid already sets {len(grid) - 1} steps: leave out --steps")
         return grid
-    if sigma == "loop":
+    if remask == "loop":
         if grid or steps == "auto":
-            raise UserError("--sigma loop has its own grid: leave out --grid, and use a number for --steps")
+            raise UserError("--remask loop has its own grid: leave out --grid, and use a number for --steps")
         if (steps or config.T) < 3:
-            raise UserError(f"--sigma loop needs at least 3 steps, not {steps or config.T}")
+            raise UserError(f"--remask loop needs at least 3 steps, not {steps or config.T}")
         return loop_grid(steps or config.T)
     if steps != "auto" and grid != "auto":
         return schedule_grid(grid or config.schedule, steps or config.T)
@@ -169,8 +169,10 @@ def read_curve(checkpoint, model):
 
 
 def schedule_grid(schedule, steps):
-    """Steps of equal time: what a schedule (see diffusion.make_schedule) makes of 1 = t_0 > ... > t_n = 0, but the last
-    rate is 0, also of schedules that are not quite clean there."""
+    """The rates 1 - alpha(t) of a schedule (see diffusion.make_schedule) at n + 1 equally spaced times from 1 to 0.
+
+    The last rate is set to 0: alpha(0) is a little below 1 in the geometric schedule.
+    """
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return [*(1 - make_schedule(schedule).alpha(times)).clamp(0, 1).tolist()[:-1], 0.0]
 
@@ -185,8 +187,8 @@ def loop_grid(steps, hold=0.1):
 
 
 def bound_on_grid(rates, ce, grid):
-    """The bound of a chain on this grid, nats per token: sum of (r - s) CE(r), for CE interpolated at these rates."""
-    return sum((r - s) * c for r, s, c in zip(grid, grid[1:], np.interp(grid, rates, ce)))
+    """The bound of a chain on this grid, in the unit of ce: sum of (r - rho) CE(r), with CE interpolated at r."""
+    return sum((r - rho) * c for r, rho, c in zip(grid, grid[1:], np.interp(grid, rates, ce)))
 
 
 def best_grid(rates, ce, steps, n_points=256):
@@ -194,11 +196,11 @@ def best_grid(rates, ce, steps, n_points=256):
 
     What is lost by revealing in parallel is the area between a staircase and the curve of cross-entropy CE by mask
     rate, so steps belong where the curve rises: the optimal schedule of arXiv 2510.25544, whose information profile
-    is this curve, found exactly, by dynamic programming: cost of reaching rate s in n steps = min over r of cost of
-    reaching r in n - 1, plus (r - s) CE(r).
+    is this curve, found exactly, by dynamic programming: cost of reaching rate rho in n steps = min over r of cost of
+    reaching r in n - 1, plus (r - rho) CE(r).
     """
     points = np.linspace(0, 1, n_points + 1)
-    step = (points[:, None] - points) * np.interp(points, rates, ce)[:, None]  # [r, s]
+    step = (points[:, None] - points) * np.interp(points, rates, ce)[:, None]  # [r, rho]
     step[points[:, None] <= points] = np.inf
     cost, came_from = np.where(points == 1, 0, np.inf), []
     for _ in range(steps):

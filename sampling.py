@@ -9,14 +9,14 @@ walk through them. So what they cost follows from the number of tokens, however 
     first_hitting    one mask at a time, at a random rate                         that of the chain in continuous time
     topk             the surest tokens, a fixed number per step                   heuristic
     threshold        all tokens surer than a threshold                            heuristic
-    entropy_bound    the surest tokens, as many as cost at most gamma nats        heuristic with a bound
+    entropy_bound    the tokens of least entropy, as many as gamma nats allow     heuristic with a bound
     remdm            as ancestral, and makes tokens masks again by chance         that of its own chain
     analytic, euler  each mask by chance, by scores that need not be normalised   those of SEDD's two predictors
     left_to_right    (causal networks) one position after another                 that of the model, exactly
 
 Only `temperature`, `top_k` and `top_p` other than their defaults change what a token is drawn from. Grids are made of
-mask rates, not of times. From rate r to rate s < r a mask is revealed with probability 1 - s/r, whatever the schedule
-is. The schedule says only what time the network is told at a rate (diffusion.Absorbing.time).
+mask rates, not of times. From rate r to rate rho < r a mask is revealed with probability 1 - rho/r, whatever the
+schedule is. The schedule says only what time the network is told at a rate (diffusion.Absorbing.time).
 
 All samplers take the same arguments, and then those of their own:
 
@@ -26,7 +26,7 @@ All samplers take the same arguments, and then those of their own:
     draw     categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
     start    (B,) float64, the share of masks at first, below 1 if tokens are given: where the grid has the rate r, the
              network is told the time of the rate start * r
-    grid     (samplers with steps) mask rates, from 1 to 0
+    grid     (samplers with steps) mask rates, never rising; the first is 1 or the last rate of the schedule, the last 0
 
 Networks trained on uniform noise have samplers of their own, in uniform.py.
 """
@@ -88,18 +88,19 @@ def accept(state, proposed, sure, n):
 def ancestral(model, xt, mask_id, time, draw, start, grid):
     """The reverse chain on a grid of mask rates r_0 > r_1 > ... > 0 (D3PM, eq. 4; MDLM, eq. 6).
 
-    From r to s each mask is revealed with probability 1 - s/r, whatever the network says. Its token is drawn from the
-    network's prediction at r. So the network runs only for the sequences, and its head only at the positions, where a
-    mask is revealed. This is a draw from the posterior over all V + 1 states, which is never built.
+    From r to rho each mask is revealed with probability 1 - rho/r, whatever the network says. Its token is drawn from
+    the network's prediction at r. So the network runs only for the sequences, and its head only at the positions, where
+    a mask is revealed. This is a draw from the posterior over all V + 1 states, which is never built.
 
     A mask is still there at rate r_i with probability
 
-        r_1/r_0 * r_2/r_1 * ... * r_i/r_(i-1) = r_i/r_0,
+        r_1/r_0 * r_2/r_1 * ... * r_i/r_(i-1) = r_i/r_0.
 
-    so its reveal rate is uniform on [0, r_0). If that is in [s, r), the mask is revealed in the step from r to s. All
-    reveal rates are drawn at once, and only the steps that reveal something are walked through. Each sequence has
-    other such steps than the rest, and depends on no other sequence. So the j-th such steps of all sequences are taken
-    together, each at its own rate: with as many network calls as the longest sequence has such steps.
+    A number that is uniform on [0, r_0), the mask's reveal rate, is below r_i with the same probability. So each mask
+    gets one, and is revealed in the step from r to rho if it is in [rho, r). All reveal rates are drawn at once, and
+    only the steps that reveal something are walked through. These steps differ between sequences, which do not depend
+    on each other. So network call number j takes the j-th such step of every sequence, each at its own rate. The number
+    of calls is the largest number of such steps in a sequence.
     """
     state, masked, n_steps = begin(xt), xt == mask_id, len(grid) - 1
     rates = torch.tensor(grid, dtype=torch.float64)
@@ -123,10 +124,10 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
 def first_hitting(model, xt, mask_id, time, draw, start):
     """The reverse chain in continuous time, without a grid (first-hitting sampler, arXiv 2409.02908); L States at most.
 
-    At rate r there are n masks, each with its own reveal rate, uniform on [0, r). The next one is the largest of these:
-    P(largest <= s) = (s/r)^n, so it is r u^(1/n) for a uniform u. By symmetry it is each of the masks with the same
+    At rate r there are k masks, each with its own reveal rate, uniform on [0, r). The next one is the largest of these:
+    P(largest <= rho) = (rho/r)^k, so it is r u^(1/k) for a uniform u. By symmetry it is each of the masks with the same
     probability. Its token is drawn from the network's prediction at that rate. No two masks are revealed at once, so
-    this is exact.
+    the draw is exact for the chain in continuous time.
     """
     state, rate = begin(xt), start
     while (masked := state.xt == mask_id).any():
@@ -176,12 +177,12 @@ def threshold(model, xt, mask_id, time, draw, start, threshold=0.9):
 
 @torch.no_grad()
 def entropy_bound(model, xt, mask_id, time, draw, start, gamma=0.1):
-    """The tokens of least entropy, as many as lose at most gamma nats per step by being drawn independently
-    (EB-Sampler, arXiv 2505.24857): their entropies sum to at most gamma, the largest one not counted.
+    """The tokens of least entropy, as many as have (sum of their entropies - the largest of them) <= gamma, in nats
+    (EB-Sampler, arXiv 2505.24857).
 
-    The sum of the entropies less the largest of them bounds what the tokens say about each other, which an independent
-    draw loses. gamma = 0: one at a time, unless more are certain. The order by entropy is not that of the model's
-    chain, so texts do not have its distribution.
+    This difference bounds what the tokens say about each other, which an independent draw loses. gamma = 0: one at a
+    time, unless more are certain. The order by entropy is not that of the model's chain, so texts do not have its
+    distribution.
     """
     state, n = begin(xt), (xt == mask_id).sum(1)
     while (masked := state.xt == mask_id).any():
@@ -192,40 +193,40 @@ def entropy_bound(model, xt, mask_id, time, draw, start, gamma=0.1):
         yield state
 
 
-SIGMAS = {"cap": 0.02, "rescale": 0.05, "conf": 1.0, "loop": 0.02}  # rule -> eta where none is given
+DEFAULT_ETA = {"cap": 0.02, "rescale": 0.05, "conf": 1.0, "loop": 0.02}  # {rule of remdm: its eta}
 
 
 @torch.no_grad()
-def remdm(model, xt, mask_id, time, draw, start, grid, sigma="cap", eta=None):
+def remdm(model, xt, mask_id, time, draw, start, grid, remask="cap", eta=None):
     """ancestral, where revealed tokens become masks again with probability g, so that mistakes can be mended; the more
     steps, the more often (ReMDM, arXiv 2503.00307, eq. 7, which calls g sigma_t).
 
-    From rate r to s a mask is revealed with probability h, and a revealed token becomes a mask with probability g. The
-    share of visible tokens must become 1 - s, as in the chain that the network was trained for:
+    From rate r to rho a mask is revealed with probability h, and a revealed token becomes a mask with probability g.
+    The share of visible tokens must become 1 - rho, as in the chain that the network was trained for:
 
-        (1 - r)(1 - g) + r h = 1 - s,   so   h = 1 - s/r + g (1 - r)/r,   and h <= 1 if g <= s/(1 - r).
+        (1 - r)(1 - g) + r h = 1 - rho,   so   h = 1 - rho/r + g (1 - r)/r,   and h <= 1 if g <= rho/(1 - r).
 
-    sigma: the rule for g, with limit = min(1, s/(1 - r)):
+    remask: the rule for g, with limit = min(1, rho/(1 - r)):
     cap: min(eta, limit).    rescale: eta * limit.
     conf: eta * limit * softmax(-p) over the revealed tokens, p what the network gave them. Masks are revealed with
-        1 - s/r, as if g were 0, so the mask rate stays a little above the grid.
+        1 - rho/r, as if g were 0, so the mask rate stays a little above the grid.
     loop: as cap where the grid stands still (loop_grid), else 0.
     Given tokens are never masked.
     """
-    eta = SIGMAS[sigma] if eta is None else eta
+    eta = DEFAULT_ETA[remask] if eta is None else eta
     state, given = begin(xt), xt != mask_id
-    for r, s in zip(grid, grid[1:]):
+    for r, rho in zip(grid, grid[1:]):
         masked = state.xt == mask_id
-        limit = min(1, s / (1 - r)) if r < 1 else 1
-        if sigma == "cap" or sigma == "loop" and r == s:
+        limit = min(1, rho / (1 - r)) if r < 1 else 1
+        if remask == "cap" or remask == "loop" and r == rho:
             g = min(eta, limit)
-        elif sigma == "rescale":
+        elif remask == "rescale":
             g = eta * limit
-        elif sigma == "conf":
+        elif remask == "conf":
             g = eta * limit * state.p.neg().masked_fill(masked | given, -torch.inf).softmax(1)
         else:  # loop, where the grid moves on
             g = 0
-        h = 1 - s / r + (0 if sigma == "conf" else g * (1 - r) / r)
+        h = 1 - rho / r + (0 if remask == "conf" else g * (1 - r) / r)
         revealed = masked & draw.happens(h, xt)
         again = ~masked & ~given & draw.happens(g, xt)
         state = fill(model, state, revealed, time, start * r, draw)
@@ -234,34 +235,37 @@ def remdm(model, xt, mask_id, time, draw, start, grid, sigma="cap", eta=None):
 
 
 @torch.no_grad()
-def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lambda r, s: 1 - s / r):
+def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lambda r, rho: 1 - rho / r):
     """SEDD's analytic predictor, or Tweedie denoiser (arXiv 2310.16834), with masks.
 
-    From rate r to s a mask becomes y with probability (1 - s/r) f_y, where f is the network's prediction, whose sum Z
-    may not be 1 (diffusion.SEDD). If it is, this is `ancestral`. A probability above 1 counts as 1. The last step, to
+    From rate r to rho a mask becomes y with probability (1 - rho/r) f_y, where f is the network's prediction, whose sum
+    Z may not be 1 (diffusion.SEDD). If it is, this is `ancestral`. A probability above 1 counts as 1. The last step, to
     0, is the removal of noise: what is still a mask is drawn from f/Z. Every step calls the network while a mask is
-    left. chance: (r, s) -> the factor in place of 1 - s/r.
+    left. chance: (r, rho) -> the factor in place of 1 - rho/r.
     """
     state = begin(xt)
-    for r, s in zip(grid, grid[1:]):
+    for r, rho in zip(grid, grid[1:]):
         masked = state.xt == mask_id
         if masked.any():
             t = time(start * r).to(xt.device)
             logits = model(state.xt, t, where=masked)
-            z = objective.log_prediction(logits, t[:, None].expand_as(masked)[masked]).exp().sum(-1)
+            Z = objective.log_prediction(logits, t[:, None].expand_as(masked)[masked]).exp().sum(-1)
             tokens, p = draw(logits)
-            factor = torch.zeros(xt.shape, device=xt.device).masked_scatter(masked, z) * chance(r, s)
-            revealed = masked & (draw.happens(factor, xt) | (s == 0))
+            factor = torch.zeros(xt.shape, device=xt.device).masked_scatter(masked, Z) * chance(r, rho)
+            revealed = masked & (draw.happens(factor, xt) | (rho == 0))
             chosen = revealed[masked]
             state = State(state.xt.masked_scatter(revealed, tokens[chosen]),
                           state.p.masked_scatter(revealed, p[chosen]))
         yield state
 
 
-def euler_chance(schedule, r, s):
-    """(t - t') w(t), w(t) = -alpha'/(1 - alpha): what an Euler step has in place of 1 - s/r."""
-    t, t_next = schedule.times(r, s)
-    return ((t - t_next) * schedule.weight(t)).item()
+def euler_chance(schedule, r, rho):
+    """(t - tau) w(t), where r and rho are the rates at t and tau: what an Euler step has in place of 1 - rho/r.
+
+    The learned reverse rate from the mask to y is sigma' S_y = sigma' odds f_y = w(t) f_y (docs/maths.md, section 9).
+    """
+    t, tau = schedule.times(r, rho)
+    return ((t - tau) * schedule.weight(t)).item()
 
 
 def euler(model, xt, mask_id, time, draw, start, grid, objective):
@@ -303,7 +307,7 @@ class Sampler(NamedTuple):
     function: Callable
     flags: tuple = ()            # of the command line that it knows
     asks_objective: bool = False  # it reads scores, or a prediction, and is given the objective to do so
-    draws_tokens: bool = True    # temperature, top_p and top_k say from what
+    draws_tokens: bool = True    # from a distribution that temperature, top_p and top_k change
     keeps_past: bool = False     # it calls the network on the same sequences each time, with the past of all
 
 
@@ -314,7 +318,7 @@ SAMPLERS = {
     "topk": Sampler(topk, ("steps", "grid", "k")),
     "threshold": Sampler(threshold, ("threshold",)),
     "entropy_bound": Sampler(entropy_bound, ("gamma",)),
-    "remdm": Sampler(remdm, ("steps", "grid", "sigma", "eta")),
+    "remdm": Sampler(remdm, ("steps", "grid", "remask", "eta")),
     "analytic": Sampler(analytic, ("steps", "grid"), asks_objective=True),
     "euler": Sampler(euler, ("steps", "grid"), asks_objective=True),
     "uniform_ancestral": Sampler(uniform_ancestral, ("steps", "grid"), asks_objective=True),
@@ -339,9 +343,12 @@ class Settings(NamedTuple):
         return len(self.options["grid"]) - 1 if self.options.get("grid") else None
 
     def __call__(self, objective, model, xt, generator, size=None, time=None, past=None):
-        """An iterator over the States from xt (B, L) on. size (B,): how many tokens of each sequence noise could have
-        hit, by default all; time: rate (B,) -> what the network is told, by default what it was trained with; past:
-        what model.remember() returned for the tokens before xt."""
+        """An iterator over the States from xt (B, L) on.
+
+        size: (B,), the tokens of each sequence that noise can hit; its mask rate is its masks / size. Default: all.
+        time: rate (B,) -> what the network is told. Default: what it was trained with.
+        past: what model.remember() returned for the tokens before xt.
+        """
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
         size = xt.shape[1] if size is None else size.cpu()
         start, options = (xt == objective.mask_id).sum(1).cpu().double() / size, self.options

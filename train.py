@@ -58,10 +58,10 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, p
         yield list(zip(x0.split(micro), noise.split(micro)))
 
 
-def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambda part: None, visible=None):
+def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambda part: None, sees=None):
     """Take one optimiser step on `parts`, this process's share of the batch.
 
-    visible: which tokens each token sees in this step (attention.annealed); None: all.
+    sees: which tokens each token sees in this step (attention.annealed). None: all.
 
     Returns, for the whole batch (of a worker, with local_steps), the bound in nats per token, the gradient norm, and
     whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors.
@@ -69,8 +69,8 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
     mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats, denoiser = torch.zeros((), device=device), net
-    if visible is not None:
-        denoiser = functools.partial(net, visible=to_device(visible, device))
+    if sees is not None:
+        denoiser = functools.partial(net, sees=to_device(sees, device))
     for i, (x0, noise) in enumerate(parts):
         parallel.average_gradients(net, i == len(parts) - 1)
         with autocast(device, dtype):
@@ -274,8 +274,8 @@ def main():
                 group["lr"] = lr
         if cfg.dropout:  # dropout noise, too, follows from the seed and the step
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
-        visible = annealed(cfg.seq_len + cfg.predict_next, step, cfg.anneal_steps, cfg.seed)
-        nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype, visible=visible)
+        sees = annealed(cfg.seq_len + cfg.predict_next, step, cfg.anneal_steps, cfg.seed)
+        nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype, sees=sees)
         tally = tally.count(nats, bad)
         step += 1
         bar.update()

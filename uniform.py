@@ -36,19 +36,20 @@ class UniformNoise(NamedTuple):
     to, split = Noise.to, Noise.split
 
 
-def posterior(x, xt, r, s):
-    """q(x_s | x_t = xt, x0 ~ x), unnormalised: x (..., V), xt (...), noise rates r = 1 - alpha_t > s -> (..., V).
+def posterior(x, xt, r, rho):
+    """q(x_tau | x_t = xt, x0 ~ x), unnormalised: x (..., V), xt (...) -> (..., V), noise rates r at t, rho < r at tau.
 
-    UDLM, arXiv 2412.10193; D3PM, arXiv 2107.03006, eq. 3 and 4. With kappa = alpha_t/alpha_s = (1 - r)/(1 - s) it is
+    UDLM, arXiv 2412.10193; D3PM, arXiv 2107.03006, eq. 3 and 4. With kappa = (1 - r)/(1 - rho), the probability to
+    survive from tau to t, it is
 
-        (r - s) x + (1 - kappa) s/V   everywhere, plus   V (1 - r) x_z + kappa s   at z = xt.
+        (r - rho) x + (1 - kappa) rho/V   everywhere, plus   V (1 - r) x_z + kappa rho   at z = xt.
 
     The sum is V (1 - r) x_z + r. The weights are linear in x, so x may be any weights that sum to one. The rates are
     numbers or float64 tensors, because float32 would lose their difference.
     """
     V = x.shape[-1]
     spread, rest, at_x, stays = (c.to(x) if torch.is_tensor(c) else c for c in (
-        r - s, (r - s) / (1 - s) * s / V, V * (1 - r), (1 - r) / (1 - s) * s))
+        r - rho, (r - rho) / (1 - rho) * rho / V, V * (1 - r), (1 - r) / (1 - rho) * rho))
     at_z = at_x * x.gather(-1, xt[..., None]) + stays
     return (spread * x + rest).scatter_add(-1, xt[..., None], at_z)
 
@@ -59,7 +60,7 @@ def positive(sigma):
 
 
 def prior_kl(sigma, V):
-    """KL(q(x_1 | x0) || uniform) of one token, in nats, at the total noise sigma."""
+    """KL(q(x_t | x0) || uniform) of one token at t = 1, in nats, where the total noise is sigma."""
     a = math.exp(-sigma)
     return (a + (1 - a) / V) * math.log1p(a * (V - 1)) + (1 - a) * (V - 1) / V * math.log1p(-a)
 
@@ -79,15 +80,16 @@ class Uniform:
         nelbo = integral over t of dsigma/dt * E[ sum_i 1/V sum_{y != z} (S_y - c_y log S_y + c_y (log c_y - 1)) ] / L.
 
     score=True: the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
-    added. score=False: the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z).
-    The integral is then over all rates 1 - alpha from 0 to 1, so the prior term is zero; at rates beyond the end of the
-    schedule the network is told t = 1. Below the first sigma it is told t = 0, and there is no reconstruction term.
+    added. score=False: the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z). The
+    estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates beyond the end
+    of the schedule the network is told t = 1, and at rates before its beginning t = 0, without a reconstruction term.
+    `noise`, to train on, covers the rates of the schedule alone.
     """
 
     description = "was trained with uniform noise"
     has_mask = causal = any_order = False
     both_sides = everywhere = True
-    T = blocks = normalised = None
+    T = block_twin = normalised_twin = None
     block_size = 0
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
@@ -105,7 +107,8 @@ class Uniform:
                     "stratified; the other values are for masks")
 
     def __init__(self, vocab_size, schedule="loglinear", score=False):
-        self.mask_id, self.score = vocab_size, score
+        self.mask_id = self.V = vocab_size
+        self.score = score
         self.schedule = make_schedule(schedule)
         self.last_sigma = self.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)).item() if score else math.inf
         self.prior = prior_kl(self.last_sigma, vocab_size) if score else 0.0
@@ -116,7 +119,7 @@ class Uniform:
 
     def tokens(self, rate, v):
         """The noise tokens (B, L) at rates (B,): token ceil(V v/rate) - 1 where v (B, L) <= rate, else -1."""
-        token = torch.ceil(v / rate[:, None] * self.mask_id).clamp(1, self.mask_id).long() - 1
+        token = torch.ceil(v / rate[:, None] * self.V).clamp(1, self.V).long() - 1
         return torch.where(v <= rate[:, None], token, -1)
 
     def noise(self, u, v):
@@ -238,8 +241,8 @@ class UniformD3PM(Uniform):
     def step_kl(self, logits, x0, xt, s):
         """KL(q(x_{s-1} | x_s = xt, x0) || p) at steps s (B,): logits (B, L, V) -> nats (B, L)."""
         steps = (s.cpu() if s.device.type == "mps" else s).double()[:, None, None]  # mps has no float64
-        r, r_next = (1 - self.schedule.alpha(x / self.T) for x in (steps, steps - 1))
-        q, p = (posterior(x, xt, r, r_next) for x in (F.one_hot(x0, logits.shape[-1]).float(),
+        r, rho = (1 - self.schedule.alpha(x / self.T) for x in (steps, steps - 1))
+        q, p = (posterior(x, xt, r, rho) for x in (F.one_hot(x0, logits.shape[-1]).float(),
                                                       logits.float().softmax(-1)))
         q, p = q / q.sum(-1, keepdim=True), (p / p.sum(-1, keepdim=True)).clamp(min=1e-30)
         possible = q > 0
@@ -264,25 +267,27 @@ def noise_at(r, tokens):
 
 @torch.no_grad()
 def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
-    """Random tokens in place of the masks of xt (B, L), drawn anew for each pair of noise rates (r, s), from the
-    weights step(x, logits (N, V), tokens (N,), r, s) -> (N, V), where x (N, V) is the network's prediction. The others
-    never change. Yields States. Their p is the probability that the network gives the token as that of the clean text.
-    With z = xt, and q(z | x0 = y) = (1 - r) [y = z] + r/V (uniform.py), this is by Bayes
+    """Draw random tokens in place of the masks of xt (B, L), and draw them anew for each pair of noise rates (r, rho).
+
+    step: (x (N, V), logits (N, V), tokens (N,), r, rho) -> weights (N, V) to draw the new tokens from, where x is the
+    network's prediction. Tokens that are not masks in xt never change. Yields States. Their p is the probability that
+    the network gives the token as that of the clean text. With z = xt, and q(z | x0 = y) = (1 - r) [y = z] + r/V, this
+    is by Bayes
 
         p(x0 = y | xt) = x[y] q(z | y) / sum over all tokens of the same
                        = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
     """
     free = xt == mask_id
-    noise = (draw.uniform(xt.shape) * mask_id).long().to(xt.device)
+    noise = (draw.uniform(xt.shape) * objective.V).long().to(xt.device)
     state = begin(torch.where(free, noise, xt))
-    for r, s in pairs:
+    for r, rho in pairs:
         if free.any():
             t = time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
             now = state.xt[free]
             logits, tokens, p = in_pieces(model(state.xt, t, where=free)), [], []
             for piece, z in zip(logits, now.split([len(piece) for piece in logits])):
                 x = objective.prediction(piece, z, noise_at(r, z)).clamp(min=0)
-                tokens.append(draw.pick(step(x, piece, z, r, s)))
+                tokens.append(draw.pick(step(x, piece, z, r, rho)))
                 at = [x.gather(-1, i[:, None]).squeeze(-1) for i in (tokens[-1], z)]
                 extra = x.shape[-1] * (1 - r)
                 p.append((at[0] * r + at[1] * extra * (tokens[-1] == z)) / (x.sum(-1) * r + at[1] * extra))
@@ -297,35 +302,35 @@ def uniform_ancestral(model, xt, mask_id, time, draw, start, grid, objective):
     most = -math.expm1(-objective.last_sigma)
     cut = draw.temperature != 1 or draw.top_p < 1 or draw.top_k
 
-    def step(x, logits, now, r, s):
+    def step(x, logits, now, r, rho):
         if cut:
             x = draw.cut(x.log(), x / x.sum(-1, keepdim=True))
             x = x / x.sum(-1, keepdim=True)
         elif objective.score:
             x = objective.prediction(logits, now, noise_at(r, now))
-        return posterior(x, now, r, s).clamp(min=0)
+        return posterior(x, now, r, rho).clamp(min=0)
 
     grid = [min(rate, most) for rate in grid]
-    pairs = [(r, s) for r, s in zip(grid, grid[1:]) if r > s]
+    pairs = [(r, rho) for r, rho in zip(grid, grid[1:]) if r > rho]
     return uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step)
 
 
 def uniform_euler(model, xt, mask_id, time, draw, start, grid, objective):
-    """SEDD's Euler predictor with uniform noise: from time t to t' a token z becomes y with probability
-    (t - t') dsigma/dt S_y / V, S_y the score, and stays with what is left. Then noise removal, as in `euler`."""
-    def step(x, logits, now, r, s):
-        if s == 0:
+    """SEDD's Euler predictor with uniform noise: from time t to tau a token z becomes y with probability
+    (t - tau) dsigma/dt S_y / V, S_y the score, and stays with what is left. Then noise removal, as in `euler`."""
+    def step(x, logits, now, r, rho):
+        if rho == 0:
             return posterior(objective.prediction(logits, now, noise_at(r, now)), now, r, 0.0).clamp(min=0)
-        return uniform_jumps(objective, logits, now, r, s).clamp(min=0)
+        return uniform_jumps(objective, logits, now, r, rho).clamp(min=0)
 
     return uniform_chain(model, xt, mask_id, time, draw, with_denoising(grid), objective, step)
 
 
-def uniform_jumps(objective, logits, now, r, s):
-    """Probabilities (N, V) of an Euler step from noise rate r to s, for tokens now (N,) and logits (N, V). That of
+def uniform_jumps(objective, logits, now, r, rho):
+    """Probabilities (N, V) of an Euler step from noise rate r to rho, for tokens now (N,) and logits (N, V). That of
     staying is negative if the step is too long."""
-    t, t_next = objective.schedule.times(r, s)
+    t, tau = objective.schedule.times(r, rho)
     dsigma = -objective.schedule.dalpha(t) / objective.schedule.alpha(t).clamp(min=1e-30)
-    jump = ((t - t_next) * dsigma).item() / logits.shape[-1] * objective.log_score(logits, now, noise_at(r, now)).exp()
+    jump = ((t - tau) * dsigma).item() / logits.shape[-1] * objective.log_score(logits, now, noise_at(r, now)).exp()
     jump = jump.scatter(-1, now[:, None], 0.0)
     return jump.scatter(-1, now[:, None], 1 - jump.sum(-1, keepdim=True))

@@ -546,7 +546,7 @@ def test_nanogpt_of_characters(data_dir, call, tmp_path):
 
 
 def causal(network, L):
-    return functools.partial(network, visible=torch.ones(L + 1, L + 1, dtype=torch.bool).tril())
+    return functools.partial(network, sees=torch.ones(L + 1, L + 1, dtype=torch.bool).tril())
 
 
 def diffusion_twin(network, config, V):
@@ -607,7 +607,7 @@ def test_after_annealing_it_is_a_plain_network():
     with torch.no_grad():
         expected = plain(torch.nn.functional.pad(xt, (1, 0), value=11), t)[:, :-1]
         full = torch.ones(13, 13, dtype=torch.bool)
-        for found in (next_token(xt, t), next_token(xt, t, visible=full)):
+        for found in (next_token(xt, t), next_token(xt, t, sees=full)):
             torch.testing.assert_close(found, expected)
         torch.testing.assert_close(next_token(xt, t, where), expected[where])
 

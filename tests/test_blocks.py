@@ -348,7 +348,7 @@ def test_one_text_of_noisy_and_clean_tokens():
     n, (xt, x0, t) = 4, texts(4)
     block, clean = torch.arange(32) % 16 // n, torch.arange(32) >= 16
     sees = (block[:, None] == block) & (clean[:, None] == clean) | (block[:, None] > block) & clean
-    logits = network(27)(torch.cat((xt, x0), 1), t[:, 0], visible=sees, positions=torch.arange(16).repeat(2))
+    logits = network(27)(torch.cat((xt, x0), 1), t[:, 0], sees=sees, positions=torch.arange(16).repeat(2))
     model = network(27, objective="block", block_size=n)
     torch.testing.assert_close(model(xt, t, clean=x0), logits[:, :16], rtol=1e-4, atol=1e-4)
 
@@ -402,7 +402,7 @@ def test_flex_attention(monkeypatch):
     for make, arguments, L, seen in ((layout_of_blocks, (32, 0, 4), 32, 32), (layout_of_blocks, (32, 12, 4), 32, 44),
                                      (layout_beside_clean, (32, 4), 32, 64)):
         found, expected = (attend(q[:, :, :L], k[:, :, :seen], v[:, :, :seen],
-                                  make(*arguments, torch.device("cpu"), flex).visible, False) for flex in (True, False))
+                                  make(*arguments, torch.device("cpu"), flex).sees, False) for flex in (True, False))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -412,10 +412,10 @@ def test_tiles(size):
     of 4 x 4 tiles of 16 tokens those above the diagonal, and of 4 x 8 those without a clean or noisy token to see.
     Lengths that do not divide into tiles stay whole."""
     n, device = 64, torch.device("cpu")
-    assert torch.is_tensor(layout_of_blocks(66, 0, 3, device).visible)
-    assert torch.is_tensor(layout_of_blocks(72, 8, 8, device).visible)
-    for tiles, seen, kept in ((layout_of_blocks(n, 0, size, device).visible, n, {4: 10, 32: 12}),
-                              (layout_beside_clean(n, size, device).visible, 2 * n, {4: 10 + 4, 32: 4 + 8})):
+    assert torch.is_tensor(layout_of_blocks(66, 0, 3, device).sees)
+    assert torch.is_tensor(layout_of_blocks(72, 8, 8, device).sees)
+    for tiles, seen, kept in ((layout_of_blocks(n, 0, size, device).sees, n, {4: 10, 32: 12}),
+                              (layout_beside_clean(n, size, device).sees, 2 * n, {4: 10 + 4, 32: 4 + 8})):
         assert isinstance(tiles, Tiles) and sum(map(len, tiles.seen)) == kept[size]
         mask = torch.zeros(n, seen, dtype=torch.bool)
         for i, (row, tile) in enumerate(zip(tiles.seen, tiles.masks)):
@@ -467,8 +467,8 @@ GRID = [1.0, 0.7, 0.3, 0.0]
 ALL = [Settings("ancestral", {"grid": schedule_grid("cosine", 6)}), Settings("first_hitting"),
        Settings("topk", {"grid": schedule_grid("linear", 3)}), Settings("topk", {"k": 2}), Settings("threshold"),
        Settings("entropy_bound", {"gamma": 0.5}),
-       Settings("remdm", {"grid": schedule_grid("linear", 7), "sigma": "cap"}),
-       Settings("remdm", {"grid": loop_grid(7), "sigma": "loop"})]
+       Settings("remdm", {"grid": schedule_grid("linear", 7), "remask": "cap"}),
+       Settings("remdm", {"grid": loop_grid(7), "remask": "loop"})]
 
 
 def chain_of(rule, n, grid):

@@ -310,7 +310,7 @@ def test_bd3lm_blocks(load, size):
     arrays, x0 = {key.removeprefix(f"block{size}."): value for key, value in arrays.items()}, arrays["x0"]
     L, cpu = x0.shape[1], torch.device("cpu")
     assert type(objective) is BlockDiffusion and objective.block_size == model.block_size == size
-    noisy, clean = (layout.visible for layout in (layout_beside_clean(L, size, cpu), layout_of_blocks(L, 0, size, cpu)))
+    noisy, clean = (layout.sees for layout in (layout_beside_clean(L, size, cpu), layout_of_blocks(L, 0, size, cpu)))
     theirs = arrays["attn_mask"]  # of [x_t | x_0]; our past, the clean text, comes first
     assert torch.equal(torch.cat((noisy[:, L:], noisy[:, :L]), 1), theirs[:L])
     assert torch.equal(torch.cat((torch.zeros_like(clean), clean), 1), theirs[L:])

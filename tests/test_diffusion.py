@@ -527,10 +527,10 @@ def test_facts_of_an_objective(key):
 
     loss, nelbo = objective.loss(network, torch.randint(5, (3, 4)), noise)
     assert loss.dim() == 0 and nelbo.shape == (3,) and asked == [objective.everywhere]
-    if objective.normalised:
-        assert (objective.normalised, "mask") in OBJECTIVES
-    assert (objective.blocks, noise_kind) in OBJECTIVES if name in ("mdlm", "block") and noise_kind == "mask" else (
-        objective.blocks is None)
+    if objective.normalised_twin:
+        assert (objective.normalised_twin, "mask") in OBJECTIVES
+    assert (objective.block_twin, noise_kind) in OBJECTIVES if name in ("mdlm", "block") and noise_kind == "mask" else (
+        objective.block_twin is None)
 
 
 @pytest.mark.parametrize("objective", [MDLM(MASK), SEDD(MASK), SEDD(MASK, scaled=False), D3PM(MASK, 10)],

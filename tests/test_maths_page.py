@@ -430,7 +430,7 @@ def test_remdm():
             assert (1 - rho - (1 - limit - 1e-3) * (1 - r)) / r > 1
     grid, B, n = [1.0, 0.7, 0.5, 0.4, 0.0], 3000, 4
     found = [(xt == V).double().mean().item() for xt, _ in
-             states(Settings("remdm", {"grid": grid, "sigma": "rescale", "eta": 1.0}), B, n)]
+             states(Settings("remdm", {"grid": grid, "remask": "rescale", "eta": 1.0}), B, n)]
     assert found == pytest.approx(grid[1:], abs=4 * 0.5 / (B * n) ** 0.5)
 
 

@@ -240,18 +240,18 @@ def test_visibility(conditioning):
     and may differ by sequence."""
     model, (xt, t) = tiny(conditioning), batch()
     close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    close(model(xt, t, visible=torch.ones(16, 16, dtype=torch.bool)), model(xt, t))
+    close(model(xt, t, sees=torch.ones(16, 16, dtype=torch.bool)), model(xt, t))
     if conditioning == "none":
-        close(model(xt, t, visible=torch.ones(16, 16, dtype=torch.bool).tril()), tiny("none", causal=True)(xt, t))
+        close(model(xt, t, sees=torch.ones(16, 16, dtype=torch.bool).tril()), tiny("none", causal=True)(xt, t))
     seen = block_causal(16, 4)
     changed = xt.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 5
-    before, after = model(xt, t, visible=seen), model(changed, t, visible=seen)
+    before, after = model(xt, t, sees=seen), model(changed, t, sees=seen)
     close(before[:, :8], after[:, :8])
     assert (before[:, 8:] - after[:, 8:]).abs().amax(-1).min() > 1e-4
     by_sequence = torch.stack([torch.ones(16, 16, dtype=torch.bool), seen, seen.new_ones(16, 16).tril()])[:, None]
-    expected = torch.stack([model(xt, t, visible=visible[0])[i] for i, visible in enumerate(by_sequence)])
-    close(model(xt, t, visible=by_sequence), expected)
+    expected = torch.stack([model(xt, t, sees=visible[0])[i] for i, visible in enumerate(by_sequence)])
+    close(model(xt, t, sees=by_sequence), expected)
 
 
 @torch.no_grad()
@@ -265,7 +265,7 @@ def test_positions():
     close(model(xt.gather(1, order), t, positions=order), model(xt, t).gather(1, order[..., None].expand(3, 16, 5)))
     twice, half = torch.cat((xt[:, :8], xt[:, 8:]), 1), torch.arange(8)
     apart = torch.block_diag(*torch.ones(2, 8, 8)).bool()
-    both = model(twice, t, visible=apart, positions=torch.cat((half, half)))
+    both = model(twice, t, sees=apart, positions=torch.cat((half, half)))
     close(both[:, :8], model(xt[:, :8], t))
     close(both[:, 8:], model(xt[:, 8:], t))
 
@@ -279,7 +279,7 @@ def test_the_past_is_remembered(conditioning, causal, shift):
     model, (xt, t) = tiny(conditioning, causal=causal, shift_tokens=shift), batch()
     edges = [0, 4, 8, 16] if not causal else [0, 1, 2, 7, 16]
     block = torch.bucketize(torch.arange(16), torch.tensor(edges[1:-1]), right=True)
-    whole = model(xt, t, visible=None if causal else block[:, None] >= block)
+    whole = model(xt, t, sees=None if causal else block[:, None] >= block)
     where, past = torch.rand(3, 16, generator=torch.Generator().manual_seed(2)) < 0.5, None
     for a, b in zip(edges, edges[1:]):
         logits = model(xt[:, a:b], t, past=past)

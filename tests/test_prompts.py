@@ -24,7 +24,7 @@ from likelihood import Windows
 from model import DiT
 from prompts import canvases, template, windows_of
 from randomness import prefix_lengths
-from sampling import SIGMAS
+from sampling import DEFAULT_ETA
 from studies.curves import measure_context, measure_curve
 from train import batches
 
@@ -34,7 +34,7 @@ M = 99
 SAMPLERS = [["--sampler=ancestral", "--steps=7"], ["--sampler=ancestral", "--grid=1,0.9,0.2,0"],
             ["--sampler=first_hitting"], ["--sampler=topk", "--steps=5", "--grid=cosine"], ["--sampler=topk", "--k=3"],
             ["--sampler=threshold", "--threshold=0.2"], ["--sampler=entropy_bound", "--gamma=3"],
-            *(["--sampler=remdm", "--steps=9", f"--sigma={sigma}", "--eta=0.5"] for sigma in SIGMAS)]
+            *(["--sampler=remdm", "--steps=9", f"--remask={rule}", "--eta=0.5"] for rule in DEFAULT_ETA)]
 
 
 @pytest.fixture
@@ -244,9 +244,9 @@ def test_bad_requests(call, trained, tmp_path):
             (["--steps=many"], "not an integer"), (["--grid=1,0.5"], "mask rates that fall from 1 to 0"),
             (["--grid=1,0.5,0.7,0"], "rates that fall from 1 to 0"), (["--grid=square"], "rates that fall from 1 to 0"),
             (["--grid=1,0.5,0", "--steps=2"], "already sets 2 steps"),
-            (["--sampler=remdm", "--sigma=best"], "invalid choice"),
-            (["--sampler=remdm", "--sigma=loop", "--steps=2"], "needs at least 3 steps"),
-            (["--sampler=remdm", "--sigma=loop", "--grid=cosine"], "has its own grid"),
+            (["--sampler=remdm", "--remask=best"], "invalid choice"),
+            (["--sampler=remdm", "--remask=loop", "--steps=2"], "needs at least 3 steps"),
+            (["--sampler=remdm", "--remask=loop", "--grid=cosine"], "has its own grid"),
             (["--steps=auto", "--grid=cosine"], "leave out --grid cosine"), (["--gamma=1"], "or use entropy_bound"),
             (["--sampler=threshold", "--threshold=2"], "outside"),
             (["--sampler=threshold", "--steps=4"], "does not use --steps"),
@@ -254,7 +254,7 @@ def test_bad_requests(call, trained, tmp_path):
             (["--show", "--show_intermediate"], "not both"),
             (["--html", tmp_path / "no" / "x"], "in a folder that does not exist"),
             (["--override", "n_head=2"], "leave out --override"),
-            (["--context=-1"], "outside"), (["--sampler=remdm", "--sigma=loop", "--grid=1,0.5,0"], "its own grid"),
+            (["--context=-1"], "outside"), (["--sampler=remdm", "--remask=loop", "--grid=1,0.5,0"], "its own grid"),
             (["--temperature=1e-38"], "is below 0.001"), (["--prefix=\udcff"], "not valid text"),
             (["--template=a{" + "9" * 5000 + "}"], "is not a blank"),
             (["--out", trained / "ckpt.pt"], "is also part of the checkpoint"),

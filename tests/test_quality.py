@@ -137,12 +137,12 @@ def test_samples(call, trained, ar, tiny_gpt2, data_dir, tmp_path):
                            f"hf://{tiny_gpt2}", "--data_dir", data_dir, "--out_dir", tmp_path, "--json").out)["samples"]
     assert [row["sampler"] for row in rows] == ["file", "real text"] and rows[0]["n_samples"] == 3
     rows = json.loads(call("evaluate.py", trained, "--samples=2", "--sampler=threshold,entropy_bound,remdm,topk",
-                           "--steps=4,8", "--threshold=0", "--gamma=1e9", "--sigma=rescale", "--top_k=5",
+                           "--steps=4,8", "--threshold=0", "--gamma=1e9", "--remask=rescale", "--top_k=5",
                            "--temperature=0.5", "--data_dir", data_dir, "--json").out)["samples"]
     assert [(row["sampler"], row["steps"], row["setting"], row["nfe"]) for row in rows[:-1]] == [
         ("threshold", None, "threshold=0.0", 1), ("entropy_bound", None, "gamma=1000000000.0", 1),
-        ("remdm", 4, "sigma=rescale eta=0.05", rows[2]["nfe"]),
-        ("remdm", 8, "sigma=rescale eta=0.05", rows[3]["nfe"]),
+        ("remdm", 4, "remask=rescale eta=0.05", rows[2]["nfe"]),
+        ("remdm", 8, "remask=rescale eta=0.05", rows[3]["nfe"]),
         ("topk", 4, None, 4), ("topk", 8, None, 8)]
     assert all((row["top_k"], row["temperature"]) == (5, 0.5) for row in rows[:-1])
     rows = json.loads(call("evaluate.py", ar, "--samples=2", "--data_dir", data_dir, "--json").out)["samples"]

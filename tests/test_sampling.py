@@ -15,7 +15,7 @@ import world
 from categorical import Draw, entropy, inverse_cdf
 from diffusion import MDLM, Absorbing, AutoRegressive, make_schedule
 from sampler_settings import best_grid, bound_on_grid, default_settings, enough_steps, loop_grid, schedule_grid
-from sampling import (SIGMAS, Settings, ancestral, entropy_bound, first_hitting, left_to_right, of_rows, remdm,
+from sampling import (DEFAULT_ETA, Settings, ancestral, entropy_bound, first_hitting, left_to_right, of_rows, remdm,
                       threshold, topk)
 from world import MASK, L, V
 
@@ -174,18 +174,18 @@ def most(r, s):
     return min(1, s / (1 - r)) if r < 1 else 1
 
 
-@pytest.mark.parametrize("sigma, eta, grid, rule", [
+@pytest.mark.parametrize("remask, eta, grid, g", [
     ("cap", 0.3, [1, 0.75, 0.5, 0.25, 0], lambda r, s: min(0.3, most(r, s))),
     ("cap", 1.0, [1, 0.5, 0.4, 0], lambda r, s: most(r, s)),
     ("rescale", 0.6, [1, 0.6, 0.3, 0], lambda r, s: 0.6 * most(r, s)),
     ("loop", 0.4, [1, 0.4, 0.4, 0.4, 0.2, 0], lambda r, s: 0.4 if r == s else 0.0),
 ])
-def test_remdm_follows_its_chain(sigma, eta, grid, rule):
+def test_remdm_follows_its_chain(remask, eta, grid, g):
     """30,000 samples follow the enumerated chain with remasking, which is another one than without."""
     model = world.random_denoiser(1, sees_time=True)
-    x0 = states_of(remdm, model, masks(30_000), grid, sigma, eta)[-1]
+    x0 = states_of(remdm, model, masks(30_000), grid, remask, eta)[-1]
     expected = world.remasking_distribution(
-        model, grid, lambda r, s, states: torch.full(states.shape, rule(r, s)).double())
+        model, grid, lambda r, s, states: torch.full(states.shape, g(r, s)).double())
     assert chi_square_excess(counts_of(x0), world.remasking_distribution(
         model, grid, lambda r, s, states: torch.zeros(states.shape).double())) > 6
     assert chi_square_excess(counts_of(x0), expected) < 4
@@ -199,11 +199,11 @@ def test_remdm_conf_follows_its_chain():
     grid = [1, 0.6, 0.4, 0.2, 0]
     p = torch.cat([table.softmax(-1), torch.full((L, 1), math.inf)], -1).double()  # masks: infinitely sure
 
-    def sigma(r, s, states):
+    def g(r, s, states):
         return torch.nan_to_num(0.9 * most(r, s) * (-p[torch.arange(L), states]).softmax(1))  # nothing revealed: 0
 
     x0 = states_of(remdm, model, masks(30_000), grid, "conf", 0.9)[-1]
-    expected = world.remasking_distribution(model, grid, sigma)
+    expected = world.remasking_distribution(model, grid, g)
     assert chi_square_excess(counts_of(x0), expected) < 4
     halfway = states_of(remdm, model, masks(30_000), grid[:3] + [0.4], "conf", 0.9)  # r = s: masks return, none falls
     sure = (halfway[1][:, 2] == 0) & (halfway[1][:, 1] == 0)
@@ -211,14 +211,14 @@ def test_remdm_conf_follows_its_chain():
     assert gone(1) > 1.5 * gone(2) > 0
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_remdm_keeps_the_mask_rate_on_its_grid(sigma):
+@pytest.mark.parametrize("remask", DEFAULT_ETA)
+def test_remdm_keeps_the_mask_rate_on_its_grid(remask):
     """The marginal of the chain is that of masking (ReMDM, theorem 3.1); conf remasks without paying for it."""
-    grid = loop_grid(8, hold=0.3) if sigma == "loop" else [1, 0.75, 0.5, 0.3, 0.1, 0]
-    states = states_of(remdm, world.random_denoiser(3, True), masks(20_000), grid, sigma, 0.5)
+    grid = loop_grid(8, hold=0.3) if remask == "loop" else [1, 0.75, 0.5, 0.3, 0.1, 0]
+    states = states_of(remdm, world.random_denoiser(3, True), masks(20_000), grid, remask, 0.5)
     for r, state in zip(grid[1:], states):
         rate, error = (state == MASK).double().mean().item(), math.sqrt(r * (1 - r) / 60_000) + 1e-12
-        assert rate == pytest.approx(r, abs=5 * error) if sigma != "conf" else rate >= r - 5 * error
+        assert rate == pytest.approx(r, abs=5 * error) if remask != "conf" else rate >= r - 5 * error
     again = sum(((after == MASK) & (before != MASK)).sum() for before, after in zip(states, states[1:]))
     assert again > 100
 
@@ -323,9 +323,9 @@ ALL = [Settings("ancestral", {"grid": schedule_grid("cosine", 6)}), Settings("fi
        Settings("topk", {"grid": schedule_grid("linear", 3)}), Settings("topk", {"k": 2}), Settings("threshold"),
        Settings("entropy_bound", {"gamma": 0.5}), Settings("analytic", {"grid": schedule_grid("linear", 4)}),
        Settings("euler", {"grid": schedule_grid("cosine", 4)}),
-       *(Settings("remdm", {"grid": loop_grid(7) if sigma == "loop" else schedule_grid("linear", 7), "sigma": sigma,
-                            "eta": 0.7}) for sigma in SIGMAS)]
-NAMES = [f"{settings.sampler} {settings.options.get('sigma', '')}".strip() for settings in ALL]
+       *(Settings("remdm", {"grid": loop_grid(7) if rule == "loop" else schedule_grid("linear", 7), "remask": rule,
+                            "eta": 0.7}) for rule in DEFAULT_ETA)]
+NAMES = [f"{settings.sampler} {settings.options.get('remask', '')}".strip() for settings in ALL]
 assert {settings.sampler for settings in ALL} == set(Absorbing.samplers)
 
 
@@ -352,7 +352,7 @@ def test_given_tokens_stay(settings):
     assert torch.equal(again, states[-1].xt) and not torch.equal(other, again)
 
 
-@pytest.mark.parametrize("settings", [s for s in ALL if s.sampler == "remdm"], ids=lambda s: s.options["sigma"])
+@pytest.mark.parametrize("settings", [s for s in ALL if s.sampler == "remdm"], ids=lambda s: s.options["remask"])
 def test_remdm_remasks_in_a_template(settings):
     """What it drew, never what was given."""
     xt = masks(200)

@@ -106,21 +106,21 @@ def t_step_bound(model, alphas):
     return total
 
 
-def remasking_distribution(model, grid, sigma):
+def remasking_distribution(model, grid, g_of):
     """Distribution p(x0) of ReMDM's reverse chain (arXiv 2503.00307) by summing over every path: (27,).
 
-    grid: the mask rates. sigma(r, s, states (64, L)) -> (64, L): at a token, the probability that it is masked again;
-    at a mask, the sigma in its probability of being revealed, ((1-s) - (1-sigma)(1-r))/r. The network is told the rate.
+    grid: the mask rates. g_of(r, rho, states (64, L)) -> (64, L): at a token, the probability g that it is masked
+    again; at a mask, the g in its probability of being revealed, h = ((1-rho) - (1-g)(1-r))/r. The network is told r.
     """
     state_probs = (STATES == MASK).all(1).double()
     visible = torch.nn.functional.one_hot(STATES, V + 1).double()
-    for r, s in zip(grid, grid[1:]):
-        remask = sigma(r, s, STATES)[..., None]
-        falls = ((1 - s) - (1 - remask) * (1 - r)) / r
+    for r, rho in zip(grid, grid[1:]):
+        g = g_of(r, rho, STATES)[..., None]
+        h = ((1 - rho) - (1 - g) * (1 - r)) / r
         p_x0 = model(STATES, torch.full((len(STATES),), r, dtype=torch.float64)).softmax(-1)
-        from_mask = torch.cat([falls * p_x0, 1 - falls], -1)
-        from_token = (1 - remask) * visible
-        from_token[..., MASK] += remask[..., 0]
+        from_mask = torch.cat([h * p_x0, 1 - h], -1)
+        from_token = (1 - g) * visible
+        from_token[..., MASK] += g[..., 0]
         p = torch.where((STATES == MASK)[..., None], from_mask, from_token)    # (64, L, V+1)
         state_probs = state_probs @ torch.stack([p[:, i, STATES[:, i]] for i in range(L)]).prod(0)
     finished = (STATES != MASK).all(1)
