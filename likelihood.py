@@ -142,7 +142,7 @@ def reveal(model, objective, x0, order, all_at=()):
 def chain_rule(model, objective, x0, order, v=None):
     """-log p(x0) of the model that reveals one token per call in this order: x0 (B, L) -> nats per token (B,).
 
-        -log p(x) = sum_i -log p(x_o(i) | x_o(1), ..., x_o(i-1))
+        -log p(x) = sum over m of -log p(x[order[m]] | x[order[0]], ..., x[order[m - 1]])
 
     This is not a bound but the exact negative log-likelihood. Every order defines another model (DUEL, arXiv
     2603.01367). Orders: 'l2r'; 'random', sorted by v (B, L); 'confidence'. The order 'confidence' depends on visible
@@ -203,10 +203,10 @@ def along_orders(model, objective, x0, v):
 
 
 @torch.no_grad()
-def draw_with_orders(model, objective, v, u, device):
-    """Draw texts, revealing one token per call: v, u (B, L) -> x0 (B, L) long, l (B, blocks) along the orders of v.
+def draw_with_orders(model, objective, v, draws, device):
+    """Draw texts, revealing one token per call: v, draws (B, L) -> x0 (B, L) long, l (B, blocks) along the orders of v.
 
-    Each order is sorted by v, as in chain_rule, block after block. u: uniform numbers that the tokens are drawn by.
+    Each order is sorted by v, as in chain_rule, block after block. draws: uniform numbers, one to draw each token by.
     """
     B, L = v.shape
     n = objective.block_size or L
@@ -221,7 +221,7 @@ def draw_with_orders(model, objective, v, u, device):
         where[rows, order[:, i]] = True
         log_p = model(xt, t, where=where).float().log_softmax(-1)
         drawing = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-        tokens = inverse_cdf(log_p.exp().to(drawing), u[:, i, None].to(drawing)).to(device)
+        tokens = inverse_cdf(log_p.exp().to(drawing), draws[:, i, None].to(drawing)).to(device)
         l[:, i // n] += log_p[rows, tokens].cpu()
         xt[rows, order[:, i]] = tokens
     return xt, l
