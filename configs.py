@@ -100,7 +100,7 @@ class Config:
     lambda_ce: float = setting(0.0, "weight of the auxiliary cross-entropy at all positions; d3pm only")
     schedule: str = setting("linear", f"noise schedule alpha(t): {', '.join(SCHEDULES)}; or with parameters: "
                             "loglinear:0.001, geometric:0.0001:20")
-    scale_by_sigma: bool = setting(True, "multiply the network's scores by alpha/(1 - alpha); sedd with masks only")
+    scale_by_sigma: bool = setting(True, "multiply the network's scores by alpha/(1 - alpha)/V; sedd with masks only")
     time_sampling: str = setting("uniform", "how training draws the time of each sequence; exact_k: not for d3pm or "
                                  "uniform noise", ("uniform", "stratified", "exact_k"))
     weighting: str = setting("nelbo", "loss weight of a masked token: nelbo, as in the bound; or simple, the same for "
@@ -220,7 +220,7 @@ class Config:
 
     @property
     def objective_class(self):
-        """The class of the objective, of diffusion.py or uniform.py."""
+        """The class of the objective, one of OBJECTIVES."""
         return OBJECTIVES[self.objective, self.noise]
 
     @property
@@ -250,8 +250,8 @@ class Config:
 
 
 def clock(conditioning, T=1000, schedule="linear"):
-    """The function of t whose sinusoids the time embedding takes (model.py), or None. With 'step', a model sees its
-    step numbers 1 ... T exactly."""
+    """The function of t whose sinusoids the time embedding takes (model.py), or None without time conditioning. With
+    'step', a model sees its step numbers 1 ... T exactly."""
     return {"none": None, "time": lambda t: 1000 * t, "step": lambda t: (T * t).round(), "constant": torch.zeros_like,
             "sigma": make_schedule(schedule).sigma}[conditioning]
 
@@ -306,8 +306,9 @@ def d3pm_openwebtext_8gpu():
 def mdlm_twin(config):
     """The same data, size and optimisation in continuous time: no time conditioning or auxiliary loss, exactly k masks.
 
-    time_sampling=stratified is closer to the paper, but its weights 1/t make losses and gradients jump. D3PM's loss and
-    gradients are T times smaller, so the clipping threshold changes, too.
+    time_sampling=stratified is closer to the paper, but its weights 1/t make losses and gradients jump. A masked token
+    has the mean weight 1 in this loss, and 1/T + lambda_ce/2 = 0.026 in that of d3pm_* (docs/maths.md, section 8). So
+    the clipping threshold is another one, too.
     """
     return replace(config, objective="mdlm", conditioning="none", lambda_ce=0.0, time_sampling="exact_k", grad_clip=1.0)
 

@@ -1,7 +1,7 @@
 """Score checkpoints: likelihood with its standard error by several estimators, also zero-shot, and sample quality.
 
     python evaluate.py out/demo                                # bits per token on the validation split
-    python evaluate.py out/demo out/mdlm_demo --split test     # the difference of two, on the same masks
+    python evaluate.py out/demo out/ar_demo --split test       # the difference of two, on the same windows
     python evaluate.py out/demo --check                        # two estimators; exit code 1 if they disagree
     python evaluate.py out/demo --order confidence             # the exact likelihood along an order of reveals
     python evaluate.py out/demo --orders 8                     # the likelihood over all orders, from two sides

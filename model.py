@@ -1,7 +1,8 @@
 """The denoiser: a bidirectional transformer with adaLN-Zero conditioning on time (DiT, arXiv 2212.09748).
 
-It maps noisy tokens xt (B, L) and their time t to logits over clean tokens. It contains nothing of diffusion: the mask
-is one more token, the time is one more input, and the objective and the sampler interpret the logits.
+It maps noisy tokens xt (B, L) and their time t to logits over clean tokens. The objective and the sampler say what the
+logits mean. For the network the mask is one more token, and the time one more input. What else it knows of its task is
+which tokens a token sees: all, those on its left (`causal`), or blocks (`block_size`, `clean`).
 """
 
 import math
@@ -308,7 +309,7 @@ class DiT(nn.Module):
         return F.linear(x, weight, self.head_bias)
 
     def forward(self, xt, t, where=None, sees=None, positions=None, past=None, clean=None, keep=False):
-        """xt (B, L) long in [0, V], t (B,) or (B, L) in (0, 1] -> logits (B, L, V).
+        """xt (B, L) long in [0, V], t (B,) or (B, L) in [0, 1] -> logits (B, L, V).
 
         where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. With a vocabulary of
             50,000 the head is a third of the work, and nothing reads its logits at visible tokens.

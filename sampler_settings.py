@@ -60,8 +60,8 @@ def add_arguments(parser):
     p.add_argument("--k", type=number(int, 1), help="tokens that topk reveals per step, instead of --steps and --grid")
     p.add_argument("--threshold", type=number(float, 0, 1),
                    help="probability at which the sampler threshold reveals a token (default 0.9)")
-    p.add_argument("--gamma", type=number(float, 0), help="limit of nats per step of entropy_bound: the entropies of "
-                   "its tokens, without the largest, have at most this sum (default 0.1)")
+    p.add_argument("--gamma", type=number(float, 0), help="limit of entropy_bound in nats per step: sum of the "
+                   "entropies of its tokens - the largest of them (default 0.1)")
     p.add_argument("--remask", choices=DEFAULT_ETA, help="rule by which remdm masks tokens again (default cap)")
     p.add_argument("--eta", type=number(float, 0, 1), help="strength of the remasking of remdm (default: "
                    + ", ".join(f"{rule} {eta}" for rule, eta in DEFAULT_ETA.items()) + ")")

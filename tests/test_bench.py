@@ -1,4 +1,4 @@
-"""bench.py, costs.py, studies/forecast.py, studies/textbook.py: the yardsticks are right. No test asks how fast
+"""bench.py, costs.py, studies/forecast.py, studies/textbook.py: what speed is compared with is right. No test asks how fast
 anything is."""
 
 import json

@@ -52,6 +52,20 @@ def tensor(x):
     return torch.tensor(x, dtype=torch.float64)
 
 
+def test_example():
+    """Section 1: the numbers of the example, by the code."""
+    x0, u, v = torch.tensor([[2, 0, 1]]), tensor([0.5]), tensor([[0.7, 0.2, 0.9]])
+    table = tensor([[0.45, 0.45, 0.1], [0.5, 0.25, 0.25], [1, 1, 1]]).log()[None]  # letters a, t, c by position
+    model = lambda xt, t, where: table[where]
+    noise = MDLM(3).exact_k(u, v)
+    assert MDLM(3).corrupt(x0, noise.mask).tolist() == [[3, 3, 1]] and noise.t.item() == pytest.approx(0.7)
+    nats = MDLM(3).nelbo(model, x0, noise).item()
+    assert (3 * nats, nats, nats / math.log(2)) == pytest.approx((4.494, 1.498, 2.161), abs=5e-4)
+    noise = D3PM(3, 10).noise(tensor([0.65]), v)
+    assert noise.t.item() == pytest.approx(0.7) and noise.mask.tolist() == [[True, True, False]]
+    assert 3 * D3PM(3, 10).nelbo(model, x0, noise).item() == pytest.approx(4.280, abs=5e-4)
+
+
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
 
