@@ -1,21 +1,22 @@
-"""A direct implementation of D3PM from the paper: correct and slow. bench.py compares its speed with ours.
+"""A direct implementation of D3PM from the paper: correct and slow. It is the place to begin reading.
 
 Every step builds the true and the learned posterior over all K = V + 1 states of all tokens, (B, L, K), in float32.
+docs/maths.md, section 4, shows why diffusion.py needs none of them. bench.py compares the speed of the two.
 """
 
 import torch
 import torch.nn.functional as F
 
 
-def posterior(xt, p_x0, a, a_next, mask_id):
+def posterior(xt, p_x0, a, a_before, mask_id):
     """q(x_{s-1} | x_s, x_0), normalised, (B, L, K), for x_0 given by its probabilities p_x0 (B, L, K).
 
-    D3PM, arXiv 2107.03006, eq. 3: q(x_s | x_{s-1}) q(x_{s-1} | x_0) divided by its sum over x_{s-1}. a, a_next (B,):
+    D3PM, arXiv 2107.03006, eq. 3: q(x_s | x_{s-1}) q(x_{s-1} | x_0) divided by its sum over x_{s-1}. a, a_before (B,):
     the probability that a token is visible at step s and at step s - 1.
     """
     K = mask_id + 1
     is_mask = F.one_hot(torch.tensor(mask_id, device=xt.device), K).float()
-    stay, survive = (a / a_next)[:, None, None], a_next[:, None, None]
+    stay, survive = (a / a_before)[:, None, None], a_before[:, None, None]
     seen = F.one_hot(xt, K).float()
     forward = torch.where(seen[..., mask_id:] > 0, 1 - stay + stay * is_mask, stay * seen)
     before = survive * p_x0 + (1 - survive) * is_mask
@@ -29,11 +30,11 @@ def loss(model, x0, noise, T, mask_id):
     It equals D3PM.loss of diffusion.py with the linear schedule and without the auxiliary term.
     """
     s = (noise.t * T).round()
-    a, a_next = 1 - s / T, 1 - (s - 1) / T
+    a, a_before = 1 - s / T, 1 - (s - 1) / T
     xt = torch.where(noise.mask, mask_id, x0)
     p_x0 = F.pad(model(xt, noise.t).softmax(-1), (0, 1))
-    true = posterior(xt, F.one_hot(x0, mask_id + 1).float(), a, a_next, mask_id)
-    learned = posterior(xt, p_x0, a, a_next, mask_id)
+    true = posterior(xt, F.one_hot(x0, mask_id + 1).float(), a, a_before, mask_id)
+    learned = posterior(xt, p_x0, a, a_before, mask_id)
     tiny = torch.finfo(torch.float32).tiny  # 0 log 0 = 0
     return (true * (true.clamp(min=tiny).log() - learned.clamp(min=tiny).log())).sum(-1).mean()
 
