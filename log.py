@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,32 @@ def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+class Pace:
+    """The speed of training from a step on, without the time of validations, samples and checkpoints."""
+
+    def __init__(self, step):
+        self.first = self.last = step          # steps at the start, and at the last log line
+        self.seconds = 0.0                     # of training since the start
+        self.clock = time.perf_counter()       # at the last log line, moved on by the pauses
+
+    def lap(self, step):
+        """The steps per second since the last log line."""
+        elapsed, done = time.perf_counter() - self.clock, step - self.last
+        self.clock, self.seconds, self.last = self.clock + elapsed, self.seconds + elapsed, step
+        return done / elapsed
+
+    def left(self, steps):
+        """The seconds that so many more steps will take."""
+        return steps * self.seconds / (self.last - self.first)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """A context whose time does not count."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
 
 
 class Tally(NamedTuple):

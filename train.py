@@ -11,7 +11,6 @@ checkpoint and stops. --resume auto continues from it, and the result is the sam
 import functools
 import math
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from data.tokenizer import make_tokenizer
 from diffusion import to_device
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from local_sgd import AmongProcesses, EveryStep, deal
-from log import Log, Tally, duration, finite
+from log import Log, Pace, Tally, duration, finite
 from optim import EMA, clip_gradients, learning_rate, make_optimizers
 from parallel import on_main, share_of_batch, together
 from prompts import denoise, end_of, text_of
@@ -162,6 +161,12 @@ def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, s
 
 
 def main():
+    """Set up a run or resume it, and train.
+
+    Training itself is batches(), train_step() and the loop at the end of this function. The rest checks, validates and
+    writes. `together`, `on_main` and `exchange` are for runs of several processes. In one process the first two only
+    call the function that they are given, and the exchange does nothing.
+    """
     name, cfg, args = configs.from_command_line("train.py", __doc__, add_arguments)
     parallel.join(cfg.timeout_minutes)
     if cfg.local_steps:
@@ -264,8 +269,7 @@ def main():
            optimizer_bytes=kept, versions=storage.versions())
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
-    first_step, seconds, stopped = step, 0.0, 0         # of this process; seconds: training only, without validation
-    logged, clock = step, time.perf_counter()           # at the last log line
+    pace, stopped = Pace(step), 0
     model.train()
     for parts in stream:
         lr = learning_rate(step, cfg)
@@ -279,21 +283,17 @@ def main():
         tally = tally.count(nats, bad)
         step += 1
         bar.update()
-        taken = exchange.after(step)  # steps of the round that ends here
+        taken = exchange.after(step)  # 1, or with --local_steps the steps of the round that ends here
         if not taken:
             continue  # within a round a worker hears nothing of the others
-        due = lambda interval: step == cfg.max_steps or step // interval > (step - taken) // interval
+        due = lambda interval: step == cfg.max_steps or step // interval > (step - taken) // interval  # since then
         ema.update(taken)
 
         if due(cfg.log_interval):
-            counted, tally = tally.of_all().numbers(), tally.next_line()  # waits for the GPU, so `elapsed` is right
-            elapsed = time.perf_counter() - clock
-            clock += elapsed
-            seconds += elapsed
-            rate = (step - logged) * cfg.batch_size * cfg.seq_len / elapsed
-            logged = step
+            counted, tally = tally.of_all().numbers(), tally.next_line()  # waits for the GPU, so the pace is right
+            rate = pace.lap(step) * cfg.batch_size * cfg.seq_len
+            left = pace.left(cfg.max_steps - step)
             bits = counted.nats / counted.steps / math.log(2) if counted.steps else math.nan
-            left = (cfg.max_steps - step) * seconds / (step - first_step)
             mfu, memory = rate * flops / peak, memory_used(device)
             epochs = step * cfg.batch_size * cfg.seq_len / len(train_tokens)
             report(f"step {step:,}  tokens {step * cfg.batch_size * cfg.seq_len:,}  "
@@ -307,22 +307,21 @@ def main():
                 raise UserError(f"loss or gradient was not finite in {counted.most_in_a_row:.0f} steps in a row before "
                                 f"step {step + 1:,}: the last good checkpoint in {out_dir} is unchanged; try a smaller "
                                 "--lr in a new run")
-        paused = time.perf_counter()
-        if due(cfg.eval_interval):
-            bits, error = validate()
-            report(f"step {step:,}  validation {unit} {bits:.4f} {plus_minus(error)}"
-                   f"{'  (best so far)' if bits < best_val else ''}",
-                   val_bits_per_token=finite(bits), val_stderr=finite(error))
-            if bits < best_val:
-                best_val = bits
-                save("ckpt_best.pt", to_resume=False)
-        if cfg.sample_interval and due(cfg.sample_interval):
-            text = sample()
-            report(f"step {step:,}  sample  {text}", sample=text)
-        stopped, stopped_by = stop.agreed()
-        if due(cfg.checkpoint_interval) or stopped:
-            save("ckpt.pt", to_resume=True)
-        clock += time.perf_counter() - paused
+        with pace.paused():
+            if due(cfg.eval_interval):
+                bits, error = validate()
+                report(f"step {step:,}  validation {unit} {bits:.4f} {plus_minus(error)}"
+                       f"{'  (best so far)' if bits < best_val else ''}",
+                       val_bits_per_token=finite(bits), val_stderr=finite(error))
+                if bits < best_val:
+                    best_val = bits
+                    save("ckpt_best.pt", to_resume=False)
+            if cfg.sample_interval and due(cfg.sample_interval):
+                text = sample()
+                report(f"step {step:,}  sample  {text}", sample=text)
+            stopped, stopped_by = stop.agreed()
+            if due(cfg.checkpoint_interval) or stopped:
+                save("ckpt.pt", to_resume=True)
         if stopped and step < cfg.max_steps:
             on_main(lambda: log.show(
                 f"stopped by {stopped_by} after step {step:,} of {cfg.max_steps:,}, which is saved in {out_dir}: "

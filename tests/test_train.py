@@ -14,6 +14,7 @@ from costs import flops_per_token
 from data.loader import load_split, windows
 from diffusion import MDLM
 from likelihood import Windows, bound
+from log import Pace
 from optim import EMA, AdamW, learning_rate, make_optimizers
 from randomness import uniforms
 from train import train_step
@@ -143,6 +144,18 @@ def test_a_bad_step_is_skipped_by_any_optimizer(fused):
         after = weights()
         assert bool(bad) == skipped == all(torch.equal(a, b) for a, b in zip(before, after))
         before = after
+
+
+def test_pace(monkeypatch):
+    """Steps per second and the time left count training alone: from step 10, 5 steps in 2 s, a pause of 50 s, 10 in 4."""
+    clock = iter([100, 102, 103, 153, 156, 157])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    pace = Pace(10)
+    assert pace.lap(15) == 2.5 and pace.left(20) == 8
+    with pace.paused():
+        pass
+    assert pace.lap(25) == 2.5 and pace.left(20) == 8
+    assert pace.lap(35) == 10 and pace.left(25) == pytest.approx(7)
 
 
 def test_matmul_peak(monkeypatch):
