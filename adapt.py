@@ -8,7 +8,7 @@ noise, the time conditioning and the order of the text may change:
     python train.py roberta_wikitext --init_from hf://FacebookAI/roberta-base                BERT -> diffusion
 
 What a network computes at first does not change because of a new tensor: a new bias is zero, a new head has the
-weights of the embeddings, and a new time conditioning has gates of 1, shifts and scales of 0.
+weights of the embeddings, new head gates are 1, and a new time conditioning has gates of 1, shifts and scales of 0.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import torch
 from cli import UserError, note
 from storage import check_finite, check_fit, config_of
 
-NEW = re.compile(r"^time_embed\.|(^|\.)modulation\.|^head_weight$|^head_bias$|norm\d?\.bias$")  # what may be new
+NEW = re.compile(r"^time_embed\.|(^|\.)modulation\.|^head_weight$|^head_bias$|head_gate\.weight$|norm\d?\.bias$")
 POSITIONS = "positions.weight"  # the table of learned positions, one row for each
 
 

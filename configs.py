@@ -83,6 +83,8 @@ class Config:
     head_bias: bool = setting(False, "add a bias to the head")
     norm_bias: bool = setting(False, "add a bias to the layer norms")
     shift_tokens: bool = setting(False, "take half of the features of a token from its neighbours; speeds up learning")
+    head_gates: bool = setting(False, "multiply what each attention head found by a gate that depends on the token; "
+                               "architecture=dit only")
     predict_next: bool = setting(False, "the output at a token predicts the token on its right, as in networks that "
                                  "were trained from left to right; shift_tokens then takes features from the left only")
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower",
@@ -348,10 +350,13 @@ def d3pm_mini():
 
 
 def fast_twin(config, **settings):
-    """The same data and width, with what made short runs learn more from equally many tokens (RESULTS.md): mdlm_twin
-    with equal weights for all masked tokens, token shift, Muon, a linear decay of the learning rate, and no dropout."""
-    return replace(mdlm_twin(config), weighting="simple", shift_tokens=True, dropout=0.0, optimizer="muon",
-                   lr_decay="linear", **settings)
+    """The same data and width, with what made short runs learn more from equally many tokens (RESULTS.md).
+
+    It is mdlm_twin with equal weights for all masked tokens, token shift, head gates, Muon, a linear decay of the
+    learning rate, and no dropout.
+    """
+    return replace(mdlm_twin(config), weighting="simple", shift_tokens=True, head_gates=True, dropout=0.0,
+                   optimizer="muon", lr_decay="linear", **settings)
 
 
 def mdlm_mini_fast():
@@ -362,8 +367,8 @@ def mdlm_mini_fast():
 def prose():
     """the model in pretrained/: Gutenberg books, 8,192 tokens of their own; 5.3M parameters; 95 minutes on one core"""
     return replace(
-        mdlm_mini_fast(), dataset="gutenberg_bpe8192", n_head=8, n_embd=256, lr=4e-3, max_steps=15_000,
-        ema_decay=0.999, sample_interval=500, log_interval=100,
+        mdlm_mini_fast(), dataset="gutenberg_bpe8192", n_head=8, n_embd=256, head_gates=False, lr=4e-3,
+        max_steps=15_000, ema_decay=0.999, sample_interval=500, log_interval=100,
     )
 
 

@@ -106,6 +106,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(D, config.norm_bias)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.attn_out = nn.Linear(D, D, bias=False)
+        self.head_gate = nn.Linear(D, config.n_head, bias=False) if config.head_gates else None
         self.norm2 = LayerNorm(D, config.norm_bias)
         self.mlp_in = nn.Linear(D, 4 * D)
         self.mlp_out = nn.Linear(4 * D, D)
@@ -130,10 +131,13 @@ class Block(nn.Module):
     def rotated(self, x, cos, sin):
         return rotate(x, cos, sin)
 
-    def attention(self, q, k, v, sees=None):
-        """The output (B, L, D) of attention to keys and values of the past and these tokens."""
-        x = attend(q, k, v, sees, self.causal)
-        return self.attn_out(x.transpose(1, 2).flatten(2))
+    def attention(self, q, k, v, sees=None, gates=None):
+        """The output (B, L, D) of attention to keys and values of the past and these tokens.
+
+        gates: (B, L, heads), factors of what each head found (gated attention, arXiv 2505.06708), or None.
+        """
+        x = attend(q, k, v, sees, self.causal).transpose(1, 2)
+        return self.attn_out((x if gates is None else x * gates[..., None]).flatten(2))
 
     def mlp(self, x):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
@@ -154,7 +158,8 @@ class Block(nn.Module):
             k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
         if keep and at is not None and len(at) == 0 and not self.shift_tokens:
             return None, Past(k, v)
-        y = drop(self.attention(q, k, v, layout.sees))
+        gates = None if self.head_gate is None else 2 * torch.sigmoid(self.head_gate(h1))  # 1 at first: see init_weights
+        y = drop(self.attention(q, k, v, layout.sees, gates))
         x = x + (y if gate1 is None else gate1 * y)
         h2 = modulate(self.norm2(x), shift2, scale2)
         near = self.neighbours(h2, layout, past and past.to_mlp)
@@ -184,6 +189,7 @@ class Block(nn.Module):
         seen: keys per token. predicted: the share of tokens that the MLP runs on. attends: False if only keys and
         values are needed; the queries are then computed with them, in one product."""
         qkv, attn_out, mlp_in, mlp_out = (weight.numel() for weight in self.matrices())
+        attn_out += 0 if self.head_gate is None else self.head_gate.weight.numel()
         return 6 * (qkv + attends * attn_out + predicted * (mlp_in + mlp_out)) + (
             12 * attends * seen * self.attn_out.out_features)
 
@@ -201,7 +207,7 @@ class DiT(nn.Module):
     """
 
     block = Block   # the class of the blocks
-    own = ()        # settings of Config that no other network has
+    own = ("head_gates",)  # settings of Config that no other network has
     of_source = ()  # settings that a run which begins with a checkpoint takes from it
 
     @classmethod
@@ -241,8 +247,9 @@ class DiT(nn.Module):
     def init_weights(self):
         """Draw matrices and embeddings from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
-        Biases, modulations, and the output layers of blocks without gates are zero. So every block is the identity at
-        the start, with adaLN-Zero (its gates are zero) and without (its outputs are zero).
+        Biases, modulations, and the output layers of blocks without a modulation are zero. So every block is the
+        identity at the start, with adaLN-Zero (its gates are zero) and without (its outputs are zero). The layers of
+        head gates are zero, so these gates are 1.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -252,6 +259,9 @@ class DiT(nn.Module):
                     module.bias.zero_()
         for last in (layer for block in self.blocks for layer in block.outputs()):
             last.weight.zero_()
+        for name, p in self.named_parameters():
+            if name.endswith("head_gate.weight"):
+                p.zero_()
         if self.modulation is not None:
             self.modulation.weight.zero_()
 

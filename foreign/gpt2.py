@@ -47,7 +47,7 @@ class GPT2(DiT):
     positions.weight has a row for each token of a text, and one for the mask before it, if that is an input.
     """
 
-    block, of_source = GPT2Block, ("n_layer", "n_head", "n_embd", "norm_bias")
+    block, own, of_source = GPT2Block, (), ("n_layer", "n_head", "n_embd", "norm_bias")
 
     @classmethod
     def misfit(cls, config):

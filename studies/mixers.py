@@ -36,7 +36,8 @@ from plot import picture
 from studies import runs
 from studies.runs import over_seeds
 
-BASE = dict(optimizer="adamw", shift_tokens=False, sample_interval=0, eval_sequences=256, architecture="mixers")
+BASE = dict(optimizer="adamw", shift_tokens=False, head_gates=False, sample_interval=0, eval_sequences=256,
+            architecture="mixers")
 LRS = (1e-3, 3e-3, 6e-3)
 
 

@@ -5,9 +5,9 @@
 
 The recipes are d3pm_mini (nanoDD's) and mdlm_mini_fast, at 128 x 4 and at 384 x 6. The learning rate of each is tuned
 by factors of 2, by the validation of seed 1. Then one setting of the fast recipe is changed at a time: weight decay,
-the horizon of the averaged weights, and the batch. The learning rate goes with the square root of the batch, and the
-averaged weights look back on as many characters. All runs see equally many characters. Runs on 50 and 75 % of them show
-how many the fast recipe needs.
+the horizon of the averaged weights, the batch, and head gates. The learning rate goes with the square root of the
+batch, and the averaged weights look back on as many characters. All runs see equally many characters. Runs on 50 and
+75 % of them show how many the fast recipe needs.
 
 It prints two tables. The first has bits per character of the test split, bounds in continuous time, for both recipes.
 The second has the validation of each choice, less that of the recipe with the same seed. Errors are over seeds. It
@@ -29,7 +29,7 @@ from studies.runs import over_seeds
 RECIPES = {"nanoDD's": "d3pm_mini", "fast": "mdlm_mini_fast"}
 SIZES = {"128x4": dict(n_layer=4, n_head=4, n_embd=128), "384x6": dict(n_layer=6, n_head=6, n_embd=384)}
 CHOICES = [dict(weight_decay=0.0), dict(weight_decay=0.03), dict(weight_decay=0.3), dict(ema_decay=0.97),
-           dict(ema_decay=0.997), dict(batch_size=8), dict(batch_size=32)]
+           dict(ema_decay=0.997), dict(batch_size=8), dict(batch_size=32), dict(head_gates=False)]
 SHARES = 0.5, 0.75, 1.0
 
 

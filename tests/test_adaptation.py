@@ -658,6 +658,7 @@ def test_annealing_run(data_dir, call, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("new", [{"conditioning": "time"}, {"tied": False}, {"head_bias": True}, {"norm_bias": True},
                                  {"conditioning": "step", "tied": False, "head_bias": True, "norm_bias": True},
+                                 {"conditioning": "none", "head_gates": True},
                                  {"conditioning": "time", "architecture": "mixers", "mixer": "gmlp"},
                                  {"conditioning": "time", "architecture": "mixers", "mixer": "synth_dense"}])
 def test_new_tensors_do_not_change_the_function(new, capsys):

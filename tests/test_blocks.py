@@ -311,7 +311,8 @@ def test_three_ways_to_call_are_one(conditioning, shift, n):
     xt, x0, t = texts(n)
     found = []
     for way in ("beside", "cache", "again"):
-        model = network(27, conditioning=conditioning, objective="block", block_size=n, shift_tokens=shift)
+        model = network(27, conditioning=conditioning, objective="block", block_size=n, shift_tokens=shift,
+                        head_gates=shift)
         if way == "beside":
             logits = model(xt, t, clean=x0)
         else:

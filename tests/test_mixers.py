@@ -310,6 +310,7 @@ def test_what_they_cannot_do(call, data_dir, tmp_path):
         assert_one_line(go(*flags), words)
     assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "no", "--mixer=gmlp"),
                     "mixer needs architecture=mixers")
+    assert_one_line(go("--head_gates"), "head_gates needs architecture=dit")
     with pytest.raises(UserError, match="reads whole texts"):
         replace(CFG, fsdp=True)
 

@@ -30,7 +30,7 @@ def test_where_selects(conditioning, shift):
 
     Times may differ by token, or be one for all.
     """
-    model, (xt, t) = tiny(conditioning, shift_tokens=shift), batch()
+    model, (xt, t) = tiny(conditioning, shift_tokens=shift, head_gates=shift), batch()
     where = torch.rand(xt.shape) < 0.4
     for t in (t, t[:1], torch.rand(xt.shape)):
         all_logits, logits = model(xt, t), model(xt, t, where=where)
@@ -276,7 +276,7 @@ def test_positions():
 def test_the_past_is_remembered(conditioning, causal, shift):
     """Block after block, with the keys and values of the blocks before, gives the logits of the whole text at once,
     under the visibility of blocks, or of a causal network; also with blocks of unequal lengths and with `where`."""
-    model, (xt, t) = tiny(conditioning, causal=causal, shift_tokens=shift), batch()
+    model, (xt, t) = tiny(conditioning, causal=causal, shift_tokens=shift, head_gates=shift), batch()
     edges = [0, 4, 8, 16] if not causal else [0, 1, 2, 7, 16]
     block = torch.bucketize(torch.arange(16), torch.tensor(edges[1:-1]), right=True)
     whole = model(xt, t, sees=None if causal else block[:, None] >= block)
@@ -319,6 +319,25 @@ def test_a_block_shifts_before_attention_and_mlp():
         y = x + gate1 * plain.attention(*plain.heads(h, *tables))
         expected = y + gate2 * plain.mlp(token_shift(plain.norm2(y) * (1 + scale2) + shift2))
         torch.testing.assert_close(shifting(x, c, *tables), expected)
+
+
+def test_head_gates():
+    """What each head found is multiplied by 2 sigmoid of a linear function of the block's input; at first by 1."""
+    x, tables = torch.randn(2, 5, 16), rotary_tables(5, 8)
+    plain, gated = (Block(small(head_gates=flag), 0) for flag in (False, True))
+    gated.load_state_dict(plain.state_dict() | {"head_gate.weight": torch.randn(2, 16)})
+    with torch.no_grad():
+        h = plain.norm1(x)
+        each = [plain.attention(*plain.heads(h, *tables), gates=torch.eye(2)[i].expand(2, 5, 2)) for i in range(2)]
+        torch.testing.assert_close(sum(each), plain.attention(*plain.heads(h, *tables)))
+        gates = 2 / (1 + torch.exp(-h @ gated.head_gate.weight.T))
+        y = x + sum(gates[..., i:i + 1] * each[i] for i in range(2))
+        torch.testing.assert_close(gated(x, None, *tables), y + plain.mlp(plain.norm2(y)))
+    models = [small(head_gates=flag).make_model(5) for flag in (False, True)]
+    models[1].load_state_dict(models[0].state_dict() | {
+        key: value for key, value in models[1].state_dict().items() if "head_gate" in key})
+    xt, t = batch()
+    assert torch.equal(*(model(xt.clamp(max=4), t) for model in models))
 
 
 def test_time():
@@ -393,7 +412,7 @@ def test_flops(conditioning):
     all but the time embedding and modulations, which run once per sequence."""
     from torch.utils.flop_counter import FlopCounterMode
     B, L, V = 4, 64, 50
-    model = small(seq_len=L, n_layer=3, n_embd=64, conditioning=conditioning).make_model(V)
+    model = small(seq_len=L, n_layer=3, n_embd=64, conditioning=conditioning, head_gates=True).make_model(V)
     where = torch.rand(B, L) < 0.5
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.randint(0, V, (B, L)), torch.rand(B), where).sum().backward()

@@ -93,8 +93,8 @@ def test_what_the_fast_recipe_changes():
     """Of the settings of an mdlm_* config: what README says, and nothing else."""
     mdlm, fast = (dataclasses.asdict(CONFIGS[f"mdlm_text8{kind}_8gpu"]()) for kind in ("", "_fast"))
     assert {key: (mdlm[key], fast[key]) for key in mdlm if mdlm[key] != fast[key]} == {
-        "weighting": ("nelbo", "simple"), "shift_tokens": (False, True), "dropout": (0.025, 0.0),
-        "optimizer": ("adamw", "muon"), "lr_decay": ("cosine", "linear")}
+        "weighting": ("nelbo", "simple"), "shift_tokens": (False, True), "head_gates": (False, True),
+        "dropout": (0.025, 0.0), "optimizer": ("adamw", "muon"), "lr_decay": ("cosine", "linear")}
 
 
 def test_flops_of_what_the_loss_asks_for():
