@@ -7,6 +7,7 @@ storage.py defines the format, and writes and reads it.
 
 import contextlib
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,8 +189,9 @@ def main():
     add_hints(p)
     args = p.parse_args()
     export(args.checkpoint, args.folder, args.results, hints_of(args), getattr(torch, args.dtype))
-    note(f"{args.folder} is ready: read it with `python sample.py {args.folder}`, share it with `hf upload OWNER/NAME "
-         f"{args.folder}`")
+    folder = shlex.quote(args.folder)
+    note(f"{args.folder} is ready: read it with `python sample.py {folder}`, share it with `hf upload OWNER/NAME "
+         f"{folder}`")
 
 
 if __name__ == "__main__":

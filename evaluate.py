@@ -136,6 +136,9 @@ def parse_args():
     args = p.parse_args()
     if args.text and args.split:
         raise UserError("--text is scored instead of a split: leave out --split")
+    if args.text and args.other and Path(args.text).exists() and not Path(args.text).is_file():
+        raise UserError("--text is read once for each of the two checkpoints, and a pipe can be read only once: name "
+                        "a file")
     args.split = args.split or "val"
     return args
 

@@ -13,7 +13,7 @@ from cli import UserError
 from configs import CONFIGS, same_run
 from data.loader import prepare_command
 from likelihood import plus_minus
-from storage import FORMAT, Hints, check_finite, check_fit, config_of, digest, read, versions
+from storage import FORMAT, Hints, check_finite, check_fit, check_keys, config_of, digest, read, versions
 
 
 def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
@@ -25,6 +25,7 @@ def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
     """
     from safetensors.torch import save
     payload, folder = read(checkpoint, hints or Hints()), Path(folder)
+    check_keys(payload, ("name",), checkpoint)
     if folder.exists():
         raise UserError(f"{folder} already exists: name a new folder")
     with torch.device("meta"):  # shapes alone
@@ -48,7 +49,8 @@ def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
         (temporary / "config.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         n_params = sum(value.numel() for value in weights.values())
         validation = last_validation(Path(checkpoint), payload["step"])
-        (temporary / "README.md").write_text(model_card(folder.name, card, n_params, validation), encoding="utf-8")
+        text = model_card(folder.name, card, n_params, validation).encode(errors="replace")
+        (temporary / "README.md").write_bytes(text)
         temporary.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}")
@@ -98,16 +100,18 @@ def model_card(name, card, n_params, validation):
         f"{card['step']:,} steps of {config['batch_size']} x {config['seq_len']} tokens of {card['meta'].get('name')}: "
         f"objective {config['objective']}{blocks}, noise {config['noise']}, schedule {config['schedule']}, "
         f"conditioning {config['conditioning']}. The weights are the moving average.", "",
-        "```sh", f"python sample.py {name}      # or hf://OWNER/{name}", f"python evaluate.py {name}", "```", "",
+        "```sh", f"python sample.py {shlex.quote(name)}      # or hf://OWNER/{name}",
+        f"python evaluate.py {shlex.quote(name)}", "```", "",
         *(["| bits per token | per character | on |", "|---|---|---|", *rows, ""] if rows else
           ["Nothing was measured yet.", ""]),
-        *(["These commands train such a model from nothing. More steps (`--max_steps`) and a larger network "
-           "(`--n_layer`, `--n_embd`) make a better one.", "", "```sh", *again, "```", ""] if again else [])])
+        *(["These commands train a model with these settings from nothing. More steps (`--max_steps`) and a larger "
+           "network (`--n_layer`, `--n_embd`) make a better one.", "", "```sh", *again, "```", ""] if again else [])])
 
 
 def training_commands(card):
-    """The commands that prepare the data and train with these settings; none if the model is another project's."""
-    if card["name"] not in CONFIGS:
+    """The commands that prepare the data and train with these settings. There are none if the model is another
+    project's, or had several workers (local_steps), whose number no checkpoint of the best validation knows."""
+    if card["name"] not in CONFIGS or card["config"]["local_steps"]:
         return []
     usual = dataclasses.asdict(CONFIGS[card["name"]]())
     flags = [f"--{key}={shlex.quote(str(value))}" for key, value in card["config"].items() if usual[key] != value]

@@ -158,7 +158,7 @@ class Block(nn.Module):
             k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
         if keep and at is not None and len(at) == 0 and not self.shift_tokens:
             return None, Past(k, v)
-        gates = None if self.head_gate is None else 2 * torch.sigmoid(self.head_gate(h1))  # 1 at first: see init_weights
+        gates = None if self.head_gate is None else 2 * torch.sigmoid(self.head_gate(h1))  # 1 at first: init_weights
         y = drop(self.attention(q, k, v, layout.sees, gates))
         x = x + (y if gate1 is None else gate1 * y)
         h2 = modulate(self.norm2(x), shift2, scale2)

@@ -64,14 +64,22 @@ def subplots(*shape, **options):
     """plt.subplots for a file: no display is needed."""
     import matplotlib
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a folder is a $
     import matplotlib.pyplot as plt
     return plt.subplots(*shape, **options)
+
+
+def legible(name):
+    """A name for a legend: matplotlib hides one that begins with _, and cannot draw bytes that are no text."""
+    name = name.encode(errors="replace").decode()
+    return f" {name}" if name.startswith("_") else name
 
 
 def draw(runs, out, x, log_x):
     """Draw training as a thin line and validation as points ± 2 standard errors, in one colour per run."""
     figure, axes = subplots(figsize=(8, 5), dpi=150)
     for i, (name, training, validation) in enumerate(runs):
+        name = legible(name)
         color, column = f"C{i}", list(AXES).index(x)
         if training:
             axes.plot([row[column] for row in training], [row[3] for row in training], color=color, alpha=0.4, lw=0.8,
@@ -91,6 +99,7 @@ def picture(out, series, x, y, log_x=False, level=None):
     """Draw {name: [(x, y, standard error or None)]} with ± 2 standard errors, and level (name, y) as a dashed line."""
     figure, axes = subplots(figsize=(8, 5), dpi=150)
     for i, (name, points) in enumerate(series.items()):
+        name = legible(name)
         xs, ys, errors = zip(*sorted(points))
         axes.errorbar(xs, ys, [2 * (error or 0) for error in errors], marker="o", ms=3, lw=1, capsize=2, label=name,
                       ls="-" if i < 10 else "--")  # there are ten colours

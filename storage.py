@@ -190,6 +190,11 @@ def read(path, hints=Hints()):
     found = files.read_files(path)
     payload, path = found.payload, found.path
     card = dict(found.settings) if found.settings.get("format") == FORMAT else {}  # of a folder that export() wrote
+    version = payload.get("format") if isinstance(payload, dict) else None
+    version = str(version or found.settings.get("format"))
+    if version.startswith(FORMAT.rstrip("0123456789")) and version != FORMAT:
+        raise UserError(f"{path} was written by another version of this project: its format is {version[:40]}, and "
+                        f"this version reads {FORMAT}")
     if hints.format or not card and (not isinstance(payload, dict) or payload.get("format") != FORMAT):
         payload = translate.translate(found, hints)
         check_fields(payload, path)

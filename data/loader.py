@@ -90,7 +90,10 @@ def check_same_data(meta, other, dataset, owner):
 
 
 def load_split(name, split, seq_len, data_dir=""):
-    """Return the tokens of a split, memory-mapped (n,) uint8 to uint32. Raises UserError if n is wrong or < seq_len."""
+    """Return the tokens of a split, memory-mapped (n,) uint8 to uint32.
+
+    Raises UserError if n is wrong or < seq_len, or if a token is not in the vocabulary (up to LONG tokens are checked).
+    """
     meta = load_meta(name, data_dir)
     path = Path(data_dir or DATA_DIR) / name / f"{split}.bin"
     try:
@@ -104,9 +107,13 @@ def load_split(name, split, seq_len, data_dir=""):
         raise UserError(f"the {split} split of {name} has {len(tokens):,} tokens, "
                         f"fewer than one sequence of {seq_len:,}: "
                         f"use --seq_len={min(meta['sizes'].values())} or less, or a larger text")
+    if len(tokens) <= LONG and tokens.max() >= meta["vocab_size"]:
+        raise UserError(f"{path} is damaged, it has tokens that are not in its vocabulary: delete {path.parent} and "
+                        "prepare the data set again")
     return tokens
 
 
+LONG = 2**28   # tokens of a split that would take long to read
 PIECE = 2**14  # tokens
 
 

@@ -80,8 +80,8 @@ def curve(subject, folder, seed, out):
               "checkpoint": subject.path, "weights": digest(subject.model.state_dict()), "seed": seed}
     print(f"area under it: {result['area']:.4f} bits per {unit}, the continuous-time bound", file=out)
     series = {subject.path: [(row["mask_rate"], row["ce"], row["stderr"]) for row in rows]}
-    picture(path.with_suffix(".png"), series, "mask rate", f"bits per masked {unit}")
     write_file(path, json.dumps(result) + "\n")
+    picture(path.with_suffix(".png"), series, "mask rate", f"bits per masked {unit}")
     return result
 
 
@@ -139,8 +139,8 @@ def curse(subjects, folder, seed, out):
                        "step": subject.step, "rows": rows})
         series[f"{subject.path} ({subject.meta['tokenizer']})"] = [
             (row["characters"], row["gap"], row["stderr"]) for row in rows]
-    picture(path.with_suffix(".png"), series, "characters predicted at once", "gap, bits per character", log_x=True)
     write_file(path, json.dumps({"curse": result}) + "\n")
+    picture(path.with_suffix(".png"), series, "characters predicted at once", "gap, bits per character", log_x=True)
     return {"curse": result}
 
 

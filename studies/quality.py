@@ -260,6 +260,11 @@ def samples(subject, samples, settings, judge, folder, seed, out):
     print(f"{rows[0]['n_samples']} samples{f', judged by {judge.name}' if judge else ''}; entropy: of a sample's "
           "tokens, bits; distinct-n and repetition-n: of words", file=out)
     table(rows, columns, out)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, lines.getvalue())
     key, label = (("judge_perplexity", "perplexity to the judge") if judge else
                   ("unigram_entropy_bits", "unigram entropy, bits"))
     drawn = [row for row in rows if row["nfe"]]
@@ -268,9 +273,4 @@ def samples(subject, samples, settings, judge, folder, seed, out):
                 {name: [(row["nfe"], row[key], 0) for row in drawn if row["sampler"] == name]
                  for name in dict.fromkeys(row["sampler"] for row in drawn)},
                 "network evaluations per sample", label, log_x=True, level=("real text", rows[-1][key]))
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, lines.getvalue())
     return {"samples": rows}

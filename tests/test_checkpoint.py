@@ -1,5 +1,6 @@
 """What a checkpoint of ours may hold: whole files, with the right hash and a field that train.py would not write."""
 
+import json
 import math
 import os
 import zipfile
@@ -141,9 +142,24 @@ def test_exported_folders_of_other_contents(call, trained, tmp_path):
         (folder / "config.json").write_bytes((tmp_path / "good" / "config.json").read_bytes())
         torch.save(weights, folder / "pytorch_model.bin")
         assert_one_line(call("sample.py", folder), "damaged" if i else "")
+    card = json.loads((tmp_path / "good" / "config.json").read_text())
+    del card["name"]
+    (tmp_path / "good" / "config.json").write_text(json.dumps(card))
+    assert_one_line(call("checkpoint.py", "export", tmp_path / "good", tmp_path / "again"), "lacks name")
     out = changed(trained, tmp_path / "other", ema=first(lambda w: w[1:]))
     assert_one_line(call("checkpoint.py", "export", out, tmp_path / "card"), "do not fit the model")
     assert not (tmp_path / "card").exists()
+
+
+def test_another_version(call, trained, tmp_path):
+    """A checkpoint or folder of another version says so, and is not taken for another project's."""
+    payload = torch.load(trained / "ckpt.pt", weights_only=True)
+    torch.save(payload | {"format": "discrete-diffusion-1"}, tmp_path / "ckpt.pt")
+    assert_one_line(call("sample.py", tmp_path), "by another version of this project: its format is discrete-diffusion-1")
+    assert call("checkpoint.py", "export", trained, tmp_path / "card").code == 0
+    text = (tmp_path / "card" / "config.json").read_text().replace("discrete-diffusion-2", "discrete-diffusion-3")
+    (tmp_path / "card" / "config.json").write_text(text)
+    assert_one_line(call("sample.py", tmp_path / "card"), "its format is discrete-diffusion-3")
 
 
 def test_what_is_no_file(call, tmp_path):

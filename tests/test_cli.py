@@ -112,6 +112,7 @@ def test_zero_shot(call, trained, tmp_path):
     scored = json.loads(result.out)
     assert scored["n_sequences"] == 4 and scored["split"] is None and scored["dataset"].endswith("cat.txt")
     assert "in text8's 27 symbols, no detokenisation; the last 21 tokens left out" in result.err
+    assert_one_line(call("evaluate.py", trained, trained, "--text", "/dev/null"), "a pipe can be read only once")
     short = json.loads(call("evaluate.py", trained, "--text", tmp_path / "cat.txt", "--seq_len=8", "--json").out)
     assert short["n_sequences"] == 18 and short["seq_len"] == 8
 

@@ -454,6 +454,9 @@ def test_missing_and_damaged_data_sets(small):
         load_meta("nothing", small)
     with pytest.raises(UserError, match="7 tokens, fewer than one sequence of 8: use --seq_len=7"):
         load_split("small", "test", 8, small)
+    (small / "small" / "val.bin").write_bytes(bytes([5] * 19 + [27]))
+    with pytest.raises(UserError, match="val.bin is damaged, it has tokens that are not in its vocabulary"):
+        load_split("small", "val", 2, small)
     (small / "small" / "val.bin").write_bytes(b"123")
     with pytest.raises(UserError, match="3 tokens and its meta.json says 20"):
         load_split("small", "val", 2, small)

@@ -27,7 +27,7 @@ from configs import CONFIGS, Config, from_command_line, replace
 from data.loader import SPLITS
 from data.tokenizer import KNOWN, CharTokenizer, make_tokenizer
 from diffusion import MDLM
-from export import last_validation
+from export import last_validation, training_commands
 from foreign import ddit, files, translate
 from networks import small
 
@@ -623,6 +623,16 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     content[-5] ^= 1
     (folder / "model.safetensors").write_bytes(content)
     assert_one_line(call("sample.py", folder), "do not match the SHA-256")
+
+
+def test_a_card_of_several_workers_has_no_commands(call, trained, tmp_path):
+    """How many there were is not known, so the commands would train another model."""
+    folder = tmp_path / "two words"
+    assert "`python sample.py '" in call("checkpoint.py", "export", trained, folder).err
+    card, text = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
+    assert "python sample.py 'two words'" in text and len(training_commands(card)) == 2
+    card["config"]["local_steps"] = 4
+    assert training_commands(card) == []
 
 
 def test_a_card_has_its_own_validation(tmp_path):

@@ -21,6 +21,7 @@ import storage
 from commands import (ROOT, STEADY, assert_identical, assert_one_line, assert_same_training, children, finish,
                       finish_well, log, losses, read_until, start, stop_after, train)
 from configs import Config
+from plot import legible
 
 
 def test_training_learns(trained):
@@ -382,6 +383,10 @@ def test_weights_that_overflow_are_not_saved(call, data_dir, tmp_path, monkeypat
     assert result.code == 2 and result.err.count("\n") == 1 and "weights are not finite after step" in result.err
     last = storage.read(tmp_path / "out")
     assert last["step"] == 3 and all(value.isfinite().all() for value in last["model"].values())
+    result = train(call, "mdlm_text8", data_dir, tmp_path / "sampled", "--max_steps=40", "--checkpoint_interval=40",
+                   "--eval_interval=4", "--sample_interval=4", "--beta2=0", "--grad_clip=0", "--log_interval=40")
+    assert result.code == 2 and result.err.count("\n") == 1 and "try a smaller --lr in a new run" in result.err
+    assert "validation bits/char nan\n" in result.out
 
 
 POISONED = """
@@ -429,6 +434,10 @@ def test_plot(call, trained, data_dir, tmp_path):
         out = tmp_path / f"{x}.png"
         assert call("plot.py", trained, tmp_path / "other" / "log.jsonl", "--out", out, "--x", x, "--log_x").code == 0
         assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
+    for i, name in enumerate((b"_lr$3^$x", b"lat\xfcn")):  # mathematics to matplotlib, and no UTF-8
+        shutil.copytree(trained, tmp_path / os.fsdecode(name))
+        assert call("plot.py", tmp_path / os.fsdecode(name), "--out", tmp_path / f"{i}.png").code == 0
+    assert [legible(name) for name in ("_run", os.fsdecode(b"lat\xfcn"))] == [" _run", "lat?n"]
     assert_one_line(call("plot.py", tmp_path / "none"), "cannot read")
     assert_one_line(call("plot.py", trained, "--from_step=1000"), "has no losses to draw from step 1,000 on")
     assert_one_line(call("plot.py", trained, "--out", tmp_path / "no" / "where.png"), "in a folder that does not exist")
