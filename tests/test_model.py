@@ -51,7 +51,7 @@ def test_compiles_in_one_graph(objective, vocab_size, monkeypatch):
     plain, calls = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or plain(
         function, fullgraph=True, backend="aot_eager"))
-    settings = {"d3pm": dict(conditioning="step", lambda_ce=0.1),
+    settings = {"d3pm": dict(conditioning="step", lambda_ce=0.1), "mdlm": dict(head_gates=True),
                 "sedd": dict(conditioning="sigma", schedule="loglinear")}
     settings = dict(objective=objective, **settings.get(objective, {}))
     model, objective = network(vocab_size, **settings), small(**settings).make_objective(vocab_size)
