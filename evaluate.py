@@ -31,7 +31,7 @@ from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, pl
 from randomness import prefix_lengths
 from sampler_settings import NAMES, add_arguments, cuts, given_flags, settings_of, steps_flag
 from sampling import SAMPLERS
-from storage import add_hints, digest, hints_of
+from storage import add_hints, digest
 from studies.baselines import reference_points
 from studies.curves import context, curse, curve
 from studies.orders import orders
@@ -368,9 +368,7 @@ def main():
         require("matplotlib", f"--{mode}, which draws a picture,")
 
     def opened(path):
-        return open_subject(path, device, dtype, args.batch_size, hints_of(args), args.raw, args.normalised, args.split,
-                            args.dataset, args.data_dir, args.text, args.seq_len, args.n_tokens,
-                            256 if mode in ("orders", "curve", "curse", "context") else None, args.block_size)
+        return open_subject(path, args, device, dtype, None if mode in (None, "samples") else 256)
 
     if mode == "orders":
         result = orders(opened(args.checkpoint), args.orders, args.seed, out)

@@ -13,7 +13,7 @@ from data.loader import check_same_data, load_meta, load_split, recode, windows
 from data.prepare import read_text
 from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
 from likelihood import Windows
-from storage import Hints
+from storage import hints_of
 
 
 class Subject(NamedTuple):
@@ -64,28 +64,23 @@ class Subject(NamedTuple):
         return config.make_objective(self.meta["vocab_size"])
 
 
-def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, normalised=False, split="val",
-                 dataset=None, data_dir="", text=None, seq_len=None, n_tokens=None, n_windows=None, block_size=None):
-    """Load a checkpoint and the data to score it on: a split of a data set, or a text file.
+def open_subject(path, args, device, dtype, n_windows=None):
+    """Load a checkpoint and the data that the flags of evaluate.py (args) name: a split of a data set, or a text file.
 
-    dataset, data_dir, seq_len: by default those of the training
-    n_tokens: about as many tokens, in windows spread over the split; by default n_windows windows, or all
-    normalised, block_size: see config_to_score
-
-    Raises UserError if these do not fit together.
+    n_windows: number of windows without --n_tokens; None: all of them. Raises UserError if flags do not fit together.
     """
-    model, config, meta, step = load_model(path, device, hints, raw)
-    seq_len = seq_len or config.seq_len
-    config = config_to_score(config, path, seq_len, normalised, block_size)
-    if block_size:
-        model.block_size = block_size  # no weight depends on it
+    model, config, meta, step = load_model(path, device, hints_of(args), args.raw)
+    seq_len = args.seq_len or config.seq_len
+    config = config_to_score(config, path, seq_len, args.normalised, args.block_size)
+    if args.block_size:
+        model.block_size = args.block_size  # no weight depends on it
     tokenizer, content = make_tokenizer(meta), None
-    if text and dataset and "sha256" in meta:
+    if args.text and args.dataset and "sha256" in meta:
         raise UserError("--text is scored instead of a data set: leave out --dataset")
-    dataset, data_dir = dataset or config.dataset, data_dir or config.data_dir
-    if text:
-        dataset, split = text, None
-        tokens, content, where = read_tokens(text, tokenizer, seq_len)
+    dataset, data_dir, split = args.dataset or config.dataset, args.data_dir or config.data_dir, args.split
+    if args.text:
+        dataset, split = args.text, None
+        tokens, content, where = read_tokens(args.text, tokenizer, seq_len)
         n_bytes = len(content.encode())
     else:
         data_meta, where = load_meta(dataset, data_dir), f"{dataset} {split}"
@@ -95,9 +90,10 @@ def open_subject(path, device, dtype, batch_size, hints=Hints(), raw=False, norm
                             f"them: use --seq_len={record}")
         tokens = recode(load_split(dataset, split, seq_len, data_dir), data_meta, meta, dataset)
         n_bytes = data_meta["bytes"][split] if "bytes" in data_meta else None
-    starts = windows(tokens, seq_len, max(1, round(n_tokens / seq_len)) if n_tokens else n_windows)
-    return Subject(path, model, config, meta, step, tokenizer, dataset, split, where, data_dir,
-                   Windows(tokens, starts, seq_len, batch_size, device, dtype), n_bytes, content)
+    if args.n_tokens:
+        n_windows = max(1, round(args.n_tokens / seq_len))
+    data = Windows(tokens, windows(tokens, seq_len, n_windows), seq_len, args.batch_size, device, dtype)
+    return Subject(path, model, config, meta, step, tokenizer, dataset, split, where, data_dir, data, n_bytes, content)
 
 
 def config_to_score(config, path, seq_len, normalised, block_size):

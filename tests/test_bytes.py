@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 from commands import SMALL, assert_one_line, train
 from data.loader import SPLITS, load_meta, load_split
 from data.tokenizer import make_tokenizer
@@ -105,11 +106,12 @@ def test_ratio():
     assert mean == values.sum() / sizes.sum() and error == pytest.approx(jackknife, rel=0.02)
 
 
-def test_every_token_is_scored_once(call, text_file, tmp_path):
+def test_every_token_is_scored_once(call, text_file, tmp_path, monkeypatch):
     """Nats of a chunk are the sum over its windows, of which the last is shorter: by hand, with an exact likelihood."""
     call("data/prepare_textfile.py", text_file, "--name=mine", "--data_dir", tmp_path)
     assert train(call, "ar_text8", tmp_path, tmp_path / "out", "--dataset=mine", "--max_steps=2").code == 0
-    subject = open_subject(str(tmp_path / "out"), torch.device("cpu"), torch.float32, 7, text=text_file)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path / "out"), f"--text={text_file}", "--batch_size=7"])
+    subject = open_subject(str(tmp_path / "out"), evaluate.parse_args(), torch.device("cpu"), torch.float32)
     chunks = cut_into_chunks(TEXT[:400], 90)
     objective = subject.objective()
     nats, n = nats_of_chunks(subject, objective, objective.reported, chunks)
