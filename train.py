@@ -26,8 +26,7 @@ import parallel
 import storage
 from attention import annealed
 from costs import check_fits, flops_per_token, numbers_kept, training_bytes, weight_bytes
-from data.loader import (check_same_data, load_meta, load_split, move_padding, prefetch, random_crops, records, subset,
-                         windows)
+from data.loader import check_same_data, move_padding, open_data, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
@@ -184,13 +183,9 @@ def main():
     cfg = on_main(lambda: checkpoint.with_sizes_of_source(cfg, args.resume, args.init_from, out_dir))
 
     # ---- data and model; nothing is written before all of it has been checked ---------------------------------------
-    meta = together(lambda: load_meta(cfg.dataset, cfg.data_dir))
+    meta, train_tokens, val_tokens, record, pad = together(lambda: open_data(cfg))
     main_meta = on_main(lambda: meta)
     together(lambda: check_same_data(meta, main_meta, cfg.dataset, "the main process"))
-    record, pad = together(lambda: records(cfg, meta))
-    train_tokens, val_tokens = together(lambda: [load_split(cfg.dataset, split, cfg.seq_len, cfg.data_dir)
-                                                 for split in ("train", "val")])
-    train_tokens = together(lambda: subset(train_tokens, cfg.unique_tokens, record))
     tokenizer = together(lambda: make_tokenizer(meta))
     objective = cfg.make_objective(meta["vocab_size"])
     for needed, where in ((weight_bytes(cfg, meta["vocab_size"]), torch.device("cpu")),

@@ -151,6 +151,17 @@ def records(cfg, meta):
     return record, None if pad is None else meta["alphabet"].index(pad)
 
 
+def open_data(cfg):
+    """What a Config trains on: (meta, tokens of train, tokens of val, record, pad), the last two from records().
+
+    Raises UserError if the data set is missing or damaged, or does not fit the Config.
+    """
+    meta = load_meta(cfg.dataset, cfg.data_dir)
+    record, pad = records(cfg, meta)
+    train, val = (load_split(cfg.dataset, split, cfg.seq_len, cfg.data_dir) for split in ("train", "val"))
+    return meta, subset(train, cfg.unique_tokens, record), val, record, pad
+
+
 def random_crops(tokens, seq_len, seed, step, indices, record=1):
     """Draw the sequences `indices` of the batch of a step: windows with random starts, the last possible one included.
 

@@ -32,7 +32,7 @@ import configs
 import parallel
 import storage
 from cli import UserError, pick_dtype, require, run
-from data.loader import load_meta, load_split, records, subset
+from data.loader import open_data
 from optim import EMA, learning_rate, make_optimizers
 from train import batches, restore, state_of, train_step
 
@@ -75,9 +75,8 @@ def main():
 
     rank, world, h = parallel.rank, parallel.world, cfg.local_steps
     parallel.join(cfg.timeout_minutes)
-    device, meta = parallel.own_device(cfg.device), load_meta(cfg.dataset, cfg.data_dir)
-    record, pad = records(cfg, meta)
-    tokens = subset(load_split(cfg.dataset, "train", cfg.seq_len, cfg.data_dir), cfg.unique_tokens, record)
+    device = parallel.own_device(cfg.device)
+    meta, tokens, _, record, pad = open_data(cfg)
     dtype, out = pick_dtype(device, cfg.dtype), Path(cfg.out_dir or Path("out", f"elastic_{name}"), str(group))
     _ = parallel.together(lambda: claim_new(out) if parallel.is_main else None)  # locked until this process ends
     local, micro = parallel.share_of_batch(cfg, n_groups * world)

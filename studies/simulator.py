@@ -53,7 +53,7 @@ import configs
 import local_sgd
 import storage
 from configs import replace
-from data.loader import check_same_tokens, load_meta, load_split, records, subset, windows
+from data.loader import check_same_tokens, open_data, windows
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from local_sgd import Exchange, Worker
 from log import Log
@@ -168,10 +168,7 @@ class Simulation:
         self.device, self.dtype = torch.device("cpu"), pick_dtype(torch.device("cpu"), cfg.dtype)
         self.local = cfg.batch_size // self.K
         self.micro = min(cfg.micro_batch_size, self.local)
-        self.meta = load_meta(cfg.dataset, cfg.data_dir)
-        self.tokens, val = (load_split(cfg.dataset, split, cfg.seq_len, cfg.data_dir) for split in ("train", "val"))
-        self.records = records(cfg, self.meta)
-        self.tokens = subset(self.tokens, cfg.unique_tokens, self.records[0])
+        self.meta, self.tokens, val, *self.records = open_data(cfg)
         self.objective = cfg.make_objective(self.meta["vocab_size"])
         self.windows = Windows(val, windows(val, cfg.seq_len, cfg.eval_sequences), cfg.seq_len, self.micro, self.device,
                                self.dtype)
