@@ -30,6 +30,12 @@ def learning_rate(step, cfg):
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
 
 
+def set_learning_rate(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
 def clip_gradients(model, cfg):
     """Clip the gradients of a model in place, as cfg.clip says. Returns the norm of all gradients before clipping.
 

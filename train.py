@@ -32,7 +32,7 @@ from diffusion import to_device
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from local_sgd import AmongProcesses, EveryStep, deal
 from log import Log, Pace, Tally, duration, finite
-from optim import EMA, clip_gradients, learning_rate, make_optimizers
+from optim import EMA, clip_gradients, learning_rate, make_optimizers, set_learning_rate
 from parallel import on_main, share_of_batch, together
 from prompts import denoise, end_of, text_of
 from randomness import give_prefix, prefix_lengths, rng, uniforms
@@ -272,9 +272,7 @@ def main():
     model.train()
     for parts in stream:
         lr = learning_rate(step, cfg)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        set_learning_rate(optimizers, lr)
         if cfg.dropout:  # dropout noise, too, follows from the seed and the step
             torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
         sees = annealed(cfg.seq_len + cfg.predict_next, step, cfg.anneal_steps, cfg.seed)

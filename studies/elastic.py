@@ -33,7 +33,7 @@ import parallel
 import storage
 from cli import UserError, pick_dtype, require, run
 from data.loader import open_data
-from optim import EMA, learning_rate, make_optimizers
+from optim import EMA, learning_rate, make_optimizers, set_learning_rate
 from train import batches, restore, state_of, train_step
 
 
@@ -109,8 +109,7 @@ def main():
         while (r := manager.current_step()) <= cfg.max_steps // h:
             nats, stream = 0.0, batches(tokens, objective, cfg, (r - 1) * h, mine, micro, False, record, pad)
             for step, parts in zip(range((r - 1) * h, r * h), stream):
-                for settings in (settings for optimizer in optimizers for settings in optimizer.param_groups):
-                    settings["lr"] = learning_rate(step, cfg)
+                set_learning_rate(optimizers, learning_rate(step, cfg))
                 nats += train_step(net, objective, parts, optimizers, cfg, device, dtype)[0].item() / h
                 clock.step()  # the last one of a round exchanges weights
             if rank == 0:

@@ -58,7 +58,7 @@ from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from local_sgd import Exchange, Worker
 from log import Log
 from log import read as read_log
-from optim import EMA, learning_rate, make_optimizers
+from optim import EMA, learning_rate, make_optimizers, set_learning_rate
 from parallel import Average
 from plot import picture
 from randomness import rng
@@ -133,9 +133,7 @@ class Copy:
     def step(self, lr, parts=None):
         """Take a training step, exactly as train.py does, on the next batch or on `parts`. Returns nats per token."""
         cfg = self.sim.cfg
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        set_learning_rate(self.optimizers, lr)
         parts = parts or next(self.data)
         if cfg.dropout:
             torch.manual_seed(int(rng(cfg.seed, "dropout", self.taken, self.k).integers(2**63)))
