@@ -161,14 +161,12 @@ def load_model(path, device, hints=Hints(), raw=False):
 def check_moments(model, cfg, moments, path):
     """Raise a UserError that names the first parameter whose optimiser state is missing, of another optimiser or of
     another shape."""
-    shapes = {name: value.shape for name, value in model.named_parameters()}
     names = {p: name for name, p in model.named_parameters()}
     expected = {names[p]: kind.state_shapes(p.shape) for kind, parameters in optim.shares(model, cfg)
                 for p in parameters}
-    fits = lambda name: name in shapes and name in moments and moments[name].keys() in (
-        expected[name].keys(), set()) and all(
-        tuple(value.shape) == tuple(expected[name][key]) for key, value in moments[name].items())
-    wrong = [name for name in sorted(shapes.keys() | moments.keys()) if not fits(name)]
+    found = {name: {key: tuple(value.shape) for key, value in state.items()} for name, state in moments.items()}
+    fits = lambda name: name in expected and found.get(name) in (expected[name], {})  # {}: never had a gradient
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if not fits(name)]
     if wrong:
         raise UserError(f"the field 'optimizer' in {path} does not fit the model (first difference: {wrong[0]}): start "
                         f"a new run with --init_from={path}")
