@@ -179,15 +179,15 @@ def read(path, hints=Hints()):
     path = files.from_hub(path) if str(path).startswith("hf://") else Path(path)
     if path.is_dir() and not (path / "ckpt.pt").exists() and previous(path / "ckpt.pt").exists():
         path = previous(path / "ckpt.pt")  # a crash between the two renames of save() left no ckpt.pt
-    if path.exists() and not path.is_dir() and not path.is_file():
-        raise UserError(f"{path} is a device or a pipe: name a file or a folder")
     if not path.exists():
         raise UserError(f"no checkpoint at {path}: `python train.py CONFIG` writes out/CONFIG/ckpt.pt")
-    if path.is_dir() and files.find_weights(path) is None:
-        path = path / "ckpt.pt"
-        raise UserError(f"no checkpoint at {path}, nor one of another project: `python train.py CONFIG` writes "
-                        "out/CONFIG/ckpt.pt")
-    found = files.read_files(path)
+    if not path.is_dir() and not path.is_file():
+        raise UserError(f"{path} is a device or a pipe: name a file or a folder")
+    weights = files.find_weights(path) if path.is_dir() else path
+    if weights is None:
+        raise UserError(f"no checkpoint at {path / 'ckpt.pt'}, nor one of another project: `python train.py CONFIG` "
+                        "writes out/CONFIG/ckpt.pt")
+    found = files.read_files(weights)
     payload, path = found.payload, found.path
     card = dict(found.settings) if found.settings.get("format") == FORMAT else {}  # of a folder that export() wrote
     version = payload.get("format") if isinstance(payload, dict) else None

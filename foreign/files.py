@@ -73,12 +73,8 @@ def find_weights(folder):
     return others[0] if len(others) == 1 else None
 
 
-def read_files(path):
-    """Read a file or folder into Found. Raises UserError if there is no checkpoint, or it cannot be read safely."""
-    weights = find_weights(path) if path.is_dir() else path
-    if weights is None:
-        raise UserError(f"{path} has no checkpoint: neither one of {', '.join(WEIGHTS)}, nor exactly one other file of "
-                        "weights")
+def read_files(weights):
+    """Read a file of weights, and the settings with it, into Found. Raises UserError if it cannot be read safely."""
     if weights.name == SHARDS or weights.suffix == ".safetensors":
         from safetensors.torch import load_file
         try:

@@ -212,7 +212,7 @@ def with_settings(golden, tmp_path, name, **changes):
 
 def unfolded(golden):
     """MDLM's network as it is, always told sigma = 0."""
-    found = files.read_files(golden / "mdlm/hf")
+    found = files.read_files(files.find_weights(golden / "mdlm/hf"))
     state = {key: value for key, value in files.tensors(found.payload).items() if "inv_freq" not in key}
     model = small(seq_len=32, n_embd=64, n_cond=32, conditioning="constant", tied=False, head_bias=True).make_model(27)
     model.load_state_dict(ddit.mask_last(files.rename(state, ddit.NAMES), 27))
