@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from cli import UserError
 from foreign.ddit import vocabulary
-from foreign.files import tensors
+from foreign.files import rename, tensors
 from model import Block, DiT
 
 END = 50256      # GPT-2's end-of-text, which stands before every text
@@ -101,15 +101,10 @@ def our_weights(state, transposed, path):
         raise UserError(f"{path} has a head of its own: lm_head.weight differs from the embeddings, and GPT-2's head "
                         "has the same weights as they")
     tokens = tokens[:END + 1] if len(tokens) == ROUNDED else tokens
-    ours = {}
-    for key, value in state.items():
-        if LEFT_OUT.search(key):
-            continue
-        for pattern, replacement in NAMES:
-            key = re.sub(pattern, replacement, key)
-        if transposed and value.dim() == 2 and key.startswith("blocks."):
-            value = value.T
-        ours[key] = value
+    ours = rename({key: value for key, value in state.items() if not LEFT_OUT.search(key)}, NAMES)
+    if transposed:
+        ours = {key: value.T if value.dim() == 2 and key.startswith("blocks.") else value
+                for key, value in ours.items()}
     start = tokens[END] if len(tokens) == END + 1 else tokens.float().mean(0).to(tokens.dtype)
     ours["embed.weight"] = torch.cat((tokens, start[None]))
     return ours
