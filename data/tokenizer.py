@@ -112,8 +112,7 @@ class GPT2Tokenizer:
         """Return the length of each token: (V,) in characters that start in it, and (V,) in bytes of UTF-8."""
         pieces = [self.bpe.decode_single_token_bytes(i) for i in range(self.end)]
         pieces += [b""] * (self.vocab_size - len(pieces))  # end-of-text and padding are no text
-        return (np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]),
-                np.array([len(piece) for piece in pieces]))
+        return lengths_of(pieces)
 
 
 class HubTokenizer:
@@ -192,8 +191,13 @@ class HubTokenizer:
         else:  # a mark stands for a space; <0x0A> is a byte
             pieces = [bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", piece)
                       else piece.replace("\u2581", " ").encode() for piece in pieces]
-        return (np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]),
-                np.array([len(piece) for piece in pieces]))
+        return lengths_of(pieces)
+
+
+def lengths_of(pieces):
+    """Return the length of each of some bytes: in characters of UTF-8 that start in it, and in bytes."""
+    return (np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]),
+            np.array([len(piece) for piece in pieces]))
 
 
 def byte_alphabet():
