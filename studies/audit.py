@@ -107,7 +107,6 @@ class Denoiser:
         self.asked.clear()
         return torch.stack(total).logsumexp(0) - math.log(len(total))
 
-
     def of_chain(self, steps):
         """log p(x) of a chain of steps, by the probability of every state after each of them."""
         states = torch.tensor(list(itertools.product(range(self.V + 1), repeat=self.L)))
@@ -171,11 +170,13 @@ def measure(claim, model, x0, draws, rng, p=None):
     return values.mean(0), values.std(0) / parts**0.5
 
 
-def audit(claim, draws=20_000, steps=None, limit=5.0):
+LIMIT = 5  # standard errors by which a claim must fall short to break a rule
+
+
+def audit(claim, draws=20_000, steps=None):
     """Audit a claim on all worlds with all denoisers: a list of Findings.
 
     steps: of the chain that the claim is about; None: tokens are revealed one by one.
-    limit: a rule is broken if the shortfall is more than so many standard errors.
     """
     findings = []
     for world in worlds():
@@ -194,18 +195,18 @@ def audit(claim, draws=20_000, steps=None, limit=5.0):
                     (world.p[possible] * error[possible]).square().sum().sqrt())
                 terms = (-mean).exp().nan_to_num(0)
                 kraft, kraft_error = terms.sum().item(), (terms * error.nan_to_num(0)).square().sum().sqrt().item()
-                if kraft - 1 > limit * kraft_error + 1e-6:
+                if kraft - 1 > LIMIT * kraft_error + 1e-6:
                     broken.append("Kraft")
                 finite = mean.isfinite() & log_p.isfinite()
                 short = ((-log_p - mean - 1e-6) / error.clamp(min=1e-9))[finite].max().item() if finite.any() else 0.0
-                if short > limit:
+                if short > LIMIT:
                     broken.append("model")
             else:  # one number for the mean over texts: on texts that are drawn anew each time
                 claimed, claimed_error = measure(claim, model, x0, draws, rng, world.p)
                 kraft = kraft_error = short = math.nan
-                if -(world.p[possible] * log_p[possible]).sum() - claimed > limit * claimed_error + 0.01:
+                if -(world.p[possible] * log_p[possible]).sum() - claimed > LIMIT * claimed_error + 0.01:
                     broken.append("model")
-            if world.entropy - claimed > limit * claimed_error + 1e-6:
+            if world.entropy - claimed > LIMIT * claimed_error + 1e-6:
                 broken.append("entropy")
             times, fixed = (asked.min().item(), asked.max().item()), steps or len(asked.unique()) < 100
             beyond = 20 / len(asked)  # uniform times are all above this with probability exp(-20)
@@ -219,12 +220,21 @@ def audit(claim, draws=20_000, steps=None, limit=5.0):
 # ---- claims ----------------------------------------------------------------------------------------------------------
 
 
-def masked(model, x0, rng, low=0.0, high=1.0):
-    """(t, mask, cross-entropy at masks or 0): t uniform on (low, high], each token masked with probability t."""
-    t = high - (high - low) * torch.rand(len(x0), generator=rng, dtype=torch.float64)
-    mask = torch.rand(x0.shape, generator=rng, dtype=torch.float64) < t[:, None]
-    log_p = model(torch.where(mask, model.mask_id, x0), t)
-    return t, mask, torch.where(mask, -log_p.gather(2, x0[..., None]).squeeze(2), 0)
+def noise(x0, rng, low=0.0):
+    """(t, mask): t uniform on (low, 1], each token masked with probability t."""
+    t = 1 - (1 - low) * torch.rand(len(x0), generator=rng, dtype=torch.float64)
+    return t, torch.rand(x0.shape, generator=rng, dtype=torch.float64) < t[:, None]
+
+
+def at_masks(log_p, x0, mask):
+    """The cross-entropy at masks, 0 elsewhere: (n, L)."""
+    return torch.where(mask, -log_p.gather(2, x0[..., None]).squeeze(2), 0)
+
+
+def masked(model, x0, rng, low=0.0):
+    """(t, mask, cross-entropy at masks or 0) of a draw of noise."""
+    t, mask = noise(x0, rng, low)
+    return t, mask, at_masks(model(torch.where(mask, model.mask_id, x0), t), x0, mask)
 
 
 def exactly_k(model, x0, rng):
@@ -233,7 +243,7 @@ def exactly_k(model, x0, rng):
     k = torch.randint(1, L + 1, (n, 1), generator=rng)
     mask = torch.rand(x0.shape, generator=rng).argsort(1).argsort(1) < k
     log_p = model(torch.where(mask, model.mask_id, x0), torch.rand(n, generator=rng))
-    return L * torch.where(mask, -log_p.gather(2, x0[..., None]).squeeze(2), 0).sum(1) / k[:, 0]
+    return L * at_masks(log_p, x0, mask).sum(1) / k[:, 0]
 
 
 def weight_one_over_t(model, x0, rng):
@@ -268,8 +278,7 @@ def without_reconstruction(model, x0, rng):
     s = torch.randint(2, T + 1, (len(x0),), generator=rng)
     mask = torch.rand(x0.shape, generator=rng, dtype=torch.float64) < (s / T)[:, None]
     log_p = model(torch.where(mask, model.mask_id, x0), s / T)
-    ce = torch.where(mask, -log_p.gather(2, x0[..., None]).squeeze(2), 0)
-    return (T - 1) / s * ce.sum(1)
+    return (T - 1) / s * at_masks(log_p, x0, mask).sum(1)
 
 
 def cut_off(model, x0, rng):
@@ -281,18 +290,16 @@ def cut_off(model, x0, rng):
 def joint_of_parts(model, x0, rng):
     """Mistake: the parts of a word are masked one by one, but scored together, by -log p(whole word | visible parts).
     The bound needs the sum of -log of their marginals. Two tied bits cost half of their entropy."""
-    t = 1 - torch.rand(len(x0), generator=rng, dtype=torch.float64)
-    mask = torch.rand(x0.shape, generator=rng, dtype=torch.float64) < t[:, None]
+    t, mask = noise(x0, rng)
     word = (x0 * model.V ** torch.arange(model.L - 1, -1, -1)).sum(1)
     return -model.joint(torch.where(mask, model.mask_id, x0), t).gather(1, word[:, None])[:, 0] / t
 
 
 def mask_not_forbidden(model, x0, rng):
     """Looseness, no mistake: the network may predict the mask, and what it gives to the mask is lost."""
-    t = 1 - torch.rand(len(x0), generator=rng, dtype=torch.float64)
-    mask = torch.rand(x0.shape, generator=rng, dtype=torch.float64) < t[:, None]
+    t, mask = noise(x0, rng)
     log_p = model.leaky(torch.where(mask, model.mask_id, x0), t).log_softmax(-1)
-    return torch.where(mask, -log_p.gather(2, x0[..., None]).squeeze(2), 0).sum(1) / t
+    return at_masks(log_p, x0, mask).sum(1) / t
 
 
 def lucky_masks(model, x0, rng):
