@@ -28,6 +28,7 @@ from cli import ArgumentParser, UserError, named, number, pick_device, pick_dtyp
 from data.loader import SPLITS
 from diffusion import WHOLE
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
+from log import finite
 from randomness import prefix_lengths
 from sampler_settings import NAMES, add_arguments, cuts, given_flags, settings_of, steps_flag
 from sampling import SAMPLERS
@@ -220,7 +221,7 @@ def likelihood(subject, estimator, args):
         n_bytes = n_bytes * (subject.n_bytes / of_all)
     perplexity = 2**bits if bits < 1024 else None  # beyond 1024 a float overflows
     result = {
-        "bits_per_token": bits, "stderr": None if math.isnan(error) else error, "n_sequences": data.n,
+        "bits_per_token": bits, "stderr": finite(error), "n_sequences": data.n,
         "n_tokens": n_tokens, "bits_per_char": bits * n_tokens / n_chars, "bits_per_byte": bits * n_tokens / n_bytes,
         "n_bytes": round(n_bytes), "n_bytes_of_text": subject.n_bytes,
         "perplexity": perplexity, "estimator": method, "dataset": subject.dataset,
@@ -299,8 +300,7 @@ def compare(one, two, args, out):
         print(f"{subject.path}: {line}", file=out)
     print(f"{two.path} less {one.path}: {mean:+.4f} {plus_minus(error)} bits per {one.tokenizer.unit}, "
           "window by window", file=out)
-    return {"models": [result for *_, result in scored], "difference": mean,
-            "difference_stderr": None if math.isnan(error) else error}
+    return {"models": [result for *_, result in scored], "difference": mean, "difference_stderr": finite(error)}
 
 
 def comparison(result, unit):

@@ -6,6 +6,7 @@ import torch
 
 from cli import UserError, autocast, progress
 from likelihood import along_orders, draw_with_orders, log_mean, mean_and_error, plus_minus
+from log import finite
 from randomness import repeated_uniforms
 
 
@@ -57,6 +58,6 @@ def orders(subject, K, seed, out):
           f"read {K * data.seq_len:,} and {(K + 1) * data.seq_len:,} times", file=out)
     for name, nats in found.items():
         bits, error = mean_and_error(nats / data.seq_len / math.log(2))
-        result[name] = {"bits_per_token": bits, "stderr": None if math.isnan(error) else error}
+        result[name] = {"bits_per_token": bits, "stderr": finite(error)}
         print(f"{bits:10.4f} {plus_minus(error)}  {words.get(name, 'between the two sides on samples')}", file=out)
     return result

@@ -10,6 +10,7 @@ import numpy as np
 from cli import UserError, note, progress
 from data.tokenizer import TEXT8_ALPHABET
 from likelihood import bound, plus_minus
+from log import finite
 
 CHUNK = 4096  # characters, about
 
@@ -92,13 +93,12 @@ def compare_on_text(one, two, estimators, args, out):
                             "0")
         bits.append(nats / math.log(2))
         mean, error = ratio(bits[-1], n_bytes)
-        models.append({"checkpoint": subject.path, "bits_per_byte": mean,
-                       "stderr": None if math.isnan(error) else error,
+        models.append({"checkpoint": subject.path, "bits_per_byte": mean, "stderr": finite(error),
                        "bits_per_token": bits[-1].sum() / n_tokens, "n_tokens": n_tokens, "estimator": estimator})
         print(f"{subject.path}: {mean:.4f} {plus_minus(error)} bits per byte ({n_tokens:,} tokens in windows of up to "
               f"{subject.data.seq_len}; {estimator}; step {subject.step:,})", file=out)
     mean, error = ratio(bits[1] - bits[0], n_bytes)
     print(f"{two.path} less {one.path}: {mean:+.4f} {plus_minus(error)} bits per byte, on {len(chunks):,} chunks of "
           f"{args.text}{symbols}, {n_bytes.sum():,} bytes", file=out)
-    return {"models": models, "difference": mean, "difference_stderr": None if math.isnan(error) else error,
+    return {"models": models, "difference": mean, "difference_stderr": finite(error),
             "n_chunks": len(chunks), "n_bytes": int(n_bytes.sum())}
