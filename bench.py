@@ -23,8 +23,8 @@ from pathlib import Path
 from unittest import mock
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
-from cli import (UserError, autocast, device_name, generator_on, matmul_peak, named, number, pick_device, pick_dtype,
-                 progress, require, run, synchronize, table)
+from cli import (UserError, autocast, check_place, device_name, generator_on, matmul_peak, named, number, pick_device,
+                 pick_dtype, progress, require, run, synchronize, table)
 
 import numpy as np
 import torch
@@ -380,10 +380,7 @@ def main():
             estimate(name, cfg, size(cfg), args.gpu or "h100", args.gpus, args.mfu or 0.25)
     elif args.scaling:
         require("matplotlib", "--scaling")
-        folder = os.path.dirname(os.path.abspath(args.scaling))
-        if not os.path.isdir(folder) or os.path.isdir(args.scaling):
-            what = "a folder" if os.path.isdir(folder) else "in a folder that does not exist"
-            raise UserError(f"--scaling {args.scaling} is {what}")
+        check_place("--scaling", Path(args.scaling))
         scaling(name, cfg, size(cfg), device, dtype, repeats, args.scaling)
     elif args.samplers:
         check_fits(weight_bytes(cfg, size(cfg)), device, name, "use a smaller model")

@@ -249,6 +249,12 @@ def table(rows, columns, out):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), file=out)
 
 
+def check_place(flag, path):
+    """Raise UserError if the file that a flag names cannot be written: it is a folder, or in one that is not there."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")
+
+
 def write_file(path, content):
     """Write text or bytes to a file atomically: a failure leaves the old file. Raises UserError.
 

@@ -8,7 +8,7 @@ import io
 from pathlib import Path
 
 import log
-from cli import ArgumentParser, UserError, note, number, require, run, write_file
+from cli import ArgumentParser, UserError, check_place, note, number, require, run, write_file
 from likelihood import plus_minus
 
 AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training"}
@@ -137,8 +137,7 @@ def save(figure, out):
 def main():
     require("matplotlib", "a picture")
     args = parse_args()
-    if not args.out.resolve().parent.is_dir():
-        raise UserError(f"--out {args.out} is in a folder that does not exist")
+    check_place("--out", args.out)
     runs = [curves(path, args.from_step) for path in args.runs]
     draw(runs, args.out, args.x, args.log_x)
     note(f"{args.out}: {', '.join(name for name, *_ in runs)}")

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
-from cli import (ArgumentParser, UserError, autocast, generator_on, named, note, number, pick_device, pick_dtype,
-                 progress, require, run, write_file)
+from cli import (ArgumentParser, UserError, autocast, check_place, generator_on, named, note, number, pick_device,
+                 pick_dtype, progress, require, run, write_file)
 
 import torch
 
@@ -132,8 +132,7 @@ def check(args, config):
         path = getattr(args, flag)
         if path is None:
             continue
-        if path.is_dir() or not path.parent.is_dir():
-            raise UserError(f"--{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")
+        check_place(f"--{flag}", path)
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"there is no permission to write --{flag} {path}")
         if path.exists() and not path.is_file():
