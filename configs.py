@@ -231,7 +231,11 @@ class Config:
 
     @property
     def clock(self):
-        return clock(self.conditioning, self.T, self.schedule)
+        """The function of t whose sinusoids the time embedding takes (model.py), or None without time conditioning.
+        With 'step', a model sees its step numbers 1 ... T exactly."""
+        T, sigma = self.T, make_schedule(self.schedule).sigma
+        return {"none": None, "time": lambda t: 1000 * t, "step": lambda t: (T * t).round(),
+                "constant": torch.zeros_like, "sigma": sigma}[self.conditioning]
 
     @property
     def prefix_range(self):
@@ -249,13 +253,6 @@ class Config:
 
     def make_objective(self, vocab_size):
         return self.objective_class.from_config(self, vocab_size)
-
-
-def clock(conditioning, T=1000, schedule="linear"):
-    """The function of t whose sinusoids the time embedding takes (model.py), or None without time conditioning. With
-    'step', a model sees its step numbers 1 ... T exactly."""
-    return {"none": None, "time": lambda t: 1000 * t, "step": lambda t: (T * t).round(), "constant": torch.zeros_like,
-            "sigma": make_schedule(schedule).sigma}[conditioning]
 
 
 # ---- configs -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import configs
 import storage
 from cli import UserError
 from commands import assert_one_line
@@ -127,7 +126,7 @@ def test_golden_logits(nanodd, kind, monkeypatch):
     """Logits at step numbers t (B,), and at one time per position (B, L), recorded between steps: not to be rounded."""
     models, expected = nanodd
     xt, t, t_2d = expected["net.x_t"], expected["net.t"], expected["net.t_2d"]
-    for name, time, clock in ((f"net.logits_{kind}", t, configs.clock("step", T)),
+    for name, time, clock in ((f"net.logits_{kind}", t, Config(T=T, conditioning="step").clock),
                               (f"net.logits2d_{kind}", t_2d, lambda t: T * t)):
         monkeypatch.setattr(models[kind].time_embed, "clock", clock)
         torch.testing.assert_close(all_logits(models[kind], xt, time / T), expected[name], atol=1e-4, rtol=1e-5)
