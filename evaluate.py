@@ -187,7 +187,7 @@ def nats_of(subject, estimator, args):
                 subject.masked_only("--order")
         elif estimator != "l2r":
             raise UserError(f"{subject.path} {objective.description} and has only one order: use --order l2r")
-        return (chain_rule_of(subject.model, objective, subject.data, estimator, args.seed, show=True),
+        return (chain_rule_of(subject.model, objective, subject.data, estimator, args.seed),
                 f"negative log-likelihood, order {estimator}")
     objective, prefix = subject.objective(estimator, args.T), subject.config.prefix
     nats = bound(subject.model, objective, subject.data, seed=args.seed, repeats=args.repeats, estimator=estimator,

@@ -176,10 +176,10 @@ def order_nats(model, objective, x0, order, v):
     return nats
 
 
-def chain_rule_of(model, objective, data, order, seed=0, show=False):
+def chain_rule_of(model, objective, data, order, seed=0):
     """chain_rule of all windows: (n,) float64, nats per token. A window's random order depends on (seed, window)."""
     nats = []
-    with progress(total=data.n, desc=f"order {order}", unit="seq", leave=False, show=show) as bar:
+    with progress(total=data.n, desc=f"order {order}", unit="seq", leave=False) as bar:
         for chunk in data.batches():
             _, v, _ = repeated_uniforms(seed, chunk, data.n, 1, data.seq_len)
             with autocast(data.device, data.dtype):

@@ -106,7 +106,7 @@ class AdamW(torch.optim.AdamW):
 ITERATIONS = (7.8690, -21.6582, 15.0808), (3.5633, -2.5190, 0.4676), (2.6596, -1.8821, 0.4038)
 
 
-def orthogonalise(g, iterations=ITERATIONS):
+def orthogonalise(g):
     """Approximate U V^T of g = U S V^T, for matrices g (..., m, n).
 
     Newton-Schulz: x <- p x, with s = x x^T and p = a I + b s + c s^2, maps every singular value v of x to
@@ -123,7 +123,7 @@ def orthogonalise(g, iterations=ITERATIONS):
     largest = square.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12) ** 0.25
     s, square, p, q = s / largest**2, square / largest**4, None, None
     identity = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
-    for a, b, c in iterations:
+    for a, b, c in ITERATIONS:
         if q is not None:
             s = p @ s @ p
             square = s @ s

@@ -10,7 +10,7 @@ from log import finite
 from randomness import repeated_uniforms
 
 
-def measure_orders(model, objective, data, K, seed=0, show=False):
+def measure_orders(model, objective, data, K, seed=0):
     """Log-likelihoods along K random orders, in nats.
 
     Returns (of the data, of samples, of the samples along their true orders): (n, blocks, K) float64 twice and
@@ -18,7 +18,7 @@ def measure_orders(model, objective, data, K, seed=0, show=False):
     """
     of_data, of_samples, true = [], [], []
     size = max(1, data.batch_size // K)
-    with progress(total=data.n, desc=f"{K} orders", unit="seq", leave=False, show=show) as bar:
+    with progress(total=data.n, desc=f"{K} orders", unit="seq", leave=False) as bar:
         for i in range(0, data.n, size):
             chunk = list(range(i, min(i + size, data.n)))
             _, v, _ = repeated_uniforms(seed, chunk, data.n, 2 * K + 2, data.seq_len)
@@ -46,7 +46,7 @@ def orders(subject, K, seed, out):
     data, unit = subject.data, subject.tokenizer.unit
     if K > data.batch_size:
         raise UserError(f"--orders {K} is more than the texts of a network call: use --batch_size {K} or more")
-    found = two_sides(*measure_orders(subject.model, subject.objective(), data, K, seed, show=True))
+    found = two_sides(*measure_orders(subject.model, subject.objective(), data, K, seed))
     result = {"orders": K, "n_sequences": data.n, "dataset": subject.dataset, "split": subject.split,
               "seq_len": data.seq_len, "step": subject.step, "checkpoint": subject.path, "seed": seed}
     words = {"bound": f"mean over {K} orders, on {subject.where}: an upper bound",

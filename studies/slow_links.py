@@ -80,7 +80,7 @@ def smaller(flags, factor):
 
 class Study:
     def __init__(self, args):
-        self.args, self.flags = args, {}
+        self.args = args
 
     def flags_of(self, seed):
         a = self.args
