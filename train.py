@@ -159,6 +159,25 @@ def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, s
     return net, optimizers, ema, exchange, (step, best_val, Tally(*tally.to(device)), wandb_id), lock
 
 
+def validate(model, objective, ema, data, cfg):
+    """Bits per token of the averaged weights on fixed windows with fixed noise, and the standard error.
+
+    All processes call it. They score equally many of the windows, because FSDP needs all of them in every call: some
+    windows are scored twice.
+    """
+    n, world = data.n, parallel.world
+    mine = [i % n for i in range(parallel.rank, n + -n % world, world)]
+    nats = torch.zeros(2, n, dtype=torch.float64)
+    if cfg.eager:  # the workers' anchors, and so their averages, differ a little: all validate the main one's
+        for average in ema.average:
+            parallel.copy_from_main(average, average)
+    with ema.applied():
+        nats[0, mine] = bound(model, objective, data, mine, prefix_range=cfg.prefix_range)
+    nats[1, mine] = 1
+    total, scored = parallel.total(nats)
+    return mean_and_error(total / scored / math.log(2), by_rate(n, n_times=objective.n_times(cfg.seq_len)))
+
+
 def main():
     """Set up a run or resume it, and train.
 
@@ -210,21 +229,6 @@ def main():
 
     def report(line, **values):
         on_main(lambda: log.write(line, step=step, tokens=step * cfg.batch_size * cfg.seq_len, **values))
-
-    def validate():
-        """Bits per token of the averaged weights on fixed windows with fixed noise, and the standard error."""
-        n = val_data.n
-        # All processes score equally many windows, because FSDP needs all of them in every call: some are scored twice.
-        mine = [i % n for i in range(rank, n + -n % world, world)]
-        nats = torch.zeros(2, n, dtype=torch.float64)
-        if cfg.eager:  # the workers' anchors, and so their averages, differ a little: all validate the main one's
-            for average in ema.average:
-                parallel.copy_from_main(average, average)
-        with ema.applied():
-            nats[0, mine] = bound(model, objective, val_data, mine, prefix_range=cfg.prefix_range)
-        nats[1, mine] = 1
-        total, scored = parallel.total(nats)
-        return mean_and_error(total / scored / math.log(2), by_rate(n, n_times=objective.n_times(cfg.seq_len)))
 
     def sample():
         """Draw one text from the averaged weights; all processes do the same. If the model needs a prefix, the text
@@ -306,7 +310,7 @@ def main():
                                 "--lr in a new run")
         with pace.paused():
             if due(cfg.eval_interval):
-                bits, error = validate()
+                bits, error = validate(model, objective, ema, val_data, cfg)
                 report(f"step {step:,}  validation {unit} {bits:.4f}"
                        f"{f' {plus_minus(error)}' if math.isfinite(bits) else ''}"
                        f"{'  (best so far)' if bits < best_val else ''}",
