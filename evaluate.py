@@ -385,8 +385,7 @@ def main():
         result = score(args, opened, out)
     if args.json:
         print(json.dumps(result, allow_nan=False))
-    if not result.get("check", {"agree": True})["agree"]:
-        sys.exit(1)
+    return int(args.check and not result["check"]["agree"])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 import json
 import re
+from unittest import mock
 
 import torch
 
@@ -37,12 +38,9 @@ def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
                             torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
     if objective.has_mask and not objective.causal:  # the exact number of masks, anywhere
         noise = noise._replace(mask=(torch.randperm(x0.numel(), device=device) < masked * x0.numel()).view_as(x0))
-    most, attention.MOST_PRODUCTS = attention.MOST_PRODUCTS, 0  # a GPU's attention keeps no scores
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype):
-            loss, _ = objective.loss(model, x0, noise)  # keeps the storages from being reused
-    finally:
-        attention.MOST_PRODUCTS = most
+    with (mock.patch.object(attention, "MOST_PRODUCTS", 0),  # a GPU's attention keeps no scores
+          torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype)):
+        loss, _ = objective.loss(model, x0, noise)  # keeps the storages from being reused
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
