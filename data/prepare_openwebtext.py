@@ -41,12 +41,14 @@ def load_documents(files):
     try:
         if not files:
             return load_dataset(SOURCE, split="train")
+        for file in files:
+            if Path(file).is_dir():
+                raise UserError(f"{file} is a folder: name its files")
+            if not Path(file).is_file():
+                raise UserError(f"no such file: {file}")
         kinds = {READERS.get(Path(file).suffix) for file in files}
         if None in kinds or len(kinds) > 1:
             raise UserError(f"--file takes files of one kind, one of {', '.join(READERS)}")
-        for file in files:
-            if not Path(file).is_file():
-                raise UserError(f"no such file: {file}")
         documents = load_dataset(kinds.pop(), data_files=list(map(str, files)), split="train")
     except (OSError, ConnectionError, DatasetGenerationError, ValueError, StopIteration) as error:
         reason = (str(error.__cause__ or error).strip() or "it is empty").split("\n")[0][:150]
@@ -79,7 +81,7 @@ def main():
     p.add_argument("--file", nargs="+", metavar="FILE", help="local files to use instead of a download")
     p.add_argument("--num_proc", type=number(int, 1), default=os.cpu_count(),
                    help="number of processes (default: one per core)")
-    p.add_argument("--held_out", type=number(float, 0, 0.5), default=0.0005, metavar="SHARE",
+    p.add_argument("--held_out", type=number(float, 1e-6, 0.5), default=0.0005, metavar="SHARE",
                    help="share of documents for val, and for test (default 0.0005: about 4.5M tokens each)")
     args = p.parse_args()
     folder = args.data_dir / "openwebtext"

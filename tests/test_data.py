@@ -375,6 +375,7 @@ def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
     for file in ("a.parquet", "a.jsonl"):
         result = go(file)
         assert_one_line(result, f"could not load {tmp_path / file} (")
+    assert_one_line(go(""), "is a folder: name its files")
     assert not (tmp_path / "openwebtext").exists()
     prepare_openwebtext.start_worker(0.0)
     (tokens, n_bytes), = prepare_openwebtext.encode(["one", None, "two", ""]).values()
