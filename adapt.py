@@ -19,7 +19,7 @@ import torch
 from cli import UserError, note
 from storage import check_finite, check_fit, config_of
 
-NEW = re.compile(r"^time_embed\.|(^|\.)modulation\.|^head_weight$|^head_bias$|head_gate\.weight$|norm\d?\.bias$")
+NEW = re.compile(r"^time_embed\.|(^|\.)modulation\.|^head_weight$|^head_bias$|head_gate$|norm\d?\.bias$")
 POSITIONS = "positions.weight"  # the table of learned positions, one row for each
 
 

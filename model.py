@@ -94,6 +94,9 @@ def at_positions(at, B, L, *features):
     return [x if x is None else x.expand(B, L, -1).flatten(0, 1).index_select(0, at) for x in features]
 
 
+GATE_INPUTS = 12  # channels of a token that its head gates depend on; all of them help no more (LOG.md)
+
+
 class Block(nn.Module):
     """Attention and MLP, pre-norm. If n_cond > 0, c shifts, scales and gates both (adaLN-Zero)."""
 
@@ -106,7 +109,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(D, config.norm_bias)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.attn_out = nn.Linear(D, D, bias=False)
-        self.head_gate = nn.Linear(D, config.n_head, bias=False) if config.head_gates else None
+        self.head_gate = nn.Parameter(torch.zeros(config.n_head, min(GATE_INPUTS, D))) if config.head_gates else None
         self.norm2 = LayerNorm(D, config.norm_bias)
         self.mlp_in = nn.Linear(D, 4 * D)
         self.mlp_out = nn.Linear(4 * D, D)
@@ -158,7 +161,9 @@ class Block(nn.Module):
             k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
         if keep and at is not None and len(at) == 0 and not self.shift_tokens:
             return None, Past(k, v)
-        gates = None if self.head_gate is None else 2 * torch.sigmoid(self.head_gate(h1))  # 1 at first: init_weights
+        gates = None
+        if self.head_gate is not None:  # zero at first, so these gates are 1
+            gates = 2 * torch.sigmoid(F.linear(h1[..., :GATE_INPUTS], self.head_gate))
         y = drop(self.attention(q, k, v, layout.sees, gates))
         x = x + (y if gate1 is None else gate1 * y)
         h2 = modulate(self.norm2(x), shift2, scale2)
@@ -189,7 +194,7 @@ class Block(nn.Module):
         seen: keys per token. predicted: the share of tokens that the MLP runs on. attends: False if only keys and
         values are needed; the queries are then computed with them, in one product."""
         qkv, attn_out, mlp_in, mlp_out = (weight.numel() for weight in self.matrices())
-        attn_out += 0 if self.head_gate is None else self.head_gate.weight.numel()
+        attn_out += 0 if self.head_gate is None else self.head_gate.numel()
         return 6 * (qkv + attends * attn_out + predicted * (mlp_in + mlp_out)) + (
             12 * attends * seen * self.attn_out.out_features)
 
@@ -248,8 +253,7 @@ class DiT(nn.Module):
         """Draw matrices and embeddings from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
         Biases, modulations, and the output layers of blocks without a modulation are zero. So every block is the
-        identity at the start, with adaLN-Zero (its gates are zero) and without (its outputs are zero). The layers of
-        head gates are zero, so these gates are 1.
+        identity at the start, with adaLN-Zero (its gates are zero) and without (its outputs are zero).
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -259,9 +263,6 @@ class DiT(nn.Module):
                     module.bias.zero_()
         for last in (layer for block in self.blocks for layer in block.outputs()):
             last.weight.zero_()
-        for name, p in self.named_parameters():
-            if name.endswith("head_gate.weight"):
-                p.zero_()
         if self.modulation is not None:
             self.modulation.weight.zero_()
 
