@@ -19,6 +19,7 @@ import torch
 from cli import UserError, note
 from storage import check_finite, check_fit, config_of
 
+# what may be new
 NEW = re.compile(r"^time_embed\.|(^|\.)modulation\.|^head_weight$|^head_bias$|head_gate$|norm\d?\.bias$")
 POSITIONS = "positions.weight"  # the table of learned positions, one row for each
 
@@ -70,7 +71,8 @@ def check_same_network(source, cfg, path):
     """Raise UserError if weights of the right shapes are of another network. Returns lines on their other changes."""
     before, now = dataclasses.asdict(config_of(source)), dataclasses.asdict(cfg)
     differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
-    other = differ(("architecture", "n_layer", "n_embd", "n_head", "shift_tokens", "mixer", "residual", "mask_aware"))
+    other = differ(("architecture", "n_layer", "n_embd", "n_head", "shift_tokens", "mixer", "residual", "mask_aware",
+                    *(["head_gates"] if before["head_gates"] else [])))  # they may be new, but not be left out
     if other:
         raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
     notes, clock = [], {"sigma": ["schedule"], "step": ["T"]}.get(cfg.conditioning, [])

@@ -237,12 +237,12 @@ def main():
         given = torch.from_numpy(val_tokens[:cfg.prefix_range[0]].astype("int64"))
         xt = torch.nn.functional.pad(given[None], (0, cfg.seq_len - len(given)), value=objective.mask_id).to(device)
         with ema.applied(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            check_finite(parallel.local(model.parameters()))
+            refuse_infinite(parallel.local(model.parameters()))
             *_, state = denoise(default_settings(cfg), objective, model, xt, cfg, 0, generator_on(device, cfg.seed),
                                 end)
         return text_of(state.xt[0].tolist(), xt[0].tolist(), end, tokenizer)
 
-    def check_finite(weights):
+    def refuse_infinite(weights):
         if not all(p.isfinite().all() for p in weights):
             raise UserError(f"the weights are not finite after step {step:,} and were not saved: the last good "
                             f"checkpoint in {out_dir} is unchanged; try a smaller --lr in a new run")
@@ -251,7 +251,7 @@ def main():
         state = state_of(model, ema, optimizers if to_resume else (), exchange, tally)
 
         def write():
-            check_finite([*state["model"].values(), *state["ema"].values()])
+            refuse_infinite([*state["model"].values(), *state["ema"].values()])
             log.sync()
             storage.save(out_dir / filename, {
                 "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,

@@ -152,9 +152,10 @@ def records(cfg, meta):
 
 
 def open_data(cfg):
-    """What a Config trains on: (meta, tokens of train, tokens of val, record, pad), the last two from records().
+    """Open the data that a Config trains on. Returns (meta, tokens of train, tokens of val, record, pad).
 
-    Raises UserError if the data set is missing or damaged, or does not fit the Config.
+    record and pad are those of records(). Raises UserError if the data set is missing or damaged, or does not fit the
+    Config.
     """
     meta = load_meta(cfg.dataset, cfg.data_dir)
     record, pad = records(cfg, meta)

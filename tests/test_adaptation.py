@@ -687,6 +687,9 @@ def test_what_may_not_be_new():
         now = replace(before, **change)
         with pytest.raises(storage.UserError, match=words):
             adapt(now.make_model(11), source, now, "it")
+    gated = {"config": source["config"] | {"head_gates": True}, "ema": source["ema"]}
+    with pytest.raises(storage.UserError, match="of another network: head_gates=True, now False"):
+        adapt(before.make_model(11), gated, before, "it")
     source["ema"]["norm.weight"] = torch.full((32,), math.nan)
     with pytest.raises(storage.UserError, match="not finite"):
         adapt(before.make_model(11), source, before, "it")

@@ -322,9 +322,7 @@ def test_a_block_shifts_before_attention_and_mlp():
 
 
 def test_head_gates():
-    """What each head found is multiplied by 2 sigmoid of a linear function of the block's input; at first by 1.
-
-    The function is of the first 12 channels."""
+    """The gate of a head is 2 sigmoid of a linear function of the first 12 channels of the block's input; at first 1."""
     x, tables = torch.randn(2, 5, 16), rotary_tables(5, 8)
     plain, gated = (Block(small(head_gates=flag), 0) for flag in (False, True))
     gated.load_state_dict(plain.state_dict() | {"head_gate": torch.randn(2, 12)})
