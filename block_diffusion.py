@@ -132,7 +132,7 @@ class BlockDiffusion(MDLM):
         return self.in_each_block(super().continuous, u, v, w)
 
     def predict(self, model, x0, noise):
-        return model(self.corrupt(x0, noise.mask), noise.t, where=noise.mask, clean=x0)
+        return model(self.corrupt(x0, noise.mask), noise.t, where=noise.located().at, clean=x0)
 
     def loss(self, model, x0, noise):
         if not self.clipped or self.weighting == "simple":

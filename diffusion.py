@@ -121,13 +121,18 @@ class Noise(NamedTuple):
     t: torch.Tensor       # (B,) or (B, L) float32, the time that the model is told
     weight: torch.Tensor  # (B,) or (B, L) float32, nats of bound for each nat of CE at a mask, times L/n if n of the L
                           # tokens are free: `nelbo` divides by L, and the bound is per free token (exact_k)
+    at: torch.Tensor = None  # (N,) long, the places of the N masks among all B L tokens; None: not yet searched
+
+    def located(self):
+        """The same with `at`. On a GPU a search waits until all work before it is done, so `split` searches before."""
+        return self if self.at is not None else self._replace(at=self.mask.flatten().nonzero().squeeze(1))
 
     def to(self, device):
-        return type(self)(*(to_device(x, device) for x in self))
+        return type(self)(*(x if x is None else to_device(x, device) for x in self))
 
     def split(self, size):
-        """Cut the batch into a list of Noise of `size` sequences each."""
-        return [type(self)(*part) for part in zip(*(x.split(size) for x in self))]
+        """Cut the batch into a list of Noise of `size` sequences each, all located."""
+        return [type(self)(*part).located() for part in zip(*(x.split(size) for x in self if x is not None))]
 
 
 def n_free(v):
@@ -198,12 +203,12 @@ class Absorbing:
 
     def predict(self, model, x0, noise):
         """The logits (N, V) of the N masked positions of x0 (B, L)."""
-        return model(self.corrupt(x0, noise.mask), noise.t, where=noise.mask)
+        return model(self.corrupt(x0, noise.mask), noise.t, where=noise.located().at)
 
     def masked_ce(self, model, x0, noise):
         """The cross-entropy at masked positions, 0 at visible ones: x0 (B, L) -> nats (B, L)."""
-        at = noise.mask.flatten().nonzero().squeeze(1)  # this waits for a GPU, so it is before the forward pass
-        t = noise.t[:, None].expand(x0.shape) if noise.t.dim() == 1 else noise.t
+        noise = noise.located()
+        at, t = noise.at, noise.t[:, None].expand(x0.shape) if noise.t.dim() == 1 else noise.t
         ce = self.cost(self.predict(model, x0, noise), x0.flatten()[at], t.flatten()[at])
         return ce.new_zeros(x0.numel()).scatter(0, at, ce).view(x0.shape)
 

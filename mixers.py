@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import attend
-from model import DiT, LayerNorm, at_positions, modulate, rotary_tables, rotate, token_shift
+from model import DiT, LayerNorm, at_positions, modulate, places, rotary_tables, rotate, token_shift
 
 TINY = 64   # width of the attention head in amlp's gate
 RANK = 8    # of A and B of synth_factorised
@@ -389,8 +389,10 @@ class MixerDiT(DiT):
         return x
 
     def forward(self, xt, t, where=None):
-        """xt (B, L) long in [0, V], t (B,) in (0, 1] -> logits (B, L, V), or (N, V) where `where` (B, L) is True."""
-        return self.head(self.trunk(xt, t, None if where is None else where.flatten().nonzero().squeeze(1)))
+        """xt (B, L) long in [0, V], t (B,) in (0, 1] -> logits (B, L, V), or (N, V) where `where` (B, L) is True.
+
+        where: also the places of these tokens, as in DiT.forward."""
+        return self.head(self.trunk(xt, t, places(where)))
 
     def matrices(self):
         """The two-dimensional weights of the layers; static maps, which are one matrix for each head, are left out."""

@@ -94,6 +94,11 @@ def at_positions(at, B, L, *features):
     return [x if x is None else x.expand(B, L, -1).flatten(0, 1).index_select(0, at) for x in features]
 
 
+def places(where):
+    """The places (N,) of the True elements of `where` (B, L) among all B L. Places, and None, are returned unchanged."""
+    return where if where is None or where.dim() == 1 else where.flatten().nonzero().squeeze(1)
+
+
 GATE_INPUTS = 12  # channels of a token that its head gates depend on; all of them help no more (LOG.md)
 
 
@@ -323,7 +328,8 @@ class DiT(nn.Module):
         """xt (B, L) long in [0, V], t (B,) or (B, L) in [0, 1] -> logits (B, L, V).
 
         where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. With a vocabulary of
-            50,000 the head is a third of the work, and nothing reads its logits at visible tokens.
+            50,000 the head is a third of the work, and nothing reads its logits at visible tokens. Or the places of
+            these positions among all B L, (N,) long: on a GPU this saves the wait for a search.
         sees, positions: as in Layout. With block_size both follow from the blocks. With predict_next they are of
             L + 1 tokens: the mask comes first.
         past: what remember() returned for the P tokens before these.
@@ -333,10 +339,10 @@ class DiT(nn.Module):
         Raises ValueError with shift_tokens and a past, unless the network is causal or has blocks: the shift mixes
         tokens on both sides of the border.
         """
+        at = places(where)
         if self.predict_next:  # the output before a token predicts it, and the last output predicts nothing
+            at = at if at is None else at + at // xt.shape[1]  # a row has one token more
             xt = F.pad(xt, (1, 0), value=self.vocab_size)
-            where = where if where is None else F.pad(where, (0, 1))
-        at = None if where is None else where.flatten().nonzero().squeeze(1)
         if clean is not None and xt.shape[1] > self.block_size:
             t0, nowhere = torch.zeros_like(t if t.dim() == 1 else t[:, 0]), xt.new_empty(0)  # as in remember()
             past = self.trunk(clean, t0, self.layout(xt.shape[1]), nowhere, None, True)[1]

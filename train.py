@@ -50,10 +50,10 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, p
         u, v = uniforms(cfg.seed, step, indices, cfg.batch_size, cfg.seq_len, cfg.time_sampling != "uniform",
                         objective.n_times(cfg.seq_len))
         v = give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, step, indices))
-        noise = objective.noise(u, v)
+        parts = list(zip(x0.split(micro), objective.noise(u, v).split(micro)))
         if pin:
-            x0, noise = x0.pin_memory(), type(noise)(*(tensor.pin_memory() for tensor in noise))
-        yield list(zip(x0.split(micro), noise.split(micro)))
+            parts = [(x0.pin_memory(), type(noise)(*(x.pin_memory() for x in noise))) for x0, noise in parts]
+        yield parts
 
 
 def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambda part: None, sees=None):
@@ -63,7 +63,7 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
 
     Returns, for the whole batch (of a worker, with local_steps), the bound in nats per token, the gradient norm, and
     whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors.
-    With the networks of model.py only two searches for the masks wait for a GPU, before each forward pass.
+    Nothing in a step waits for a GPU.
     mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats, denoiser = torch.zeros((), device=device), net

@@ -33,7 +33,11 @@ class UniformNoise(NamedTuple):
     weight: torch.Tensor  # (B,) float32, nats of bound for each nat of cost
     sigma: torch.Tensor   # (B,) float32, -log alpha: gives alpha and 1 - alpha exactly at both ends
 
-    to, split = Noise.to, Noise.split
+    to = Noise.to
+
+    def split(self, size):
+        """Cut the batch into a list of UniformNoise of `size` sequences each."""
+        return [UniformNoise(*part) for part in zip(*(x.split(size) for x in self))]
 
 
 def posterior(x, xt, r, rho):

@@ -17,8 +17,9 @@ class Selection(NamedTuple):
     t: torch.Tensor       # (B,) float32, the mask rate; no network is told it
     weight: torch.Tensor  # (B,) float32, as in Noise
     kind: torch.Tensor    # (B, L) float32 in (0, 1], which decides what is shown of a predicted token
+    at: torch.Tensor = None  # as in Noise
 
-    to, split = Noise.to, Noise.split
+    located, to, split = Noise.located, Noise.to, Noise.split
 
 
 class BERT(MDLM):

@@ -21,6 +21,7 @@ import torch.nn as nn
 
 from cli import UserError, note, require
 from data.tokenizer import HubTokenizer, definition_of, from_hub, hub_meta
+from model import places
 
 SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
 MOST = {"num_hidden_layers": 1000, "num_attention_heads": 1000, "hidden_size": 10**5, "vocab_size": 10**7,
@@ -172,11 +173,11 @@ class MaskedLM(nn.Module):
 
     def forward(self, xt, t, where=None):
         """Map xt (B, L) long in [0, V], and t, which is not used, to logits (B, L, V), or (N, V) at the N
-        True positions of `where` (B, L)."""
+        True positions of `where` (B, L), or at the places `where` (N,)."""
         kind = xt.device.type
         with torch.autocast(kind, enabled=self.autocast and torch.is_autocast_enabled(kind)):
             x = self.trunk(xt)
-            x = x if where is None else x[where][None]
+            x = x if where is None else x.flatten(0, 1)[places(where)][None]
             logits = self.head(inputs_embeds=x).logits.index_select(-1, self.ids[:-1])
         return logits if where is None else logits[0]
 

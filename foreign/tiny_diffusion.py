@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import rotary_tables, rotate
+from model import places, rotary_tables, rotate
 
 
 def norm(x):
@@ -97,9 +97,11 @@ class TinyDiffusion(nn.Module):
         return norm(x)
 
     def forward(self, xt, t, where=None):
-        """Map xt (B, L) long in [0, V], t (B,) in (0, 1] to logits (B, L, V), or (N, V) where `where` is True."""
+        """Map xt (B, L) long in [0, V], t (B,) in (0, 1] to logits (B, L, V), or (N, V) where `where` is True.
+
+        where: also the places of these tokens, as in DiT.forward."""
         x = self.trunk(xt, t)
-        return self.head(x if where is None else x[where])
+        return self.head(x if where is None else x.flatten(0, 1)[places(where)])
 
     def output_layer(self):
         return list(self.head.parameters())

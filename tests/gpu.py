@@ -139,22 +139,24 @@ def test_fsdp(data_dir, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["d3pm", "fast", "sedd", "left to right"])
 def test_a_large_vocabulary(kind):
-    """Three steps with the head and the cost compiled, as for 1,200 tokens, leave the weights of three plain steps."""
+    """Three steps with the head and the cost compiled, as for 1,200 tokens, leave the weights of three plain steps, and
+    those of three steps on the CPU, where the head has no columns of zeros."""
     weights = []
-    for compiled in (False, True):
+    for device, compiled in ((DEVICE, False), (DEVICE, True), ("cpu", False)):
         cfg = small(kind, batch_size=8, micro_batch_size=8, dropout=0.0, lr=1e-5, compile=compiled)
-        training = Training(kind, cfg, 1200, torch.device(DEVICE), torch.float32)
+        training = Training(kind, cfg, 1200, torch.device(device), torch.float32)
         for _ in range(3):
             training.step()
         training.stream.close()
         weights.append({name: p.detach().cpu() for name, p in training.model.named_parameters()})
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+    for others in weights[1:]:
+        torch.testing.assert_close(others, weights[0], rtol=1e-3, atol=1e-5)
 
 
 @kinds
 @pytest.mark.skipif(DEVICE != "cuda", reason="a CPU does not wait")
 def test_waits(kind):
-    """A training step waits for the GPU at most twice, to find the masks, and that is before its forward pass."""
+    """A training step never waits for the GPU."""
     cfg = small(kind, batch_size=8, micro_batch_size=8, compile=False)
     training = Training(kind, cfg, 27, torch.device(DEVICE), torch.bfloat16)
     for _ in range(2):
@@ -168,7 +170,7 @@ def test_waits(kind):
         torch.cuda.set_sync_debug_mode("default")
         training.stream.close()
     waits = [f"{w.filename}:{w.lineno}" for w in found if "synchroniz" in str(w.message)]
-    assert len(waits) <= 2, waits
+    assert not waits
 
 
 def test_memory_and_utilisation_are_logged(call, data_dir, tmp_path):

@@ -22,7 +22,9 @@ from data.tokenizer import HubTokenizer, make_tokenizer
 from diffusion import MDLM, cross_entropy
 from foreign.bert import BERT
 from likelihood import chain_rule
+from model import places
 from studies import adaptation, runs
+from world import picked
 
 CPU = torch.device("cpu")
 TEXT = "the cat sat on the mat, and the dog's log was d\u00e9j\u00e0 vu \u2603 again. " * 20
@@ -133,7 +135,8 @@ def test_logits(saved, kind):
         expected = their_logits(model, tokenizer, xt, where, ours)
         assert expected.std() > 0.1
         with torch.no_grad():
-            torch.testing.assert_close(loaded(xt, torch.ones(3), where), expected, atol=1e-5, rtol=1e-5)
+            for positions in (where, places(where)):
+                torch.testing.assert_close(loaded(xt, torch.ones(3), positions), expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(loaded(xt, torch.ones(3))[where], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -609,7 +612,8 @@ def test_after_annealing_it_is_a_plain_network():
         full = torch.ones(13, 13, dtype=torch.bool)
         for found in (next_token(xt, t), next_token(xt, t, sees=full)):
             torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(next_token(xt, t, where), expected[where])
+        for positions in (where, places(where)):
+            torch.testing.assert_close(next_token(xt, t, positions), expected[where])
 
 
 def test_annealed():
@@ -709,7 +713,7 @@ def test_bert_loss_by_enumeration():
 
     def model(xt, t, where=None):
         logits = table[(xt * place).sum(1)]
-        return logits if where is None else logits[where]
+        return picked(logits, where)
 
     objective, x0 = BERT(V), torch.tensor([[1, 0, 1]])
     # (probability, a number v that means it, what is shown: None for the token itself)

@@ -8,6 +8,7 @@ import torch
 from commands import assert_one_line
 from diffusion import D3PM, MDLM
 from studies.audit import CLAIMS, audit, audit_bytes, denoisers, verdict, worlds
+from world import picked
 
 RIGHT = {"exactly_k": "a bound, and tight", "weight_one_over_t": "a bound, and tight", "mask_not_forbidden": "loose"}
 BROKEN = {"pooled_mean": "model", "divided_by_masks": "Kraft, entropy, model", "weight_of_visible": "model",
@@ -32,7 +33,7 @@ def test_our_own_bounds(steps):
         bound, n = D3PM(model.mask_id, steps) if steps else MDLM(model.mask_id), len(x0)
         draw = getattr(bound, bound.reported)
         u, v, w = (1 - torch.rand(shape, generator=rng, dtype=torch.float64) for shape in ((n,), x0.shape, (n,)))
-        score = lambda xt, t, where=None: model(xt, t) if where is None else model(xt, t)[where]
+        score = lambda xt, t, where=None: picked(model(xt, t), where)
         return bound.nelbo(score, x0, draw(u, v, w)) * x0.shape[1]
 
     loose = steps and steps < 100

@@ -27,6 +27,7 @@ from randomness import repeated_uniforms, uniforms
 from sampler_settings import loop_grid, schedule_grid
 from sampling import Settings
 from test_sampling import chi_square_excess
+from world import picked
 
 V, L, MASK = 2, 4, 2
 TEXTS = torch.tensor(list(itertools.product(range(V), repeat=L)))                       # (16, L)
@@ -52,7 +53,7 @@ class World:
             log_p = torch.cat([self.rule(clean[:, :a], xt[:, a:a + n]) for a in range(0, xt.shape[1], n)], 1)
         else:
             log_p = torch.cat([self.rule(xt[:, :a], xt[:, a:a + n]) for a in range(0, xt.shape[1], n)], 1)
-        return log_p if where is None else log_p[where]
+        return picked(log_p, where)
 
     def remember(self, xt, t, past=None):
         return Rereader(None).remember(xt, t, past)
@@ -162,7 +163,7 @@ def test_estimators_agree_if_the_network_sees_the_time(n):
     class Timed(World):
         def __call__(self, xt, t, where=None, clean=None):
             log_p = World.__call__(self, xt, t, clean=clean)
-            return (log_p * (1 + torch.sin(6 * t.double()))[..., None])[where]
+            return picked(log_p * (1 + torch.sin(6 * t.double()))[..., None], where)
 
     N, objective = 40_000, BlockDiffusion(MASK, n)
     u, v, w = (x[:, 0] for x in repeated_uniforms(1, range(N), N, 1, L, n_times=max(2, L // n)))
@@ -590,7 +591,7 @@ class Counting:
     def __call__(self, xt, t, where, past=None):
         before = past[0].xt[:, -1] if past else torch.full((len(xt),), 2)
         tokens = (before[:, None] + 1 + torch.arange(xt.shape[1])) % 27
-        return F.one_hot(tokens, 27).float()[where] * 50
+        return picked(F.one_hot(tokens, 27).float(), where) * 50
 
 
 def test_where_texts_end():

@@ -9,11 +9,13 @@ import torch
 import world
 from configs import OBJECTIVES, Config
 from diffusion import D3PM, MDLM, SEDD, WHOLE, AutoRegressive, Noise, make_schedule
+from foreign.bert import BERT
 from likelihood import ORDERS
 from networks import network
 from randomness import give_prefix, prefix_lengths, repeated_uniforms, uniforms
 from sampling import SAMPLERS
-from world import MASK, MASKS, SEQUENCES, L, V
+from uniform import Uniform
+from world import MASK, MASKS, SEQUENCES, L, V, picked
 
 T = 4
 SCHEDULE_NAMES = WHOLE
@@ -277,7 +279,7 @@ def test_estimators_given_a_prefix(kind, estimator, c):
 
 def test_autoregressive_given_a_prefix():
     """Nats per token of those that are not given."""
-    model = lambda seen, t, where: torch.arange(3.0).expand(*seen.shape, 3)[where]
+    model = lambda seen, t, where: picked(torch.arange(3.0).expand(*seen.shape, 3), where)
     ce = torch.arange(3.0).logsumexp(0) - SEQUENCES.float()
     objective = AutoRegressive(MASK)
     for lengths in ([0] * 27, [2] * 27, [i % 3 for i in range(27)]):
@@ -348,13 +350,30 @@ def test_noise_is_a_function_of_seed_step_and_index():
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("objective", [MDLM(MASK), D3PM(MASK, 10), BERT(MASK), Uniform(V)])
+def test_split(objective):
+    """Noise in pieces is that of the whole, row by row. Each piece has the places of its own masks, so the loss of a
+    piece needs no search, and is the one without these places."""
+    u, v = uniforms(0, 0, range(8), 8, L, stratified=True)
+    x0, whole = SEQUENCES[:8], objective.noise(u, v)
+    model = world.random_denoiser(4, sees_time=True)
+    for i, part in enumerate(whole.split(3)):
+        rows = type(whole)(*(x if x is None else x[3 * i:3 * i + 3] for x in whole))
+        for name in set(whole._fields) - {"at"}:
+            assert torch.equal(getattr(part, name), getattr(rows, name))
+        if "at" in whole._fields:
+            assert torch.equal(world.mask_of(part.at, part.mask), part.mask) and part.located() is part
+        assert torch.equal(objective.loss(model, x0[3 * i:3 * i + 3], part)[0],
+                           objective.loss(model, x0[3 * i:3 * i + 3], rows)[0])
+
+
 def test_bound_of_a_sequence_ignores_its_neighbours():
     """The estimate of each sequence is its own: the same alone as in a batch (no average over the batch's masks)."""
     model, objective = world.random_denoiser(6, sees_time=True), MDLM(MASK)
     u, v = uniforms(seed=6, step=0, indices=range(8), batch_size=8, seq_len=L, stratified=True)
     noise, x0 = objective.noise(u, v), SEQUENCES[:8]
     together = objective.nelbo(model, x0, noise)
-    alone = torch.cat([objective.nelbo(model, x0[i:i + 1], Noise(*(n[i:i + 1] for n in noise))) for i in range(8)])
+    alone = torch.cat([objective.nelbo(model, x0[i:i + 1], Noise(*(n[i:i + 1] for n in noise[:3]))) for i in range(8)])
     torch.testing.assert_close(together, alone)
     loss, bits = objective.loss(model, x0, noise)
     assert loss == together.mean() and torch.equal(bits, together)
@@ -398,7 +417,7 @@ def test_no_gradient_from_visible_tokens():
     logits = torch.randn(27, L, V, requires_grad=True)
     u, v = uniforms(seed=8, step=0, indices=range(27), batch_size=27, seq_len=L, stratified=False)
     noise = MDLM(MASK).noise(u, v)
-    MDLM(MASK).loss(lambda xt, t, where: logits[where], SEQUENCES, noise)[0].backward()
+    MDLM(MASK).loss(lambda xt, t, where: picked(logits, where), SEQUENCES, noise)[0].backward()
     touched = logits.grad.abs().sum(-1) > 0
     assert torch.equal(touched, noise.mask)
 
@@ -432,7 +451,7 @@ def test_autoregressive_oracle_has_the_entropy():
             prefix = torch.full((len(seen), L), MASK)
             prefix[:, :i] = seen[:, 1:i + 1]
             log_p.append(world.oracle(prefix)[:, i])
-        return torch.stack(log_p, 1)[where]
+        return picked(torch.stack(log_p, 1), where)
 
     torch.testing.assert_close(nll(model), -world.P_DATA.log(), atol=1e-5, rtol=1e-5)
 
@@ -471,7 +490,7 @@ def test_normalised_scores_are_mdlm():
     u, v = uniforms(0, 0, range(27), 27, L, stratified=True)
     sedd, mdlm = SEDD(MASK, "loglinear"), MDLM(MASK, "loglinear")
     noise = sedd.noise(u, v)
-    for a, b in zip(noise, mdlm.noise(u, v)):
+    for a, b in zip(noise.located(), mdlm.noise(u, v).located()):
         assert torch.equal(a, b)
     normalised = lambda xt, t, where: model(xt, t, where).log_softmax(-1) + math.log(V)
     torch.testing.assert_close(sedd.nelbo(normalised, SEQUENCES, noise), mdlm.nelbo(model, SEQUENCES, noise).float())
@@ -522,7 +541,7 @@ def test_facts_of_an_objective(key):
     asked = []
 
     def network(xt, t, where=None, **more):
-        asked.append(where is None or bool(where.all()))
+        asked.append(where is None or len(where) == xt.numel())
         return model(xt, t, where, **more)
 
     loss, nelbo = objective.loss(network, torch.randint(5, (3, 4)), noise)
@@ -542,7 +561,7 @@ def test_a_time_and_a_weight_for_each_token(objective):
     x0, mask = torch.randint(V, (6, 8), generator=generator), torch.rand(6, 8, generator=generator) < 0.6
     table = torch.randn(8, V, generator=generator)
     per_token = lambda x: x if x.dim() == 2 else x[:, None].expand(6, 8)
-    model = lambda xt, t, where: (table * (1 + per_token(t)[..., None]))[where]
+    model = lambda xt, t, where: picked(table * (1 + per_token(t)[..., None]), where)
     (t, t2), (weight, weight2) = (0.1 + 0.8 * torch.rand(2, 6, generator=generator) for _ in range(2))
     bound = lambda *noise: objective.nelbo(model, x0, Noise(*noise))
     torch.testing.assert_close(bound(mask, per_token(t), per_token(weight)), bound(mask, t, weight))

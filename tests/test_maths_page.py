@@ -16,6 +16,7 @@ from randomness import uniforms
 from sampler_settings import bound_on_grid
 from sampling import Settings, euler_chance
 from uniform import Uniform, UniformD3PM, posterior, prior_kl
+from world import picked
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/maths.md").read_text(encoding="utf-8")
@@ -56,7 +57,7 @@ def test_example():
     """Section 1: the numbers of the example, by the code."""
     x0, u, v = torch.tensor([[2, 0, 1]]), tensor([0.5]), tensor([[0.7, 0.2, 0.9]])
     table = tensor([[0.45, 0.45, 0.1], [0.5, 0.25, 0.25], [1, 1, 1]]).log()[None]  # letters a, t, c by position
-    model = lambda xt, t, where: table[where]
+    model = lambda xt, t, where: picked(table, where)
     noise = MDLM(3).exact_k(u, v)
     assert MDLM(3).corrupt(x0, noise.mask).tolist() == [[3, 3, 1]] and noise.t.item() == pytest.approx(0.7)
     nats = MDLM(3).nelbo(model, x0, noise).item()
@@ -408,7 +409,7 @@ def test_score_entropy():
 def zeros(xt, t, where=None):
     """A network that gives all tokens the same probability."""
     logits = torch.zeros(*xt.shape, V)
-    return logits if where is None else logits[where]
+    return picked(logits, where)
 
 
 def states(settings, B, n, time=None):

@@ -14,6 +14,7 @@ from commands import (STEADY, assert_one_line, assert_resumes_exactly, assert_sa
 from configs import Config, replace
 from cli import UserError
 from mixers import MAPPED, MIXERS, TINY, Map, layers, std_of
+from model import places
 from networks import small
 from studies import mixers as study
 from studies import runs
@@ -251,7 +252,8 @@ def test_network(name):
     net = cfg.make_model(5).train()
     storage.load_weights(net, {key: p + 0.3 * torch.randn_like(p) for key, p in net.named_parameters()})
     xt, t, where = torch.randint(6, (3, L)), torch.rand(3), torch.rand(3, L) < 0.5
-    torch.testing.assert_close(net(xt, t, where), net(xt, t)[where])
+    for positions in (where, places(where)):
+        torch.testing.assert_close(net(xt, t, positions), net(xt, t)[where])
     gradients = []
     for recompute in (False, True):
         net.checkpoint_blocks = recompute

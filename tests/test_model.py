@@ -10,7 +10,7 @@ import configs
 import parallel
 from attention import attend, attend_by_products
 from diffusion import Noise
-from model import Block, rotary_tables, rotate, token_shift
+from model import Block, places, rotary_tables, rotate, token_shift
 from networks import network, small
 
 
@@ -38,6 +38,7 @@ def test_where_selects(conditioning, shift):
         torch.testing.assert_close(logits, all_logits[where], atol=1e-4, rtol=1e-4)
         gradients = [torch.autograd.grad((y**2).sum(), model.parameters()) for y in (all_logits[where], logits)]
         torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+        assert torch.equal(model(xt, t, where=places(where)), logits)
         assert model(xt, t, where=torch.zeros_like(where)).shape == (0, 5)
 
 

@@ -27,6 +27,7 @@ from randomness import prefix_lengths
 from sampling import DEFAULT_ETA
 from studies.curves import measure_context, measure_curve
 from train import batches
+from world import mask_of
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz_{}\\\n"
 M = 99
@@ -338,9 +339,10 @@ def test_the_time_told_with_context(prefix, most):
     told, seen = [], []
 
     def model(xt, t, where):
-        told.append(t), seen.append((xt[:, -8:], where[:, -8:]))
-        assert not where[:, :-8].any()
-        return torch.zeros(int(where.sum()), 27)
+        mask = mask_of(where, xt)
+        told.append(t), seen.append((xt[:, -8:], mask[:, -8:]))
+        assert not mask[:, :-8].any()
+        return torch.zeros(len(where), 27)
 
     tokens, starts = np.random.default_rng(0).integers(0, 27, 24 * 60), np.arange(0, 24 * 59, 24)
     data = Windows(tokens, starts, 24, 100, torch.device("cpu"), torch.float32)
@@ -355,9 +357,10 @@ def test_the_curve_of_a_model_that_needs_a_prefix():
     asked = []
 
     def model(xt, t, where):
-        assert not where[:, :16].any()
-        asked.append(int(where[0].sum()))
-        return torch.zeros(int(where.sum()), 27)
+        mask = mask_of(where, xt)
+        assert not mask[:, :16].any()
+        asked.append(int(mask[0].sum()))
+        return torch.zeros(len(where), 27)
 
     data = Windows(np.arange(240) % 27, np.arange(0, 240, 24), 24, 100, torch.device("cpu"), torch.float32)
     rows = measure_curve(model, MDLM(27), data, given=16)

@@ -17,7 +17,7 @@ from diffusion import MDLM, Absorbing, AutoRegressive, make_schedule
 from sampler_settings import best_grid, bound_on_grid, default_settings, enough_steps, loop_grid, schedule_grid
 from sampling import (DEFAULT_ETA, Settings, ancestral, entropy_bound, first_hitting, left_to_right, of_rows, remdm,
                       threshold, topk)
-from world import MASK, L, V
+from world import MASK, L, V, picked
 
 TIME = MDLM(MASK).time
 
@@ -194,8 +194,7 @@ def test_remdm_follows_its_chain(remask, eta, grid, g):
 def test_remdm_conf_follows_its_chain():
     """Remasking by confidence: enumerable where a token's probability depends on its position alone."""
     table = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [3.0, 0.0, 0.0]])
-    model = lambda xt, t, where=None: (table.expand(len(xt), L, V) if where is None
-                                       else table.expand(len(xt), L, V)[where])
+    model = lambda xt, t, where=None: picked(table.expand(len(xt), L, V), where)
     grid = [1, 0.6, 0.4, 0.2, 0]
     p = torch.cat([table.softmax(-1), torch.full((L, 1), math.inf)], -1).double()  # masks: infinitely sure
 
@@ -239,7 +238,7 @@ HAND = torch.tensor([[0.0, 3.0], [0.0, 9.0], [5.0, 0.0], [0.0, 1.0]])  # p: .953
 
 
 def by_hand(xt, t, where):
-    return HAND.expand(len(xt), 4, 2)[where]
+    return picked(HAND.expand(len(xt), 4, 2), where)
 
 
 def test_topk_by_hand():

@@ -13,7 +13,7 @@ from sampler_settings import schedule_grid
 from sampling import SAMPLERS, Settings, ancestral
 from test_sampling import chi_square_excess, counts_of, masks
 from uniform import Uniform, UniformD3PM
-from world import MASK, P_DATA, SEQUENCES, STATES, L, V
+from world import MASK, P_DATA, SEQUENCES, STATES, L, V, picked
 
 N_SAMPLES = 30_000
 ABSORBING = torch.zeros(V + 1, V + 1, dtype=torch.float64)  # rate matrices, rows: from
@@ -56,7 +56,7 @@ def unnormalised(scaled=True):
         z = 0.9 + 0.2 * torch.sin((xt * torch.arange(1, L + 1)).sum(1).double())
         logits = model(xt, t).log_softmax(-1) + z.log()[:, None, None]
         logits = logits + (math.log(V) if scaled else SEDD(MASK).log_odds(t)[:, None, None])
-        return logits if where is None else logits[where]
+        return picked(logits, where)
     return network
 
 
@@ -164,7 +164,7 @@ def network_at(objective, predict):
     def model(xt, t, where):
         rate = 1 - float(objective.schedule.alpha(t[0].double()))
         logits = predict(rate)[(xt * torch.tensor([9, 3, 1])).sum(1)]
-        return logits[where].float()
+        return picked(logits, where).float()
     return model
 
 

@@ -13,6 +13,7 @@ from categorical import Counted
 from cli import UserError
 from commands import assert_one_line, losses, train
 from configs import Config
+from model import places
 from networks import small
 from diffusion import D3PM
 from foreign import translate
@@ -90,7 +91,8 @@ def test_import(tmp_path):
     short = model(ours(codes[:, :5]), (index + 1) / T)
     torch.testing.assert_close(short, their_logits(state, codes[:, :5], index)[..., 1:], atol=1e-4, rtol=1e-4)
     where = torch.rand(codes.shape) < 0.4
-    torch.testing.assert_close(model(ours(codes), (index + 1) / T, where=where), logits[where])
+    for positions in (where, places(where)):
+        torch.testing.assert_close(model(ours(codes), (index + 1) / T, where=positions), logits[where])
     raw = checkpoint.load_model(tmp_path / "diffusion_model.pt", CPU, storage.Hints(overrides=UNSAID), raw=True)
     assert torch.equal(raw.model(ours(codes), (index + 1) / T), logits)
     for block in model.blocks:  # without the exchange of halves it is another network

@@ -16,6 +16,16 @@ P_DATA = (2 * torch.randn(V**L, dtype=torch.float64, generator=torch.Generator()
 ENTROPY = -(P_DATA * P_DATA.log()).sum().item()
 
 
+def picked(values, where):
+    """The values (B, L, ...) where `where` (B, L) is True, or at the places `where` (N,), or all of them (None)."""
+    return values if where is None else values[where] if where.dim() == 2 else values.flatten(0, 1)[where]
+
+
+def mask_of(places, xt):
+    """The bool (B, L) that is True at the places (N,) of all tokens of xt (B, L)."""
+    return torch.zeros(xt.numel(), dtype=torch.bool).index_fill(0, places, True).view(xt.shape)
+
+
 def oracle(xt, t=None, where=None):
     """The Bayes-optimal denoiser: log p(x0_i | visible tokens of xt), (B, L, V), or (N, V) where `where` is True."""
     agrees = ((xt[:, None] == SEQUENCES) | (xt[:, None] == MASK)).all(-1)     # (B, 27)
@@ -23,7 +33,7 @@ def oracle(xt, t=None, where=None):
     posterior = posterior / posterior.sum(1, keepdim=True)
     one_hot = torch.nn.functional.one_hot(SEQUENCES, V).double()              # (27, L, V)
     log_p = torch.einsum("bn,nlv->blv", posterior, one_hot).log()
-    return log_p if where is None else log_p[where]
+    return picked(log_p, where)
 
 
 def random_denoiser(seed, sees_time):
@@ -36,7 +46,7 @@ def random_denoiser(seed, sees_time):
         entry = table[(xt * code).sum(1)]
         shift = t.double().view(-1, 1, 1) if sees_time else 0.5
         logits = entry[..., 0] + torch.sin(3 * shift) * entry[..., 1] if sees_time else entry[..., 0]
-        return logits if where is None else logits[where]
+        return picked(logits, where)
 
     return model
 
