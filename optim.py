@@ -268,8 +268,8 @@ def make_optimizers(model, cfg, device, dtype):
     optimizers = []
     for kind, parameters in shares(model, cfg):
         if kind is Muon:
-            optimizers.append(Muon(parameters, cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype,
-                                   compiled=device.type == "cpu" and parallel.compiles(cfg, device)))
+            compiled = parallel.compiles(cfg, device)
+            optimizers.append(Muon(parameters, cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype, compiled=compiled))
             continue
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
