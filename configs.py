@@ -370,7 +370,7 @@ def prose():
 
 
 def mdlm_text8_fast_8gpu():
-    """as mdlm_text8_8gpu, with the fast recipe (docs/speed.md); 85M parameters; run for 92 s at this size"""
+    """as mdlm_text8_8gpu, with the fast recipe (docs/speed.md); 85M parameters; run for 2 minutes at this size"""
     return fast_twin(d3pm_text8_8gpu())
 
 

@@ -121,10 +121,11 @@ class Noise(NamedTuple):
     t: torch.Tensor       # (B,) or (B, L) float32, the time that the model is told
     weight: torch.Tensor  # (B,) or (B, L) float32, nats of bound for each nat of CE at a mask, times L/n if n of the L
                           # tokens are free: `nelbo` divides by L, and the bound is per free token (exact_k)
-    at: torch.Tensor = None  # (N,) long, the places of the N masks among all B L tokens; None: not yet searched
+    at: torch.Tensor = None  # (N,) long, the places of the N masks among all B L tokens; None: not yet searched.
+                             # Whoever replaces `mask` replaces it, too
 
     def located(self):
-        """The same with `at`. On a GPU a search waits until all work before it is done, so `split` searches before."""
+        """Return the noise with `at`. A search on a GPU waits for all work before it, so `split` does it on the CPU."""
         return self if self.at is not None else self._replace(at=self.mask.flatten().nonzero().squeeze(1))
 
     def to(self, device):
@@ -132,7 +133,8 @@ class Noise(NamedTuple):
 
     def split(self, size):
         """Cut the batch into a list of Noise of `size` sequences each, all located."""
-        return [type(self)(*part).located() for part in zip(*(x.split(size) for x in self if x is not None))]
+        whole = [x for x in self._replace(at=None) if x is not None]
+        return [type(self)(*part).located() for part in zip(*(x.split(size) for x in whole))]
 
 
 def n_free(v):

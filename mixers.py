@@ -389,9 +389,9 @@ class MixerDiT(DiT):
         return x
 
     def forward(self, xt, t, where=None):
-        """xt (B, L) long in [0, V], t (B,) in (0, 1] -> logits (B, L, V), or (N, V) where `where` (B, L) is True.
+        """Map xt (B, L) long in [0, V], t (B,) in (0, 1], to logits (B, L, V), or (N, V) at `where`.
 
-        where: also the places of these tokens, as in DiT.forward."""
+        where: (B, L) bool, or places (N,), as in DiT.forward."""
         return self.head(self.trunk(xt, t, places(where)))
 
     def matrices(self):

@@ -94,8 +94,20 @@ def at_positions(at, B, L, *features):
     return [x if x is None else x.expand(B, L, -1).flatten(0, 1).index_select(0, at) for x in features]
 
 
+def linear(x, weight, bias, multiple):
+    """Compute F.linear(x, weight, bias), (..., V), by a product whose number of outputs is a multiple of `multiple`.
+
+    On CUDA V = 50,257 outputs take five to seven times as long as 50,304, a multiple of 64. So rows of zeros are added
+    to the weight (V, D), and their outputs left out."""
+    V = weight.shape[0]
+    more = -V % multiple
+    if not more:
+        return F.linear(x, weight, bias)
+    return F.linear(x, F.pad(weight, (0, 0, 0, more)), bias if bias is None else F.pad(bias, (0, more)))[..., :V]
+
+
 def places(where):
-    """The places (N,) of the True elements of `where` (B, L) among all B L. Places, and None, are returned unchanged."""
+    """Return the places (N,) of the True elements of `where` (B, L) among all B L. Places and None stay as they are."""
     return where if where is None or where.dim() == 1 else where.flatten().nonzero().squeeze(1)
 
 
@@ -320,23 +332,16 @@ class DiT(nn.Module):
         return (x, pasts) if keep else x
 
     def head(self, x):
-        """Features (..., D) -> logits (..., V). The mask is never predicted: its row of the embedding is left out.
-
-        On CUDA a product with a number of columns that 64 does not divide, such as 50,257, takes five to seven times as
-        long. So columns of zeros are added to it, and left out of the logits."""
+        """Features (..., D) -> logits (..., V). The mask is never predicted: its row of the embedding is left out."""
         weight = self.embed.weight[:self.vocab_size] if self.head_weight is None else self.head_weight
-        bias, more = self.head_bias, -self.vocab_size % 64 if x.is_cuda and self.vocab_size >= 1000 else 0
-        if not more:
-            return F.linear(x, weight, bias)
-        bias = bias if bias is None else F.pad(bias, (0, more))
-        return F.linear(x, F.pad(weight, (0, 0, 0, more)), bias)[..., :self.vocab_size]
+        return linear(x, weight, self.head_bias, 64 if x.is_cuda and self.vocab_size >= 1000 else 1)
 
     def forward(self, xt, t, where=None, sees=None, positions=None, past=None, clean=None, keep=False):
-        """xt (B, L) long in [0, V], t (B,) or (B, L) in [0, 1] -> logits (B, L, V).
+        """Map xt (B, L) long in [0, V], t (B,) or (B, L) in [0, 1], to logits (B, L, V).
 
-        where: (B, L) bool. Returns logits (N, V) at its N True positions only, in row-major order. With a vocabulary of
-            50,000 the head is a third of the work, and nothing reads its logits at visible tokens. Or the places of
-            these positions among all B L, (N,) long: on a GPU this saves the wait for a search.
+        where: (B, L) bool, or the places (N,) long of its True elements among all B L, which saves a search on a GPU.
+            Returns logits (N, V) at these positions only, in row-major order. With a vocabulary of 50,000 the head is a
+            third of the work, and nothing reads its logits at visible tokens.
         sees, positions: as in Layout. With block_size both follow from the blocks. With predict_next they are of
             L + 1 tokens: the mask comes first.
         past: what remember() returned for the P tokens before these.

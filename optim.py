@@ -9,7 +9,7 @@ that every direction learns at the same speed. It updates the matrices inside th
 head, time conditioning and vectors. torch.optim.Muon has the same momentum, scale and iterations. But it divides by the
 Frobenius norm first, takes one matrix at a time, and computes in bfloat16, which is a hundred times slower on CPUs that
 emulate it. Muon here computes in the dtype of the run's matrix products, treats all matrices of one shape together,
-takes a quarter fewer operations for them, and shares them out among the processes of a run.
+takes a quarter fewer operations for those of a block, and shares them out among the processes of a run.
 """
 
 import contextlib
@@ -108,10 +108,11 @@ def orthogonalise(g):
     """Approximate U V^T of g = U S V^T, for matrices g (..., m, n).
 
     An iteration of Newton-Schulz, x <- p x with s = x x^T and p = a I + b s + c s^2, maps every singular value v of x
-    to a v + b v^3 + c v^5. Five of them map values from 0.005 to 1 into [0.68, 1.21], and tiny ones to 485 v.
+    to a v + b v^3 + c v^5. Five of them map values from 0.005 to 1 into [0.68, 1.16], and tiny ones to 485 v.
 
     First x is divided by (sum of v^8)^(1/8) = |s^2|^(1/4), which is at least the largest v, and closer to it than the
-    Frobenius norm (sum of v^2)^(1/2). (That is divided out before, because v^8 would leave the range of float32.)
+    Frobenius norm (sum of v^2)^(1/2). (Before this, x is divided by the Frobenius norm, because v^8 would leave the
+    range of float32.)
     """
     x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that s is the smaller square
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -125,9 +126,9 @@ def orthogonalise(g):
 
 
 def product(s, square, n):
-    """The product q of the p of n iterations, from s = x x^T and its square.
+    """Return q = p_n ... p_1, the product of the matrices of n iterations, from s = x x^T and its square.
 
-    x <- p x makes s <- p s p. So x itself, which may be much wider than s, is needed only before and after them."""
+    x <- p x makes s <- p s p. So x itself, which may be much wider than s, is not needed during the n iterations."""
     (a, b, c), identity = COEFFICIENTS, torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
     p = q = None
     for _ in range(n):

@@ -63,7 +63,7 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
 
     Returns, for the whole batch (of a worker, with local_steps), the bound in nats per token, the gradient norm, and
     whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors.
-    Nothing in a step waits for a GPU.
+    With the networks of model.py and mixers.py nothing in a step waits for a GPU.
     mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats, denoiser = torch.zeros((), device=device), net

@@ -97,9 +97,9 @@ class TinyDiffusion(nn.Module):
         return norm(x)
 
     def forward(self, xt, t, where=None):
-        """Map xt (B, L) long in [0, V], t (B,) in (0, 1] to logits (B, L, V), or (N, V) where `where` is True.
+        """Map xt (B, L) long in [0, V], t (B,) in (0, 1], to logits (B, L, V), or (N, V) at `where`.
 
-        where: also the places of these tokens, as in DiT.forward."""
+        where: (B, L) bool, or places (N,), as in DiT.forward."""
         x = self.trunk(xt, t)
         return self.head(x if where is None else x.flatten(0, 1)[places(where)])
 

@@ -357,7 +357,9 @@ def test_split(objective):
     u, v = uniforms(0, 0, range(8), 8, L, stratified=True)
     x0, whole = SEQUENCES[:8], objective.noise(u, v)
     model = world.random_denoiser(4, sees_time=True)
+    again = whole.located().split(3) if "at" in whole._fields else whole.split(3)
     for i, part in enumerate(whole.split(3)):
+        assert all(map(torch.equal, part, again[i]))
         rows = type(whole)(*(x if x is None else x[3 * i:3 * i + 3] for x in whole))
         for name in set(whole._fields) - {"at"}:
             assert torch.equal(getattr(part, name), getattr(rows, name))

@@ -10,7 +10,7 @@ import configs
 import parallel
 from attention import attend, attend_by_products
 from diffusion import Noise
-from model import Block, places, rotary_tables, rotate, token_shift
+from model import Block, linear, places, rotary_tables, rotate, token_shift
 from networks import network, small
 
 
@@ -40,6 +40,17 @@ def test_where_selects(conditioning, shift):
         torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
         assert torch.equal(model(xt, t, where=places(where)), logits)
         assert model(xt, t, where=torch.zeros_like(where)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_linear(biased):
+    """With outputs added up to a multiple of 8, the values and the gradients are those of F.linear."""
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3, 4), (13, 4), (13,)))
+    inputs = [x, weight, bias] if biased else [x, weight]
+    found, expected = linear(*inputs, *[None] * (not biased), 8), F.linear(*inputs)
+    torch.testing.assert_close(found, expected)
+    of = [torch.autograd.grad(y.sin().sum(), inputs) for y in (found, expected)]
+    torch.testing.assert_close(*of)
 
 
 @pytest.mark.parametrize("objective, vocab_size", [
