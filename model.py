@@ -94,7 +94,7 @@ def at_positions(at, B, L, *features):
     return [x if x is None else x.expand(B, L, -1).flatten(0, 1).index_select(0, at) for x in features]
 
 
-def linear(x, weight, bias, multiple):
+def padded_linear(x, weight, bias, multiple):
     """Compute F.linear(x, weight, bias), (..., V), by a product whose number of outputs is a multiple of `multiple`.
 
     On CUDA V = 50,257 outputs take five to seven times as long as 50,304, a multiple of 64. So rows of zeros are added
@@ -334,7 +334,7 @@ class DiT(nn.Module):
     def head(self, x):
         """Features (..., D) -> logits (..., V). The mask is never predicted: its row of the embedding is left out."""
         weight = self.embed.weight[:self.vocab_size] if self.head_weight is None else self.head_weight
-        return linear(x, weight, self.head_bias, 64 if x.is_cuda and self.vocab_size >= 1000 else 1)
+        return padded_linear(x, weight, self.head_bias, 64 if x.is_cuda and self.vocab_size >= 1000 else 1)
 
     def forward(self, xt, t, where=None, sees=None, positions=None, past=None, clean=None, keep=False):
         """Map xt (B, L) long in [0, V], t (B,) or (B, L) in [0, 1], to logits (B, L, V).

@@ -10,7 +10,7 @@ import configs
 import parallel
 from attention import attend, attend_by_products
 from diffusion import Noise
-from model import Block, linear, places, rotary_tables, rotate, token_shift
+from model import Block, padded_linear, places, rotary_tables, rotate, token_shift
 from networks import network, small
 
 
@@ -43,11 +43,11 @@ def test_where_selects(conditioning, shift):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_linear(biased):
-    """With outputs added up to a multiple of 8, the values and the gradients are those of F.linear."""
+def test_padded_linear(biased):
+    """Outputs that are added, up to a multiple of 8, change neither the values of F.linear nor its gradients."""
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 3, 4), (13, 4), (13,)))
     inputs = [x, weight, bias] if biased else [x, weight]
-    found, expected = linear(*inputs, *[None] * (not biased), 8), F.linear(*inputs)
+    found, expected = padded_linear(x, weight, bias if biased else None, 8), F.linear(*inputs)
     torch.testing.assert_close(found, expected)
     of = [torch.autograd.grad(y.sin().sum(), inputs) for y in (found, expected)]
     torch.testing.assert_close(*of)

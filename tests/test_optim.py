@@ -18,7 +18,7 @@ CFG = Config(n_layer=2, n_head=2, n_embd=16, n_cond=8, seq_len=8, optimizer="muo
 
 
 def after_five_iterations(v):
-    """What five iterations make of singular values v."""
+    """Apply the polynomial of five iterations to singular values v."""
     a, b, c = COEFFICIENTS
     for _ in range(5):
         v = a * v + b * v**3 + c * v**5
@@ -26,7 +26,7 @@ def after_five_iterations(v):
 
 
 def with_values(s, shape):
-    """(u, v, u s v^T) with random singular vectors u, v and singular values s, of a shape (..., m, n)."""
+    """Return (u, v, u s v^T), of shape (..., m, n), with singular values s and random singular vectors u and v."""
     n = min(shape[-2:])
     u, v = torch.linalg.qr(torch.randn(*shape[:-1], n))[0], torch.linalg.qr(torch.randn(*shape[:-2], shape[-1], n))[0]
     return u, v, u * s @ v.mT
