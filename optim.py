@@ -105,38 +105,40 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of orthogonalise, by Keller Jo
 
 
 def orthogonalise(g):
-    """Approximate U V^T of g = U S V^T, for matrices g (..., m, n).
+    """Approximate U V^T of g = U S V^T, for matrices g (N, m, n).
 
     An iteration of Newton-Schulz, x <- p x with s = x x^T and p = a I + b s + c s^2, maps every singular value v of x
     to a v + b v^3 + c v^5. Five of them map values from 0.005 to 1 into [0.68, 1.16], and tiny ones to 485 v.
 
     First x is divided by (sum of v^8)^(1/8) = |s^2|^(1/4), which is at least the largest v, and closer to it than the
-    Frobenius norm (sum of v^2)^(1/2). (Before this, x is divided by the Frobenius norm, because v^8 would leave the
-    range of float32.)
+    Frobenius norm (sum of v^2)^(1/2). (Before this, s is divided by its own norm, because v^8 would leave the range of
+    float32.)
     """
     x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that s is the smaller square
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     s = x @ x.mT
+    norm = s.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-14)
+    s = s / norm
     square = s @ s
-    largest = square.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12) ** 0.25
-    x = product(s / largest**2, square / largest**4, 2) @ (x / largest)
+    largest = square.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12) ** 0.5  # at least the largest v^2
+    x = product(s / largest, square / largest**2, 2) / (norm * largest) ** 0.5 @ x
     s = x @ x.mT  # computed anew: rounding errors in s grow with every iteration, and would drown its small eigenvalues
     x = product(s, s @ s, 3) @ x
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
 def product(s, square, n):
-    """Return q = p_n ... p_1, the product of the matrices of n iterations, from s = x x^T and its square.
+    """Return q = p_n ... p_1, the product of the matrices of n iterations, from s = x x^T and its square, (N, m, m).
 
-    x <- p x makes s <- p s p. So x itself, which may be much wider than s, is not needed during the n iterations."""
-    (a, b, c), identity = COEFFICIENTS, torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
-    p = q = None
-    for _ in range(n):
-        if q is not None:
-            s = p @ s @ p
-            square = s @ s
-        p = a * identity + b * s + c * square
-        q = p if q is None else p @ q
+    x <- p x makes s <- p s p. So x itself, which may be much wider than s, is not needed during the n iterations.
+    A product p y is a y + r y with r = b s + c s^2: one call, and rounded once."""
+    a, b, c = COEFFICIENTS
+    r = b * s + c * square
+    q = r + a * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+    for _ in range(n - 1):
+        half = torch.baddbmm(s, r, s, beta=a)            # p s
+        s = torch.baddbmm(half, half, r, beta=a)         # p s p
+        r = torch.baddbmm(s, s, s, beta=b, alpha=c)
+        q = torch.baddbmm(q, r, q, beta=a)               # p q
     return q
 
 
