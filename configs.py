@@ -200,9 +200,9 @@ class Config:
         if (self.objective, self.noise) not in OBJECTIVES:
             others = " or ".join(name for name, noise in OBJECTIVES if noise == self.noise)
             raise UserError(f"noise={self.noise} does not work with objective={self.objective}: use {others}")
-        if self.optimizer != "adamw" and self.fsdp:
-            raise UserError(f"optimizer={self.optimizer} needs whole matrices, and --fsdp splits them: leave out one "
-                            "of the two")
+        if self.optimizer.startswith("sm3") and self.fsdp:
+            raise UserError(f"optimizer={self.optimizer} needs whole tensors, and --fsdp splits them: leave out one of "
+                            "the two")
         try:
             parse_clip(self.clip)
         except ValueError:

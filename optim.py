@@ -9,7 +9,7 @@ that every direction learns at the same speed. It updates the matrices inside th
 head, time conditioning and vectors. torch.optim.Muon has the same momentum, scale and iterations. But it divides by the
 Frobenius norm first, takes one matrix at a time, and computes in bfloat16, which is a hundred times slower on CPUs that
 emulate it. Muon here computes in the dtype of the run's matrix products, treats all matrices of one shape together,
-takes a quarter fewer operations for those of a block, and shares them out among the processes of a run.
+takes a quarter fewer operations for those of a block, and shares them out among the processes of a run, with FSDP, too.
 """
 
 import contextlib
@@ -181,14 +181,16 @@ class Muon(torch.optim.Optimizer):
 
     def step_together(self, params, group, good):
         """Step all of params, matrices of one shape, at once."""
-        good = torch.as_tensor(good).to(params[0].device)
+        good, like = torch.as_tensor(good).to(params[0].device), params[0]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        x = self.directions([p.grad for p in params], [self.state[p]["momentum"] for p in params], good,
-                            group["momentum"], self.dtype)
-        steps, rate = parallel.shared_out(self.orthogonalise, x), group["lr"] * good
-        self.add(params, steps, -0.2 * max(x.shape[1:]) ** 0.5 * rate, 1 - group["weight_decay"] * rate)
+        x = self.directions(parallel.local([p.grad for p in params]),
+                            parallel.local([self.state[p]["momentum"] for p in params]), good, group["momentum"],
+                            self.dtype)
+        steps = parallel.own_rows(parallel.shared_out(self.orthogonalise, parallel.all_rows(x, like)), like)
+        rate = group["lr"] * good
+        self.add(parallel.local(params), steps, -0.2 * max(like.shape) ** 0.5 * rate, 1 - group["weight_decay"] * rate)
 
 
 def directions(grads, momenta, good, momentum, dtype):

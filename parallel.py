@@ -257,6 +257,25 @@ def shared_out(function, x):
     return found[:len(x)]
 
 
+def all_rows(x, like):
+    """Collect the matrices (N, m, n) of which x has this process's rows, split like the parameter `like` (FSDP).
+
+    x itself, if `like` is whole."""
+    if not hasattr(like, "device_mesh"):
+        return x
+    from torch.distributed.tensor import DTensor, Shard
+    (m, n), N = like.shape, len(x)
+    return DTensor.from_local(x, like.device_mesh, [Shard(1)], shape=(N, m, n), stride=(m * n, n, 1)).full_tensor()
+
+
+def own_rows(x, like):
+    """Take this process's rows of the matrices x (N, m, n), the reverse of all_rows."""
+    if not hasattr(like, "device_mesh"):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    return DTensor.from_local(x, like.device_mesh, [Replicate()]).redistribute(placements=[Shard(1)]).to_local()
+
+
 def local(tensors):
     """This process's share of each tensor, as a view without gradient."""
     return [x.to_local() if hasattr(x, "to_local") else x for x in (x.detach() for x in tensors)]

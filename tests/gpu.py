@@ -127,7 +127,7 @@ def test_torchrun(data_dir, tmp_path, more):
     assert validations[0] and validations[1] == pytest.approx(validations[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["mdlm", "blocks"])
+@pytest.mark.parametrize("kind", ["mdlm", "fast", "blocks"])
 def test_fsdp(data_dir, tmp_path, kind):
     """FSDP with one process has the losses of a plain run, and can draw a sample."""
     config, own = flags(kind, "--no-compile", "--eval_interval=6", "--sample_interval=6")

@@ -163,12 +163,6 @@ def test_who_steps_what():
     assert sorted(mine + rest) == sorted(names.values()) and states([adamw, muon]).keys() == names.keys()
 
 
-def test_where_it_does_not_go():
-    """FSDP shares matrices out, and Muon needs whole ones."""
-    with pytest.raises(UserError, match="optimizer=muon needs whole matrices"):
-        replace(CFG, fsdp=True)
-
-
 # ---- SM3 -------------------------------------------------------------------------------------------------------------
 
 

@@ -18,12 +18,15 @@ from conftest import TRAINED
 # ---- the same run, whatever it runs on -------------------------------------------------------------------------------
 
 
-def test_muon_in_two_processes(call, data_dir, tmp_path):
-    """Two processes that share Muon's matrices out train as one."""
-    options = [*STEADY, "--optimizer=muon", "--lr=0.01", "--warmup_steps=1"]
+def test_muon_in_several_processes(call, data_dir, tmp_path):
+    """Processes that share Muon's matrices out train as one: two with all rows, and three with a third of them each
+    (FSDP), which is not the same number everywhere."""
+    options = [*STEADY, "--optimizer=muon", "--lr=0.01", "--warmup_steps=1", "--batch_size=6", "--micro_batch_size=6"]
     assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *options).code == 0
     finish_well(start("mdlm_text8", data_dir, tmp_path / "two", *options, n=2))
-    assert_same_training(tmp_path / "one", tmp_path / "two", rel=1e-3)
+    finish_well(start("mdlm_text8", data_dir, tmp_path / "fsdp", *options, "--fsdp", n=3))
+    for name in ("two", "fsdp"):
+        assert_same_training(tmp_path / "one", tmp_path / name, rel=1e-3)
 
 
 def test_any_number_of_processes_and_any_micro_batch(call, data_dir, tmp_path):
@@ -65,7 +68,8 @@ def test_validation_with_fewer_windows_than_processes(call, data_dir, tmp_path):
 
 def test_sharded_and_whole_checkpoints_are_the_same(data_dir, tmp_path):
     """A run begun with FSDP goes on with DDP and the other way round; the files have the same names and shapes."""
-    begin, end = ["--max_steps=6", "--dropout=0", "--lr=1e-5", "--checkpoint_interval=3"], ["--resume=auto"]
+    begin = ["--max_steps=6", "--dropout=0", "--lr=1e-5", "--checkpoint_interval=3", "--optimizer=muon"]
+    end = ["--resume=auto"]
     finish_well(start("mdlm_text8", data_dir, tmp_path / "whole", *begin, n=2))
     shapes = []
     for first, second in ((["--fsdp"], []), ([], ["--fsdp"])):
