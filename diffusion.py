@@ -119,8 +119,8 @@ class Noise(NamedTuple):
 
     mask: torch.Tensor    # (B, L) bool, True where xt is the mask
     t: torch.Tensor       # (B,) or (B, L) float32, the time that the model is told
-    weight: torch.Tensor  # (B,) or (B, L) float32, nats of bound for each nat of CE at a mask, times L/n if n of the L
-                          # tokens are free: `nelbo` divides by L, and the bound is per free token (exact_k)
+    weight: torch.Tensor  # (B,) or (B, L) float32, nats of bound for each nat of CE at a mask. The bound is per free
+                          # token, and `nelbo` divides by L. So if n of the L tokens are free, a factor L/n is in it
     at: torch.Tensor = None  # (N,) long, the places of the N masks among all B L tokens; None: not yet searched.
                              # Whoever replaces `mask` replaces it, too
 
@@ -170,13 +170,13 @@ class Absorbing:
     everywhere = False  # the loss asks for logits at all positions, visible ones included
     T = None            # the number of steps, or None in continuous time
     block_size = 0      # tokens of a block, if blocks are predicted from left to right (block_diffusion.py)
-    block_twin = None   # the name of the objective that makes the same predictions inside blocks of a text, or None
-    normalised_twin = None  # the name of the objective whose bound f/sum(f) has, if the prediction f need not sum to 1
+    block_twin = None   # the name of the objective that predicts masks in the same way within blocks, or None
+    normalised_twin = None  # if the predictions f need not sum to 1: the name of the objective that scores f/sum(f)
     own = ()            # which of the settings lambda_ce and weighting it has
     # {what --sampler calls a sampler: its name in sampling.SAMPLERS}. The first one is the default.
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
-    # {estimator of the bound: another one of the same number, for --check}. Both are methods (u, v, w) -> Noise with a
+    # {estimator of the bound: another one with the same mean, for --check}. Both are methods (u, v, w) -> Noise with a
     # finite variance. w (B,) chooses the time that the network is told, where the masks leave it open.
     estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"  # reported: unless asked
 
@@ -262,8 +262,8 @@ class Absorbing:
         With k = 0 there is no CE to weigh, and the weight is 0.
 
         A network that sees the time must be told a rate from Beta(k, n - k + 1), as in exact_k: the k-th smallest of n
-        uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. (Which of them is u says
-        nothing about the sorted numbers.) Leave one out at random, by w: n uniform numbers remain. If the one left out
+        uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. (The sorted numbers do
+        not depend on which of them is u.) Leave one out at random, by w: n uniform numbers remain. If the one left out
         is below u, which has probability k/(n + 1), the k-th smallest of the rest is u. Otherwise it is the largest
         v <= u.
         """

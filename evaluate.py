@@ -216,7 +216,7 @@ def likelihood(subject, estimator, args):
                  for i, c in zip(data.starts, given))
     n_tokens = int(counts.sum())
     n_chars, n_bytes = (int(counts @ lengths) for lengths in subject.tokenizer.lengths())
-    if subject.n_bytes is not None:  # of the text itself: the lengths of tokens give this share of it
+    if subject.n_bytes is not None:  # of the whole text itself, of which the scored tokens are a share
         of_all = count_tokens(data.tokens, subject.meta["vocab_size"]) @ subject.tokenizer.lengths()[1]
         n_bytes = n_bytes * (subject.n_bytes / of_all)
     perplexity = 2**bits if bits < 1024 else None  # beyond 1024 a float overflows

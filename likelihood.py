@@ -21,8 +21,8 @@ ORDERS = ("l2r", "random", "confidence")
 def mean_and_error(values, order=None):
     """Mean of n values (n,) and its standard error (nan if n = 1).
 
-    order: a permutation that sorts the values by stratum, if one value was drawn from each stratum. A trend over the
-    strata adds nothing to the variance of such a mean, but the formula for independent values would count it as noise.
+    order: a permutation that sorts the values by stratum, if one value was drawn from each stratum. Then a trend over
+    the strata adds nothing to the variance of the mean, but the formula for independent values counts it as noise.
     So the squared difference of two neighbours estimates the sum of their variances (collapsed strata: Cochran,
     Sampling Techniques, 1977, section 5A.12). The trend within a pair makes the error a little too large.
     """

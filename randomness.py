@@ -48,9 +48,9 @@ def repeated_uniforms(seed, indices, n, repeats, seq_len, n_times=1):
     """The noise of some of n sequences that are scored `repeats` times each, as (u, v, w), float64.
 
     u and w are (N, repeats), v is (N, repeats, L). Every number is uniform on (0, 1], and all v and w are independent.
-    The u are stratified: (0, 1] has n * repeats equal intervals with one u in each, and `repeats` equal blocks of
-    these with one u of every sequence in each. With n_times > 1, u and w are (N, repeats, n_times), and the n * n_times
-    u of each repeat are stratified.
+    The u are stratified: (0, 1] has n * repeats equal intervals with one u in each. Every sequence has one u in each
+    of `repeats` larger intervals: with repeats = 2, one in (0, 1/2] and one in (1/2, 1]. With n_times > 1, u and w are
+    (N, repeats, n_times), and the n * n_times u of each repeat are stratified.
     """
     stratum = np.stack([strata(seed, n * n_times, repeat).reshape(n, n_times) for repeat in range(repeats)], 1)
     u, w = np.empty((2, len(indices), repeats, n_times))

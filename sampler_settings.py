@@ -194,10 +194,11 @@ def bound_on_grid(rates, ce, grid):
 def best_grid(rates, ce, steps, n_points=256):
     """The grid of n steps, of the mask rates i/n_points, on which bound_on_grid() is least.
 
-    What is lost by revealing in parallel is the area between a staircase and the curve of cross-entropy CE by mask
-    rate, so steps belong where the curve rises: the optimal schedule of arXiv 2510.25544, whose information profile
-    is this curve, found exactly, by dynamic programming: cost of reaching rate rho in n steps = min over r of cost of
-    reaching r in n - 1, plus (r - rho) CE(r).
+    To reveal tokens in parallel costs the area between a staircase and the curve of the cross-entropy CE by mask rate.
+    So steps belong where the curve rises. This is the optimal schedule of arXiv 2510.25544, whose information profile
+    is this curve. Dynamic programming finds it exactly:
+
+        cost(rho, n steps) = min over r of cost(r, n - 1 steps) + (r - rho) CE(r).
     """
     points = np.linspace(0, 1, n_points + 1)
     step = (points[:, None] - points) * np.interp(points, rates, ce)[:, None]  # [r, rho]

@@ -85,8 +85,8 @@ class Uniform:
 
     score=True: the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
     added. score=False: the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z). The
-    estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates beyond the end
-    of the schedule the network is told t = 1, and at rates before its beginning t = 0, without a reconstruction term.
+    estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates above
+    those of the schedule the network is told t = 1, at rates below them t = 0. There is no reconstruction term.
     `noise`, to train on, covers the rates of the schedule alone.
     """
 
@@ -160,7 +160,7 @@ class Uniform:
         return log_x_bar - log_x_bar.gather(-1, xt[..., None])
 
     def prediction(self, logits, xt, sigma):
-        """x_theta (..., V) float32. Scores that no x_theta has give negative entries, but the sum is still 1."""
+        """x_theta (..., V) float32, with sum 1. For scores that belong to no x_theta some entries are negative."""
         if not self.score:
             return logits.float().softmax(-1)
         share = self.log_score(logits, xt, sigma).softmax(-1)
@@ -301,8 +301,8 @@ def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
 
 def uniform_ancestral(model, xt, mask_id, time, draw, start, grid, objective):
     """The reverse chain of uniform noise: each token from the posterior (uniform.posterior) given what the network
-    predicts (UDLM, arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor; what they make
-    negative counts as 0. Rates above the last one that a score network knows are left out."""
+    predicts (UDLM, arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor, and
+    negative probabilities count as 0. Rates above the last one that a score network knows are left out."""
     most = -math.expm1(-objective.last_sigma)
     cut = draw.temperature != 1 or draw.top_p < 1 or draw.top_k
 
