@@ -20,8 +20,9 @@ class Past(NamedTuple):
 
     keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
     values: torch.Tensor           # (B, heads, P, head_dim)
-    to_attention: torch.Tensor = None  # (B, P, D/4), what token_shift takes of the attention's input; D/2 if left_only
-    to_mlp: torch.Tensor = None        # the same of the MLP's input
+    to_attention: torch.Tensor = None  # the channels of the attention's input that token_shift takes from a left
+                                       # neighbour, (B, P, D/4), or (B, P, D/2) if it takes them from the left only
+    to_mlp: torch.Tensor = None        # those of the MLP's input
 
     def of_rows(self, rows):
         """The past of the sequences `rows`, a (N,) long."""
@@ -33,7 +34,7 @@ class Layout(NamedTuple):
 
     sees: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or Tiles or
         FlexAttention's BlockMask for the same. None: all tokens, or with a causal network those on the left.
-    positions: (L,) or (B, L) long, the tokens' positions in the text. None: those after the past.
+    positions: (L,) long, the tokens' positions in the text. None: those after the past.
     first, last: for token_shift, (L,) bool: the tokens whose left neighbour is of the past, and those without a right
         neighbour. beside_clean: the past is the clean text of these tokens, so the left neighbour of the token at
         position i is the token i - 1 of the past; else it is the last token of the past.

@@ -29,6 +29,7 @@ added up in the format in which they are sent.
 """
 
 import re
+from types import SimpleNamespace
 
 import torch
 
@@ -111,8 +112,8 @@ class EagerFragment(Fragment):
         d_k / K + (d' - d'_k / K):
 
     its own share of this round, and the others' share of the last. Every difference is applied once in all: the share
-    of the others comes one round later. The anchors differ by the latest shares, and by what the momentum made of the
-    order in which the shares came. That of the first worker is validated and saved.
+    of the others comes one round later. The anchors of two workers differ by the latest shares, and because the
+    momentum met the shares in another order. That of the first worker is validated and saved.
     """
 
     kept = ("anchor", "momentum", "own", "late")
@@ -236,8 +237,8 @@ class Exchange:
             for key in part.kept:
                 torch._foreach_copy_(getattr(part, key), [state[key][name] for name in part.names])
             if part.names[0] in state["mean"]:
-                device = part.params[0].device
-                self.under_way[i] = parallel.Arrived([state["mean"][name].to(device) for name in part.names])
+                mean = [state["mean"][name].to(part.params[0].device) for name in part.names]
+                self.under_way[i] = SimpleNamespace(wait=lambda mean=mean: mean)  # an Average that has arrived
 
 
 # ---- in train.py -----------------------------------------------------------------------------------------------------

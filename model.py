@@ -283,27 +283,24 @@ class DiT(nn.Module):
         if self.modulation is not None:
             self.modulation.weight.zero_()
 
-    def layout(self, L, past=None, sees=None, positions=None, beside_clean=False):
+    def layout(self, L, past=None, sees=None, beside_clean=False):
         """The Layout of L tokens after the past. Raises ValueError if token_shift would need, for the last token of the
         past, the token on its right."""
         P, device = 0 if past is None else past[0].keys.shape[2], self.cos.device
-        assert positions is not None or P + L <= self.seq_len + self.predict_next, (
-            f"{P + L} tokens, but the model was built for {self.seq_len}")
-        if self.block_size and sees is None and positions is None:
+        assert P + L <= self.seq_len + self.predict_next, f"{P + L} tokens, but the model was built for {self.seq_len}"
+        if self.block_size and sees is None:
             flex = None if self.head_dim >= 16 else False  # FlexAttention takes no smaller heads
             return (layout_beside_clean(L, self.block_size, device, flex) if beside_clean
                     else layout_of_blocks(L, P, self.block_size, device, flex))
-        here = P + torch.arange(L, device=device)
         if P and self.shift_tokens and not self.causal:
             raise ValueError("shift_tokens mixes a token with both neighbours, so it allows a past only with blocks")
         if P and self.causal and sees is None:
             sees = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)
-        return Layout(sees, here if positions is None else positions)
+        return Layout(sees, P + torch.arange(L, device=device))
 
     def angles(self, positions):
-        """cos and sin at positions (L,) or (B, L), as rotate() takes them."""
-        tables = self.cos[positions], self.sin[positions]
-        return tables if positions.dim() == 1 else [table[:, None] for table in tables]  # the same for all heads
+        """cos and sin at positions (L,), as rotate() takes them."""
+        return self.cos[positions], self.sin[positions]
 
     def embedded(self, xt, positions):
         """The input of the blocks (B, L, D) float32."""
@@ -336,14 +333,14 @@ class DiT(nn.Module):
         weight = self.embed.weight[:self.vocab_size] if self.head_weight is None else self.head_weight
         return padded_linear(x, weight, self.head_bias, 64 if x.is_cuda and self.vocab_size >= 1000 else 1)
 
-    def forward(self, xt, t, where=None, sees=None, positions=None, past=None, clean=None, keep=False):
+    def forward(self, xt, t, where=None, sees=None, past=None, clean=None, keep=False):
         """Map xt (B, L) long in [0, V], t (B,) or (B, L) in [0, 1], to logits (B, L, V).
 
         where: (B, L) bool, or the places (N,) long of its True elements among all B L, which saves a search on a GPU.
             Returns logits (N, V) at these positions only, in row-major order. With a vocabulary of 50,000 the head is a
             third of the work, and nothing reads its logits at visible tokens.
-        sees, positions: as in Layout. With block_size both follow from the blocks. With predict_next they are of
-            L + 1 tokens: the mask comes first.
+        sees: as in Layout. With block_size it follows from the blocks. With predict_next it is of L + 1 tokens: the
+            mask comes first.
         past: what remember() returned for the P tokens before these.
         clean: (B, L) long, with block_size: the text of which xt is the noisy version. Every block of xt sees the clean
             blocks before it, so one call scores all blocks.
@@ -360,7 +357,7 @@ class DiT(nn.Module):
             past = self.trunk(clean, t0, self.layout(xt.shape[1]), nowhere, None, True)[1]
             layout = self.layout(xt.shape[1], beside_clean=True)
         else:
-            layout = self.layout(xt.shape[1], past, sees, positions)
+            layout = self.layout(xt.shape[1], past, sees)
         x = self.trunk(xt, t, layout, at, past, keep)
         if keep:
             return self.head(x[0]), x[1]
@@ -393,7 +390,7 @@ class DiT(nn.Module):
         arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either.
         """
         *others, last = self.blocks
-        blocks = 0 < self.block_size < seq_len  # then a clean text is read, too; a token of either sees half of a text
+        blocks = 0 < self.block_size < seq_len  # then the clean text is read, too; tokens see half a text on average
         seen = (seq_len + self.block_size) / 2 if blocks else seq_len
         total = sum(block.flops(seen) for block in others) + last.flops(seen, predicted)
         if blocks:

@@ -305,16 +305,6 @@ def copy_from_main(target, source):
 # ---- workers that exchange their weights (local_sgd.py) ------------------------------------------------------------
 
 
-class Arrived:
-    """An average that is there."""
-
-    def __init__(self, mean):
-        self.mean = mean
-
-    def wait(self):
-        return self.mean
-
-
 class Average:
     """The average of lists of tensors over all teams, while it is under way.
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, note, run
 from data.prepare import DatasetWriter, cut, fetch, is_prepared, named_files, parser, read_text
-from data.tokenizer import CharTokenizer
+from data.tokenizer import CharTokenizer, characters
 
 URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
 SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
@@ -55,8 +55,8 @@ def main():
                         "and three splits need at least 20")
     random.Random(1).shuffle(names)
     alphabet = "".join(sorted(set().union(*names))) + PAD
-    meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet), "pad": PAD, "record": RECORD,
-            "name": args.name, "source": Path(args.file).name if args.file else URL, "request": request}
+    meta = characters(alphabet) | {"pad": PAD, "record": RECORD, "name": args.name, "request": request,
+                                   "source": Path(args.file).name if args.file else URL}
     encode = CharTokenizer(alphabet).encode
     with DatasetWriter(folder, meta) as writer:
         for split, part in cut(names, train=0.9, val=0.05).items():

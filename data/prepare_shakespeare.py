@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import run
 from data.prepare import cut, fetch, is_prepared, parser, write_splits
-from data.tokenizer import KNOWN, CharTokenizer, text8_words
+from data.tokenizer import KNOWN, CharTokenizer, characters, text8_words
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -31,8 +31,7 @@ def main():
     alphabet = "".join(sorted(set(text)))
     if args.alphabet == "text8":
         text, alphabet = " ".join(text8_words(text)), KNOWN["text8"]["alphabet"]
-    meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet),
-            "name": name, "source": URL}
+    meta = characters(alphabet) | {"name": name, "source": URL}
     write_splits(folder, meta, cut(text, train=0.9, val=0.05), CharTokenizer(alphabet).encode)
 
 

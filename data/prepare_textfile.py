@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli import UserError, named, progress, run
 from data.loader import SPLITS
 from data.prepare import cut, is_prepared, named_files, parser, read_text, write_splits
-from data.tokenizer import KNOWN, make_tokenizer, size_of_bpe, text8_words, tokens_of
+from data.tokenizer import KNOWN, characters, make_tokenizer, size_of_bpe, text8_words, tokens_of
 
 CHUNK = 1 << 20  # characters encoded at a time
 
@@ -71,7 +71,7 @@ def main():
         if len(alphabet) > 65_536:
             raise UserError(f"the text has {len(alphabet):,} different characters, more than 65,536: "
                             "use --tokenizer gpt2")
-        meta = {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet)}
+        meta = characters(alphabet)
     meta |= {"name": args.name, "source": ", ".join(Path(file).name for file in args.files), "request": request}
     tokenizer = make_tokenizer(meta)
     write_splits(folder, meta, splits, lambda text: encode(text, tokenizer))

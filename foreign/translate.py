@@ -11,7 +11,7 @@ files.py reads the checkpoints. ddit.py translates the network that most of them
                     Diffusion
     mdlm            github.com/kuleshov-group/mdlm, Hub and      DiT, told sigma, or folded if sigma is always 0
                     Lightning
-    bd3lm           github.com/kuleshov-group/bd3lms             the same, without blocks: whole sequences
+    bd3lm           github.com/kuleshov-group/bd3lms             the same, in blocks from left to right
     duo, udlm       github.com/s-sahoo/duo, kuleshov-group/      DiT, told sigma; uniform noise
                     discrete-diffusion-guidance
     radd            github.com/ML-GSAI/RADD                      DiT without time
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from cli import UserError, note, number
 from configs import Config
-from data.tokenizer import KNOWN
+from data.tokenizer import KNOWN, characters
 from diffusion import Noise
 from foreign import ddit, gpt2, masked_lm
 from foreign.files import BUFFERS, plain_key, rename, tensors
@@ -236,8 +236,7 @@ def tiny(found, overrides):
     Config(**config)  # checks that n_head divides n_embd before the weights are rearranged by it
     weights = our_weights(state, config["n_head"])
     V = len(payload["token_emb.weight"]) - 1
-    meta = {"name": "ascii" if V == 127 else "codes", "tokenizer": "char", "vocab_size": V,
-            "alphabet": "".join(map(chr, range(1, V + 1)))}
+    meta = {"name": "ascii" if V == 127 else "codes"} | characters("".join(map(chr, range(1, V + 1))))
     return dict(name="tiny-diffusion", config=config, meta=meta, model=weights, ema=weights, step=0)
 
 

@@ -145,7 +145,6 @@ class Finding(NamedTuple):
     entropy: float
     kraft: float         # nan if the claim gives only one number for all texts
     kraft_error: float
-    below_model: float   # the largest shortfall of claim(x) under -log p(x), in its standard errors; or nan
     times: tuple         # the lowest and the highest time at which the model was asked
     broken: tuple        # names of the rules that it breaks
 
@@ -203,7 +202,7 @@ def audit(claim, draws=20_000, steps=None):
                     broken.append("model")
             else:  # one number for the mean over texts: on texts that are drawn anew each time
                 claimed, claimed_error = measure(claim, model, x0, draws, rng, world.p)
-                kraft = kraft_error = short = math.nan
+                kraft = kraft_error = math.nan
                 if -(world.p[possible] * log_p[possible]).sum() - claimed > LIMIT * claimed_error + 0.01:
                     broken.append("model")
             if world.entropy - claimed > LIMIT * claimed_error + 1e-6:
@@ -213,7 +212,7 @@ def audit(claim, draws=20_000, steps=None):
             if not fixed and (times[0] > beyond or times[1] < 1 - beyond):
                 broken.append("times")
             findings.append(Finding(world.name, name, claimed.item(), claimed_error.item(), world.entropy, kraft,
-                                    kraft_error, short, times, tuple(broken)))
+                                    kraft_error, times, tuple(broken)))
     return findings
 
 

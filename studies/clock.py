@@ -192,22 +192,6 @@ class Arrival(NamedTuple):
         self.rounds.now = [max(now, self.time) for now in self.rounds.now]
 
 
-class Timed:
-    """A worker without weights: the number of its fragment is all that it sends."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def send(self):
-        return self.number
-
-    def receive(self, mean):
-        pass
-
-    def finish(self):
-        pass
-
-
 # ---- each at its own time --------------------------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ from optim import EMA, learning_rate, make_optimizers, set_learning_rate
 from parallel import Average
 from plot import picture
 from randomness import rng
-from studies.clock import Clock, Rounds, Timed, asynchronous, read_machines
+from studies.clock import Clock, Rounds, asynchronous, read_machines
 from studies.servers import RegionalServer, Server, cosine, fill_lists, lists, norm
 from train import batches, states, train_step
 
@@ -311,7 +311,9 @@ def exchanges(sim, n_bytes):
     sizes = [sum(names[name] for name in dealt) for dealt in local_sgd.deal(list(names), cfg.fragments)]
     each = n_bytes / sum(sizes) / (2 if cfg.send_dtype == "bfloat16" else 1)
     rounds = Rounds(sim.clock, [size * each for size in sizes])
-    timed = Exchange([SimpleNamespace(fragments=[Timed(i) for i in range(cfg.fragments)])], cfg, rounds.average)
+    numbers = [SimpleNamespace(send=lambda i=i: i, receive=lambda mean: None, finish=lambda: None)
+               for i in range(cfg.fragments)]  # fragments without weights: each sends its number
+    timed = Exchange([SimpleNamespace(fragments=numbers)], cfg, rounds.average)
     if not sim.args.clock_only:
         copies = [Copy(sim, k, sim.start) for k in range(K)]
         workers, dtype = [Worker(copy.model, cfg, K) for copy in copies], getattr(torch, cfg.send_dtype)

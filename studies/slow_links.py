@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import log
-from cli import ArgumentParser, UserError, number, require, run, table, write_file
+from cli import ArgumentParser, number, require, run, table, write_file
 from plot import picture
 from studies import runs
 from studies.runs import ROOT, over_seeds
@@ -114,14 +114,9 @@ class Study:
 
         def work():
             common = [*self.flags_of(seed), f"--init_from={self.first(seed)}", f"--out_dir={out}"]
-            try:
-                if level == "one":
-                    runs.call("train.py", *common, *extra, "--resume=auto")
-                else:
-                    runs.call("studies/simulator.py", *common, *self.how(name, level, extra), "--resume")
-            except UserError as error:
-                if "not finite" not in str(error):
-                    raise
+            words = (["train.py", *common, *extra, "--resume=auto"] if level == "one" else
+                     ["studies/simulator.py", *common, *self.how(name, level, extra), "--resume"])
+            if runs.unless_infinite(lambda: runs.call(*words)) is None:
                 return {"bits": None, "val": None, "curve": []}
             lines = [line for line in log.read(out / "log.jsonl") if "val_bits_per_token" in line]
             mean = lambda key: float(np.mean([line[key] for line in lines if line.get(key) is not None] or [0.0]))

@@ -34,11 +34,9 @@ def check(out, args):
     windows = min(args.windows, 32) if exact else args.windows
     words = ["--n_tokens", config["seq_len"] * windows, "--seed", zlib.crc32(out.name.encode()),
              *([] if exact else ["--repeats", args.repeats])]
-    try:
-        found = json.loads(runs.call("evaluate.py", out, *runs.data_flags(args), "--check", *words, ok=(0, 1)))
-    except UserError as error:
-        if "not finite" not in str(error):
-            raise
+    found = runs.unless_infinite(lambda: json.loads(
+        runs.call("evaluate.py", out, *runs.data_flags(args), "--check", *words, ok=(0, 1))))
+    if found is None:
         return {"agree": "no likelihood", "exact": exact}
     difference, error = found["check"]["difference"], found["check"]["stderr"]
     return {"first": found["bits_per_token"], "second": found["check"]["second"]["bits_per_token"],

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from attention import Tiles, attend, layout_beside_clean, layout_of_blocks
+from attention import Layout, Tiles, attend, layout_beside_clean, layout_of_blocks
 from block_diffusion import (BlockDiffusion, Rereader, cut, finish, in_blocks, mask_count_probabilities,
                              read_rate_range)
 from categorical import Counted
@@ -350,7 +350,8 @@ def test_one_text_of_noisy_and_clean_tokens():
     n, (xt, x0, t) = 4, texts(4)
     block, clean = torch.arange(32) % 16 // n, torch.arange(32) >= 16
     sees = (block[:, None] == block) & (clean[:, None] == clean) | (block[:, None] > block) & clean
-    logits = network(27)(torch.cat((xt, x0), 1), t[:, 0], sees=sees, positions=torch.arange(16).repeat(2))
+    both = network(27)
+    logits = both.head(both.trunk(torch.cat((xt, x0), 1), t[:, 0], Layout(sees, torch.arange(16).repeat(2))))
     model = network(27, objective="block", block_size=n)
     torch.testing.assert_close(model(xt, t, clean=x0), logits[:, :16], rtol=1e-4, atol=1e-4)
 

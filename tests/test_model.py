@@ -267,22 +267,6 @@ def test_visibility(conditioning):
 
 
 @torch.no_grad()
-def test_positions():
-    """0, 1, ... is the default; tokens in another order with their own positions give the same logits in that order,
-    for each sequence its own; two texts at the same positions, which do not see each other, are two texts."""
-    model, (xt, t) = tiny(), batch()
-    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    close(model(xt, t, positions=torch.arange(16)), model(xt, t))
-    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(3)])
-    close(model(xt.gather(1, order), t, positions=order), model(xt, t).gather(1, order[..., None].expand(3, 16, 5)))
-    twice, half = torch.cat((xt[:, :8], xt[:, 8:]), 1), torch.arange(8)
-    apart = torch.block_diag(*torch.ones(2, 8, 8)).bool()
-    both = model(twice, t, sees=apart, positions=torch.cat((half, half)))
-    close(both[:, :8], model(xt[:, :8], t))
-    close(both[:, 8:], model(xt[:, 8:], t))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("conditioning, causal, shift", [("none", False, False), ("time", False, False),
                                                          ("none", True, False), ("none", True, True)])
 def test_the_past_is_remembered(conditioning, causal, shift):

@@ -8,7 +8,7 @@ import torch
 
 import world
 from randomness import uniforms
-from uniform import Uniform, UniformD3PM, UniformNoise, posterior, prior_kl
+from uniform import Uniform, UniformD3PM, UniformNoise, prior_kl
 from world import ENTROPY, P_DATA, SEQUENCES, L, V
 
 N_SEQUENCES = len(SEQUENCES)
@@ -70,21 +70,6 @@ def test_marginals(schedule):
         share = objective.corrupt(x0, noise.token)[0].bincount(minlength=V) / n
         torch.testing.assert_close(share.double(), product[1], atol=2e-4, rtol=0)
         assert noise.sigma.item() == pytest.approx(-math.log(alpha) if alpha else math.inf)
-
-
-def test_posterior():
-    """posterior() is Bayes' rule on the matrices, for each x0 and for a mixture of them."""
-    for alpha_t, alpha_s in ((0.6, 0.9), (0.0, 0.3), (0.2, 1.0)):
-        exact = world.uniform_posterior(alpha_t, alpha_s)
-        for x0 in range(V):
-            for xt in range(V):
-                q = posterior(torch.eye(V, dtype=torch.float64)[x0], torch.tensor(xt), 1 - alpha_t, 1 - alpha_s)
-                torch.testing.assert_close(q / q.sum(), exact[x0, xt])
-        x_theta = random_logits(1).double().softmax(-1)
-        p = posterior(x_theta, SEQUENCES, 1 - alpha_t, 1 - alpha_s)
-        at_z = x_theta.gather(-1, SEQUENCES[..., None]).squeeze(-1)
-        torch.testing.assert_close(p.sum(-1), V * alpha_t * at_z + 1 - alpha_t)
-        torch.testing.assert_close(p / p.sum(-1, keepdim=True), world.uniform_step(x_theta, alpha_t, alpha_s))
 
 
 # ---- the bounds ------------------------------------------------------------------------------------------------------
