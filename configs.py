@@ -279,7 +279,7 @@ def names():
 
 
 def d3pm_shakespeare():
-    """absorbing D3PM on Tiny Shakespeare, 65 characters, 12M parameters"""
+    """absorbing D3PM on Tiny Shakespeare, 65 characters, 13M parameters"""
     return Config(
         dataset="shakespeare", n_layer=6, n_head=6, n_embd=384, dropout=0.2, lambda_ce=0.05,
         batch_size=64, micro_batch_size=64, max_steps=10_000, warmup_steps=200, ema_decay=0.999,
