@@ -29,7 +29,7 @@ from studies.runs import over_seeds
 RECIPES = {"nanoDD's": "d3pm_mini", "fast": "mdlm_mini_fast"}
 SIZES = {"128x4": dict(n_layer=4, n_head=4, n_embd=128), "384x6": dict(n_layer=6, n_head=6, n_embd=384)}
 CHOICES = [dict(weight_decay=0.0), dict(weight_decay=0.03), dict(weight_decay=0.3), dict(ema_decay=0.97),
-           dict(ema_decay=0.997), dict(batch_size=8), dict(batch_size=32), dict(head_gates=False)]
+           dict(batch_size=8), dict(batch_size=32), dict(head_gates=False)]
 SHARES = 0.5, 0.75, 1.0
 
 
