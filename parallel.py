@@ -253,7 +253,8 @@ def shared_out(function, x):
     if len(mine):
         own[:len(mine)] = function(mine)
     found = x.new_empty(team_size * each, *x.shape[1:])
-    dist.all_gather_into_tensor(found, own, group=team)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the latter before torch 2.13
+    gather(found, own, group=team)
     return found[:len(x)]
 
 

@@ -79,7 +79,7 @@ def finish(processes, timeout=300):
 
 def finish_well(processes):
     results = finish(processes)
-    assert all(code == 0 for code, _ in results), results
+    assert all(code == 0 and "FutureWarning" not in output for code, output in results), results
     return results
 
 
