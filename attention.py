@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
     sees: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or Tiles or
         FlexAttention's BlockMask for the same. None: all tokens, or with a causal network those on the left.
-    positions: (L,) long, the tokens' positions in the text. None: those after the past.
+    positions: (L,) long, the tokens' positions in the text.
     first, last: for token_shift, (L,) bool: the tokens whose left neighbour is of the past, and those without a right
         neighbour. beside_clean: the past is the clean text of these tokens, so the left neighbour of the token at
         position i is the token i - 1 of the past; else it is the last token of the past.

@@ -200,7 +200,7 @@ class Config:
         if (self.objective, self.noise) not in OBJECTIVES:
             others = " or ".join(name for name, noise in OBJECTIVES if noise == self.noise)
             raise UserError(f"noise={self.noise} does not work with objective={self.objective}: use {others}")
-        if self.optimizer.startswith("sm3") and self.fsdp:
+        if self.optimizer not in ("adamw", "muon") and self.fsdp:
             raise UserError(f"optimizer={self.optimizer} needs whole tensors, and --fsdp splits them: leave out one of "
                             "the two")
         try:

@@ -288,7 +288,8 @@ class DiT(nn.Module):
         past, the token on its right."""
         P, device = 0 if past is None else past[0].keys.shape[2], self.cos.device
         assert P + L <= self.seq_len + self.predict_next, f"{P + L} tokens, but the model was built for {self.seq_len}"
-        if self.block_size and sees is None:
+        if self.block_size:
+            assert sees is None, "with blocks, what a token sees follows from them"
             flex = None if self.head_dim >= 16 else False  # FlexAttention takes no smaller heads
             return (layout_beside_clean(L, self.block_size, device, flex) if beside_clean
                     else layout_of_blocks(L, P, self.block_size, device, flex))

@@ -111,16 +111,16 @@ def orthogonalise(g):
     to a v + b v^3 + c v^5. Five of them map values from 0.005 to 1 into [0.68, 1.16], and tiny ones to 485 v.
 
     First x is divided by (sum of v^8)^(1/8) = |s^2|^(1/4), which is at least the largest v, and closer to it than the
-    Frobenius norm (sum of v^2)^(1/2). (Before this, s is divided by its own norm, because v^8 would leave the range of
-    float32.)
+    Frobenius norm (sum of v^2)^(1/2). (Before this, s is divided by its largest entry, because v^8 would leave the range
+    of float32.)
     """
     x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that s is the smaller square
     s = x @ x.mT
-    norm = s.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-14)
-    s = s / norm
+    scale = s.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-14)
+    s = s / scale
     square = s @ s
     largest = square.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12) ** 0.5  # at least the largest v^2
-    x = product(s / largest, square / largest**2, 2) / (norm * largest) ** 0.5 @ x
+    x = product(s / largest, square / largest**2, 2) / (scale * largest) ** 0.5 @ x
     s = x @ x.mT  # computed anew: rounding errors in s grow with every iteration, and would drown its small eigenvalues
     x = product(s, s @ s, 3) @ x
     return x.mT if g.shape[-2] > g.shape[-1] else x
@@ -130,7 +130,7 @@ def product(s, square, n):
     """Return q = p_n ... p_1, the product of the matrices of n iterations, from s = x x^T and its square, (N, m, m).
 
     x <- p x makes s <- p s p. So x itself, which may be much wider than s, is not needed during the n iterations.
-    A product p y is a y + r y with r = b s + c s^2: one call, and rounded once."""
+    With r = b s + c s^2, p y is a y + r y, and y p is a y + y r: one call each, rounded once."""
     a, b, c = COEFFICIENTS
     r = b * s + c * square
     q = r + a * torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)

@@ -259,9 +259,9 @@ def shared_out(function, x):
 
 
 def all_rows(x, like):
-    """Collect the matrices (N, m, n) of which x has this process's rows, split like the parameter `like` (FSDP).
+    """Collect the whole matrices (N, m, n) of which x has this process's rows: FSDP splits the parameter `like` by rows.
 
-    x itself, if `like` is whole."""
+    If `like` is not split, x is whole already."""
     if not hasattr(like, "device_mesh"):
         return x
     from torch.distributed.tensor import DTensor, Shard

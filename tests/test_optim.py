@@ -44,6 +44,9 @@ def test_orthogonalise(shape):
     torch.testing.assert_close(values, expected.expand_as(values), atol=1e-3, rtol=0)
     torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-3, rtol=0)
     assert orthogonalise(torch.zeros(shape)).abs().max() == 0
+    for scale in (1e-6, 1e6, 1e15):  # each matrix by its own size
+        both = orthogonalise(torch.cat((g, scale * g)))
+        torch.testing.assert_close(*both.chunk(2), atol=1e-3, rtol=0)
 
 
 def test_coefficients():

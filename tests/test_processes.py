@@ -81,8 +81,13 @@ def test_sharded_and_whole_checkpoints_are_the_same(data_dir, tmp_path):
         state = storage.read(out)
         shapes.append([{name: value.shape for name, value in state[kind].items()} for kind in ("model", "ema")]
                       + [{key: v.shape for key, v in moments.items()} for moments in state["optimizer"].values()])
-        for name, value in storage.read(tmp_path / "whole")["ema"].items():
+        whole = storage.read(tmp_path / "whole")
+        for name, value in whole["ema"].items():
             torch.testing.assert_close(state["ema"][name], value, atol=1e-5, rtol=1e-4)
+        for name, moments in whole["optimizer"].items():
+            if "momentum" in moments:
+                lost = (state["optimizer"][name]["momentum"] - moments["momentum"]).norm()
+                assert lost < 1e-3 * moments["momentum"].norm(), name
     assert shapes[0] == shapes[1]
 
 
