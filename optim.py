@@ -111,8 +111,8 @@ def orthogonalise(g):
     to a v + b v^3 + c v^5. Five of them map values from 0.005 to 1 into [0.68, 1.16], and tiny ones to 485 v.
 
     First x is divided by (sum of v^8)^(1/8) = |s^2|^(1/4), which is at least the largest v, and closer to it than the
-    Frobenius norm (sum of v^2)^(1/2). (Before this, s is divided by its largest entry, because v^8 would leave the range
-    of float32.)
+    Frobenius norm (sum of v^2)^(1/2). (Before this, s is divided by its largest entry, because v^8 would leave the
+    range of float32.)
     """
     x = g.mT if g.shape[-2] > g.shape[-1] else g  # so that s is the smaller square
     s = x @ x.mT

@@ -259,9 +259,9 @@ def shared_out(function, x):
 
 
 def all_rows(x, like):
-    """Collect the whole matrices (N, m, n) of which x has this process's rows: FSDP splits the parameter `like` by rows.
+    """Collect whole matrices (N, m, n) of which x has this process's rows: FSDP splits the parameter `like` by rows.
 
-    If `like` is not split, x is whole already."""
+    If `like` is not split, x is whole already. Else every process has all of them for a moment."""
     if not hasattr(like, "device_mesh"):
         return x
     from torch.distributed.tensor import DTensor, Shard

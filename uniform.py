@@ -85,8 +85,8 @@ class Uniform:
 
     score=True: the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
     added. score=False: the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z). The
-    estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates above
-    those of the schedule the network is told t = 1, at rates below them t = 0. There is no reconstruction term.
+    estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates above those
+    of the schedule the network is told t = 1, at rates below them t = 0. There is no reconstruction term.
     `noise`, to train on, covers the rates of the schedule alone.
     """
 
@@ -301,8 +301,8 @@ def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
 
 def uniform_ancestral(model, xt, mask_id, time, draw, start, grid, objective):
     """The reverse chain of uniform noise: each token from the posterior (uniform.posterior) given what the network
-    predicts (UDLM, arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor, and
-    negative probabilities count as 0. Rates above the last one that a score network knows are left out."""
+    predicts (UDLM, arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor, and negative
+    probabilities count as 0. Rates above the last one that a score network knows are left out."""
     most = -math.expm1(-objective.last_sigma)
     cut = draw.temperature != 1 or draw.top_p < 1 or draw.top_k
 
