@@ -37,7 +37,8 @@ def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
     scored = digest({key: value.float() for key, value in sorted(payload["ema"].items())}) if results else None
     measured = [read_result(path, scored) for path in results]
     card = {"format": FORMAT, "name": payload["name"], "step": payload["step"], "config": settings,
-            "meta": payload["meta"], "versions": versions(), "weights_sha256": digest(weights), "measured": measured}
+            "meta": payload["meta"], "versions": versions(), "weights_sha256": digest(weights), "measured": measured,
+            "init_from": payload.get("init_from")}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -93,19 +94,21 @@ def model_card(name, card, n_params, validation):
         [(*validation[:2], "", f"validation during training, step {validation[2]:,}")] if validation else [])
         + [(r["bits_per_token"], r["stderr"], f"{r['bits_per_char']:.4f}", f"{r['dataset']} {r['split'] or ''}, "
             f"{r['n_sequences']:,} windows of {r['seq_len']}; {r['estimator']}") for r in card["measured"]]]
-    again = training_commands(card)
+    again, source = training_commands(card), card["init_from"]
     return "\n".join([
         "---", "tags:", "- text-diffusion", "- discrete-diffusion", "---", f"# {name}", "",
         f"A discrete diffusion model of text, {n_params / 1e6:.1f}M parameters, trained as `{card['name']}` for "
         f"{card['step']:,} steps of {config['batch_size']} x {config['seq_len']} tokens of {card['meta'].get('name')}: "
         f"objective {config['objective']}{blocks}, noise {config['noise']}, schedule {config['schedule']}, "
-        f"conditioning {config['conditioning']}. The weights are the moving average.", "",
+        f"conditioning {config['conditioning']}. " + f"Training began with the weights of `{source}`. " * bool(source)
+        + "The weights are the moving average.", "",
         "```sh", f"python sample.py {shlex.quote(name)}      # or hf://OWNER/{name}",
         f"python evaluate.py {shlex.quote(name)}", "```", "",
         *(["| bits per token | per character | on |", "|---|---|---|", *rows, ""] if rows else
           ["Nothing was measured yet.", ""]),
-        *(["These commands train a model with these settings from nothing. More steps (`--max_steps`) and a larger "
-           "network (`--n_layer`, `--n_embd`) make a better one.", "", "```sh", *again, "```", ""] if again else [])])
+        *(["These commands train a model with these settings" + ("." if source else " from nothing. More steps "
+           "(`--max_steps`) and a larger network (`--n_layer`, `--n_embd`) make a better one."),
+           "", "```sh", *again, "```", ""] if again else [])])
 
 
 def training_commands(card):
@@ -115,5 +118,6 @@ def training_commands(card):
         return []
     usual = dataclasses.asdict(CONFIGS[card["name"]]())
     flags = [f"--{key}={shlex.quote(str(value))}" for key, value in card["config"].items() if usual[key] != value]
+    flags += [f"--init_from {shlex.quote(card['init_from'])}"] if card["init_from"] else []
     return [prepare_command(card["config"]["dataset"], card["meta"]),
             " ".join(["python train.py", card["name"], *flags])]

@@ -5,6 +5,7 @@
     model      raw weights                       ema     their moving average, which evaluate.py and sample.py use
     optimizer  its tensors by parameter name     name    the name of the config function
     step, best_val, tally, wandb_id              the state from which a resumed run continues
+    init_from  the checkpoint whose weights the run began with (train.py --init_from), or None
     workers    with local_steps only: the state of each worker (local_sgd.py)
     versions   of torch, numpy and Python        sha256  of all of the above
 
@@ -257,6 +258,7 @@ FIELDS = {
     "tally": (lambda x: is_floats(x) and x.shape == (5,) and x.isfinite().all(),
               "a tensor of five numbers"),
     "wandb_id": (lambda x: x is None or isinstance(x, str), "text, or nothing"),
+    "init_from": (lambda x: x is None or isinstance(x, str), "text, or nothing"),
     "optimizer": (lambda x: isinstance(x, dict) and all(
         is_text(name) and (entries == {} or is_weights(entries)) for name, entries in x.items()),
                   "tensors of real numbers by parameter"),

@@ -133,7 +133,7 @@ def add_arguments(parser):
 def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, stop):
     """Set up a new run, or one that continues from a checkpoint.
 
-    Returns (net, optimizers, ema, exchange, (step, best_val, tally, wandb_id), lock).
+    Returns (net, optimizers, ema, exchange, (step, best_val, tally, wandb_id, init_from), lock).
 
     net is the model on its device, wrapped for training. The checkpoint's memory is freed on return. The caller keeps
     the lock of out_dir."""
@@ -149,14 +149,14 @@ def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, s
     if cfg.local_steps:
         exchange = AmongProcesses(model, cfg)
     ema = EMA(model, cfg.ema_decay, list(exchange.anchor.values()))
-    step, best_val, tally, wandb_id = 0, math.inf, torch.zeros(5), None
+    step, best_val, tally, wandb_id, init_from = 0, math.inf, torch.zeros(5), None, args.init_from
     if resumed:
-        step, best_val, tally, wandb_id = on_main(
-            lambda: [payload[key] for key in ("step", "best_val", "tally", "wandb_id")])
+        step, best_val, tally, wandb_id, init_from = on_main(
+            lambda: [payload.get(key) for key in ("step", "best_val", "tally", "wandb_id", "init_from")])
         restore(payload, model, ema, optimizers)
         tally = exchange.resume(payload, states(optimizers), tally)
         ema.updates = step
-    return net, optimizers, ema, exchange, (step, best_val, Tally(*tally.to(device)), wandb_id), lock
+    return net, optimizers, ema, exchange, (step, best_val, Tally(*tally.to(device)), wandb_id, init_from), lock
 
 
 def validate(model, objective, ema, data, cfg):
@@ -215,7 +215,7 @@ def main():
     deal([name for name, _ in model.named_parameters()], cfg.fragments)  # checks that it can be done
     n_params, kept = model.n_params(), 4 * numbers_kept(model, cfg)
     flops = flops_per_token(model, objective, cfg)
-    net, optimizers, ema, exchange, (step, best_val, tally, wandb_id), lock = start_or_resume(
+    net, optimizers, ema, exchange, (step, best_val, tally, wandb_id, init_from), lock = start_or_resume(
         cfg, args, out_dir, meta, model, objective, device, dtype, stop)
     peak = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
     peak = parallel.total(torch.tensor(peak, dtype=torch.float64)).item()
@@ -255,7 +255,8 @@ def main():
             log.sync()
             storage.save(out_dir / filename, {
                 "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
-                "tally": torch.stack(tally).cpu(), "wandb_id": log.wandb_id, **state}, keep_previous=to_resume)
+                "tally": torch.stack(tally).cpu(), "wandb_id": log.wandb_id, "init_from": init_from, **state},
+                keep_previous=to_resume)
 
         on_main(write)
 

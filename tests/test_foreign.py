@@ -22,7 +22,7 @@ import torch
 import checkpoint
 import storage
 from cli import UserError
-from commands import ROOT, assert_one_line
+from commands import ROOT, assert_one_line, train
 from configs import CONFIGS, Config, from_command_line, replace
 from data.loader import SPLITS
 from data.tokenizer import KNOWN, CharTokenizer, make_tokenizer
@@ -633,6 +633,19 @@ def test_a_card_of_several_workers_has_no_commands(call, trained, tmp_path):
     assert "python sample.py 'two words'" in text and len(training_commands(card)) == 2
     card["config"]["local_steps"] = 4
     assert training_commands(card) == []
+
+
+def test_a_card_names_the_weights_that_training_began_with(call, trained, data_dir, tmp_path):
+    """Without them the commands would train another model. A resumed run, and its folder, still know them."""
+    tune = ["mdlm_text8", data_dir, tmp_path / "tuned", "--shift_tokens", "--max_steps=4", "--checkpoint_interval=2"]
+    assert train(call, *tune, f"--init_from={trained}").code == 0
+    (tmp_path / "tuned" / "ckpt.pt").unlink()  # so that the run goes on at step 2
+    assert train(call, *tune, "--resume=auto").code == 0
+    assert call("checkpoint.py", "export", tmp_path / "tuned", tmp_path / "a").code == 0
+    assert call("checkpoint.py", "export", tmp_path / "a", tmp_path / "b").code == 0  # from a folder, too
+    text = (tmp_path / "b" / "README.md").read_text(encoding="utf-8")
+    assert f"began with the weights of `{trained}`" in text and "from nothing" not in text
+    assert text.count(f"--init_from {trained}") == 1 and "python train.py mdlm_text8" in text
 
 
 def test_a_card_has_its_own_validation(tmp_path):
