@@ -55,9 +55,10 @@ class Tiles(NamedTuple):
     masks: tuple  # for each row of tiles, (width, width * len(seen)) bool
 
 
-def in_tiles(sees, rows=4):
-    """The Tiles of a bool (L, n) with this number of rows, or the bool itself where that saves little or cannot be."""
-    (L, n), width = sees.shape, sees.shape[0] // rows
+def in_tiles(sees):
+    """The Tiles of a bool (L, n), in four rows, or the bool itself where that saves little or cannot be."""
+    (L, n), rows = sees.shape, 4
+    width = L // rows
     if width < 16 or L % rows or n % width:
         return sees
     tiles = sees.view(rows, width, n // width, width)

@@ -210,7 +210,7 @@ class Config:
                             "agc_tensor:0.003")
         if self.clip != "norm" and self.fsdp:
             raise UserError(f"clip={self.clip} needs whole tensors, and --fsdp splits them: leave out one of the two")
-        if self.objective_class.block_twin != self.objective and (self.block_size or self.rate_range != "0:1"):
+        if self.objective != "block" and (self.block_size or self.rate_range != "0:1"):
             raise UserError("block_size and rate_range need objective=block")
         for name, network in NETWORKS.items():
             for key in network.own:
@@ -305,9 +305,9 @@ def d3pm_openwebtext_8gpu():
 def mdlm_twin(config):
     """The same data, size and optimisation in continuous time: no time conditioning or auxiliary loss, exactly k masks.
 
-    time_sampling=stratified is closer to the paper, but its weights 1/t make losses and gradients jump. A masked token
-    has the mean weight 1 in this loss, and 1/T + lambda_ce/2 = 0.026 in that of d3pm_* (docs/maths.md, section 8). So
-    the clipping threshold is another one, too.
+    time_sampling=stratified is closer to the paper, but its weights 1/t make losses and gradients jump. The weight of a
+    token, 0 where it is visible, is 1 on average in this loss, and 1/T + lambda_ce/2 = 0.026 in that of d3pm_*
+    (docs/maths.md, section 8). So the clipping threshold is another one, too.
     """
     return replace(config, objective="mdlm", conditioning="none", lambda_ce=0.0, time_sampling="exact_k", grad_clip=1.0)
 

@@ -81,6 +81,8 @@ def loglinear(eps=1e-3):
 
 def geometric(sigma_min=1e-4, sigma_max=20.0):
     """sigma(t) = sigma_min^(1 - t) sigma_max^t, SEDD's schedule for uniform noise. It is not quite clean at t = 0."""
+    if sigma_min >= sigma_max:
+        raise ValueError("sigma must grow")
     ratio = math.log(sigma_max / sigma_min)
     sigma = lambda t: sigma_min * torch.exp(ratio * t)
     return Schedule(lambda t: torch.exp(-sigma(t)), lambda t: -torch.exp(-sigma(t)) * sigma(t) * ratio,
@@ -97,7 +99,7 @@ def make_schedule(name):
     kind, *numbers = name.split(":")
     numbers = [float(number) for number in numbers]
     low, high = RANGES.get(kind, (0, 0))
-    if kind not in SCHEDULES or numbers != sorted(set(numbers)) or not all(low <= n <= high for n in numbers):
+    if kind not in SCHEDULES or not all(low <= n <= high for n in numbers):
         raise ValueError(name)
     try:
         return SCHEDULES[kind](*numbers)
@@ -106,7 +108,7 @@ def make_schedule(name):
 
 
 def to_device(x, device):
-    """Copy to the device: on CUDA without waiting, which is safe for pinned memory alone, so nowhere else."""
+    """Copy to the device. A copy of pinned memory does not wait for the GPU; for other memory that is not safe."""
     return x.to(device, non_blocking=x.is_pinned())
 
 

@@ -132,7 +132,7 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * D, D)
         self.modulation = nn.Linear(n_cond, 6 * D) if n_cond else None
 
-    def neighbours(self, h, layout=Layout(), before=None):
+    def neighbours(self, h, layout, before):
         """token_shift of h (B, L, D), if the block has it. before: what Past keeps of the tokens before, or None."""
         if not self.shift_tokens:
             return h
@@ -243,7 +243,7 @@ class DiT(nn.Module):
             return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
         objective = config.objective_class
         if (config.predict_next or config.anneal_steps) and (
-                objective.causal or objective.block_twin == config.objective or not objective.has_mask):
+                objective.causal or config.block_size or not objective.has_mask):
             return "predict_next and anneal_steps are for masks in whole texts: use objective=mdlm, d3pm, sedd or bert"
 
     def __init__(self, vocab_size, config):
@@ -388,7 +388,8 @@ class DiT(nn.Module):
         """Floating-point operations of a training step per token.
 
         predicted: the share of tokens that the head and the last MLP run on. Recomputed activations do not count (PaLM,
-        arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either.
+        arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either. Without blocks attention
+        counts as if every token saw all tokens, in a causal network, too (PaLM does so).
         """
         *others, last = self.blocks
         blocks = 0 < self.block_size < seq_len  # then the clean text is read, too; tokens see half a text on average

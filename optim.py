@@ -1,7 +1,7 @@
 """Optimisation: AdamW, Muon, SM3, the learning rate, clipping, and the moving average of the weights.
 
 To add an optimiser, write a class like Muon, a torch.optim.Optimizer with `step_unless(bad)`, `state_shapes` and
-`flops`, and name it in `shares` and `make_optimizers`. Clipping rules are in `clip_gradients`.
+`flops`, and name it in `shares`, in `make_optimizers` and in Config.optimizer. Clipping rules are in `clip_gradients`.
 
 Muon is by Keller Jordan et al., 2024 (see also Moonlight, arXiv 2502.16982). Gradients of weight matrices have a few
 large singular values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so
@@ -9,7 +9,8 @@ that every direction learns at the same speed. It updates the matrices inside th
 head, time conditioning and vectors. torch.optim.Muon has the same momentum, scale and iterations. But it divides by the
 Frobenius norm first, takes one matrix at a time, and computes in bfloat16, which is a hundred times slower on CPUs that
 emulate it. Muon here computes in the dtype of the run's matrix products, treats all matrices of one shape together,
-takes a quarter fewer operations for those of a block, and shares them out among the processes of a run, with FSDP, too.
+takes a quarter fewer operations for the four of a block, and shares them out among the processes of a run, also with
+FSDP.
 """
 
 import contextlib

@@ -78,7 +78,11 @@ def own_device(name):
     """The device of this process: pick_device(name), and on CUDA under torchrun the GPU with its LOCAL_RANK."""
     device = pick_device(name)
     if device.type == "cuda" and dist.is_initialized():
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        n_gpus, place = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if place >= n_gpus:
+            raise UserError(f"this machine has {n_gpus} GPUs, and each process needs one: use torchrun with "
+                            f"--nproc_per_node={n_gpus} or less")
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
     if device.type == "mps" and dist.is_initialized():
         if name != "auto":
@@ -174,6 +178,7 @@ def compiles(cfg, device):
 def compile_parts(model, objective):
     """Compile the trunk as one graph, and with a large vocabulary also the head and the objective's cost.
 
+    DistributedDataParallel cuts the trunk's graph into those of its buckets of gradients.
     These two then need no copy of the logits in float32. With a small vocabulary they are as fast without.
     """
     trunk = torch.compile(model.trunk)

@@ -37,11 +37,11 @@ def uniforms(seed, step, indices, batch_size, seq_len, stratified, n_times=1):
     return torch.from_numpy(u if n_times > 1 else u[:, 0]), torch.from_numpy(v)
 
 
-def strata(seed, n, block=0):
-    """A permutation of 0 ... n - 1, (n,): entry i is the interval, of n equal ones, in which the u of sequence i lies.
+def strata(seed, n, number=0):
+    """A permutation of 0 ... n - 1, (n,): entry i is the interval, of n equal ones, in which the i-th u lies.
 
-    block: tells permutations of the same seed apart."""
-    return rng(seed, "strata", block).permutation(n)
+    number: of a step or a repeat; it tells permutations of one seed apart."""
+    return rng(seed, "strata", number).permutation(n)
 
 
 def repeated_uniforms(seed, indices, n, repeats, seq_len, n_times=1):
@@ -57,9 +57,9 @@ def repeated_uniforms(seed, indices, n, repeats, seq_len, n_times=1):
     v = np.empty((len(indices), repeats, seq_len))
     for row, index in enumerate(indices):
         generator, place = rng(seed, "noise", 0, index), stratum[index]
-        if n_times == 1:  # the repeats share the intervals of one u each, block by block
-            block = generator.permutation(repeats)
-            place = (block * n + place[block, 0])[:, None]
+        if n_times == 1:  # one of the larger intervals for each repeat, and in it one of n small ones
+            large = generator.permutation(repeats)
+            place = (large * n + place[large, 0])[:, None]
         u[row] = (place + 1 - generator.random((repeats, n_times))) / (n * (repeats if n_times == 1 else n_times))
         v[row], w[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random((repeats, n_times))
     if n_times == 1:

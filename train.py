@@ -63,7 +63,7 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
 
     Returns, for the whole batch (of a worker, with local_steps), the bound in nats per token, the gradient norm, and
     whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors.
-    With the networks of model.py and mixers.py nothing in a step waits for a GPU.
+    Without `sees`, and with the networks of model.py and mixers.py, nothing in a step waits for a GPU.
     mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats, denoiser = torch.zeros((), device=device), net
@@ -162,8 +162,8 @@ def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, s
 def validate(model, objective, ema, data, cfg):
     """Bits per token of the averaged weights on fixed windows with fixed noise, and the standard error.
 
-    All processes call it. They score equally many of the windows, because FSDP needs all of them in every call: some
-    windows are scored twice.
+    All processes call it, and score equally many windows, because with FSDP each call of the network needs all
+    processes. So some windows may be scored twice.
     """
     n, world = data.n, parallel.world
     mine = [i % n for i in range(parallel.rank, n + -n % world, world)]
@@ -194,7 +194,7 @@ def main():
     if cfg.fsdp and "RANK" not in os.environ:
         raise UserError("--fsdp splits the model over several processes: start them with torchrun")
     if cfg.wandb:
-        require("wandb", "--wandb")
+        on_main(lambda: require("wandb", "--wandb"))
     device = together(lambda: parallel.own_device(cfg.device))
     dtype = pick_dtype(device, cfg.dtype)
     local, micro = share_of_batch(cfg, world)
@@ -237,7 +237,7 @@ def main():
         given = torch.from_numpy(val_tokens[:cfg.prefix_range[0]].astype("int64"))
         xt = torch.nn.functional.pad(given[None], (0, cfg.seq_len - len(given)), value=objective.mask_id).to(device)
         with ema.applied(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            refuse_infinite(parallel.local(model.parameters()))
+            together(lambda: refuse_infinite(parallel.local(model.parameters())))
             *_, state = denoise(default_settings(cfg), objective, model, xt, cfg, 0, generator_on(device, cfg.seed),
                                 end)
         return text_of(state.xt[0].tolist(), xt[0].tolist(), end, tokenizer)
@@ -309,6 +309,7 @@ def main():
                 raise UserError(f"loss or gradient was not finite in {counted.most_in_a_row:.0f} steps in a row before "
                                 f"step {step + 1:,}: the last good checkpoint in {out_dir} is unchanged; try a smaller "
                                 "--lr in a new run")
+        stopped, stopped_by = stop.agreed()  # not in the pause, because a fast process waits here for the others
         with pace.paused():
             if due(cfg.eval_interval):
                 bits, error = validate(model, objective, ema, val_data, cfg)
@@ -322,7 +323,6 @@ def main():
             if cfg.sample_interval and due(cfg.sample_interval):
                 text = sample()
                 report(f"step {step:,}  sample  {text}", sample=text)
-            stopped, stopped_by = stop.agreed()
             if due(cfg.checkpoint_interval) or stopped:
                 save("ckpt.pt", to_resume=True)
         if stopped and step < cfg.max_steps:

@@ -87,7 +87,8 @@ def test_schedule_is_consistent(schedule, ends):
 
 @pytest.mark.parametrize("wrong", ["", "quadratic", "linear:1", "loglinear:2", "loglinear:-1", "loglinear:nan",
                                    "loglinear:x", "geometric:5:1", "geometric:0:1", "geometric:1:inf",
-                                   "geometric:1:2:3", "geometric:1:50", "loglinear:1e-9"])
+                                   "geometric:1:2:3", "geometric:1:50", "geometric:20", "geometric:25",
+                                   "loglinear:1e-9"])
 def test_no_schedule(wrong):
     with pytest.raises(ValueError):
         make_schedule(wrong)

@@ -9,7 +9,9 @@ import time
 import pytest
 import torch
 
+import parallel
 import storage
+from cli import UserError
 from commands import (ROOT, STEADY, assert_same_training, finish, finish_well, log, losses, read_until,
                       start, train)
 from conftest import TRAINED
@@ -43,6 +45,18 @@ def test_any_number_of_processes_and_any_micro_batch(call, data_dir, tmp_path):
         assert len(one) == 1 and one == pytest.approx(other, rel=1e-4)
     print("largest relative difference of a loss, 1 and 2 processes:", max(
         abs(a / b - 1) for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"))))
+
+
+@pytest.mark.slow
+def test_compiled_processes(call, data_dir, tmp_path):
+    """Two compiled processes train as one that is not compiled, copied (DDP) and sharded. The network is large enough
+    for DDP to cut its graph, at 1 MB."""
+    options = [*STEADY, "--n_head=4", "--n_embd=160", "--log_interval=1"]
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *options).code == 0
+    for name in ("--no-fsdp", "--fsdp"):
+        first, second = finish_well(start("mdlm_text8", data_dir, tmp_path / name, *options, name, "--compile", n=2))
+        assert_same_training(tmp_path / "one", tmp_path / name)
+        assert ", compiled, " in first[1]
 
 
 def test_blocks_run_everywhere(call, data_dir, tmp_path):
@@ -216,6 +230,41 @@ def test_an_error_in_one_process_is_one_in_all(data_dir, tmp_path):
     (tmp_path / "agree.py").write_text(AGREE.format(root=str(ROOT)))
     first, second = finish(start("x", data_dir, tmp_path, script=tmp_path / "agree.py", n=2))
     assert (first, second) == ((2, "agree.py: process 1: only here\n"), (2, ""))
+
+
+SPOILED = """
+import sys
+sys.path.insert(0, {root!r})
+import optim
+import parallel
+import train
+from cli import run
+
+class Spoiled(optim.EMA):
+    def update(self, steps=1):
+        super().update(steps)
+        if parallel.rank == 1:
+            self.local_average[0].fill_(float("nan"))
+
+train.EMA = Spoiled
+run(train.main)
+"""
+
+
+def test_weights_that_are_not_finite_in_one_process(data_dir, tmp_path):
+    """With FSDP one process has the bad numbers. The main one says so, where a sample is drawn."""
+    (tmp_path / "spoiled.py").write_text(SPOILED.format(root=str(ROOT)))
+    first, second = finish(start("mdlm_text8", data_dir, tmp_path / "out", *STEADY, "--fsdp", "--sample_interval=1",
+                                 script=tmp_path / "spoiled.py", n=2))
+    assert first[0] == second[0] == 2 and "process 1: the weights are not finite after step 1" in first[1], first
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with pytest.raises(UserError, match="has 4 GPUs.*--nproc_per_node=4"):
+        parallel.own_device("auto")
 
 
 def test_only_torchrun_makes_processes():

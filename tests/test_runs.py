@@ -17,6 +17,7 @@ import torch
 import data.loader
 import diffusion
 import optim
+import parallel
 import storage
 from commands import (ROOT, STEADY, assert_identical, assert_one_line, assert_same_training, children, finish,
                       finish_well, log, losses, read_until, start, stop_after, train)
@@ -141,6 +142,14 @@ def test_signals(call, data_dir, tmp_path, monkeypatch, name):
     continued, done = again().out, again().out
     assert "continuing at step 3 of 50" in continued and "done already" not in continued
     assert "continuing" not in done and "all 50 steps are done already" in done
+
+
+def test_the_speed_has_the_time_of_waiting_for_others(call, data_dir, tmp_path, monkeypatch):
+    """The processes agree on signals after each step, where fast ones wait for slow ones. Here that takes 0.2 s."""
+    monkeypatch.setattr(parallel.StopSignals, "agreed", lambda self: (time.sleep(0.2), (0, 0))[1])
+    options = ["--max_steps=4", "--log_interval=2"]
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "out", *options).code == 0
+    assert losses(tmp_path / "out", "tokens_per_second")[1] < 1.01 * 8 * 32 / 0.2  # 2 steps, 2 waits
 
 
 def test_a_signal_while_starting(call, data_dir, tmp_path, monkeypatch):

@@ -287,14 +287,15 @@ def test_threshold_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_entropy(dtype):
-    """It is that of float64, also within autocast, which would compute the sum of products in bfloat16."""
-    logits = 8 * torch.randn(50, 27, generator=generator())
-    logits[:, :3] = -math.inf
-    p = logits.softmax(-1)
-    exact = torch.special.entr(logits.double().softmax(-1)).sum(-1)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        found = entropy(logits, p)
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)
+    """It is that of float64, whatever is added to all logits, also with many tokens, and within autocast, which would
+    compute the sum of products in bfloat16."""
+    for scale, more, tokens in ((8, 0, 27), (3, 20, 50_000)):
+        logits = scale * torch.randn(50, tokens, generator=generator()) + more
+        logits[:, :3] = -math.inf
+        exact = torch.special.entr(logits.double().softmax(-1)).sum(-1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = entropy(logits, logits.softmax(-1))
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 
 
 def test_entropy_bound_by_hand():
