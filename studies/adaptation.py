@@ -73,13 +73,14 @@ class Study:
             flags += [f"--init_from={self.out(SOURCES[kind], seed, self.args.steps)}"]
         if kind == "E":
             flags += [f"--anneal_steps={n // 2}"]
-        return runs.trained(self.out(kind, seed, n), flags, self.args)
+        return runs.trained(self.out(kind, seed, n), flags, self.args)["bits"]
 
     def samples(self, kind, seed, n):
         """Samples and real text, judged: the rows of evaluate.py --samples."""
         out, judge = self.out(kind, seed, n), self.out("AR", JUDGE_SEED, self.args.steps)
         steps = [] if kind == "AR" else ["--steps", self.args.calls]
-        return runs.once(self.folder / f"{out.name}.samples.json", lambda: json.loads(runs.call(
+        name = f"{out.name}.samples_{self.args.samples}_{self.args.calls}.json"
+        return runs.once(self.folder / name, lambda: json.loads(runs.call(
             "evaluate.py", out, *runs.data_flags(self.args), "--samples", self.args.samples, *steps, "--judge",
             judge)))["samples"]
 

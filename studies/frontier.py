@@ -21,6 +21,7 @@ It writes frontier.json and frontier.png. What is there is not run again.
 
 import functools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -86,23 +87,22 @@ class Study:
 
     def tune(self, *key):
         """Train one run, or continue it. Returns {"val": bits of its validation}."""
-        return {"val": runs.validated(*self.run(*key), self.args)}
+        return runs.validated(*self.run(*key), self.args)
 
     def measure(self, method, *key):
         """Train one run, or continue it. Returns {"val": bits of its validation, "bits": on the test split}."""
         how = ["--estimator", "exact_k"] if method == "D3PM" else []  # its own is of 1,000 steps
-        out, flags = self.run(method, *key)
-        bits = runs.trained(out, flags, self.args, how=how)
-        return {"val": runs.validation(out), "bits": bits}
+        return runs.trained(*self.run(method, *key), self.args, how=how)
 
 
 # ---- the frontier ----------------------------------------------------------------------------------------------------
 
 
 def slope(points):
-    """Bits for ten times the operations: least squares of the bits against log10 C over points [(C, bits, ...)]."""
-    C, bits, *_ = zip(*points)
-    return np.polyfit(np.log10(C), bits, 1)[0].item()
+    """Bits for ten times the operations: least squares of the bits against log10 C over the finite ones of points
+    [(C, bits, ...)]. nan if there are fewer than two."""
+    points = [(math.log10(C), bits) for C, bits, *_ in points if math.isfinite(bits)]
+    return np.polyfit(*zip(*points), 1)[0].item() if len(points) > 1 else math.nan
 
 
 def operations(points, bits):

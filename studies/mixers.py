@@ -111,8 +111,7 @@ def measure(row, lr, seed, args):
     flags = ["mdlm_mini_fast", *(f"--{key}={value}" for key, value in (BASE | row.settings).items() if value != ""),
              f"--lr={lr}", f"--seed={seed}", f"--max_steps={args.steps}", f"--warmup_steps={args.steps // 20}",
              f"--eval_interval={args.steps}", "--max_skipped=1000000"]
-    return {"bits": runs.trained(out, flags, args), "val": runs.validation(out),
-            "state": log.read(out / "log.jsonl")[0]["optimizer_bytes"]}
+    return runs.trained(out, flags, args) | {"state": log.read(out / "log.jsonl")[0]["optimizer_bytes"]}
 
 
 def costs_of(rows, repeats=15):

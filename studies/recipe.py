@@ -54,12 +54,12 @@ class Study:
     def measure(self, size, recipe, lr, seed, choice=None):
         """Train one run, with one of CHOICES by its number. Returns {"val": bits of its validation}."""
         settings = {} if choice is None else CHOICES[choice]
-        return {"val": runs.validated(*self.run(size, recipe, lr, seed, **settings), self.args)}
+        return runs.validated(*self.run(size, recipe, lr, seed, **settings), self.args)
 
     def score(self, size, recipe, lr, seed, share):
         """The bits per character of the test split of one run."""
         how = ["--estimator", "exact_k"] if recipe == "nanoDD's" else []  # its own bound is of 1,000 steps
-        return runs.trained(*self.run(size, recipe, lr, seed, share), self.args, how=how)
+        return runs.trained(*self.run(size, recipe, lr, seed, share), self.args, how=how)["bits"]
 
 
 def main():

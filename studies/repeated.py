@@ -51,7 +51,7 @@ class Study:
                  f"--unique_tokens={self.args.unique}", f"--seed={seed}", f"--max_steps={steps}",
                  f"--warmup_steps={max(1, min(100, steps // 10))}", f"--eval_interval={math.ceil(steps / 16)}",
                  *(f"--{key}={value}" for key, value in config.items())]
-        return {"bits": runs.trained(out, flags, self.args, best=True), "val": runs.validation(out)}
+        return runs.trained(out, flags, self.args, best=True)
 
     def tune(self):
         """{(kind, size, whether epochs are many): settings as pairs}, those with the best validation; and all runs."""

@@ -17,7 +17,8 @@ from cli import UserError, number, progress, write_file
 from data.loader import load_meta
 
 ROOT = Path(__file__).resolve().parent.parent
-CHANGE_NO_RUN = "folder", "data_dir", "seeds", "jobs", "epochs", "budgets", "sizes"  # but ask for more or fewer runs
+CHANGE_NO_RUN = ("folder", "data_dir", "seeds", "jobs", "epochs", "budgets", "sizes", "samples",
+                 "calls")  # but ask for more or fewer runs, or for other samples of them
 
 
 def add_arguments(parser, steps):
@@ -37,10 +38,11 @@ def add_arguments(parser, steps):
 def make_folder(path, args, name="settings"):
     """Make the folder of a study, and keep its settings in NAME.json, but for those that change no run.
 
-    Raises UserError if it has runs with other settings, or the data set is not prepared.
+    Raises UserError if it has runs with other settings or on other data, or the data set is not prepared.
     """
-    load_meta(args.dataset, args.data_dir)  # before anything is kept
+    data = load_meta(args.dataset, args.data_dir)  # before anything is kept
     settings = {key: value for key, value in vars(args).items() if key not in CHANGE_NO_RUN}
+    settings["data"] = data.get("sha256", {}).get("train", "")[:16]
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,8 +52,8 @@ def make_folder(path, args, name="settings"):
         kept.unlink()  # of a call that ended before its first run
     before = once(kept, lambda: settings)
     for key in settings:
-        if before.get(key) != settings[key]:
-            raise UserError(f"{path} has runs with {key}={before.get(key)}, not {settings[key]}: choose another folder")
+        if key in before and before[key] != settings[key]:
+            raise UserError(f"{path} has runs with {key}={before[key]}, not {settings[key]}: choose another folder")
 
 
 def call(script, *arguments, ok=(0,)):
@@ -74,21 +76,39 @@ def once(path, measure):
     return json.loads(path.read_text())
 
 
-def trained(out, flags, args, best=False, how=(), dataset=None, unit="token"):
-    """Train the run `out`, or continue it. Returns its bits per token on the test split.
+def validated(out, flags, args, dataset=None):
+    """Train the run `out`, or continue it. Returns {"val": its best validation, bits per token}, by which settings are
+    chosen. It is infinite if the run's weights became so.
 
-    best: at the checkpoint of the best validation. how: more flags of evaluate.py. dataset: if not that of all runs.
-    unit: "token" or "byte". The bits are infinite if its weights or its likelihood became so.
+    dataset: if not that of all runs.
     """
     def measure():
-        train(out, flags, args, dataset)
+        call("train.py", *flags, f"--dataset={dataset or args.dataset}", f"--data_dir={args.data_dir}",
+             f"--out_dir={out}", *(f"--{flag}" for flag in args.flags), "--resume=auto")
+        return {"val": min((line["val_bits_per_token"] for line in log.read(out / "log.jsonl")
+                            if line.get("val_bits_per_token") is not None), default=None)}
+
+    val = once(out.with_name(f"{out.name}.val.json"), lambda: unless_infinite(measure) or {"val": None})["val"]
+    return {"val": math.inf if val is None else val}
+
+
+def trained(out, flags, args, best=False, how=(), dataset=None, unit="token"):
+    """Train the run `out`, or continue it, and score it. Returns {"bits": on the test split, "val": as validated}.
+
+    best: at the checkpoint of the best validation. how: more flags of evaluate.py. unit: of the bits, "token" or
+    "byte". Both are infinite if its weights or its likelihood became so.
+    """
+    val = validated(out, flags, args, dataset)["val"]
+
+    def measure():
         seq_len = log.read(out / "log.jsonl")[0]["config"]["seq_len"]
         return json.loads(call("evaluate.py", out / "ckpt_best.pt" if best else out, *data_flags(args), "--n_tokens",
                                seq_len * args.windows, *how))
 
-    bits = once(out.with_name(f"{out.name}.json"), lambda: unless_infinite(measure) or {f"bits_per_{unit}": None})
-    bits = bits[f"bits_per_{unit}"]
-    return math.inf if bits is None else bits
+    key = f"bits_per_{unit}"
+    bits = once(out.with_name(f"{out.name}.json"), lambda: (
+        math.isfinite(val) and unless_infinite(measure) or {key: None}))[key]
+    return {"bits": math.inf, "val": math.inf} if bits is None else {"bits": bits, "val": val}
 
 
 def unless_infinite(measure):
@@ -99,25 +119,6 @@ def unless_infinite(measure):
         if "not finite" in str(error):
             return None
         raise
-
-
-def train(out, flags, args, dataset=None):
-    """Train the run `out`, or continue it."""
-    call("train.py", *flags, f"--dataset={dataset or args.dataset}", f"--data_dir={args.data_dir}", f"--out_dir={out}",
-         *(f"--{flag}" for flag in args.flags), "--resume=auto")
-
-
-def validated(out, flags, args):
-    """Train the run `out`, or continue it, without scoring it. Returns its best validation, as validation() does."""
-    once(out.with_name(f"{out.name}.trained.json"), lambda: unless_infinite(lambda: train(out, flags, args)))
-    return validation(out)
-
-
-def validation(out):
-    """The best validation of the run `out`, in bits per token; infinite if there is none. Settings are chosen by it."""
-    lines = log.read(out / "log.jsonl") if (out / "log.jsonl").exists() else []
-    return min((line["val_bits_per_token"] for line in lines if line.get("val_bits_per_token") is not None),
-               default=math.inf)
 
 
 def data_flags(args):

@@ -52,6 +52,7 @@ import torch
 import configs
 import local_sgd
 import storage
+from adapt import adapt
 from configs import replace
 from data.loader import check_same_tokens, open_data, windows
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
@@ -180,8 +181,7 @@ class Simulation:
         if args.init_from:
             source = storage.read(args.init_from)
             check_same_tokens(source["meta"], self.meta, cfg.dataset)
-            storage.check_fit(self.model, source["ema"], args.init_from)
-            storage.load_weights(self.model, source["ema"])
+            storage.load_weights(self.model, adapt(self.model, source, cfg, args.init_from))
         self.start = [p.detach().clone() for p in self.model.parameters()]
         self.sums, self.updates, self.nats, self.steps = dict.fromkeys(SUMS, 0.0), 0, 0.0, 0
         self.events_done, self.logged, self.progress = 0, 0, 0

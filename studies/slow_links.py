@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import log
-from cli import ArgumentParser, number, require, run, table, write_file
+from cli import ArgumentParser, UserError, number, require, run, table, write_file
 from plot import picture
 from studies import runs
 from studies.runs import ROOT, over_seeds
@@ -183,7 +183,7 @@ def main():
     p = ArgumentParser(description=__doc__)
     runs.add_arguments(p, steps=1000)
     p.add_argument("--first", type=number(int, 1), default=400, help="steps of the first network (default 400)")
-    p.add_argument("--local_steps", type=number(int, 1), default=50, help="steps of a round (default 50)")
+    p.add_argument("--local_steps", type=number(int, 2), default=50, help="steps of a round (default 50)")
     args = p.parse_args()
     require("matplotlib", "a picture")
     runs.make_folder(args.folder, args)
@@ -195,6 +195,9 @@ def main():
            for name, level, seed, flags in trials],
           {"name": ("", ""), "flags": ("", ""), "bits": ("bits", ".4f")}, sys.stdout)
     base = {seed: found["diloco", "very", seed, best["diloco"]]["bits"] for seed in seeds}
+    if None in base.values():
+        raise UserError("diloco, with which all others are compared, diverged: choose another folder and a smaller "
+                        "learning rate (--flags lr=...)")
     rows, points = [], []
     for name in ("ddp", "diloco"):
         for level in LEVELS[:-1]:
@@ -232,7 +235,10 @@ def main():
     hours = {name: runs.mean_curve([found[name, "halos", seed, best.get(name, ())]["curve"] for seed in seeds])
              for name in ALGORITHMS}
     hours = {name: points for name, points in hours.items() if points}  # without what diverged
-    target = max(points[-1][1] for points in hours.values() if points[-1][1] <= points[0][1])
+    target = max((points[-1][1] for points in hours.values() if points[-1][1] <= points[0][1]), default=None)
+    if target is None:
+        raise UserError("nothing was learnt on the 16 machines: choose another folder and a smaller learning rate "
+                        "(--flags lr=...)")
     print(f"\n16 machines in 4 regions: hours to {target:.4f} bits per character (validation, mean of the seeds)")
     rows_of_16 = [{
         "name": name, "flags": " ".join(best.get(name, ())), "hours": hours_to(target, points),

@@ -47,15 +47,22 @@ class Study:
         self.steps = {tokens: round(args.steps * window / (self.seq_len[tokens] * size))
                       for tokens, size in bytes_per_token.items()}
 
-    def measure(self, tokens, kind, shift, lr, seed):
-        """Train one run, or continue it. Returns {"bits": per byte of the test split, "val": per token}."""
+    def run(self, tokens, kind, shift, lr, seed):
+        """(folder, arguments of train.py) of a run."""
         steps = self.steps[tokens]
         out = self.args.folder / f"{tokens}_{kind.replace(' ', '_')}_{'shift' if shift else 'plain'}_lr={lr:g}_{seed}"
         flags = ["mdlm_mini_fast", *KINDS[kind], f"--shift_tokens={shift}", f"--lr={lr}", f"--seed={seed}",
                  f"--seq_len={self.seq_len[tokens]}", f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 20)}",
                  f"--eval_interval={steps}", "--eval_sequences=512", "--sample_interval=0"]
-        bits = runs.trained(out, flags, self.args, dataset=self.datasets[tokens], unit="byte")
-        return {"bits": bits, "val": runs.validation(out)}
+        return out, flags
+
+    def tune(self, tokens, *key):
+        """Train one run, or continue it. Returns {"val": bits per token of its validation}."""
+        return runs.validated(*self.run(tokens, *key), self.args, self.datasets[tokens])
+
+    def measure(self, tokens, *key):
+        """Train one run, or continue it. Returns {"bits": per byte of the test split, "val": per token}."""
+        return runs.trained(*self.run(tokens, *key), self.args, dataset=self.datasets[tokens], unit="byte")
 
 
 def main():
@@ -65,8 +72,8 @@ def main():
     runs.make_folder(args.folder, args)
     study, seeds = Study(args), range(1, args.seeds + 1)
     kinds = list(itertools.product(TOKENS, KINDS, (False, True)))
-    best, found = runs.tuned(kinds, study.measure, args.jobs)
-    found |= runs.in_stages([[(*kind, best[kind], seed) for seed in seeds for kind in kinds]], study.measure, args.jobs)
+    best, _ = runs.tuned(kinds, study.tune, args.jobs)
+    found = runs.in_stages([[(*kind, best[kind], seed) for seed in seeds for kind in kinds]], study.measure, args.jobs)
     bits = {kind: [found[(*kind, best[kind], seed)]["bits"] for seed in seeds] for kind in kinds}
 
     rows = []

@@ -5,14 +5,15 @@
 A run is a folder with ckpt.pt: one of those given, or inside one of them. `evaluate.py --check` scores each on the test
 split by its own estimator and by another one of the same number, on the same windows. The others draw their masks from
 other distributions: with a rate for each window in place of a number of masks, or a step for each window in place of
-strata of steps. Each run has noise of its own. So if both estimators are right, z = difference / its standard error has
-mean 0 and variance 1 over the runs.
+strata of steps. Runs of different names have noise of their own. So if both estimators are right, z = difference / its
+standard error has mean 0 and variance 1 over the runs.
 
 The exact likelihood of left-to-right models is computed once more, with one network call for each token, on 32 windows.
 Nothing is random there: the two numbers must be equal up to rounding.
 
 It prints every difference, and exits with code 1 if one of them is larger than four standard errors and 0.0001 bits.
-RUN.check.json beside each run keeps the answer, and what is there is not run again.
+RUN.check.json beside each run keeps the answer. It is not measured again, unless the run was trained on since, or
+--windows or --repeats are others.
 """
 
 import json
@@ -27,9 +28,17 @@ from cli import ArgumentParser, UserError, number, run, table
 from studies import runs
 
 
-def check(out, args):
+def checked(out, args):
+    """What check() returns, kept beside the run with what it is about."""
+    payload, kept = storage.read(out), out.with_name(f"{out.name}.check.json")
+    about = {"windows": args.windows, "repeats": args.repeats, "weights": storage.digest(payload["ema"])}
+    if kept.exists() and json.loads(kept.read_text()).get("about") != about:
+        kept.unlink()
+    return runs.once(kept, lambda: check(out, payload["config"], args) | {"about": about})
+
+
+def check(out, config, args):
     """Two estimates of a run's likelihood: what a row of the table has, and whether one is "exact"."""
-    config = storage.read(out)["config"]
     exact = config["objective"] == "ar"
     windows = min(args.windows, 32) if exact else args.windows
     words = ["--n_tokens", config["seq_len"] * windows, "--seed", zlib.crc32(out.name.encode()),
@@ -64,8 +73,7 @@ def main():
     p.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time, one thread each (default 1)")
     args = p.parse_args()
     outs = runs_in(args.folders)
-    found = runs.in_stages([[(out,) for out in outs]], lambda out: runs.once(
-        out.with_name(f"{out.name}.check.json"), lambda: check(out, args)), args.jobs)
+    found = runs.in_stages([[(out,) for out in outs]], lambda out: checked(out, args), args.jobs)
     results = [{"run": str(out), **found[out,]} for out in outs]
     table(results, {"run": ("", ""), "first": ("bits", ".4f"), "second": ("again", ".4f"),
                     "difference": ("difference", "+.4f"), "stderr": ("±", ".4f"), "z": ("z", "+.2f"),

@@ -162,7 +162,8 @@ def test_two_estimates(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(runs, "call", answer)
     monkeypatch.setattr(storage, "read", lambda out: {
-        "config": {"seq_len": 8, "objective": "ar" if out.name == "two" else "mdlm"}})
+        "config": {"seq_len": 8, "objective": "ar" if out.name == "two" else "mdlm"}, "ema": weights})
+    weights = {"one": 1}
     go_on = lambda *folders: (monkeypatch.setattr(sys, "argv", ["two_estimates.py", *map(str, folders)]),
                               two_estimates.main())
     go_on(tmp_path / "a", tmp_path / "a" / "one", tmp_path / "nan")
@@ -176,6 +177,12 @@ def test_two_estimates(monkeypatch, tmp_path, capsys):
     assert stopped.value.code == 1 and len(calls) == 4 and "2 agree, 1 disagree" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no run"):
         go_on(tmp_path / "missing")
+    for again in (["--windows", "99"], ["--windows", "99", "--repeats", "3"]):  # other questions, and other weights
+        go_on(tmp_path / "a" / "one", *again)
+    weights["one"] = 2
+    for _ in range(2):
+        go_on(tmp_path / "a" / "one", *again)
+    assert len(calls) == 7 and 8 * 99 in calls[-1][1]
 
 
 def test_tokens(answers, monkeypatch, tmp_path):
@@ -247,8 +254,7 @@ def test_recipe(answers, monkeypatch, tmp_path):
         assert (value["n_embd"], value["n_layer"]) == (("384", "6") if name.startswith("384x6") else ("128", "4"))
         if "decay=" not in name:
             assert float(value["ema_decay"]) == pytest.approx(0.99 ** (batch / usual))
-    again = 2 * 3  # at each size both seeds of the fast recipe and one of nanoDD's are trained before they are scored
-    assert len(outs) == sum(words[0] == "train.py" for words in calls) - again
+    assert len(outs) == sum(words[0] == "train.py" for words in calls)
     for words in (words for words in calls if words[0] == "evaluate.py"):
         assert ("exact_k" in words) == ("d3pm_mini" in words[1])
     before = len(calls)
@@ -257,7 +263,7 @@ def test_recipe(answers, monkeypatch, tmp_path):
 
 
 def test_a_run_that_diverges(answers, monkeypatch, tmp_path):
-    """It has infinite bits and no validation, and is not trained again; any other error ends the study."""
+    """Its bits and its validation are infinite, and it is not trained again; any other error ends the study."""
     args = argparse.Namespace(dataset="x", data_dir="", flags=[], windows=8)
     message = "train.py failed: the weights are not finite after step 7"
 
@@ -268,12 +274,67 @@ def test_a_run_that_diverges(answers, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(runs, "call", fail)
     for _ in range(2):
-        assert runs.trained(tmp_path / "one", [], args) == math.inf == runs.validated(tmp_path / "two", [], args)
+        assert runs.trained(tmp_path / "one", [], args) == {"bits": math.inf, "val": math.inf}
+        assert runs.validated(tmp_path / "two", [], args) == {"val": math.inf}
     assert len(calls) == 2
     message = "no space is left"
     for function in (runs.trained, runs.validated):
         with pytest.raises(UserError, match="no space"):
             function(tmp_path / "three", [], args)
+
+
+def test_a_likelihood_that_is_infinite(answers, monkeypatch, tmp_path):
+    """A run whose validation is good and whose likelihood is not finite is not chosen. What was measured is kept, also
+    without the run's folder."""
+    args = argparse.Namespace(dataset="x", data_dir="", flags=[], windows=8)
+    calls = answers(lambda path: math.nan if path.endswith("bad") else 3.0, lambda path: 2.0)
+    answer = runs.call
+
+    def refuse(script, out, *words):
+        if script == "evaluate.py" and out.name == "bad":
+            raise UserError("evaluate.py failed: the likelihood is not finite")
+        return answer(script, out, *words)
+
+    monkeypatch.setattr(runs, "call", refuse)
+    for _ in range(2):
+        assert runs.validated(tmp_path / "bad", [], args)["val"] < 3
+        assert runs.trained(tmp_path / "bad", [], args) == {"bits": math.inf, "val": math.inf}
+        found = runs.trained(tmp_path / "good", [], args)
+        assert found["bits"] == 3 and found["val"] == pytest.approx(2.01)
+        (tmp_path / "good" / "log.jsonl").unlink(missing_ok=True)
+    assert [words[0] for words in calls] == ["train.py", "train.py", "evaluate.py"]
+
+
+def test_slope():
+    """It is that of the finite points."""
+    points = [(1e12, 3.0, None), (1e13, 2.5, None), (1e14, math.inf, None)]
+    assert frontier.slope(points) == pytest.approx(-0.5) and math.isnan(frontier.slope(points[1:]))
+
+
+def test_what_a_study_runs(answers, monkeypatch, tmp_path):
+    """Every training has --flags, and every score is of so many windows of the test split."""
+    calls = answers(lambda path: 3.0)
+    go(frontier, monkeypatch, tmp_path / "study", "--seeds", "1", "--budgets", "1e12,4e12", "--windows", "99",
+       "--flags", "dropout=0.3")
+    for words in calls:
+        if words[0] == "train.py":
+            assert words[-2:] == ["--dropout=0.3", "--resume=auto"]
+        else:
+            assert (words[words.index("--split") + 1], words[words.index("--n_tokens") + 1]) == ("test", str(99 * 128))
+
+
+def test_settings_before_the_first_run_can_change(monkeypatch, tmp_path):
+    """A folder that has nothing but its settings takes others. One with runs takes neither others nor other data."""
+    args = argparse.Namespace(dataset="x", data_dir="", windows=8)
+    monkeypatch.setattr(runs, "load_meta", lambda *_: {"sha256": {"train": data}})
+    data = "abc"
+    runs.make_folder(tmp_path / "study", args)
+    args.windows = 9
+    runs.make_folder(tmp_path / "study", args)
+    (tmp_path / "study" / "run").mkdir()
+    data = "abd"
+    with pytest.raises(UserError, match="has runs with data=abc, not abd"):
+        runs.make_folder(tmp_path / "study", args)
 
 
 def test_only_infinite_numbers_are_let_through():
