@@ -1,5 +1,7 @@
 """Networks of other training become diffusion models: BERT's kin, GPT-2, nanoGPT, and our left-to-right models."""
 
+import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -18,7 +20,7 @@ from attention import annealed
 from commands import assert_one_line, assert_resumes_exactly, losses, train
 from configs import Config, replace
 from data.loader import load_meta, load_split
-from data.tokenizer import HubTokenizer, make_tokenizer
+from data.tokenizer import HubTokenizer, definition_of, from_hub, make_tokenizer
 from diffusion import MDLM, cross_entropy
 from foreign.bert import BERT
 from likelihood import chain_rule
@@ -263,11 +265,13 @@ def test_it_can_be_compiled(saved, monkeypatch):
 
 
 def test_recomputation_and_flops(saved):
-    """--checkpoint_blocks reaches the network; the head counts by its share of predicted tokens."""
+    """--checkpoint_blocks and --dropout reach the network; the head counts by its share of predicted tokens."""
     _, config, meta, _ = checkpoint.load_model(saved("roberta")[0], CPU)
     for flag in (False, True):
         network = replace(config, checkpoint_blocks=flag).make_model(meta["vocab_size"])
         assert network.body.is_gradient_checkpointing == flag
+    dropping = replace(config, dropout=0.3).make_model(meta["vocab_size"]).modules()
+    assert {part.p for part in dropping if isinstance(part, torch.nn.Dropout)} == {0.3}
     head = sum(p.numel() for p in network.head.parameters() if p.dim() == 2)
     assert network.flops(8, 1.0) - network.flops(8, 0.5) == pytest.approx(3 * head)
     with pytest.raises(storage.UserError, match="no --fsdp"):
@@ -300,6 +304,27 @@ def test_tokens_without_bytes(kind):
     with pytest.raises(storage.UserError, match="into its special token"):
         HubTokenizer(json.dumps(json.loads(found.to_str())), left_out={tokenizer.encode("the")[0].item()
                                                                       + len(tokenizer.left_out)}).encode("the")
+
+
+def test_code_beside_a_tokenizer_is_not_run(saved, tmp_path):
+    saved("bert")[2].save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'flag')!r}, 'w')\nfrom transformers import "
+                                      "PreTrainedTokenizerFast\nclass Evil(PreTrainedTokenizerFast): pass\n")
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        settings | {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}))
+    with contextlib.suppress(storage.UserError):
+        from_hub(tmp_path)
+    assert not (tmp_path / "flag").exists()
+
+
+def test_truncation_is_left_out(saved):
+    """A tokenizer that cuts texts and fills them up encodes whole texts, and nothing else."""
+    other, text = copy.deepcopy(saved("bert")[2]), "the cat sat on the mat"
+    n = len(other(text, add_special_tokens=False)["input_ids"])
+    other.backend_tokenizer.enable_truncation(4)
+    other.backend_tokenizer.enable_padding(length=512)
+    assert len(HubTokenizer(definition_of(other)).encode(text)) == n > 4
 
 
 def test_large_vocabularies(tmp_path):

@@ -154,7 +154,8 @@ def test_a_bad_step_does_nothing():
 
 
 def test_who_steps_what():
-    """Muon has the four matrices of each block, AdamW all else, and together they have every parameter once."""
+    """Muon has the four matrices of each block, AdamW all else, and together they have every parameter once. SM3 has
+    all, with the momentum beta1."""
     model = CFG.make_model(5)
     adamw, muon = make_optimizers(model, CFG, torch.device("cpu"), torch.float32)
     names = {p: name for name, p in model.named_parameters()}
@@ -164,6 +165,10 @@ def test_who_steps_what():
     assert [group["weight_decay"] for group in muon.param_groups] == [CFG.weight_decay] != [0]
     rest = [names[p] for group in adamw.param_groups for p in group["params"]]
     assert sorted(mine + rest) == sorted(names.values()) and states([adamw, muon]).keys() == names.keys()
+    for name in ("sm3", "sm3_nesterov"):
+        cfg = replace(CFG, optimizer=name, beta1=0.7)
+        [sm3] = make_optimizers(model, cfg, torch.device("cpu"), torch.float32)
+        assert (sm3.defaults["momentum"], sm3.defaults["nesterov"]) == (0.7, name == "sm3_nesterov")
 
 
 # ---- SM3 -------------------------------------------------------------------------------------------------------------

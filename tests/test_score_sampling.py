@@ -275,7 +275,8 @@ def test_uniform_infilling():
 def test_temperature_of_uniform_noise():
     """The cut is of the prediction.
 
-    At temperature 0 the last step draws the likeliest token where it draws one anew.
+    At temperature 0 the last step draws the likeliest token where it draws one anew, and at 0.5 from the softmax of
+    twice the logits.
     """
     objective = Uniform(V, "linear")
     model = network_at(objective, random_prediction)
@@ -291,6 +292,13 @@ def test_temperature_of_uniform_noise():
     *_, plain = Settings("ancestral", {"grid": [1.0, 0.5, 0.0]})(objective, model, masks(500),
                                                                 torch.Generator().manual_seed(1))
     assert (counts_of(sharp.xt) > 0).sum() < (counts_of(plain.xt) > 0).sum()
+    draw = Draw(torch.Generator().manual_seed(0), temperature=0.5)
+    (state,) = sampler(model, masks(N_SAMPLES), V, objective.time, draw, torch.ones(N_SAMPLES), grid=[1.0, 0.0],
+                       objective=objective)
+    first = (Draw(torch.Generator().manual_seed(0)).uniform((N_SAMPLES, L)) * V).long()
+    p = (2 * random_prediction(1.0)).softmax(-1)[(first * torch.tensor([9, 3, 1])).sum(1)].mean(0)
+    for i in range(L):
+        assert chi_square_excess(state.xt[:, i].bincount(minlength=V).double(), p[i]) < 4
 
 
 def test_noise_removal_ends_the_chain():

@@ -238,6 +238,9 @@ def test_draws_have_the_right_weights():
         assert mean == pytest.approx((1 - math.cos(3)) / 3 + 0.5, rel=0.01)
     noise = objective.noise(u, v)
     torch.testing.assert_close(noise.weight, (1 / (1 - u)).float())
+    quarter = torch.full((1,), 0.25, dtype=torch.float64)
+    sigmas = [getattr(objective, name)(quarter, v[:1]).sigma.item() for name in Uniform.estimators]
+    assert sigmas == pytest.approx([-math.log1p(-0.25**2), -math.log1p(-0.25**1.5)])  # two estimators indeed
 
 
 def test_estimates_are_finite_and_agree():
