@@ -294,7 +294,7 @@ def test_tokens_without_bytes(kind):
         found.add_special_tokens(["<s>", "<unk>"])
         text, unknown = "the cats the\u00e9", "<unk>"
     else:
-        found, text, unknown = word_pieces(), "the cat sat, on the mat.", "[UNK]"
+        found, text, unknown = word_pieces(), "the cat sat, on a mat.", "[UNK]"
     tokenizer = HubTokenizer(json.dumps(json.loads(found.to_str())))
     assert unknown in [tokenizer.pieces[i] for i in tokenizer.ids]
     assert "<s>" not in [tokenizer.pieces[i] for i in tokenizer.ids]
@@ -334,6 +334,10 @@ def test_large_vocabularies(tmp_path):
     meta = {"tokenizer": "hf", "definition": "{}", "vocab_size": 70_000, "name": "large"}
     write_splits(tmp_path / "large", meta, dict.fromkeys(("train", "val", "test"), "a"), lambda text: [69_999, 1])
     assert load_split("large", "train", 1, tmp_path).tolist() == [69_999, 1]
+    parts = json.loads(word_pieces().to_str())
+    parts["model"]["vocab"]["zzz"] = 10**8
+    with pytest.raises(storage.UserError, match="above ten million"):
+        HubTokenizer(json.dumps(parts))
 
 
 def test_bad_folders(saved, tmp_path, call, monkeypatch):

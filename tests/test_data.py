@@ -9,6 +9,7 @@ import lzma
 import random
 import re
 import sys
+import threading
 import zipfile
 
 import numpy as np
@@ -58,6 +59,11 @@ def test_a_character_outside_the_alphabet_is_named():
         CharTokenizer(TEXT8_ALPHABET).encode("caféΩ")
 
 
+def test_lengths_of_characters():
+    """One character each, and the bytes of UTF-8; the pad has none."""
+    assert [x.tolist() for x in CharTokenizer("aé·", "·").lengths()] == [[1, 1, 1], [1, 2, 0]]
+
+
 def test_text8_words():
     """Lower case, apostrophes vanish, all else is a space."""
     assert text8_words("Don't -- Stop\n2 times, café!") == ["dont", "stop", "times", "caf"]
@@ -79,10 +85,13 @@ def test_recode():
 
 
 def test_bpe_merges_the_most_frequent_pair():
-    """Every merge of bpe:SIZE joins a pair of neighbours that no other pair within words exceeds in number."""
+    """Every merge of bpe:SIZE joins a pair of neighbours that no other pair within words exceeds in number. The 256
+    characters of bytes are the library's."""
+    from tokenizers import pre_tokenizers
     text = words(400) + " " + words(300, seed=1)[::-1] + " caf\u00e9"
     meta = tokens_of("bpe:300", lambda: [text[:900], text[900:]])
     letters = {byte: character for character, byte in byte_alphabet().items()}
+    assert sorted(letters) == list(range(256)) and {*letters.values()} == {*pre_tokenizers.ByteLevel.alphabet()}
     pieces = [[letters[byte] for byte in word.encode()] for part in (text[:900], text[900:])
               for word in re.findall(" ?[^ ]+", part)]
     merges = json.loads(meta["definition"])["model"]["merges"]
@@ -435,8 +444,10 @@ def test_a_split_of_one_window(small):
 
 
 def test_windows_tile_the_split(small):
-    """Windows do not overlap and cover all but a shorter remainder; a limit takes them evenly, ends included."""
+    """Windows do not overlap and cover all but a shorter remainder; a limit takes them evenly, ends included. The files
+    are open to read alone."""
     tokens = load_split("small", "val", 6, small)
+    assert not tokens.flags.writeable
     assert windows(tokens, 6).tolist() == [0, 6, 12]
     assert gather(tokens, windows(tokens, 5), 5).flatten().tolist() == list(range(20))
     assert (windows(np.zeros(1000), 10, limit=3).tolist() == [0, 500, 990]
@@ -461,7 +472,9 @@ def test_missing_and_damaged_data_sets(small):
     (small / "small" / "val.bin").write_bytes(b"123")
     with pytest.raises(UserError, match="3 tokens and its meta.json says 20"):
         load_split("small", "val", 2, small)
-    for content in (b"{", b"[]", b"{}", b"\xff\xfe", b'{"vocab_size": 27}'):
+    meta = json.loads((small / "small" / "meta.json").read_text())
+    for content in (b"{", b"[]", b"{}", b"\xff\xfe", b'{"vocab_size": 27}',
+                    json.dumps(meta | {"dtype": "float64"}).encode()):
         (small / "small" / "meta.json").write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
             load_meta("small", small)
@@ -481,9 +494,12 @@ def test_prefetch():
     assert next(stream) == 1
     with pytest.raises(ValueError, match="broken"):
         next(stream)
+    threads = {*threading.enumerate()}
     endless = prefetch(iter(int, 1), depth=2)
     assert next(endless) == 0
+    [thread] = {*threading.enumerate()} - threads
     endless.close()
+    assert not thread.is_alive()
 
 
 def test_subset():
@@ -496,7 +512,8 @@ def test_subset():
     assert subset(tokens, 0) is tokens
     starts = subset(tokens, 10**5)[::PIECE]
     assert np.diff(starts).max() < 1.01 * np.diff(starts).min() + PIECE
-    items = subset(np.repeat(np.arange(10**4), 32), 32 * 700, record=32).reshape(-1, 32)
-    assert (items == items[:, :1]).all()  # no item is cut
+    for n, size, kept in ((10**4, 32, 700), (3001, 48, 900)):  # 48 does not divide a piece
+        items = subset(np.repeat(np.arange(n), size), size * kept, record=size).reshape(-1, size)
+        assert (items == items[:, :1]).all()  # no item is cut
     with pytest.raises(UserError, match="more than the 1,000,000 tokens"):
         subset(tokens, 10**6 + 1)
