@@ -358,9 +358,11 @@ def test_bad_folders(saved, tmp_path, call, monkeypatch):
                           ({"vocab_size": 50}, "in other shapes"), ({"num_attention_heads": 5}, "cannot build")):
         (tmp_path / "config.json").write_text(json.dumps(settings | change))
         assert_one_line(go(), words)
+    model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(
         settings | {"auto_map": {"AutoConfig": "evil.E"}, "attn_implementation": "evil/kernel", "dtype": "float16",
                     "quantization_config": {"quant_method": "x"}}))
+    assert call("sample.py", tmp_path, "--steps=2").code == 0  # code, kernels and formats are not read
     tokenizer_only = tmp_path / "other"
     small = byte_level(["<mask>"], 270)
     import transformers

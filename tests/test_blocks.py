@@ -16,13 +16,14 @@ from attention import Layout, Tiles, attend, layout_beside_clean, layout_of_bloc
 from block_diffusion import (BlockDiffusion, Rereader, cut, finish, in_blocks, mask_count_probabilities,
                              read_rate_range)
 from categorical import Counted
-from commands import assert_one_line, log, losses, train
+from commands import assert_one_line, assert_resumes_exactly, log, losses, train
 from configs import Config
+from data.tokenizer import CharTokenizer
 from diffusion import MDLM
 from likelihood import by_rate, chain_rule
 from model import Block
 from networks import network, small
-from prompts import denoise
+from prompts import denoise, end_of
 from randomness import repeated_uniforms, uniforms
 from sampler_settings import loop_grid, schedule_grid
 from sampling import Settings
@@ -611,18 +612,22 @@ def test_where_texts_end():
     canvas = torch.full((2, 36), 27)
     *_, state = denoise(way, objective, Counting(), canvas, config, 4, torch.Generator())
     assert state.xt[0].tolist() == [(3 + i) % 27 for i in range(36)]  # windows 0 to 16, 12 to 28, 24 to 36
-    *_, state = denoise(way, objective, Counting(), canvas, config, 4, torch.Generator(), end=20)
-    assert state.xt[0].tolist() == [*range(3, 23), *[20] * 16]
+    states = list(denoise(way, objective, Counting(), canvas, config, 4, torch.Generator(), end=20))
+    assert states[-1].xt[0].tolist() == [*range(3, 23), *[20] * 16]
+    assert sum(state.steps for state in states) == 20  # what fills the text up is no step
     *_, state = denoise(way, objective, Counting(), canvas, config, 4, torch.Generator(), end=16)
     assert state.xt[0].tolist() == [*range(3, 19), *[16] * 20]
 
 
 def test_ends():
-    """`end` counts where it was written, not where it was given."""
+    """`end` counts where it was written, not where it was given. It is the pad, where pads come last."""
     xt = torch.tensor([[7, 1, 9, 9], [2, 7, 9, 9], [2, 3, 9, 9]])
     given = torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4])
     assert finish(xt, given, 7, 9).tolist() == [[7, 1, 9, 9], [2, 7, 7, 7], [2, 3, 9, 9]]
     assert cut([7, 1, 4, 7, 7], [7, 1, 9, 9, 9], 7) == [7, 1, 4] and cut([7, 1], [7, 9], 7) == [7, 1]
+    ends = [end_of(small(objective="block", block_size=4, padding=padding), CharTokenizer("ab.", "."))
+            for padding in ("end", "random")]
+    assert ends == [2, None]
 
 
 # ---- configs and commands --------------------------------------------------------------------------------------------
@@ -641,16 +646,14 @@ BLOCK = ["--objective=block", "--block_size=8"]
 CLIPPED = ["--rate_range=0.3:0.8", "--time_sampling=stratified"]
 
 
-def test_trains_and_resumes(call, data_dir, tmp_path):
-    """A run of the tiny config: losses fall; a resumed run ends as one without interruption; the log's bound is finite;
-    DiT's checkpointing of activations changes nothing."""
-    train_ = lambda name, *flags: train(call, "mdlm_text8", data_dir, tmp_path / name, *BLOCK, "--shift_tokens", *flags)
-    assert train_("whole", "--max_steps=8").code == 0
-    assert train_("parts", "--max_steps=8", "--checkpoint_interval=3").code == 0
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    again = train_("again", "--max_steps=8", "--checkpoint_blocks")
-    assert again.code == 0
-    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+def test_trains_and_resumes(call, monkeypatch, data_dir, tmp_path):
+    """A run of the tiny config: losses fall; a resumed run ends as one without interruption; DiT's checkpointing of
+    activations changes nothing."""
+    flags = [*BLOCK, "--shift_tokens", "--max_steps=8"]
+    whole, _ = assert_resumes_exactly(call, monkeypatch, "mdlm_text8", data_dir, tmp_path, flags)
+    assert losses(whole)[-1] < losses(whole)[0]
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "again", *flags, "--checkpoint_blocks").code == 0
+    assert losses(tmp_path / "again") == pytest.approx(losses(whole), rel=1e-4)
 
 
 def test_commands(call, data_dir, tmp_path):

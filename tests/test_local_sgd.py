@@ -317,6 +317,7 @@ def test_settings_that_contradict(call, data_dir, tmp_path):
                          (["--local_steps=5", "--pull=1.5"], "pull at most 1"),
                          (["--local_steps=5", "--outer_momentum=1"], "must be below 1"),
                          (["--local_steps=5", "--delay=6"], "delay and fragments must be at most"),
+                         (["--local_steps=2", "--fragments=3", "--n_layer=3"], "delay and fragments must be at most"),
                          (["--local_steps=5", "--fragments=4"], "no 4 blocks to deal out"),
                          (["--local_steps=5", "--eager"], "eager needs delay=5"),
                          (["--local_steps=5", "--delay=5"], "throws all local steps away"),

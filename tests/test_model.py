@@ -53,6 +53,13 @@ def test_padded_linear(biased):
     torch.testing.assert_close(*of)
 
 
+def test_what_is_compiled():
+    """By default runs on CUDA; else as --compile says."""
+    for kind in ("cuda", "cpu"):
+        found = [parallel.compiles(small(compile=value), torch.device(kind)) for value in (None, True, False)]
+        assert found == [kind == "cuda", True, False]
+
+
 @pytest.mark.parametrize("objective, vocab_size", [
     ("d3pm", 5), ("mdlm", 5), ("d3pm", 1000), ("mdlm", 1000), ("sedd", 1000)])
 def test_compiles_in_one_graph(objective, vocab_size, monkeypatch):
@@ -123,7 +130,7 @@ def test_a_causal_network_looks_left_only(shift):
 
 
 def test_positions_matter_relatively():
-    """Shifting a sequence by padding changes order-dependent output; rotary scores depend on the distance alone."""
+    """The output depends on the order of the tokens; rotary scores depend on the distance alone."""
     cos, sin = rotary_tables(16, 8)
     q, k = torch.randn(2, 8)
     score = lambda i, j: (rotate(q, cos[i], sin[i]) * rotate(k, cos[j], sin[j])).sum()

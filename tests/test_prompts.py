@@ -19,7 +19,6 @@ from cli import UserError
 from commands import ROOT, assert_one_line, log, train
 from data.tokenizer import CharTokenizer, make_tokenizer, tokens_of
 from diffusion import MDLM
-from foreign import translate
 from likelihood import Windows
 from model import DiT
 from prompts import canvases, template, windows_of
@@ -133,7 +132,7 @@ def test_prefix_suffix_and_length(sample):
 
 def test_infill(call, trained, sample, tmp_path):
     """Many templates of several lengths in the order of the file, each several times; equal ones are one batch."""
-    (tmp_path / "t.txt").write_text("the ____ one\n\na__\nb {5} two\nc__\nthe ____ one\n")
+    (tmp_path / "t.txt").write_text("the ____ one\n\na__\n \nb {5} two\nc__\nthe ____ one\n")
     found = sample("--infill", tmp_path / "t.txt", "--batch_size=2", "--sampler=first_hitting")
     patterns = ["the .{4} one", "a..", "b .{5} two", "c..", "the .{4} one"]
     texts = [one["text"] for one in found["samples"]]
@@ -408,7 +407,3 @@ def test_a_model_that_needs_a_prefix(call, data_dir, tmp_path):
                          ("uniform:5:2", "is not valid"), ("some:3", "is not valid"), ("uniform:0:-3", "is not valid")):
         assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "bad", f"--prefix={value}"), words)
     assert_one_line(train(call, "d3pm_text8", data_dir, tmp_path / "bad", "--prefix=fixed:8"), "lambda_ce")
-
-
-def test_overrides():
-    assert translate.overrides("n_head=2,seq_len=40,prefix=0") == {"n_head": 2, "seq_len": 40, "prefix": 0}

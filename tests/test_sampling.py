@@ -3,6 +3,7 @@
 `pytest tests/test_sampling.py -k follows -rP` prints how far samples are from their distributions (total variation).
 """
 
+import inspect
 import itertools
 import math
 
@@ -14,9 +15,10 @@ import configs
 import world
 from categorical import Draw, entropy, inverse_cdf
 from diffusion import MDLM, Absorbing, AutoRegressive, make_schedule
-from sampler_settings import best_grid, bound_on_grid, default_settings, enough_steps, loop_grid, schedule_grid
-from sampling import (DEFAULT_ETA, Settings, ancestral, entropy_bound, first_hitting, left_to_right, of_rows, remdm,
-                      threshold, topk)
+from sampler_settings import (DEFAULTS, best_grid, bound_on_grid, default_settings, enough_steps, loop_grid,
+                              schedule_grid)
+from sampling import (DEFAULT_ETA, SAMPLERS, Settings, ancestral, entropy_bound, first_hitting, left_to_right, of_rows,
+                      remdm, threshold, topk)
 from world import MASK, L, V, picked
 
 TIME = MDLM(MASK).time
@@ -283,6 +285,8 @@ def test_threshold_by_hand():
     one_by_one = states_of(threshold, by_hand, xt[:1], threshold=1.0, mask=2, temperature=0)
     assert [state.tolist()[0] for state in one_by_one] == [[2, 1, 2, 2], [2, 1, 0, 2], [1, 1, 0, 2], [1, 1, 0, 1]]
     assert len(states_of(threshold, by_hand, xt, threshold=0.0, mask=2)) == 1
+    certain = lambda xt, t, where: picked(torch.tensor([0.0, 200.0]).expand(len(xt), 4, 2), where)
+    assert len(states_of(threshold, certain, masks(1, 4, 2), threshold=1.0, mask=2)) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -409,7 +413,12 @@ def test_the_time_of_a_template():
 
 
 def test_default_settings():
-    """What training and bench.py sample with: T steps of the model's own schedule, or left to right."""
+    """What training and bench.py sample with: T steps of the model's own schedule, or left to right. The samplers have
+    the defaults of the command line."""
+    assert DEFAULTS["threshold"] == 0.9
+    for name, value in DEFAULTS.items():
+        found = [inspect.signature(sampler.function).parameters.get(name) for sampler in SAMPLERS.values()]
+        assert {p.default for p in found if p} == {value}
     config = configs.replace(configs.demo(), T=3, schedule="cosine")
     assert default_settings(config).options["grid"] == pytest.approx([1, math.cos(math.pi / 6), 0.5, 0])
     states = list(default_settings(config)(MDLM(MASK, "cosine"), world.oracle, masks(2), generator()))

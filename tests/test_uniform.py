@@ -191,7 +191,7 @@ def test_bound_of_any_network_is_above_the_entropy():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_d3pm_is_its_definition(schedule):
     """The expected T-step estimate is the sum of all posterior KLs from matrices; of the optimum it is above the
-    entropy and falls towards it."""
+    entropy and falls towards it. The loss is its share of one step."""
     gaps = []
     for T in (2, 4, 8):
         objective = UniformD3PM(V, T, schedule)
@@ -205,6 +205,8 @@ def test_d3pm_is_its_definition(schedule):
                                               for s in range(T, 0, -1)])
         assert p.sum().item() == pytest.approx(1) and (total + p.log()).min() > -1e-4  # a bound on its own sampler
     assert gaps[0] > gaps[1] > gaps[2] > 1e-3
+    loss, nelbo = objective.loss(network(random_logits(1)), EVERY_X0, at_rate(0.5, 8.0))
+    assert loss.item() == pytest.approx(nelbo.mean().item() / 8)
 
 
 def test_t_steps_become_continuous():
