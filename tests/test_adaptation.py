@@ -359,10 +359,11 @@ def test_bad_folders(saved, tmp_path, call, monkeypatch):
         (tmp_path / "config.json").write_text(json.dumps(settings | change))
         assert_one_line(go(), words)
     model.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(
-        settings | {"auto_map": {"AutoConfig": "evil.E"}, "attn_implementation": "evil/kernel", "dtype": "float16",
-                    "quantization_config": {"quant_method": "x"}}))
-    assert call("sample.py", tmp_path, "--steps=2").code == 0  # code, kernels and formats are not read
+    foreign = {"auto_map": {"AutoConfig": "evil.E", "AutoModelForMaskedLM": "evil.M"}, "dtype": "float16",
+               "attn_implementation": "evil/kernel", "quantization_config": {"quant_method": "x"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings | foreign))
+    assert call("sample.py", tmp_path, "--steps=2").code == 0  # code, kernels and formats are not read, nor kept
+    assert not foreign.keys() & json.loads(checkpoint.load_model(tmp_path, CPU)[1].backbone)["settings"].keys()
     tokenizer_only = tmp_path / "other"
     small = byte_level(["<mask>"], 270)
     import transformers
