@@ -269,8 +269,8 @@ def test_estimate(call):
     adamw = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4", "--optimizer=adamw"))
     muon = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4"))
     fast = CONFIGS["mdlm_mini_fast"]()
-    alone, shared = (costs.optimizer_flops(fast.make_model(27), fast, n) for n in (1, 4))
-    assert alone == 4 * shared  # four blocks have four matrices of each shape
+    alone, three, shared = (costs.optimizer_flops(fast.make_model(27), fast, n) for n in (1, 3, 4))
+    assert alone == 4 * shared and three == 2 * shared  # four blocks have four matrices of each shape
     extra = shared / (4 * 128)  # each GPU has 4 sequences
     assert muon["flops_per_token"] == pytest.approx(adamw["flops_per_token"] + extra)
 

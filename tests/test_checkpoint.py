@@ -18,12 +18,12 @@ from optim import make_optimizers
 from studies import forecast
 from train import states
 
-NEVER = "/nonexistent"
+NEVER = object()  # the change of a field that is left out
 CPU = torch.device("cpu")
 
 
 def changed(trained, out, **fields):
-    """A copy of a run's checkpoint in a new folder, with other fields, or without those that are None here."""
+    """A copy of a run's checkpoint in a new folder, with other fields, or without those that are NEVER here."""
     payload = storage.read(trained)
     payload |= {name: change(payload[name]) if callable(change) else change for name, change in fields.items()}
     out.mkdir()
@@ -113,9 +113,20 @@ def test_weights_that_are_no_numbers(call, trained, data_dir, tmp_path):
     out = changed(trained, tmp_path / "out", ema=first(lambda w: w * math.inf))
     assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "new", "--shift_tokens", f"--init_from={out}"),
                     "not finite numbers")
+    assert_one_line(call("sample.py", out), f"the weights in {out} are not finite numbers")
     out = changed(trained, tmp_path / "other", ema=first(lambda w: w[1:]))
     assert_one_line(train(call, "mdlm_text8", data_dir, out, *TRAINED, "--resume=auto"), "do not fit the model",
                     "embed.weight")
+
+
+def test_weights_that_are_too_large(call, trained, data_dir, tmp_path):
+    """A likelihood that is not finite is one line; a perplexity that no float holds is left out."""
+    out = changed(trained, tmp_path / "infinite", ema=first(lambda w: 1e30 * w))
+    assert_one_line(call("evaluate.py", out, "--json", "--data_dir", data_dir), "is not finite")
+    out = changed(trained, tmp_path / "large", ema=first(lambda w: 3000 * w))
+    result = call("evaluate.py", out, "--json", "--data_dir", data_dir)
+    scored = json.loads(result.out)
+    assert result.code == 0 and scored["bits_per_token"] > 1024 and scored["perplexity"] is None
 
 
 def test_contents_that_cannot_be_hashed(call, trained, tmp_path):
@@ -196,20 +207,22 @@ def test_sizes_without_building(name):
 
 
 def test_what_training_takes_at_least():
-    """Five numbers of a parameter with AdamW, four of a matrix with Muon, a share of them with FSDP; then the inputs of
-    all blocks, and the batch. Less than a step really takes, in every part."""
+    """Five numbers of a parameter with AdamW, four of a matrix with Muon, a share of them with FSDP, three more with
+    local steps; then the inputs of all blocks, and the batch. Less than a step really takes, in every part."""
     cfg = Config(n_layer=3, n_embd=32, n_head=2, seq_len=16, batch_size=8, micro_batch_size=4)
     n_params, _, tables = costs.sizes(cfg, 27)
     rest = tables + 4 * 3 * 4 * 16 * 32 + 16 * 8 * 16 + 8 * 8
     assert costs.training_bytes(cfg, 27, 8, 4) == 20 * n_params + rest
     assert costs.training_bytes(cfg, 27, 8, 4, shares=4) == 5 * n_params + rest
+    assert costs.training_bytes(replace(cfg, local_steps=2), 27, 8, 4) == 32 * n_params + rest
     muon = replace(cfg, optimizer="muon")
     assert costs.training_bytes(muon, 27, 8, 4) == 20 * n_params - 4 * 3 * 12 * 32**2 + rest
     assert forecast.kept_bytes(cfg, 27, 4, CPU, torch.float32) > 4 * 3 * 4 * 16 * 32
 
 
-def test_more_than_the_machine_has(call, trained, data_dir, tmp_path):
-    """What does not fit is refused with the numbers, by whatever would build it, before it is built: 40 TB here."""
+def test_more_than_the_machine_has(call, trained, data_dir, tmp_path, monkeypatch):
+    """What does not fit is refused with the numbers, by whatever would build it, before it is built: 40 TB here. Where
+    the memory is unknown, nothing is refused."""
     assert 1e8 < memory_of(CPU) < 1e13
     big = ["--n_embd=9600", "--n_head=4", "--n_layer=9000"]
     costs.check_fits(memory_of(CPU), CPU, "just enough", "")
@@ -224,6 +237,8 @@ def test_more_than_the_machine_has(call, trained, data_dir, tmp_path):
     out = changed(trained, tmp_path / "out", config=lambda config: config | {"n_embd": 9600, "n_layer": 9000})
     for script in ("sample.py", "evaluate.py"):
         assert_one_line(call(script, out), f"the model of {out} needs at least", "GB of memory, and cpu has")
+    monkeypatch.setattr(costs, "memory_of", lambda device: None)
+    costs.check_fits(1e30, CPU, "it", "do less")
 
 
 @pytest.mark.parametrize("setting, value", [("n_layer", 10**9), ("n_embd", 10**12), ("T", 10**12), ("seq_len", 10**9),

@@ -22,6 +22,7 @@ import storage
 from commands import ROOT, SMALL, Result, assert_one_line, log, train
 from conftest import TRAINED
 from data.loader import load_split
+from test_checkpoint import changed
 
 
 # ---- evaluate and sample ---------------------------------------------------------------------------------------------
@@ -78,13 +79,23 @@ def test_two_checkpoints_on_different_texts(call, data_dir, trained, tmp_path):
     assert_one_line(call("evaluate.py", trained, tmp_path / "other.pt"), "have different data under the name of tiny")
 
 
+def test_scores_after_a_prefix(call, data_dir, trained, tmp_path):
+    """They are not compared with those of whole windows, and blocks have none."""
+    out = changed(trained, tmp_path / "out", config=lambda config: config | {"prefix": "fixed:8"})
+    go = lambda *a: call("evaluate.py", *a, "--data_dir", data_dir)
+    assert_one_line(go(trained, out), "scored after different prefixes (none and fixed:8)")
+    assert_one_line(go(out, "--block_size=8"), "needs a prefix (fixed:8), and --block_size scores whole windows")
+
+
 def test_estimators(call, data_dir, trained):
-    """--estimator and --T choose, --check finds two to agree, --order gives a likelihood, in the same JSON."""
+    """--estimator and --T choose, --seed draws other noise, --check finds two to agree, --order gives a likelihood, in
+    the same JSON."""
     score = lambda *a: json.loads(call("evaluate.py", trained, "--json", "--data_dir", data_dir, *a).out)
     default, few = score(), score("--T=2")
     assert score("--estimator=continuous")["estimator"] == "continuous-time bound, independent masks"
     assert few["estimator"] == "T-step bound, T = 2" and few["bits_per_token"] > default["bits_per_token"]
     assert score("--estimator=t_step")["estimator"] == "T-step bound, T = 50"
+    assert score("--seed=1")["bits_per_token"] != default["bits_per_token"]
     assert default["perplexity"] == pytest.approx(2 ** default["bits_per_token"])
     assert default["bits_per_char"] == default["bits_per_byte"] == default["bits_per_token"]
     checked = score("--check", "--seq_len=8")["check"]
@@ -126,6 +137,9 @@ def test_studies(call, data_dir, trained, tmp_path):
     assert curve == json.loads((tmp_path / "curve.json").read_text()) and curve["mask_rate"][-1] == 1
     assert abs(curve["area"] - bound["bits_per_token"]) < 0.3 and curve["bits_per_token"][-1] > curve["area"]
     assert "area under it" in go("--curve").out
+    n = json.loads((data_dir / "tiny" / "meta.json").read_text())["sizes"]["val"]
+    whole = call("evaluate.py", trained, "--data_dir", data_dir, "--out_dir", tmp_path, "--curve", "--json")
+    assert json.loads(whole.out)["n_sequences"] == min(n // 32, 256)
     curse = json.loads(go("--curse", "--json").out)["curse"][0]
     assert [row["tokens"] for row in curse["rows"]] == [1, 2, 4, 8, 16, 32]
     assert all(row["tokens"] == row["characters"] for row in curse["rows"])
@@ -424,9 +438,11 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     assert_one_line(go("--n_tokens=64", "--check"), "at least 30 windows, and there are 2")
     assert_one_line(go("--n_tokens=1" + "0" * 400), "is outside")
     assert_one_line(go("--check", "--order=l2r"), "not allowed with")
-    assert_one_line(go("--order=l2r", "--repeats=2"), "has no noise")
+    for flag in ("--repeats=2", "--estimator=exact_k"):
+        assert_one_line(go("--order=l2r", flag), "has no noise")
     assert_one_line(go("--estimator=exact_k", "--T=5"), "--T is for the T-step bound")
     assert_one_line(go("--curve", "--T=5"), "are for the bound")
+    assert_one_line(go(trained, "--curve"), "--curve takes one checkpoint, not two")
     assert_one_line(go("--baselines", "--seq_len=8"), "needs the whole split")
     assert_one_line(go("--curve", "--out_dir", tmp_path / "nowhere"), "is not a folder")
     assert_one_line(go("--estimator=raw"), "invalid choice: 'raw'")

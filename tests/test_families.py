@@ -103,11 +103,14 @@ def test_fine_tuning(call, run, data_dir, tmp_path):
                     "of another network: n_head=2, now 4")
 
 
-def test_two_of_a_kind_are_compared(call, run, trained):
+def test_two_kinds_are_compared(call, run, trained):
     """A masked model and one of uniform noise: each by its own bound, on the same windows."""
     name, out = run
-    result = call("evaluate.py", out, trained)
-    assert result.code == 0 and "window by window" in result.out
+    alone = [json.loads(call("evaluate.py", path, "--json").out) for path in (out, trained)]
+    result = json.loads(call("evaluate.py", out, trained, "--json").out)
+    for key in ("estimator", "bits_per_token"):
+        assert [model[key] for model in result["models"]] == [one[key] for one in alone]
+    assert result["difference"] == pytest.approx(alone[1]["bits_per_token"] - alone[0]["bits_per_token"])
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -23,13 +24,15 @@ import checkpoint
 import storage
 from cli import UserError
 from commands import ROOT, assert_one_line, train
-from configs import CONFIGS, Config, from_command_line, replace
+from configs import CONFIGS, from_command_line, replace
 from data.loader import SPLITS
 from data.tokenizer import KNOWN, CharTokenizer, make_tokenizer
 from diffusion import MDLM
 from export import last_validation, training_commands
 from foreign import ddit, files, translate
 from networks import small
+from test_tiny_diffusion import their_state
+from uniform import Uniform
 
 CPU = torch.device("cpu")
 
@@ -72,7 +75,7 @@ def folder_of(path, state, settings, weights="model.safetensors"):
     ("oxen", {"model": {"length": 16, "n_heads": 2}}, ddit_state(99),
      dict(objective="sedd", seq_len=16, dataset="names")),
     ("mdlm", {"model_type": "mdlm", "model_length": 24, "time_conditioning": False}, ddit_state(prefix="backbone."),
-     dict(objective="mdlm", conditioning="none", schedule="linear", norm_bias=True, seq_len=24, n_head=2)),
+     dict(objective="mdlm", conditioning="none", schedule="linear", norm_bias=True, seq_len=24, n_head=2, T=1000)),
     ("mdlm", {"model_type": "mdlm", "model_length": 24, "time_conditioning": True}, ddit_state(prefix="backbone."),
      dict(conditioning="sigma", schedule="loglinear", norm_bias=False)),
     ("mdlm", {"model_type": "mdlm", "model_length": 24}, ddit_state(35, prefix="backbone."), dict(dataset="text8")),
@@ -185,7 +188,11 @@ def test_names_and_shapes_are_checked(tmp_path):
     refused("noise 'cosine', which is not supp", {"model_type": "duo", "model_length": 8, "noise": {"type": "cosine"}},
             ddit_state(27))
     refused("parameterization 'd3pm'", {"model_type": "mdlm", "model_length": 8, "parameterization": "d3pm"})
+    refused("and T = 1000", {"model_type": "mdlm", "model_length": 8, "T": 1000})
     refused("causal attention", {"model_type": "bd3lm", "model_length": 8, "causal": True})
+    refused("without modulations", {"model_type": "bd3lm", "model_length": 8, "adaln": False})
+    refused("time conditioning and", {"model_type": "mdlm", "model_length": 8, "time_conditioning": True,
+                                      "training": {"change_of_variables": True}})
     refused("has the unknown algorithm 'gidd'", {"model_type": "gidd"})
     refused("no settings say which", None)
 
@@ -377,6 +384,14 @@ def test_strange_settings(call, tmp_path, changes):
     assert_one_line(call("sample.py", folder_of(tmp_path / "x", ddit_state(), SEDD | changes)))
 
 
+def test_an_assumed_number_of_heads_is_said(tmp_path, capfd):
+    """A checkpoint of tiny-diffusion does not have it: a line says what was assumed, unless the user says it."""
+    torch.save(their_state(), tmp_path / "x.pt")
+    for overrides, said in (({}, True), ({"n_head": 1}, False)):
+        storage.read(tmp_path / "x.pt", storage.Hints(overrides=overrides))
+        assert ("does not say its n_head: 1 is assumed" in capfd.readouterr().err) == said
+
+
 def test_strange_weights(call, tmp_path):
     """Half precision is read; integers are no weights; a table without frequencies is none; tied heads are exported."""
     half = folder_of(tmp_path / "half", {key: value.bfloat16() for key, value in ddit_state().items()}, SEDD)
@@ -407,6 +422,13 @@ def test_a_data_set_of_ones_own(call, tmp_path):
     assert_one_line(call("sample.py", folder, "--dataset", "absent", "--data_dir", tmp_path), "is not prepared")
     assert call("checkpoint.py", "export", folder, tmp_path / "shared", *flags, "--format", "sedd").code == 0
     assert set(call("sample.py", tmp_path / "shared", "--steps=2").out.strip()) <= set(meta["alphabet"])
+
+
+def test_shards_outside_the_folder_are_not_read(call, tmp_path):
+    folder = folder_of(tmp_path / "x", ddit_state(), SEDD)
+    (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    (folder / files.SHARDS).write_text(json.dumps({"weight_map": {"bias": "../secret.safetensors"}}))
+    assert_one_line(call("sample.py", folder), "cannot be read as safetensors", "secret")
 
 
 def test_files_that_are_none(call, tmp_path):
@@ -532,6 +554,25 @@ def test_plausible(trained, monkeypatch):
         model.load_state_dict(broken)
         ce, level = measure()
         assert ce > level
+
+
+def test_plausible_with_uniform_noise(monkeypatch):
+    """The network is told the time at which one token in seven is noise, and its outputs are read for that rate."""
+    objective, told = Uniform(27), {}
+
+    def model(x, t):
+        told["time"] = t
+        return torch.zeros(*x.shape, 27)
+
+    def prediction(logits, x, sigma):
+        told["sigma"] = sigma
+        return logits.softmax(-1)
+
+    monkeypatch.setattr(objective, "prediction", prediction)
+    ce, _ = translate.plausible(model, objective, CharTokenizer(KNOWN["text8"]["alphabet"]), 32, CPU)
+    assert ce == pytest.approx(math.log(27))
+    assert objective.schedule.alpha(told["time"].double()).item() == pytest.approx(6 / 7, rel=1e-5)
+    torch.testing.assert_close((-told["sigma"]).exp(), torch.full((1, 32), 6 / 7))
 
 
 def test_a_trained_checkpoint_and_its_weights_shuffled(tmp_path, capsys, monkeypatch):
@@ -693,8 +734,9 @@ def test_a_foreign_checkpoint_is_exported(call, tmp_path):
 
 def test_new_settings_of_old_checkpoints():
     """A checkpoint from before these settings existed is read with their defaults: a tied head, masks, no biases."""
-    config = Config()
-    assert (config.noise, config.tied, config.head_bias, config.norm_bias, config.scale_by_sigma) == (
-        "mask", True, False, False, True)
+    new = dict(noise="mask", tied=True, head_bias=False, norm_bias=False, scale_by_sigma=True)
+    old = {key: value for key, value in dataclasses.asdict(small()).items() if key not in new}
+    config = storage.config_of({"config": old})
+    assert {key: getattr(config, key) for key in new} == new and config.n_embd == small().n_embd
     for name in ("sedd_text8", "udlm_text8", "sedd_openwebtext_8gpu"):
         assert replace(CONFIGS[name](), n_layer=1).conditioning == "sigma"

@@ -57,6 +57,12 @@ def test_nanodd_names(tmp_path, prefix):
         assert torch.equal(ema.model.state_dict()[key], value + 1)
 
 
+def test_nanodd_tokens_by_their_number(tmp_path):
+    torch.save(nanodd_payload(small_model(50257)), tmp_path / "ckpt.pt")
+    meta = storage.read(tmp_path)["meta"]
+    assert (meta["name"], meta["tokenizer"], meta["vocab_size"]) == ("openwebtext", "gpt2", 50257)
+
+
 def test_nanodd_strictness(tmp_path):
     """A missing tensor, a wrong shape, a foreign vocabulary and a missing entry are named."""
     def load(change, dataset=None):

@@ -77,6 +77,11 @@ def test_estimators_agree(conditioning, objective):
         assert agree(mean, error) and error < 0.1 * size, (one, two, mean, error)
 
 
+def test_rounding_is_no_disagreement():
+    """Two estimates without noise may differ by less than 1e-4 bits, and by no more."""
+    assert agree(5e-5, 0.0) and not agree(2e-4, 0.0)
+
+
 def test_a_short_chain_is_told_from_continuous_time():
     """The bounds of 4 steps and of continuous time differ, and the check notices."""
     mean, error = compare(world.oracle, D3PM(MASK, 4), world_text(8000), "t_step", "exact_k")
@@ -393,6 +398,15 @@ def test_curse_is_the_total_correlation():
         assert abs(row["gap"] - exact) <= 4 * row["stderr"] + 1e-6 and row["stderr"] < 0.02
         assert row["characters"] == pytest.approx((sum(sizes) / len(sizes)).item(), rel=0.02)
         assert row["parallel"] - row["sequential"] == pytest.approx(row["gap"])
+
+
+def test_errors_of_the_curse():
+    """They are the spread of the gap over many texts, of tokens with very different numbers of characters."""
+    found = [measure_curse(world.oracle, MDLM(MASK), windows_of(world_text(50, seed)), torch.tensor([1, 60, 1]), seed)
+             for seed in range(400)]
+    for i in (1, 2):
+        gaps, errors = (torch.tensor([rows[i][key] for rows in found]) for key in ("gap", "stderr"))
+        assert errors.mean().item() == pytest.approx(gaps.std().item(), rel=0.15)
 
 
 def test_variance_of_the_reported_bound():

@@ -38,7 +38,7 @@ def test_without_arguments(call, monkeypatch, tmp_path):
     result = call(ROOT / "sample.py")
     text = result.out.rstrip("\n").split("\n")[-1]
     assert result.code == 0 and 300 < len(text) < 900 and set(text) <= set(" abcdefghijklmnopqrstuvwxyz")
-    assert " the " in text and "256 steps" not in result.err.split("\n")[0]
+    assert " the " in text
 
 
 def test_it_knows_english():

@@ -144,6 +144,14 @@ def test_signals(call, data_dir, tmp_path, monkeypatch, name):
     assert "continuing" not in done and "all 50 steps are done already" in done
 
 
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    stop = parallel.StopSignals()
+    stop.remember(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop.remember(signal.SIGINT, None)
+
+
 def test_the_speed_has_the_time_of_waiting_for_others(call, data_dir, tmp_path, monkeypatch):
     """The processes agree on signals after each step, where fast ones wait for slow ones. Here that takes 0.2 s."""
     monkeypatch.setattr(parallel.StopSignals, "agreed", lambda self: (time.sleep(0.2), (0, 0))[1])

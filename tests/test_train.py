@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import checkpoint
-from cli import matmul_peak
+from adapt import check_same_network
+from cli import UserError, matmul_peak
 from commands import losses, train
 from configs import CONFIGS, Config, replace
 from costs import flops_per_token
@@ -15,6 +16,7 @@ from data.loader import load_split, windows
 from diffusion import MDLM
 from likelihood import Windows, bound
 from log import Pace
+from networks import small
 from optim import EMA, AdamW, learning_rate, make_optimizers
 from randomness import uniforms
 from train import train_step
@@ -144,6 +146,22 @@ def test_a_bad_step_is_skipped_by_any_optimizer(fused):
         after = weights()
         assert bool(bad) == skipped == all(torch.equal(a, b) for a, b in zip(before, after))
         before = after
+
+
+def test_settings_of_the_weights_that_a_run_begins_with():
+    """Another network with the same shapes is refused. What the weights were trained for is said, where it matters, and
+    what would keep it, where it can be kept."""
+    def said(before, **now):
+        return str(check_same_network({"config": dataclasses.asdict(small(**before))}, small(**before | now), "it"))
+
+    with pytest.raises(UserError, match="of another network: mask_aware=True, now False"):
+        said(dict(architecture="mixers", mixer="gmlp", mask_aware=True), mask_aware=False)
+    sedd = dict(objective="sedd", conditioning="sigma", schedule="loglinear")
+    assert "schedule=loglinear, now geometric" in said(sedd, schedule="geometric")
+    assert "scale_by_sigma=True, now False" in said(sedd, scale_by_sigma=False)
+    assert "schedule" not in said({}, schedule="loglinear")
+    assert "--predict_next would keep that" in said(dict(objective="ar"), objective="mdlm")
+    assert "predict the next token'" in said(dict(objective="ar"), objective="block", block_size=8)
 
 
 def test_pace(monkeypatch):
