@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -23,8 +24,8 @@ from pathlib import Path
 from unittest import mock
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
-from cli import (UserError, autocast, check_place, device_name, generator_on, matmul_peak, named, number, pick_device,
-                 pick_dtype, progress, require, run, synchronize, table)
+from cli import (UserError, autocast, check_place, device_name, generator_on, matmul_peak, named, note, number,
+                 pick_device, pick_dtype, progress, require, run, synchronize, table)
 
 import numpy as np
 import torch
@@ -353,11 +354,18 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
 
 
 def data_set(cfg):
-    """Facts about the config's data set: its meta.json if it is prepared, else KNOWN, else 27 symbols."""
+    """Facts about the config's data set: its meta.json if it is prepared, else KNOWN, else the N of NAME_bpeN, else 27
+    symbols, with a note."""
     try:
         return load_meta(cfg.dataset, cfg.data_dir)
     except UserError:
-        return KNOWN.get(cfg.dataset, {"vocab_size": 27})
+        if cfg.dataset in KNOWN:
+            return KNOWN[cfg.dataset]
+        if bpe := re.search(r"_bpe(\d+)$", cfg.dataset):
+            return {"vocab_size": int(bpe[1])}
+        if not cfg.network.of_source:  # which is refused with a line of its own
+            note(f"the data set {cfg.dataset} is not prepared: 27 different tokens are assumed (--vocab_size N: others)")
+        return {"vocab_size": 27}
 
 
 def main():
@@ -380,7 +388,7 @@ def main():
             estimate(name, cfg, size(cfg), args.gpu or "h100", args.gpus, args.mfu or 0.25)
     elif args.scaling:
         require("matplotlib", "--scaling")
-        check_place("--scaling", Path(args.scaling))
+        check_place("--scaling", Path(args.scaling), ".png")
         scaling(name, cfg, size(cfg), device, dtype, repeats, args.scaling)
     elif args.samplers:
         check_fits(weight_bytes(cfg, size(cfg)), device, name, "use a smaller model")

@@ -11,12 +11,14 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+# before torch: cli.py sets what OpenMP reads when torch is loaded
+from cli import ArgumentParser, UserError, named, note, run
+
 import torch
 
 import optim
 import storage
 from adapt import adapt
-from cli import ArgumentParser, UserError, named, note, run
 from configs import Config, same_run
 from costs import check_fits, weight_bytes
 from data.loader import check_same_data, check_same_tokens
@@ -100,10 +102,11 @@ def check_nothing_is_lost(out_dir, cfg):
 
     Otherwise, as after a crash before its first checkpoint, a line on stderr says that it begins again."""
     log, best = out_dir / "log.jsonl", out_dir / "ckpt_best.pt"
-    came_to = max((entry["step"] for entry in parse(log)[0]), default=0) if log.is_file() else 0
+    entries = parse(log)[0] if log.is_file() else []
+    came_to = max((entry["step"] for entry in entries), default=0)
     with contextlib.suppress(UserError):  # the step of a damaged ckpt_best.pt is unknown
         came_to = max(came_to, read(best)["step"])
-    if came_to > cfg.checkpoint_interval:
+    if came_to > cfg.checkpoint_interval or came_to >= cfg.max_steps or any("stopped" in entry for entry in entries):
         start = f" and --init_from={best} (the best validation)" if best.exists() else ""
         raise UserError(f"the run in {out_dir} reached step {came_to:,}, but its ckpt.pt and ckpt_prev.pt are missing: "
                         f"put one of them back, or start a new run with another --out_dir{start}")

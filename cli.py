@@ -6,14 +6,22 @@ import difflib
 import importlib.util
 import os
 import re
+import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 # OpenMP's threads spin while they wait for each other, and sleep after this many turns. The default is 300,000: if
 # another program has one of the cores, a small network is then 20 times slower (docs/speed.md). OpenMP reads it when
 # torch is loaded, so the commands import this file before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+# Until run() begins, Ctrl-C just ends a command of this project. Else it would print where torch is being loaded.
+ROOT, command = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
+if (command.is_file() and command.parent in (ROOT, ROOT / "data", ROOT / "studies")
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist
@@ -63,6 +71,11 @@ def note(text):
     print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr)
 
 
+def for_terminal(text, stream):
+    """The text as it is printed: on a terminal, · stands for control characters, which could move the cursor."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "·", text) if stream.isatty() else text
+
+
 NO_COMPILER = "InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler"  # how torch.compile says so
 
 
@@ -71,6 +84,8 @@ def run(main):
 
     UserError and OSError: one line on stderr and exit code 2. Ctrl-C: exit code 130. Other errors: exit code 1."""
     name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks
     code = 0
@@ -249,10 +264,14 @@ def table(rows, columns, out):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), file=out)
 
 
-def check_place(flag, path):
-    """Raise UserError if the file that a flag names cannot be written: it is a folder, or in one that is not there."""
+def check_place(flag, path, ending=""):
+    """Raise UserError if the file that a flag names cannot be written, or is there and has another ending."""
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"there is no permission to write {flag} {path}")
+    if path.is_file() and not path.name.lower().endswith(ending):
+        raise UserError(f"{flag} {path} is another file, which would be lost: choose a name that ends in {ending}")
 
 
 def write_file(path, content):

@@ -6,6 +6,7 @@ log.jsonl has one JSON object per line. Each has "step". The other keys tell its
     bits_per_token, lr, grad_norm, skipped, ...    training; bits_per_token is the mean since the last such line
     val_bits_per_token, val_stderr                 a validation of the averaged weights
     sample                                         a text from the averaged weights
+    stopped                                        the signal after which the run was saved and ended
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 import parallel
-from cli import UserError, note
+from cli import UserError, for_terminal, note
 
 
 HINT = "fix the cause, then run the same command with --resume auto"
@@ -156,7 +157,7 @@ class Log:
         """Print a line. If nothing reads stdout any more, as after `train.py | head`, training goes on silently."""
         try:
             if self.terminal:
-                self.bar.write(line, file=sys.stdout)
+                self.bar.write(for_terminal(line, sys.stdout), file=sys.stdout)
                 sys.stdout.flush()
         except BrokenPipeError:
             self.terminal = False

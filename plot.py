@@ -7,8 +7,10 @@
 import io
 from pathlib import Path
 
-import log
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import ArgumentParser, UserError, check_place, note, number, require, run, write_file
+
+import log
 from likelihood import plus_minus
 
 AXES = {"step": "step", "tokens": "training tokens", "hours": "hours of training"}
@@ -25,12 +27,17 @@ def parse_args():
     return p.parse_args()
 
 
+def log_of(path):
+    """The log of a run that is named by its folder or its log."""
+    return path / "log.jsonl" if path.is_dir() or not path.suffix else path
+
+
 def curves(path, from_step=0):
     """(name, training, validation) from the log of a run. Raises UserError.
 
     training: a list of (step, tokens, hours, bits per token). validation: the same and the standard error.
     """
-    path = path / "log.jsonl" if path.is_dir() or not path.suffix else path
+    path = log_of(path)
     entries = log.read(path)
     try:
         name, training, validation = path.resolve().parent.name, *rows(entries, from_step)
@@ -39,6 +46,12 @@ def curves(path, from_step=0):
     if not training and not validation:
         raise UserError(f"{path} has no losses to draw{f' from step {from_step:,} on' if from_step else ''}")
     return name, training, validation
+
+
+def dataset_of(path):
+    """The name of the data set of a run, from its log."""
+    configs = [entry["config"] for entry in log.read(log_of(path)) if isinstance(entry.get("config"), dict)]
+    return str(configs[0].get("dataset")) if configs else "?"
 
 
 def rows(entries, from_step):
@@ -137,8 +150,11 @@ def save(figure, out):
 def main():
     require("matplotlib", "a picture")
     args = parse_args()
-    check_place("--out", args.out)
+    check_place("--out", args.out, ".png")
     runs = [curves(path, args.from_step) for path in args.runs]
+    if len(of := {dataset_of(path) for path in args.runs}) > 1:
+        note(f"these runs are of several data sets ({', '.join(sorted(of))}): bits per token compare only if their "
+             "tokens are the same")
     draw(runs, args.out, args.x, args.log_x)
     note(f"{args.out}: {', '.join(name for name, *_ in runs)}")
 

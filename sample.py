@@ -11,14 +11,13 @@
 
 import itertools
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
-from cli import (ArgumentParser, UserError, autocast, check_place, generator_on, named, note, number, pick_device,
-                 pick_dtype, progress, require, run, write_file)
+from cli import (ArgumentParser, UserError, autocast, check_place, for_terminal, generator_on, named, note, number,
+                 pick_device, pick_dtype, progress, require, run, write_file)
 
 import torch
 
@@ -132,9 +131,7 @@ def check(args, config):
         path = getattr(args, flag)
         if path is None:
             continue
-        check_place(f"--{flag}", path)
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UserError(f"there is no permission to write --{flag} {path}")
+        check_place(f"--{flag}", path, "" if flag == "out" else f".{flag}")
         if path.exists() and not path.is_file():
             continue  # several outputs may go to /dev/null
         if path.resolve() in taken:
@@ -212,13 +209,14 @@ def main():
                 "context": args.context, "nfe": denoiser.nfe, "tokens_read": denoiser.tokens, "seconds": seconds,
                 "tokens_per_second": n_masks / seconds, "seed": args.seed, "checkpoint": args.checkpoint}), flush=True)
         else:
-            print("\n\n".join(texts), flush=True)
+            print(for_terminal("\n\n".join(texts), sys.stdout), flush=True)
     finally:  # also if nothing reads stdout
         for path, make in files:
             if path:
                 write_file(path, make())
+    written = [str(path) for path, _ in files if path]
     note(f"{settings.sampler}, {steps}{denoiser.nfe} network calls, {seconds:.1f} s, "
-         f"{n_masks / seconds:,.0f} tokens/s, seed {args.seed}")
+         f"{n_masks / seconds:,.0f} tokens/s, seed {args.seed}" + f"; wrote {', '.join(written)}" * bool(written))
     if args.known_words:
         share = known_word_share(texts, known)
         note("the samples have no words but their first and last ones, which may be cut: none was counted"

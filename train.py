@@ -326,9 +326,8 @@ def main():
             if due(cfg.checkpoint_interval) or stopped:
                 save("ckpt.pt", to_resume=True)
         if stopped and step < cfg.max_steps:
-            on_main(lambda: log.show(
-                f"stopped by {stopped_by} after step {step:,} of {cfg.max_steps:,}, which is saved in {out_dir}: "
-                "to continue, run the same command with --resume auto"))
+            report(f"stopped by {stopped_by} after step {step:,} of {cfg.max_steps:,}, which is saved in {out_dir}: "
+                   "to continue, run the same command with --resume auto", stopped=stopped_by)
             break
     stream.close()
     on_main(lambda: log.close())

@@ -129,7 +129,7 @@ def read_text(path):
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path} is not a complete compressed file: {error}")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}): convert it first")
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}), plain, .gz or .xz: convert it first")
     if not text.strip():
         raise UserError(f"{path} contains no text")
     return text
@@ -151,9 +151,9 @@ class DatasetWriter:
             raise UserError(f"{self.folder} exists and is not a data set: move it, or choose another name")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
         except OSError as error:
             raise UserError(f"cannot write to {self.folder.parent}: {error.strerror}")
-        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
         self.files = {split: open(self.temporary / f"{split}.bin", "wb") for split in SPLITS}
         self.hashes = {split: hashlib.sha256() for split in SPLITS}
         self.sizes, self.bytes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)

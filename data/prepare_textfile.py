@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, named, progress, run
+from cli import UserError, named, note, progress, run
 from data.loader import SPLITS
 from data.prepare import cut, is_prepared, named_files, parser, read_text, write_splits
 from data.tokenizer import KNOWN, characters, make_tokenizer, size_of_bpe, text8_words, tokens_of
@@ -54,6 +54,8 @@ def main():
         return
 
     texts = ["".join(map(read_text, args.files))] + [read_text(path) for path in held_out]
+    if args.alphabet == "own" and any("\r\n" in text for text in texts):
+        note("the text has Windows' line ends, \\r\\n, and both characters are kept: convert it first if you want \\n")
     if args.alphabet == "text8":
         texts = [" ".join(text8_words(text)) for text in texts]
     if args.val:

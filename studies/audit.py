@@ -28,11 +28,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import ArgumentParser, UserError, number, run, table
+
+import torch
+
 from data.prepare import read_bytes
 
 # ---- worlds ----------------------------------------------------------------------------------------------------------

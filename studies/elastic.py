@@ -24,14 +24,16 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# before torch: cli.py sets what OpenMP reads when torch is loaded
+from cli import UserError, pick_dtype, require, run
+
+import torch
 
 import configs
 import parallel
 import storage
-from cli import UserError, pick_dtype, require, run
 from data.loader import open_data
 from optim import EMA, learning_rate, make_optimizers, set_learning_rate
 from train import batches, restore, state_of, train_step

@@ -25,13 +25,15 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# before torch: cli.py sets what OpenMP reads when torch is loaded
+from cli import ArgumentParser, number, require, run, table, write_file
+
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import configs
-from cli import ArgumentParser, number, require, run, table, write_file
 from configs import replace
 from costs import flops_per_token
 from log import finite

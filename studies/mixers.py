@@ -21,14 +21,16 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# before torch: cli.py sets what OpenMP reads when torch is loaded
+from cli import ArgumentParser, note, pick_dtype, progress, require, run, table, write_file
+
+import torch
 
 import bench
 import configs
 import log
-from cli import ArgumentParser, note, pick_dtype, progress, require, run, table, write_file
 from configs import replace
 from data.loader import load_meta, load_split
 from mixers import MIXERS

@@ -29,12 +29,14 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import log
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import ArgumentParser, UserError, number, require, run, table, write_file
+
+import numpy as np
+
+import log
 from plot import picture
 from studies import runs
 from studies.runs import ROOT, over_seeds

@@ -1,5 +1,6 @@
 """A checkpoint and the windows of a text that a command scores it on, for evaluate.py and the studies."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,8 @@ class Subject(NamedTuple):
         folder = folder or (path if path.is_dir() else path.parent)
         if not folder.is_dir():
             raise UserError(f"--out_dir {folder} is not a folder")
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"there is no permission to write to {folder}: name another folder with --out_dir")
         return folder / name
 
     def masked_only(self, flag):
@@ -131,7 +134,10 @@ def read_tokens(file, tokenizer, seq_len):
     content, how = read_text(file), "as it stands"
     if tokenizer.alphabet == TEXT8_ALPHABET:
         content, how = " ".join(text8_words(content)), "in text8's 27 symbols"
-    tokens = tokenizer.encode(content)
+    try:
+        tokens = tokenizer.encode(content)
+    except UserError as error:
+        raise UserError(f"{file}: {error}")
     if len(tokens) < seq_len:
         raise UserError(f"{file} has {len(tokens):,} tokens, fewer than one window of {seq_len}: "
                         f"use a longer text{f' or --seq_len={len(tokens)}' if len(tokens) else ''}")

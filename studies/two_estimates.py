@@ -23,8 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import storage
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import ArgumentParser, UserError, number, run, table
+
+import storage
 from studies import runs
 
 

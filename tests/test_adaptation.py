@@ -801,7 +801,8 @@ def test_study(call, data_dir, tmp_path, monkeypatch):
         if script == "train.py":
             out = next(word for word in words if word.startswith("--out_dir=")).removeprefix("--out_dir=")
             storage.Path(out).mkdir()
-            (storage.Path(out) / "log.jsonl").write_text(json.dumps({"step": 0, "config": {"seq_len": 128}}) + "\n")
+            lines = {"step": 0, "config": {"seq_len": 128}}, {"step": 32, "val_bits_per_token": 2.0}
+            (storage.Path(out) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             return ""
         if "--curve" in words:
             return json.dumps({"mask_rate": [0.1, 1.0], "bits_per_token": [1.0, 4.0]})

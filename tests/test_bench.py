@@ -243,6 +243,14 @@ def test_weights_are_no_activations():
     assert 0 < forecast.kept_bytes(cfg, 27, 1, CPU, torch.float32) < 4 * cfg.make_model(27).n_params() / 4
 
 
+def test_vocabulary_of_data_that_is_not_prepared(call, tmp_path):
+    """That of a BPE is in the name of the data set. Where 27 is a guess, a line says so."""
+    go = lambda name: call("bench.py", "--estimate", "demo", f"--dataset={name}", f"--data_dir={tmp_path}")
+    bpe, guess = go("book_bpe4096"), go("book")
+    assert last_line(bpe)["parameters"] - last_line(guess)["parameters"] == (4096 - 27) * 128
+    assert bpe.err == "" and "book is not prepared: 27 different tokens are assumed" in guess.err
+
+
 def test_estimate(call):
     """Days are tokens x operations over GPUs x peak x utilisation; the config's name says how many GPUs."""
     options = ["--estimate", "d3pm_text8_8gpu", "--n_layer=1", "--n_embd=32", "--n_head=2", "--seq_len=16",

@@ -9,8 +9,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,31 @@ from commands import ROOT, SMALL, Result, assert_one_line, log, train
 from conftest import TRAINED
 from data.loader import load_split
 from test_checkpoint import changed
+
+
+# ---- what all commands share -----------------------------------------------------------------------------------------
+
+
+def test_control_characters_on_a_terminal():
+    """They could move the cursor, so · stands for them. A file gets the text as it is."""
+    text = "a\tb\n\x1b[31mc\rd\x9be é"
+    assert cli.for_terminal(text, SimpleNamespace(isatty=lambda: True)) == "a\tb\n·[31mc·d·e é"
+    assert cli.for_terminal(text, SimpleNamespace(isatty=lambda: False)) == text
+
+
+def test_ctrl_c_while_torch_is_loaded(tmp_path):
+    """It ends a command without a traceback. During main() it is a KeyboardInterrupt, as in any Python program."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    commands = [path for folder in (ROOT, ROOT / "data", ROOT / "studies") for path in sorted(folder.glob("*.py"))
+                if "\n    run(main)" in path.read_text(encoding="utf-8")]
+    assert len(commands) > 20
+    for command in commands:
+        done = subprocess.run([sys.executable, command], env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=50,
+                              capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", ""), command
+    code = "import signal, sys; sys.argv[0] = 'plot.py'; import cli; cli.run(lambda: signal.raise_signal(signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nplot.py: interrupted\n")
 
 
 # ---- evaluate and sample ---------------------------------------------------------------------------------------------
@@ -421,7 +448,7 @@ def test_bad_checkpoints(call, trained, tmp_path, script):
     assert_one_line(call(script, tmp_path), "no checkpoint at")
 
 
-def test_other_bad_input(call, data_dir, trained, tmp_path):
+def test_other_bad_input(call, data_dir, trained, tmp_path, monkeypatch):
     """Options out of range, other alphabets, folders that are not there."""
     (tmp_path / "text.txt").write_text("ABC abc " * 200)
     assert call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", "caps", "--data_dir", data_dir).code == 0
@@ -445,6 +472,10 @@ def test_other_bad_input(call, data_dir, trained, tmp_path):
     assert_one_line(go(trained, "--curve"), "--curve takes one checkpoint, not two")
     assert_one_line(go("--baselines", "--seq_len=8"), "needs the whole split")
     assert_one_line(go("--curve", "--out_dir", tmp_path / "nowhere"), "is not a folder")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert_one_line(go("--curve", "--out_dir", tmp_path), "there is no permission to write to", "--out_dir")
+        assert_one_line(call("sample.py", trained, "--gif", tmp_path / "a.gif"), "there is no permission to write --gif")
     assert_one_line(go("--estimator=raw"), "invalid choice: 'raw'")
     assert train(call, "mdlm_text8", data_dir, tmp_path / "caps", "--dataset=caps", "--max_steps=1").code == 0
     assert_one_line(go(tmp_path / "caps"), "different tokens (alphabet", "--text FILE compares bits per byte")

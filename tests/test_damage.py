@@ -4,6 +4,7 @@ import errno
 import json
 import random
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -231,6 +232,18 @@ def test_lost_checkpoints(call, data_dir, tmp_path):
     result = train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto")
     assert result.code == 0 and "has no checkpoint yet: it begins again at step 0" in result.err
     assert storage.read(out)["step"] == 8 and losses(out)[:4] == before
+
+
+def test_lost_checkpoints_of_short_runs(call, data_dir, monkeypatch, tmp_path):
+    """A run that ended, or that a signal stopped, had a checkpoint, however few steps it took."""
+    out, options = tmp_path / "out", ["--max_steps=4", "--eval_interval=1", "--checkpoint_interval=100"]
+    for stop in (True, False):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2 if stop else 10)
+            assert train(call, "mdlm_text8", data_dir, out, *options).code == 0
+        (out / "ckpt.pt").unlink()
+        assert_one_line(train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto"), "are missing: put one")
+        shutil.rmtree(out)
 
 
 def test_a_full_disk_while_the_log_is_rewritten(call, data_dir, tmp_path):

@@ -391,6 +391,14 @@ def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
     assert gpt2.decode(tokens) == "one<|endoftext|>two<|endoftext|>" and n_bytes == 6
 
 
+def test_line_ends_of_windows(call, tmp_path):
+    """Both characters are kept, and a line says so."""
+    (tmp_path / "w.txt").write_bytes(b"one line\r\nand another\r\n" * 20)
+    result = call("data/prepare_textfile.py", tmp_path / "w.txt", "--name", "w", "--data_dir", tmp_path)
+    assert result.code == 0 and "Windows' line ends, \\r\\n, and both characters are kept" in result.err
+    assert "\r\n" in read(tmp_path / "w", "train")
+
+
 def test_end_of_text_is_one_token(gpt2):
     """Decoding and encoding keeps end-of-text as one token. In a text of the user's the same letters are letters."""
     tokens = [*gpt2.encode("a b"), gpt2.end, *gpt2.encode("c")]

@@ -458,6 +458,14 @@ def test_plot(call, trained, data_dir, tmp_path):
     assert_one_line(call("plot.py", tmp_path / "none"), "cannot read")
     assert_one_line(call("plot.py", trained, "--from_step=1000"), "has no losses to draw from step 1,000 on")
     assert_one_line(call("plot.py", trained, "--out", tmp_path / "no" / "where.png"), "in a folder that does not exist")
+    (tmp_path / "ckpt.pt").write_bytes(b"weights")
+    assert_one_line(call("plot.py", trained, "--out", tmp_path / "ckpt.pt"), "is another file, which would be lost")
+    assert (tmp_path / "ckpt.pt").read_bytes() == b"weights"
+    other = [entry if "config" not in entry else entry | {"config": {"dataset": "book"}} for entry in log(trained)]
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in other))
+    result = call("plot.py", trained, tmp_path / "book", "--out", out)
+    assert result.code == 0 and "several data sets (book, tiny): bits per token compare only if" in result.err
     for content in (b"PNG\xff\n", b"[1]\n", b"{\n", b'{"step": "x"}\n', b"[" * 10**5 + b"\n",
                     b'{"step": 1, "bits_per_token": 3}\n', b'{"step": 1, "tokens": 1, "val_bits_per_token": 3}\n',
                     b'{"step": 1, "tokens": 1, "bits_per_token": "x", "tokens_per_second": 1}\n',
