@@ -364,7 +364,8 @@ def data_set(cfg):
         if bpe := re.search(r"_bpe(\d+)$", cfg.dataset):
             return {"vocab_size": int(bpe[1])}
         if not cfg.network.of_source:  # which is refused with a line of its own
-            note(f"the data set {cfg.dataset} is not prepared: 27 different tokens are assumed (--vocab_size N: others)")
+            note(f"the data set {cfg.dataset} is not prepared: 27 different tokens are assumed (--vocab_size N: "
+                 "others)")
         return {"vocab_size": 27}
 
 
