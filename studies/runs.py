@@ -17,8 +17,8 @@ from cli import UserError, number, progress, write_file
 from data.loader import load_meta
 
 ROOT = Path(__file__).resolve().parent.parent
-CHANGE_NO_RUN = ("folder", "data_dir", "seeds", "jobs", "epochs", "budgets", "sizes", "samples",
-                 "calls")  # but ask for more or fewer runs, or for other samples of them
+# settings that ask for more or fewer runs, or for other samples of them
+CHANGE_NO_RUN = "folder", "data_dir", "seeds", "jobs", "epochs", "budgets", "sizes", "samples", "calls"
 
 
 def add_arguments(parser, steps):
@@ -76,6 +76,17 @@ def once(path, measure):
     return json.loads(path.read_text())
 
 
+def train(out, *words):
+    """Train the run `out` with these arguments of train.py, or continue it. Returns the objects of its log.
+
+    Raises UserError if it was stopped: Ctrl-C reaches the runs of a study, too, and they end as if all were well."""
+    call("train.py", *words, f"--out_dir={out}", "--resume=auto")
+    lines = log.read(out / "log.jsonl")
+    if "stopped" in lines[-1]:
+        raise UserError(f"{out} was stopped: the same command goes on with it")
+    return lines
+
+
 def validated(out, flags, args, dataset=None):
     """Train the run `out`, or continue it. Returns {"val": its best validation, bits per token}, by which settings are
     chosen. It is infinite if the run's weights became so.
@@ -83,9 +94,9 @@ def validated(out, flags, args, dataset=None):
     dataset: if not that of all runs.
     """
     def measure():
-        call("train.py", *flags, f"--dataset={dataset or args.dataset}", f"--data_dir={args.data_dir}",
-             f"--out_dir={out}", *(f"--{flag}" for flag in args.flags), "--resume=auto")
-        return {"val": min((line["val_bits_per_token"] for line in log.read(out / "log.jsonl")
+        lines = train(out, *flags, f"--dataset={dataset or args.dataset}", f"--data_dir={args.data_dir}",
+                      *(f"--{flag}" for flag in args.flags))
+        return {"val": min((line["val_bits_per_token"] for line in lines
                             if line.get("val_bits_per_token") is not None), default=None)}
 
     val = once(out.with_name(f"{out.name}.val.json"), lambda: unless_infinite(measure) or {"val": None})["val"]

@@ -93,9 +93,8 @@ class Study:
     def first(self, seed):
         """The network that all go on from."""
         out = self.args.folder / f"first_{seed}"
-        runs.once(out.with_suffix(".done"), lambda: runs.call(
-            "train.py", *self.flags_of(seed), f"--max_steps={self.args.first}", f"--eval_interval={self.args.first}",
-            f"--out_dir={out}", "--resume=auto"))
+        runs.once(out.with_suffix(".done"), lambda: bool(runs.train(
+            out, *self.flags_of(seed), f"--max_steps={self.args.first}", f"--eval_interval={self.args.first}")))
         return out
 
     def how(self, name, level, extra):
@@ -115,10 +114,10 @@ class Study:
         out = self.args.folder / folder
 
         def work():
-            common = [*self.flags_of(seed), f"--init_from={self.first(seed)}", f"--out_dir={out}"]
-            words = (["train.py", *common, *extra, "--resume=auto"] if level == "one" else
-                     ["studies/simulator.py", *common, *self.how(name, level, extra), "--resume"])
-            if runs.unless_infinite(lambda: runs.call(*words)) is None:
+            common = [*self.flags_of(seed), f"--init_from={self.first(seed)}"]
+            if runs.unless_infinite(lambda: runs.train(out, *common, *extra) if level == "one" else runs.call(
+                    "studies/simulator.py", *common, f"--out_dir={out}", *self.how(name, level, extra),
+                    "--resume")) is None:
                 return {"bits": None, "val": None, "curve": []}
             lines = [line for line in log.read(out / "log.jsonl") if "val_bits_per_token" in line]
             mean = lambda key: float(np.mean([line[key] for line in lines if line.get(key) is not None] or [0.0]))

@@ -305,6 +305,26 @@ def test_a_likelihood_that_is_infinite(answers, monkeypatch, tmp_path):
     assert [words[0] for words in calls] == ["train.py", "train.py", "evaluate.py"]
 
 
+def test_a_run_that_is_stopped(answers, monkeypatch, tmp_path):
+    """Nothing is kept of a run that Ctrl-C ended early, so that the next call goes on with it."""
+    args = argparse.Namespace(dataset="x", data_dir="", flags=[], windows=8)
+    calls = answers(lambda path: 3.0)
+    answer = runs.call
+
+    def stop(script, *words):
+        answer(script, *words)
+        with open(tmp_path / "one" / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": 100, "stopped": "SIGINT"}) + "\n")
+
+    for function in (runs.validated, runs.trained):
+        monkeypatch.setattr(runs, "call", stop)
+        with pytest.raises(UserError, match="one was stopped: the same command goes on"):
+            function(tmp_path / "one", [], args)
+        assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    monkeypatch.setattr(runs, "call", answer)
+    assert runs.trained(tmp_path / "one", [], args)["bits"] == 3 and len(calls) == 4
+
+
 def test_slope():
     """It is that of the finite points."""
     points = [(1e12, 3.0, None), (1e13, 2.5, None), (1e14, math.inf, None)]
@@ -318,7 +338,7 @@ def test_what_a_study_runs(answers, monkeypatch, tmp_path):
        "--flags", "dropout=0.3")
     for words in calls:
         if words[0] == "train.py":
-            assert words[-2:] == ["--dropout=0.3", "--resume=auto"]
+            assert "--dropout=0.3" in words and words[-1] == "--resume=auto"
         else:
             assert (words[words.index("--split") + 1], words[words.index("--n_tokens") + 1]) == ("test", str(99 * 128))
 
