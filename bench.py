@@ -12,6 +12,7 @@ are medians over the repeats after a warm-up. The last line is JSON.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -373,7 +374,7 @@ def main():
     chosen, args = configs.from_command_line("bench.py", __doc__, add_arguments, several=True)
     device = pick_device(chosen[0][1].device)
     dtype = pick_dtype(device, chosen[0][1].dtype)
-    size = lambda cfg: args.vocab_size or data_set(cfg)["vocab_size"]
+    size = functools.cache(lambda cfg: args.vocab_size or data_set(cfg)["vocab_size"])
     (name, cfg), *more = chosen
     if (args.first or args.samples) and not args.samplers:
         raise UserError("--first and --samples need --samplers")

@@ -147,8 +147,8 @@ class Draw:
 def entropy(logits, p):
     """Entropy of p = softmax(logits), (N, V) float32 -> (N,) nats, with an error below 1e-5.
 
-    log Z - sum of p logits takes half the work of - sum of p log p. The largest logit becomes 0, so that sums of small
-    numbers are rounded."""
+    log Z - sum of p logits takes half the work of - sum of p log p. The largest logit is made 0 first, because sums of
+    smaller numbers have smaller rounding errors."""
     logits = logits - logits.amax(-1, keepdim=True)
     with torch.autocast(p.device.type, enabled=False):  # which would compute vecdot in bfloat16
         mean = torch.linalg.vecdot(p, logits.clamp(min=-1e30))  # 0 times -inf would be nan

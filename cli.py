@@ -17,7 +17,8 @@ from pathlib import Path
 # torch is loaded, so the commands import this file before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-# Until run() begins, Ctrl-C just ends a command of this project. Else it would print where torch is being loaded.
+# Until run() begins, Ctrl-C ends a command of this project at once. Python's own way would be a traceback from inside
+# torch.
 ROOT, command = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
 if (command.is_file() and command.parent in (ROOT, ROOT / "data", ROOT / "studies")
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
@@ -265,13 +266,14 @@ def table(rows, columns, out):
 
 
 def check_place(flag, path, ending=""):
-    """Raise UserError if the file that a flag names cannot be written, or is there and has another ending."""
+    """Raise UserError if the file that a flag names cannot be written, or has another ending (devices have none)."""
+    special = path.exists() and not path.is_file()
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.access(path if special else path.resolve().parent, os.W_OK):  # as write_file needs it
         raise UserError(f"there is no permission to write {flag} {path}")
-    if path.is_file() and not path.name.lower().endswith(ending):
-        raise UserError(f"{flag} {path} is another file, which would be lost: choose a name that ends in {ending}")
+    if not special and not path.name.lower().endswith(ending):
+        raise UserError(f"{flag} {path} must end in {ending}")
 
 
 def write_file(path, content):

@@ -195,8 +195,6 @@ class Config:
         if 0 < self.unique_tokens < self.seq_len:
             raise UserError(f"unique_tokens={self.unique_tokens} is less than one sequence of seq_len={self.seq_len}: "
                             "use more")
-        if self.min_lr > self.lr:
-            raise UserError(f"min_lr={self.min_lr:g}, the last learning rate, is above lr={self.lr:g}: lower it")
         if not (self.dropout < 1 and self.ema_decay < 1 and self.beta1 < 1 and self.beta2 < 1):
             raise UserError("dropout, ema_decay, beta1 and beta2 must be below 1")
         if (self.objective, self.noise) not in OBJECTIVES:

@@ -6,7 +6,8 @@ log.jsonl has one JSON object per line. Each has "step". The other keys tell its
     bits_per_token, lr, grad_norm, skipped, ...    training; bits_per_token is the mean since the last such line
     val_bits_per_token, val_stderr                 a validation of the averaged weights
     sample                                         a text from the averaged weights
-    stopped                                        the signal after which the run was saved and ended
+    saved                                          the name of a checkpoint that was written
+    stopped                                        the signal after which the run ended
 """
 
 import contextlib
@@ -164,13 +165,17 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write the output: {error.strerror}; {HINT}")
 
-    def write(self, line, **values):
-        """Show a line, and record the values, which include the step."""
-        self.show(line)
+    def record(self, **values):
+        """Write the values, which include the step, into log.jsonl."""
         try:
             self.file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}; {HINT}")
+
+    def write(self, line, **values):
+        """Show a line, and record the values, which include the step."""
+        self.show(line)
+        self.record(**values)
         if self.wandb and "config" not in values:
             if "sample" in values:
                 import wandb

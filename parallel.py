@@ -178,8 +178,8 @@ def compiles(cfg, device):
 def compile_parts(model, objective):
     """Compile the trunk as one graph, and with a large vocabulary also the head and the objective's cost.
 
-    DistributedDataParallel cuts the trunk's graph into those of its buckets of gradients.
-    These two then need no copy of the logits in float32. With a small vocabulary they are as fast without.
+    These two then need no copy of the logits in float32. With a small vocabulary they are as fast without. In several
+    processes DistributedDataParallel cuts the trunk's graph at its buckets of gradients.
     """
     trunk = torch.compile(model.trunk)
 

@@ -257,6 +257,7 @@ def main():
                 "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
                 "tally": torch.stack(tally).cpu(), "wandb_id": log.wandb_id, "init_from": init_from, **state},
                 keep_previous=to_resume)
+            log.record(step=step, saved=filename)
 
         on_main(write)
 
@@ -309,7 +310,6 @@ def main():
                 raise UserError(f"loss or gradient was not finite in {counted.most_in_a_row:.0f} steps in a row before "
                                 f"step {step + 1:,}: the last good checkpoint in {out_dir} is unchanged; try a smaller "
                                 "--lr in a new run")
-        stopped, stopped_by = stop.agreed()  # not in the pause, because a fast process waits here for the others
         with pace.paused():
             if due(cfg.eval_interval):
                 bits, error = validate(model, objective, ema, val_data, cfg)
@@ -323,6 +323,8 @@ def main():
             if cfg.sample_interval and due(cfg.sample_interval):
                 text = sample()
                 report(f"step {step:,}  sample  {text}", sample=text)
+        stopped, stopped_by = stop.agreed()  # not in a pause, because a fast process waits here for the others
+        with pace.paused():
             if due(cfg.checkpoint_interval) or stopped:
                 save("ckpt.pt", to_resume=True)
         if stopped and step < cfg.max_steps:

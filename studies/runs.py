@@ -52,8 +52,9 @@ def make_folder(path, args, name="settings"):
         kept.unlink()  # of a call that ended before its first run
     before = once(kept, lambda: settings)
     for key in settings:
-        if key in before and before[key] != settings[key]:
-            raise UserError(f"{path} has runs with {key}={before[key]}, not {settings[key]}: choose another folder")
+        was = before.get(key, settings[key] if key == "data" else None)  # older folders do not say of which data
+        if was != settings[key]:
+            raise UserError(f"{path} has runs with {key}={was}, not {settings[key]}: choose another folder")
 
 
 def call(script, *arguments, ok=(0,)):

@@ -234,8 +234,13 @@ def test_lost_checkpoints(call, data_dir, tmp_path):
     assert storage.read(out)["step"] == 8 and losses(out)[:4] == before
 
 
+def disk_is_full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_lost_checkpoints_of_short_runs(call, data_dir, monkeypatch, tmp_path):
-    """A run that ended, or that a signal stopped, had a checkpoint, however few steps it took."""
+    """A run that ended, or that a signal stopped, had a checkpoint, however few steps it took. One that failed before
+    it was saved had none, and begins again."""
     out, options = tmp_path / "out", ["--max_steps=4", "--eval_interval=1", "--checkpoint_interval=100"]
     for stop in (True, False):
         with monkeypatch.context() as patch:
@@ -244,6 +249,13 @@ def test_lost_checkpoints_of_short_runs(call, data_dir, monkeypatch, tmp_path):
         (out / "ckpt.pt").unlink()
         assert_one_line(train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto"), "are missing: put one")
         shutil.rmtree(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "sync_folder", disk_is_full)
+        assert train(call, "mdlm_text8", data_dir, out, *options).code == 2
+    for path in out.glob("*.pt"):
+        path.unlink()
+    result = train(call, "mdlm_text8", data_dir, out, *options, "--resume=auto")
+    assert result.code == 0 and "begins again at step 0" in result.err
 
 
 def test_a_full_disk_while_the_log_is_rewritten(call, data_dir, tmp_path):

@@ -707,7 +707,7 @@ def test_nothing_is_written_over(call, trained, tmp_path):
     assert (tmp_path / ".shared.tmp" / "precious").exists()
     for name in ("model.safetensors", "config.json"):
         assert_one_line(call("sample.py", folder, "--out", folder / name), "part of the checkpoint")
-    assert_one_line(call("sample.py", trained, "--html", trained / "ckpt.pt"), "another file, which would be lost")
+    assert_one_line(call("sample.py", trained, "--html", trained / "ckpt.pt"), "must end in .html")
     assert call("sample.py", folder, "--steps=2", "--out", folder / "samples.txt").code == 0
     text = (folder / "config.json").read_text()
     card = json.loads(text)

@@ -459,7 +459,7 @@ def test_plot(call, trained, data_dir, tmp_path):
     assert_one_line(call("plot.py", trained, "--from_step=1000"), "has no losses to draw from step 1,000 on")
     assert_one_line(call("plot.py", trained, "--out", tmp_path / "no" / "where.png"), "in a folder that does not exist")
     (tmp_path / "ckpt.pt").write_bytes(b"weights")
-    assert_one_line(call("plot.py", trained, "--out", tmp_path / "ckpt.pt"), "is another file, which would be lost")
+    assert_one_line(call("plot.py", trained, "--out", tmp_path / "ckpt.pt"), "must end in .png")
     assert (tmp_path / "ckpt.pt").read_bytes() == b"weights"
     other = [entry if "config" not in entry else entry | {"config": {"dataset": "book"}} for entry in log(trained)]
     (tmp_path / "book").mkdir()
