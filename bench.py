@@ -12,7 +12,6 @@ are medians over the repeats after a warm-up. The last line is JSON.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -355,8 +354,8 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
 
 
 def data_set(cfg):
-    """Facts about the config's data set: its meta.json if it is prepared, else KNOWN, else the N of NAME_bpeN, else 27
-    symbols, with a note."""
+    """Facts about the config's data set: its meta.json if it is prepared, else KNOWN, else the N of NAME_bpeN. Else 27
+    symbols are a guess."""
     try:
         return load_meta(cfg.dataset, cfg.data_dir)
     except UserError:
@@ -364,17 +363,14 @@ def data_set(cfg):
             return KNOWN[cfg.dataset]
         if bpe := re.search(r"_bpe(\d+)$", cfg.dataset):
             return {"vocab_size": int(bpe[1])}
-        if not cfg.network.of_source:  # which is refused with a line of its own
-            note(f"the data set {cfg.dataset} is not prepared: 27 different tokens are assumed (--vocab_size N: "
-                 "others)")
-        return {"vocab_size": 27}
+        return {"vocab_size": 27, "guess": True}
 
 
 def main():
     chosen, args = configs.from_command_line("bench.py", __doc__, add_arguments, several=True)
     device = pick_device(chosen[0][1].device)
     dtype = pick_dtype(device, chosen[0][1].dtype)
-    size = functools.cache(lambda cfg: args.vocab_size or data_set(cfg)["vocab_size"])
+    size = lambda cfg: args.vocab_size or data_set(cfg)["vocab_size"]
     (name, cfg), *more = chosen
     if (args.first or args.samples) and not args.samplers:
         raise UserError("--first and --samples need --samplers")
@@ -408,6 +404,8 @@ def main():
             if args.compare:
                 trainings.append(Naive(f"{name}, naive", cfg, size(cfg), device, dtype))
         print(json.dumps(throughput(trainings, repeats, args.compare)))
+    for dataset in {cfg.dataset for _, cfg in chosen if not args.vocab_size and "guess" in data_set(cfg)}:
+        note(f"the data set {dataset} is not prepared: 27 different tokens were assumed (--vocab_size N: others)")
 
 
 if __name__ == "__main__":

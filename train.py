@@ -257,7 +257,7 @@ def main():
                 "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
                 "tally": torch.stack(tally).cpu(), "wandb_id": log.wandb_id, "init_from": init_from, **state},
                 keep_previous=to_resume)
-            log.record(step=step, saved=filename)
+            log.record(step=step, tokens=step * cfg.batch_size * cfg.seq_len, saved=filename)
 
         on_main(write)
 

@@ -248,7 +248,7 @@ def test_vocabulary_of_data_that_is_not_prepared(call, tmp_path):
     go = lambda name: call("bench.py", "--estimate", "demo", f"--dataset={name}", f"--data_dir={tmp_path}")
     bpe, guess = go("book_bpe4096"), go("book")
     assert last_line(bpe)["parameters"] - last_line(guess)["parameters"] == (4096 - 27) * 128
-    assert bpe.err == "" and "book is not prepared: 27 different tokens are assumed" in guess.err
+    assert bpe.err == "" and "book is not prepared: 27 different tokens were assumed" in guess.err
 
 
 def test_estimate(call):

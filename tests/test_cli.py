@@ -39,17 +39,19 @@ def test_control_characters_on_a_terminal():
 
 def test_ctrl_c_while_torch_is_loaded(tmp_path):
     """It ends a command without a traceback. During main() it is a KeyboardInterrupt, as in any Python program."""
+    heed_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs do not
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
     commands = [path for folder in (ROOT, ROOT / "data", ROOT / "studies") for path in sorted(folder.glob("*.py"))
                 if "\n    run(main)" in path.read_text(encoding="utf-8")]
     assert len(commands) > 20
     for command in commands:
         done = subprocess.run([sys.executable, command], env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=50,
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, preexec_fn=heed_ctrl_c)
         assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", ""), command
     code = ("import signal, sys; sys.argv[0] = 'plot.py'; import cli; "
             "cli.run(lambda: signal.raise_signal(signal.SIGINT))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          preexec_fn=heed_ctrl_c)
     assert (done.returncode, done.stderr) == (130, "\nplot.py: interrupted\n")
 
 

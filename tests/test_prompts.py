@@ -139,9 +139,9 @@ def test_infill(call, trained, sample, tmp_path):
     assert len(texts) == 10 and all(re.fullmatch(patterns[i // 2], text) for i, text in enumerate(texts))
     assert found["nfe"] == 4 + 2 + 5 and len(set(texts)) > 5
     for flag in ("html", "gif", "png"):
-        assert call("sample.py", trained, "--infill", tmp_path / "t.txt", f"--{flag}", tmp_path / flag).code == 0
-    assert (tmp_path / "html").read_text().count('"events"') == 5
-    assert (tmp_path / "gif").read_bytes()[:3] == b"GIF" and (tmp_path / "png").read_bytes()[1:4] == b"PNG"
+        assert call("sample.py", trained, "--infill", tmp_path / "t.txt", f"--{flag}", tmp_path / f"a.{flag}").code == 0
+    assert (tmp_path / "a.html").read_text().count('"events"') == 5
+    assert (tmp_path / "a.gif").read_bytes()[:3] == b"GIF" and (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_many_templates_go_in_batches(sample, tmp_path):
@@ -258,7 +258,8 @@ def test_bad_requests(call, trained, tmp_path):
             (["--temperature=1e-38"], "is below 0.001"), (["--prefix=\udcff"], "not valid text"),
             (["--template=a{" + "9" * 5000 + "}"], "is not a blank"),
             (["--out", trained / "ckpt.pt"], "is also part of the checkpoint"),
-            (["--out", tmp_path / "both", "--png", tmp_path / "both"], "is also --out"),
+            (["--out", tmp_path / "both.png", "--png", tmp_path / "both.png"], "is also --out"),
+            (["--png", tmp_path / "picture"], "must end in .png"),
             (["--infill", tmp_path / "plain.txt", "--out", tmp_path / "plain.txt"], "is also --infill")):
         assert_one_line(call("sample.py", trained, *flags, "--html", out) if "--html" not in flags else
                         call("sample.py", trained, *flags), words)
