@@ -95,20 +95,21 @@ def model_card(name, card, n_params, validation):
         + [(r["bits_per_token"], r["stderr"], f"{r['bits_per_char']:.4f}", f"{r['dataset']} {r['split'] or ''}, "
             f"{r['n_sequences']:,} windows of {r['seq_len']}; {r['estimator']}") for r in card["measured"]]]
     again, source = training_commands(card), card["init_from"]
+    began = f" Training began with the weights of `{source}`." if source else ""
+    better = "." if source else (" from nothing. More steps (`--max_steps`) and a larger network (`--n_layer`, "
+                                 "`--n_embd`) make a better one.")
     return "\n".join([
         "---", "tags:", "- text-diffusion", "- discrete-diffusion", "---", f"# {name}", "",
         f"A discrete diffusion model of text, {n_params / 1e6:.1f}M parameters, trained as `{card['name']}` for "
         f"{card['step']:,} steps of {config['batch_size']} x {config['seq_len']} tokens of {card['meta'].get('name')}: "
         f"objective {config['objective']}{blocks}, noise {config['noise']}, schedule {config['schedule']}, "
-        f"conditioning {config['conditioning']}. " + f"Training began with the weights of `{source}`. " * bool(source)
-        + "The weights are the moving average.", "",
+        f"conditioning {config['conditioning']}.{began} The weights are the moving average.", "",
         "```sh", f"python sample.py {shlex.quote(name)}      # or hf://OWNER/{name}",
         f"python evaluate.py {shlex.quote(name)}", "```", "",
         *(["| bits per token | per character | on |", "|---|---|---|", *rows, ""] if rows else
           ["Nothing was measured yet.", ""]),
-        *(["These commands train a model with these settings" + ("." if source else " from nothing. More steps "
-           "(`--max_steps`) and a larger network (`--n_layer`, `--n_embd`) make a better one."),
-           "", "```sh", *again, "```", ""] if again else [])])
+        *([f"These commands train a model with these settings{better}", "", "```sh", *again, "```", ""] if again
+          else [])])
 
 
 def training_commands(card):

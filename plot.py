@@ -27,31 +27,21 @@ def parse_args():
     return p.parse_args()
 
 
-def log_of(path):
-    """The log of a run that is named by its folder or its log."""
-    return path / "log.jsonl" if path.is_dir() or not path.suffix else path
-
-
 def curves(path, from_step=0):
-    """(name, training, validation) from the log of a run. Raises UserError.
+    """(name, data set, training, validation) from the log of a run. Raises UserError.
 
     training: a list of (step, tokens, hours, bits per token). validation: the same and the standard error.
     """
-    path = log_of(path)
+    path = path / "log.jsonl" if path.is_dir() or not path.suffix else path
     entries = log.read(path)
     try:
-        name, training, validation = path.resolve().parent.name, *rows(entries, from_step)
+        dataset = next((entry["config"]["dataset"] for entry in entries if "config" in entry), None)
+        training, validation = rows(entries, from_step)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         raise UserError(f"{path} is not a log of train.py: numbers are missing in its lines")
     if not training and not validation:
         raise UserError(f"{path} has no losses to draw{f' from step {from_step:,} on' if from_step else ''}")
-    return name, training, validation
-
-
-def dataset_of(path):
-    """The name of the data set of a run, from its log."""
-    configs = [entry["config"] for entry in log.read(log_of(path)) if isinstance(entry.get("config"), dict)]
-    return str(configs[0].get("dataset")) if configs else "?"
+    return path.resolve().parent.name, dataset, training, validation
 
 
 def rows(entries, from_step):
@@ -91,7 +81,7 @@ def legible(name):
 def draw(runs, out, x, log_x):
     """Draw training as a thin line and validation as points ± 2 standard errors, in one colour per run."""
     figure, axes = subplots(figsize=(8, 5), dpi=150)
-    for i, (name, training, validation) in enumerate(runs):
+    for i, (name, _, training, validation) in enumerate(runs):
         name = legible(name)
         color, column = f"C{i}", list(AXES).index(x)
         if training:
@@ -152,9 +142,9 @@ def main():
     args = parse_args()
     check_place("--out", args.out, ".png")
     runs = [curves(path, args.from_step) for path in args.runs]
-    if len(of := {dataset_of(path) for path in args.runs}) > 1:
-        note(f"these runs are of several data sets ({', '.join(sorted(of))}): bits per token compare only if their "
-             "tokens are the same")
+    if len(datasets := {str(dataset) for _, dataset, *_ in runs}) > 1:
+        note(f"these runs are of several data sets ({', '.join(sorted(datasets))}): bits per token compare only if "
+             "their tokens are the same")
     draw(runs, args.out, args.x, args.log_x)
     note(f"{args.out}: {', '.join(name for name, *_ in runs)}")
 

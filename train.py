@@ -227,8 +227,10 @@ def main():
     val_data = Windows(val_tokens, windows(val_tokens, cfg.seq_len, cfg.eval_sequences), cfg.seq_len, micro, device,
                        dtype)
 
+    tokens_seen = lambda: step * cfg.batch_size * cfg.seq_len
+
     def report(line, **values):
-        on_main(lambda: log.write(line, step=step, tokens=step * cfg.batch_size * cfg.seq_len, **values))
+        on_main(lambda: log.write(line, step=step, tokens=tokens_seen(), **values))
 
     def sample():
         """Draw one text from the averaged weights; all processes do the same. If the model needs a prefix, the text
@@ -257,7 +259,7 @@ def main():
                 "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
                 "tally": torch.stack(tally).cpu(), "wandb_id": log.wandb_id, "init_from": init_from, **state},
                 keep_previous=to_resume)
-            log.record(step=step, tokens=step * cfg.batch_size * cfg.seq_len, saved=filename)
+            log.record(step=step, tokens=tokens_seen(), saved=filename)
 
         on_main(write)
 
@@ -298,8 +300,8 @@ def main():
             left = pace.left(cfg.max_steps - step)
             bits = counted.nats / counted.steps / math.log(2) if counted.steps else math.nan
             mfu, memory = rate * flops / peak, memory_used(device)
-            epochs = step * cfg.batch_size * cfg.seq_len / len(train_tokens)
-            report(f"step {step:,}  tokens {step * cfg.batch_size * cfg.seq_len:,}  "
+            epochs = tokens_seen() / len(train_tokens)
+            report(f"step {step:,}  tokens {tokens_seen():,}  "
                    + f"epoch {epochs:.1f}  " * (cfg.unique_tokens > 0) + f"{unit} {bits:.3f}  "
                    f"lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
                    f"{memory / 1e9:.1f} GB  {duration(left)} left"

@@ -129,7 +129,8 @@ def read_text(path):
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path} is not a complete compressed file: {error}")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}), plain, .gz or .xz: convert it first")
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}; only .gz and .xz are unpacked): convert it "
+                        "first")
     if not text.strip():
         raise UserError(f"{path} contains no text")
     return text

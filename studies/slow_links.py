@@ -115,9 +115,14 @@ class Study:
 
         def work():
             common = [*self.flags_of(seed), f"--init_from={self.first(seed)}"]
-            if runs.unless_infinite(lambda: runs.train(out, *common, *extra) if level == "one" else runs.call(
-                    "studies/simulator.py", *common, f"--out_dir={out}", *self.how(name, level, extra),
-                    "--resume")) is None:
+
+            def go():
+                if level == "one":
+                    return runs.train(out, *common, *extra)
+                return runs.call("studies/simulator.py", *common, f"--out_dir={out}", *self.how(name, level, extra),
+                                 "--resume")
+
+            if runs.unless_infinite(go) is None:
                 return {"bits": None, "val": None, "curve": []}
             lines = [line for line in log.read(out / "log.jsonl") if "val_bits_per_token" in line]
             mean = lambda key: float(np.mean([line[key] for line in lines if line.get(key) is not None] or [0.0]))

@@ -31,7 +31,7 @@ from studies import runs
 
 
 def checked(out, args):
-    """What check() returns, kept beside the run with what it is about."""
+    """Return what check() returns, from the file beside the run if that is of the same weights and settings."""
     payload, kept = storage.read(out), out.with_name(f"{out.name}.check.json")
     about = {"windows": args.windows, "repeats": args.repeats, "weights": storage.digest(payload["ema"])}
     if kept.exists() and json.loads(kept.read_text()).get("about") != about:

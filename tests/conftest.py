@@ -1,3 +1,4 @@
+import functools
 import os
 import runpy
 import signal
@@ -104,3 +105,19 @@ def trained(data_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     subprocess.run([sys.executable, *arguments("mdlm_text8", data_dir, out, *TRAINED)], check=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Function: kind -> (folder, model, tokenizer) of a tiny model of transformers, saved once."""
+    pytest.importorskip("transformers")
+    from hub_models import make
+
+    @functools.cache
+    def get(kind):
+        folder = tmp_path_factory.mktemp(kind) / kind
+        model, tokenizer = make(kind)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder, model, tokenizer
+    return get

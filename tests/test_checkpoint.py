@@ -221,8 +221,8 @@ def test_what_training_takes_at_least():
 
 
 def test_more_than_the_machine_has(call, trained, data_dir, tmp_path, monkeypatch):
-    """What does not fit is refused with the numbers, by whatever would build it, before it is built: 40 TB here. Where
-    the memory is unknown, nothing is refused."""
+    """Every command refuses a model of 40 TB before it builds it, and says both numbers. Where the memory is unknown,
+    nothing is refused."""
     assert 1e8 < memory_of(CPU) < 1e13
     big = ["--n_embd=9600", "--n_head=4", "--n_layer=9000"]
     costs.check_fits(memory_of(CPU), CPU, "just enough", "")

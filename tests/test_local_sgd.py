@@ -202,7 +202,7 @@ def test_bfloat16_rounds_differences(monkeypatch):
 
 
 def test_a_mean_has_the_digits_of_the_weights():
-    """What was sent is added up in its format, and divided in that of the weights."""
+    """A mean is added up in the format that was sent, and divided in that of the weights."""
     messages = [[torch.tensor([x])] for x in (1.0, 0.0, 0.0)]
     assert parallel.Average(messages, torch.bfloat16).wait()[0].item() == torch.tensor(1 / 3).item()
 

@@ -95,7 +95,7 @@ def test_compiles_in_one_graph(objective, vocab_size, monkeypatch):
 @pytest.mark.parametrize("vocab_size", [999, 1000])
 @pytest.mark.parametrize("architecture", ["dit", "tiny_diffusion", "gpt2", "nanogpt", "mixers"])
 def test_every_network_can_be_compiled(architecture, vocab_size, monkeypatch):
-    """Its outputs and the names of its parameters stay the same. test_adaptation.py has masked_lm."""
+    """Its outputs and the names of its parameters stay the same. test_masked_lm.py has masked_lm."""
     calls = []
     monkeypatch.setattr(torch, "compile", lambda function: calls.append(function) or function)
     settings = dict(architecture=architecture, conditioning="step" if architecture == "tiny_diffusion" else "none",
@@ -378,7 +378,7 @@ def test_checkpointed_blocks_give_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", sorted(set(configs.CONFIGS) - {"roberta_wikitext"}))  # that one: test_adaptation.py
+@pytest.mark.parametrize("name", sorted(set(configs.CONFIGS) - {"roberta_wikitext"}))  # that one: test_masked_lm.py
 def test_every_parameter_of_every_config_is_used(name):
     """No config builds a parameter that gets no gradient (DistributedDataParallel would hang or complain)."""
     cfg = configs.CONFIGS[name]()

@@ -252,7 +252,7 @@ run(train.main)
 
 
 def test_weights_that_are_not_finite_in_one_process(data_dir, tmp_path):
-    """With FSDP one process has the bad numbers. The main one says so, where a sample is drawn."""
+    """The main process reports them when a sample is drawn, although with FSDP only another process has them."""
     (tmp_path / "spoiled.py").write_text(SPOILED.format(root=str(ROOT)))
     first, second = finish(start("mdlm_text8", data_dir, tmp_path / "out", *STEADY, "--fsdp", "--sample_interval=1",
                                  script=tmp_path / "spoiled.py", n=2))

@@ -484,9 +484,9 @@ def test_curves(tmp_path):
              {"step": 2, "tokens": 7200, "bits_per_token": None, "tokens_per_second": 2.0},
              {"step": 3, "tokens": 10800, "bits_per_token": 2.0, "tokens_per_second": 1.0}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    name, training, validation = curves(tmp_path)
+    name, _, training, validation = curves(tmp_path)
     assert training == [(1, 3600, 1.0, 3.0), (3, 10800, 2.5, 2.0)] and validation == [(1, 3600, 1.0, 2.5, 0.0)]
-    assert name == tmp_path.name and curves(tmp_path, from_step=2)[2] == []
+    assert name == tmp_path.name and curves(tmp_path, from_step=2)[3] == []
 
 
 def test_wandb(data_dir, tmp_path, monkeypatch):

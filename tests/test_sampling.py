@@ -413,8 +413,8 @@ def test_the_time_of_a_template():
 
 
 def test_default_settings():
-    """What training and bench.py sample with: T steps of the model's own schedule, or left to right. The samplers have
-    the defaults of the command line."""
+    """Training and bench.py sample in T steps of the model's own schedule, or left to right. The samplers have the
+    defaults of the command line."""
     assert DEFAULTS["threshold"] == 0.9
     for name, value in DEFAULTS.items():
         found = [inspect.signature(sampler.function).parameters.get(name) for sampler in SAMPLERS.values()]

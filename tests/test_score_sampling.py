@@ -307,6 +307,6 @@ def test_noise_removal_ends_the_chain():
 
 
 def test_names():
-    """What is for uniform noise has a name for masks, too, so that one list of names serves both."""
+    """Samplers of uniform noise have the names of those of masks, so that one list of names serves both."""
     assert set(Uniform.samplers) <= set(Absorbing.samplers)
     assert SAMPLERS["ancestral"].function is ancestral
