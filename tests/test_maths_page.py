@@ -243,10 +243,14 @@ def test_network_without_the_time():
     assert bounds[0] == pytest.approx(L * sum(w * C(r, ce(0, False)) for r, w in zip(NODES, WEIGHTS)), rel=1e-9)
     seeing = [continuous_bound(schedule, ce, sees_time=True) for schedule in ("linear", "cosine")]
     assert abs(seeing[0] - seeing[1]) > 0.01
-    end = 0.8  # loglinear with eps = 0.2 ends at this rate: the rest is the integral of C from there to 1
-    rest = L * (1 - end) * sum(w * C(end + (1 - end) * r, ce(0, False)) for r, w in zip(NODES, WEIGHTS))
-    assert continuous_bound("loglinear:0.2", ce, sees_time=False) + rest == pytest.approx(bounds[0], rel=1e-9)
+    area = lambda low, high: L * (high - low) * sum(
+        w * C(low + (high - low) * r, ce(0, False)) for r, w in zip(NODES, WEIGHTS))
+    first, last = -math.expm1(-0.3), -math.expm1(-2)
+    for name, low, high in (("loglinear:0.2", 0, 0.8), ("geometric:0.3:2", first, last)):  # the rates from t = 0 to 1
+        rest = area(0, low) + area(high, 1)
+        assert continuous_bound(name, ce, sees_time=False) + rest == pytest.approx(bounds[0], rel=1e-9)
     assert MDLM(V, "loglinear:0.2").time(torch.tensor([0.4, 0.9], dtype=torch.float64)).tolist() == [0.5, 1.0]
+    assert MDLM(V, "geometric:0.3:2").time(torch.tensor([0.2, 0.9], dtype=torch.float64)).tolist() == [0.0, 1.0]
     rate = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     torch.testing.assert_close(1 - make_schedule("cosine").alpha(Absorbing(V, "cosine").time(rate)), rate.float())
 
