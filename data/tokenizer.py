@@ -215,21 +215,26 @@ def id_type(vocab_size):
 def from_hub(name):
     """Return the tokenizer of transformers that a folder or hf://owner/name[@revision] has. Raises UserError."""
     require("transformers", f"the tokenizer of {name}")
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
-    place, _, revision = str(name).removeprefix("hf://").partition("@") if str(name).startswith("hf://") else (
-        str(name), "", "")
-    read = functools.partial(AutoTokenizer.from_pretrained, place, revision=revision or "main", trust_remote_code=False)
+    on_hub = str(name).startswith("hf://")
+    place, _, revision = str(name).removeprefix("hf://").partition("@") if on_hub else (str(name), "", "")
+    read = functools.partial(AutoTokenizer.from_pretrained, local_files_only=True, trust_remote_code=False)
     try:
         try:
-            found = read(local_files_only=True)  # or one that is in the cache would wait for the network
+            found = read(place, revision=revision or "main")
         except Exception:
-            found = read()
+            if not on_hub:
+                raise
+            # not in the cache; AutoTokenizer would try each file for a minute if there is no network
+            found = read(snapshot_download(place, revision=revision or "main",
+                                           allow_patterns=["*.json", "*.txt", "*.model"]))
         if found.backend_tokenizer.get_vocab_size() > len(found.all_special_ids):  # else it was made of no file
             return found
         raise FileNotFoundError
     except Exception as error:  # of many kinds: network, files, missing libraries
         kind = type(error).__name__
-        if str(name).startswith("hf://"):
+        if on_hub:
             raise UserError(f"the tokenizer of {name} is not in the Hub's cache and could not be downloaded ({kind}): "
                             "go online once, or name a folder with its files")
         raise UserError(f"{name} has no tokenizer that can be read ({kind}): put its tokenizer.json and "
