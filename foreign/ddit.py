@@ -188,6 +188,9 @@ def process_of(name, settings, path):
     parameterization = algo.get("parameterization", "subs")
     if parameterization not in ("subs", "sedd", "score") or algo.get("T") or settings.get("T"):
         refuse(f"parameterization {parameterization!r} and T = {algo.get('T', 0)}")
+    if name == "bd3lm" and timed and "parameterization" not in algo:
+        raise UserError(f"{path} is told the time, and does not say with which loss it was trained: use --format mdlm, "
+                        "or --format sedd for kuleshov-group/sedd-noeos-owt")
     if not timed or name == "radd":
         return dict(objective="mdlm", conditioning="none", schedule="linear")
     if schedule is None or (settings.get("training") or {}).get("change_of_variables"):
@@ -227,7 +230,8 @@ def translate(found, name, dataset, overrides, data_dir):
     weights = [mask_last(rename(kind, NAMES), mask) for kind in (raw, averages(payload, raw, path))]
     if process["conditioning"] == "none" and time:
         weights = [fold(kind, n_layer) for kind in weights]
-    block_size = settings.get("block_size", seq_len)
+    in_blocks = truth((settings.get("algo") or settings).get("cross_attn", True))  # else its attention is full
+    block_size = settings.get("block_size", seq_len) if in_blocks else int(seq_len)
     if name == "bd3lm" and (type(block_size) is not int or block_size < 1):
         raise UserError(f"{path} has block_size={block_size!r}, which is not a number of tokens")
     if name == "bd3lm" and block_size < int(seq_len):

@@ -273,7 +273,7 @@ BUFFERS = re.compile(r"(^|\.)(inv_freq|betas|alpha_bars|sampling_eps_m(in|ax)|li
 
 def plain_key(key):
     """Return a key without the prefixes of compilation, data parallelism and wrapper classes."""
-    return re.sub(r"^backbone\.", "", key.replace("_orig_mod.", "").replace("module.", ""))
+    return re.sub(r"^(backbone\.)+", "", key.replace("_orig_mod.", "").replace("module.", ""))
 
 
 def tensors(payload):

@@ -88,7 +88,7 @@ def detect(found):
         raise unknown(found, state)
     named = settings.get("model_type") or (settings.get("algo") or {}).get("name") or ""
     named = named.lower() if isinstance(named, str) else ""
-    named = {"duo_base": "duo"}.get(named, named)
+    named = {"duo_base": "duo", "distillation": "duo", "ot-finetune": "duo"}.get(named, named)
     if named in ("mdlm", "bd3lm", "duo", "udlm", "sedd"):
         return named
     if named:

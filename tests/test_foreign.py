@@ -77,6 +77,10 @@ def folder_of(path, state, settings, weights="model.safetensors"):
     ("mdlm", {"model_type": "mdlm", "model_length": 24}, ddit_state(35, prefix="backbone."), dict(dataset="text8")),
     ("bd3lm", {"model_type": "bd3lm", "model_length": 24, "block_size": 24, "adaln": True, "time_conditioning": False},
      ddit_state(prefix="backbone."), dict(objective="mdlm", conditioning="none")),
+    ("bd3lm", {"model_type": "bd3lm", "model_length": 24, "block_size": 1, "cross_attn": False},
+     ddit_state(prefix="backbone.backbone."), dict(objective="mdlm", conditioning="none")),
+    ("duo", {"algo": {"name": "distillation"}, "model": {"length": 24}}, ddit_state(27, prefix="backbone."),
+     dict(objective="mdlm", noise="uniform", seq_len=24)),
     ("bd3lm", {"model_type": "bd3lm", "model_length": 24, "block_size": 24, "parameterization": "sedd",
                "time_conditioning": True},
      ddit_state(prefix="backbone."), dict(objective="sedd", conditioning="sigma")),
@@ -189,6 +193,7 @@ def test_names_and_shapes_are_checked(tmp_path):
     refused("without modulations", {"model_type": "bd3lm", "model_length": 8, "adaln": False})
     refused("time conditioning and", {"model_type": "mdlm", "model_length": 8, "time_conditioning": True,
                                       "training": {"change_of_variables": True}})
+    refused("does not say with which loss", {"model_type": "bd3lm", "model_length": 8, "time_conditioning": True})
     refused("has the unknown algorithm 'gidd'", {"model_type": "gidd"})
     refused("no settings say which", None)
 
