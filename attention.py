@@ -2,7 +2,7 @@
 
 Without blocks, past and annealing a token sees all tokens, or in a causal network those on its left. Block diffusion
 (block_diffusion.py) uses blocks and a past. A causal network that writes token after token uses a past
-(sampling.left_to_right). A causal network that becomes a diffusion model uses `annealed` (adapt.py).
+(sampling.left_to_right). A causal network that becomes a diffusion model uses `annealed` (train.py).
 """
 
 import functools
@@ -16,7 +16,8 @@ from randomness import rng
 
 
 class Past(NamedTuple):
-    """Keys and values of P tokens in a transformer block. Nothing else of these tokens reaches those that follow."""
+    """What one transformer layer keeps of P tokens for the tokens that follow: keys, values, and with token_shift some
+    channels of its inputs."""
 
     keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
     values: torch.Tensor           # (B, heads, P, head_dim)
@@ -30,14 +31,16 @@ class Past(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Positions of L tokens, and what each of them sees of the P tokens of the past and of these L, in this order.
+    """The positions of L tokens, and which tokens each of them sees.
 
-    sees: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column; or Tiles or
-        FlexAttention's BlockMask for the same. None: all tokens, or with a causal network those on the left.
+    sees: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column: first the P
+        tokens of the past, then these L. Or Tiles or FlexAttention's BlockMask for the same. None: all tokens, or with
+        a causal network those on the left.
     positions: (L,) long, the tokens' positions in the text.
     first, last: for token_shift, (L,) bool: the tokens whose left neighbour is of the past, and those without a right
-        neighbour. beside_clean: the past is the clean text of these tokens, so the left neighbour of the token at
-        position i is the token i - 1 of the past; else it is the last token of the past.
+        neighbour.
+    beside_clean: the past is the clean text of these same tokens. Then the left neighbour of a token in `first`, at
+        position i, is token i - 1 of the past. Otherwise it is the last token of the past.
     """
 
     sees: torch.Tensor = None

@@ -20,7 +20,9 @@ def begin(xt):
 
 
 def with_denoising(grid):
-    """The pairs of rates (r, rho) of a grid that ends in 1e-5 instead of 0, and that of noise removal, (1e-5, 0)."""
+    """The pairs of rates (r, rho) of a grid that ends in e instead of 0, and that of noise removal, (e, 0).
+
+    e is 1e-5, or half of the rate before it if that is less."""
     grid = [*grid[:-1], min(1e-5, grid[-2] / 2), 0.0]
     return list(zip(grid, grid[1:]))
 
@@ -59,8 +61,8 @@ NOT_FINITE = "the outputs of the network are not finite: its weights are damaged
 def inverse_cdf(p, u):
     """The first token at which the cumulative sum of the weights p (N, V) exceeds u (N, 1) times their total: (N,).
 
-    p is float32 and not all zero; u is float64 in [0, 1). First the block of about sqrt(V) tokens is found, then the
-    token in it: two short cumulative sums in float64 instead of a long one. The blocks' totals are float32, which
+    p is float32 and not all zero; u is float64 in [0, 1). First the group of about sqrt(V) tokens is found, then the
+    token in it: two short cumulative sums in float64 instead of a long one. The groups' totals are float32, which
     changes the probability of a token by less than a millionth of it. A token of weight zero is never drawn, whatever
     the rounding. Raises UserError if p is not finite.
     """

@@ -306,8 +306,8 @@ def mdlm_twin(config):
     """The same data, size and optimisation in continuous time: no time conditioning or auxiliary loss, exactly k masks.
 
     time_sampling=stratified is closer to the paper, but its weights 1/t make losses and gradients jump. The weight of a
-    token, 0 where it is visible, is 1 on average in this loss, and 1/T + lambda_ce/2 = 0.026 in that of d3pm_*
-    (docs/maths.md, section 8). So the clipping threshold is another one, too.
+    token, averaged over the draws (0 where it is visible), is 1 in this loss, and 1/T + lambda_ce/2 = 0.026 in that of
+    d3pm_* (docs/maths.md, section 8). So gradients are larger here, and grad_clip is 1.0 instead of 0.1.
     """
     return replace(config, objective="mdlm", conditioning="none", lambda_ce=0.0, time_sampling="exact_k", grad_clip=1.0)
 

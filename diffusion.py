@@ -1,8 +1,9 @@
 """Absorbing diffusion of text: the forward process and the training objectives. docs/maths.md derives every formula.
 
-A token is visible at time t with probability alpha(t), independently of the others. Otherwise it is the mask. Time runs
-from t = 0 (clean text) to t = 1 (all masks). Models with T steps use the times t = s/T, s = 1 ... T. The step s = 1
-ends at clean text; its term of the bound is the papers' reconstruction term.
+A token is visible at time t with probability alpha(t), independently of the others. Otherwise it is the mask. A mask
+stays a mask: it is an absorbing state. Time runs from t = 0 (clean text) to t = 1 (all masks). Models with T steps use
+the times t = s/T, s = 1 ... T. The step s = 1 ends at clean text; its term of the bound is the papers' reconstruction
+term.
 
     here        meaning                               D3PM            MDLM          MD4         SEDD          ReMDM
                                                       2107.03006      2406.07524    2406.04329  2310.16834    2503.00307
@@ -24,9 +25,9 @@ and a method is a way to draw (mask, t, weight). The posterior over all V + 1 st
 and compare. Score entropy (SEDD) is such a sum, too, with a penalty beside CE. Noise of random tokens is in uniform.py.
 
 All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (randomness.py).
-So an objective is a deterministic function of (x0, u, v). A text may begin with c given tokens, its prefix. They are
-marked by v = 2, so they are always visible. The bound is then that of the other n = L - c tokens, the free ones, given
-the prefix, in nats per free token.
+So an objective is a deterministic function of (x0, u, v). The first c tokens of a text may be given: its prefix. They
+have v = 2, which is above every rate, so they are never masked. The other n = L - c tokens are free. The bound is then
+on -log p(free tokens | prefix)/n, in nats per free token.
 """
 
 import math
@@ -39,14 +40,14 @@ import torch.nn.functional as F
 class Schedule(NamedTuple):
     """A noise schedule: alpha decreases from t = 0 to t = 1. Its functions map tensors to tensors."""
 
-    alpha: Callable    # t -> P(a token is visible at t)
+    alpha: Callable    # t -> P(no noise has hit a token until t); with masks, that it is visible
     dalpha: Callable   # t -> d alpha / dt, never positive
     inverse: Callable  # a -> the t at which alpha(t) = a, or the nearest t there is
     sigma: Callable    # t -> sigma(t) = -log alpha(t), the total noise
 
     def weight(self, t):
-        """-alpha'(t)/(1 - alpha(t)): nats of bound for a nat of CE at a mask. It is the rate, per unit of t, at which a
-        mask is revealed in reverse time."""
+        """-alpha'(t)/(1 - alpha(t)), the factor of the CE at a mask in the bound. It is also the probability per unit
+        of t that a mask is revealed in reverse time."""
         return -self.dalpha(t) / (1 - self.alpha(t))
 
     def times(self, *rates):
@@ -108,12 +109,12 @@ def make_schedule(name):
 
 
 def to_device(x, device):
-    """Copy to the device. A copy of pinned memory does not wait for the GPU; for other memory that is not safe."""
+    """Copy to the device. Only a copy from pinned memory can go on safely while the CPU does other work."""
     return x.to(device, non_blocking=x.is_pinned())
 
 
 class Noise(NamedTuple):
-    """Masks, times, and what the cross-entropy at each mask counts in the bound.
+    """Masks, times, and the factors of the cross-entropies at the masks in the bound.
 
     t and weight are one number for a sequence (B,), or one for each of its tokens (B, L), as where blocks of a text
     have times of their own.
@@ -121,8 +122,8 @@ class Noise(NamedTuple):
 
     mask: torch.Tensor    # (B, L) bool, True where xt is the mask
     t: torch.Tensor       # (B,) or (B, L) float32, the time that the model is told
-    weight: torch.Tensor  # (B,) or (B, L) float32, nats of bound for each nat of CE at a mask. The bound is per free
-                          # token, and `nelbo` divides by L. So if n of the L tokens are free, a factor L/n is in it
+    weight: torch.Tensor  # (B,) or (B, L) float32, the factor of each mask's CE in the bound. `nelbo` divides by L,
+                          # but the bound is per free token. So L/n is a part of it, if n of the L tokens are free
     at: torch.Tensor = None  # (N,) long, the places of the N masks among all B L tokens; None: not yet searched.
                              # Whoever replaces `mask` replaces it, too
 
@@ -179,8 +180,9 @@ class Absorbing:
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
     # {estimator of the bound: another one with the same mean, for --check}. Both are methods (u, v, w) -> Noise with a
-    # finite variance. w (B,) chooses the time that the network is told, where the masks leave it open.
-    estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"  # reported: unless asked
+    # finite variance. w (B,), a third random number and no weight, chooses the time that the network is told, where
+    # the masks leave it open. reported: the one that is used if no other is asked for
+    estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
 
     @classmethod
     def misfit(cls, config):
@@ -242,14 +244,15 @@ class Absorbing:
     def exact_k(self, u, v, w=None):
         """The continuous-time bound by exactly k = ceil(u n) masks, with weight L/k: u (B,), v (B, L) -> Noise.
 
-        Independent masks at rate r with weight 1/r, integrated over r, are k masks with k uniform on 1 ... n and weight
-        n/k (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736). The bound per free token is then
+        The bound with independent masks, the integral over their rate r of (1/r) E[sum CE], is the mean over k, uniform
+        on 1 ... n, of (n/k) E[sum CE] with exactly k masks (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736). The bound
+        per free token is then
 
             (1/n) (n/k) sum CE = (1/L) (L/k) sum CE,
 
-        and `nelbo` divides by L. The masked tokens are those with the k smallest v. The network is told the rate at
-        which exactly these are masked, the k-th smallest v. Its distribution is Beta(k, n - k + 1), which is that of r
-        given k masks under the weight 1/r. So the bound is the same for networks that see the time.
+        and `nelbo` divides by L. The masked tokens are those with the k smallest v. The rate is the k-th smallest v, at
+        which exactly these are masked, and the network is told its time. Its distribution is Beta(k, n - k + 1), which
+        is that of r given k masks under the weight 1/r. So the bound is the same for networks that see the time.
         """
         L, n = v.shape[1], n_free(v)
         k = torch.minimum(torch.ceil(u * n).clamp(min=1), n).long()
@@ -263,11 +266,11 @@ class Absorbing:
         (Rao-Blackwell). The rate given k is Beta(k + 1, n - k + 1) if it was uniform, and the mean of 1/u is (n + 1)/k.
         With k = 0 there is no CE to weigh, and the weight is 0.
 
-        A network that sees the time must be told a rate from Beta(k, n - k + 1), as in exact_k: the k-th smallest of n
-        uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. (The sorted numbers do
-        not depend on which of them is u.) Leave one out at random, by w: n uniform numbers remain. If the one left out
-        is below u, which has probability k/(n + 1), the k-th smallest of the rest is u. Otherwise it is the largest
-        v <= u.
+        A network that sees the time must be told the time of a rate from Beta(k, n - k + 1), as in exact_k: the k-th
+        smallest of n uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. (The sorted
+        numbers do not depend on which of them is u.) Leave one out at random, by w: n uniform numbers remain. If the
+        one left out is below u, which has probability k/(n + 1), the k-th smallest of the rest is u. Otherwise it is
+        the largest v <= u.
         """
         L, n = v.shape[1], n_free(v)
         mask = v <= u[:, None]
@@ -353,6 +356,8 @@ class D3PM(Absorbing):
         return Noise(mask, (s / self.T).float(), L / mask.sum(1).float())
 
     def loss(self, model, x0, noise):
+        """As Absorbing.loss. nelbo is T times one random term of the sum over s. The loss is nelbo/T, that term, as in
+        the paper; its size counts beside lambda_ce, and for clipping."""
         if not self.lambda_ce:
             nelbo = self.nelbo(model, x0, noise)
             return nelbo.mean() / self.T, nelbo.detach()
@@ -366,9 +371,9 @@ class MDLM(Absorbing):
 
         nelbo = integral over t in (0, 1] of -alpha'(t)/(1 - alpha(t)) * E[sum over masked positions of CE] dt / L
 
-    With alpha(1) > 0 the rates above 1 - alpha(1) are missing in this integral, which is then not quite a bound. So
-    what `noise` gives, to train on, is not quite one either. `exact_k` and `continuous` draw all rates, and tell the
-    network t = 1 at those above 1 - alpha(1).
+    If alpha(1) > 0, this integral lacks the rates above 1 - alpha(1), so it is a little less than a bound. `noise`, for
+    training, estimates this integral. `exact_k` and `continuous`, for evaluation, draw all rates, and tell the network
+    t = 1 at those above 1 - alpha(1).
 
     For a network that does not see the time, the bound is the same for every schedule from alpha = 1 to alpha = 0; the
     variance of its estimate is not. time_sampling:
@@ -410,9 +415,9 @@ class MDLM(Absorbing):
 class SEDD(MDLM):
     """Score entropy (arXiv 2310.16834) with masks: the network's ratios of probabilities need not be normalised.
 
-    At each mask the network learns the scores S_y = p_t(y)/p_t(mask) of the tokens y (`scores` has their logarithms).
-    The true score is odds * p(x0 = y | visible tokens), where odds = alpha/(1 - alpha) = 1/(e^sigma - 1). The score
-    entropy of a mask is
+    At each mask the network learns the scores S_y = p_t(xt with y here)/p_t(xt) of the tokens y (`scores`: their
+    logarithms). The true score is odds * p(x0 = y | visible tokens), where odds = alpha/(1 - alpha) = 1/(e^sigma - 1).
+    The score entropy of a mask is
 
         dsigma/dt * [sum_y S_y - odds log S_x0 + odds (log odds - 1)].
 
@@ -488,7 +493,7 @@ class AutoRegressive(Absorbing):
         return super().misfit(config)
 
     def noise(self, u, v):
-        """u (B,), v (B, L) -> Noise, which asks for all tokens that are not given, whatever u and v are."""
+        """Noise whose mask is True at all free tokens, those with v <= 1. v (B, L) -> Noise; u (B,) is not used."""
         return Noise(v <= 1, torch.ones(len(u)), (v.shape[1] / n_free(v)).float())
 
     def chain_rule(self, u, v, w=None):

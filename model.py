@@ -115,7 +115,13 @@ GATE_INPUTS = 12  # channels of a token that its head gates depend on; all of th
 
 
 class Block(nn.Module):
-    """Attention and MLP, pre-norm. If n_cond > 0, c shifts, scales and gates both (adaLN-Zero)."""
+    """A layer of the transformer: attention, then an MLP, with adaLN-Zero if n_cond > 0:
+
+        x <- x + gate attention(norm(x) (1 + scale) + shift),   and the same with the MLP.
+
+    Shift, scale and gate are linear in c, with weights that are 0 at first. Without c the scale and the shift are 0, and
+    the gate is 1.
+    """
 
     def __init__(self, config, n_cond):
         super().__init__()
@@ -219,13 +225,13 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Denoiser over V = vocab_size tokens and, if the noise has masks, the mask (id V). config: configs.Config.
 
-    Without config.clock, which maps t to the number whose sinusoids the time embedding takes, it is a plain pre-norm
-    transformer without time. tied: the head's weights are the tokens' embeddings; else the head has its own weights,
-    zero at first. head_bias, norm_bias: biases that other projects' networks have. shift_tokens: see token_shift.
-    block_size: a token sees the tokens of its block and of the blocks before (for block diffusion); 0: all tokens. No
-    weight depends on it. predict_next: the output at a token predicts the token on its right. The mask stands before
-    the text, as in the autoregressive baseline, so that the first token is predicted, too. With it shift_tokens looks
-    to the left only. In the autoregressive baseline no token sees those on its right.
+    config.clock maps t to the input of the time embedding. Without it this is a plain pre-norm transformer. tied: the
+    head's weights are the tokens' embeddings; else the head has its own weights, zero at first. head_bias, norm_bias:
+    biases that other projects' networks have. shift_tokens: see token_shift. block_size: a token sees the tokens of its
+    block and of the blocks before (for block diffusion); 0: all tokens. No weight depends on it. predict_next: the
+    output at a token predicts the token on its right. The mask stands before the text, as in the autoregressive
+    baseline, so that the first token is predicted, too. With it shift_tokens looks to the left only. In the
+    autoregressive baseline no token sees those on its right.
     """
 
     block = Block   # the class of the blocks
@@ -310,7 +316,7 @@ class DiT(nn.Module):
     def trunk(self, xt, t, layout=None, at=None, past=None, keep=False):
         """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L.
 
-        keep: return also the Past of each block, of the past and these tokens. If `at` is empty, features are None."""
+        keep: return also the Past of each layer, of the past and these tokens. If `at` is empty, features are None."""
         (B, L), layout = xt.shape, layout or self.layout(xt.shape[1], past)
         x, (cos, sin) = self.embedded(xt, layout.positions), self.angles(layout.positions)
         c = None if self.time_embed is None else self.time_embed(t)
@@ -367,8 +373,8 @@ class DiT(nn.Module):
     def remember(self, xt, t, past=None):
         """Keys and values of the past and of tokens xt (B, L) after it: the `past` for calls on the tokens that follow.
 
-        Returns a list with the Past of each block. They equal those of one call on all tokens, provided that these
-        tokens see none of those that follow. The last block computes keys and values only (unless shift_tokens).
+        Returns a list with the Past of each layer. They equal those of one call on all tokens, provided that these
+        tokens see none of those that follow. The last layer computes keys and values only (unless shift_tokens).
         """
         return self.trunk(xt, t, self.layout(xt.shape[1], past), xt.new_empty(0), past, True)[1]
 
@@ -388,8 +394,8 @@ class DiT(nn.Module):
         """Floating-point operations of a training step per token.
 
         predicted: the share of tokens that the head and the last MLP run on. Recomputed activations do not count (PaLM,
-        arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either. Without blocks attention
-        counts as if every token saw all tokens, in a causal network, too (PaLM does so).
+        arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either. Without blocks of
+        text, attention counts as if every token saw all tokens, in a causal network, too (PaLM does so).
         """
         *others, last = self.blocks
         blocks = 0 < self.block_size < seq_len  # then the clean text is read, too; tokens see half a text on average

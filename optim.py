@@ -9,8 +9,8 @@ that every direction learns at the same speed. It updates the matrices inside th
 head, time conditioning and vectors. torch.optim.Muon has the same momentum, scale and iterations. But it divides by the
 Frobenius norm first, takes one matrix at a time, and computes in bfloat16, which is a hundred times slower on CPUs that
 emulate it. Muon here computes in the dtype of the run's matrix products, treats all matrices of one shape together,
-takes a quarter fewer operations for the four of a block, and shares them out among the processes of a run, also with
-FSDP.
+needs a quarter fewer operations for the four matrices of a layer, and shares the matrices out among the processes of a
+run, also with FSDP.
 """
 
 import contextlib

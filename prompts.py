@@ -1,6 +1,6 @@
 """Prompts: text with blanks -> canvases, lists of token ids with masks where the model is to write.
 
-denoise() fills canvases, block by block if they are longer than the network's window."""
+denoise() fills them, window by window if they are longer than the texts that the network was trained on."""
 
 import re
 from pathlib import Path

@@ -25,7 +25,7 @@ All samplers take the same arguments, and then those of their own:
     time     mask rates (B,) float64 -> the times (B,) that the network is told
     draw     categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
     start    (B,) float64, the share of masks at first, below 1 if tokens are given: where the grid has the rate r, the
-             network is told the time of the rate start * r
+             network is told the time of the rate start * r, because in training r was the share of all tokens
     grid     (samplers with steps) mask rates, never rising; the first is 1 or the last rate of the schedule, the last 0
 
 Networks trained on uniform noise have samplers of their own, in uniform.py.
@@ -180,9 +180,9 @@ def entropy_bound(model, xt, mask_id, time, draw, start, gamma=0.1):
     """The tokens of least entropy, as many as have (sum of their entropies - the largest of them) <= gamma, in nats
     (EB-Sampler, arXiv 2505.24857).
 
-    This difference bounds what the tokens say about each other, which an independent draw loses. gamma = 0: one at a
-    time, unless more are certain. The order by entropy is not that of the model's chain, so texts do not have its
-    distribution.
+    To draw tokens i independently costs sum_i H_i - H(all) nats, because it loses what they say about each other. As
+    H(all) >= max_i H_i, that is at most sum_i H_i - max_i H_i. gamma = 0: one at a time, unless more are certain. The
+    order by entropy is not that of the model's chain, so texts do not have its distribution.
     """
     state, n = begin(xt), (xt == mask_id).sum(1)
     while (masked := state.xt == mask_id).any():
@@ -281,7 +281,7 @@ def euler(model, xt, mask_id, time, draw, start, grid, objective):
 
 @torch.no_grad()
 def left_to_right(model, xt, mask_id, time, draw, start):
-    """The masks one position after another from a causal network (diffusion.AutoRegressive); a State for each.
+    """Fill the masks from left to right with a causal network (diffusion.AutoRegressive), and yield a State for each.
 
     Given tokens stay, but only those on their right know of them. The network runs once for each position where a token
     is missing: on the tokens that it has not read yet, after the keys and values of those before.

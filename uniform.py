@@ -30,7 +30,7 @@ class UniformNoise(NamedTuple):
 
     token: torch.Tensor   # (B, L) long, the token that replaces that of x0; -1 where x0 stays
     t: torch.Tensor       # (B,) float32, the time that the model is told
-    weight: torch.Tensor  # (B,) float32, nats of bound for each nat of cost
+    weight: torch.Tensor  # (B,) float32, the factor of the cost in the bound
     sigma: torch.Tensor   # (B,) float32, -log alpha: gives alpha and 1 - alpha exactly at both ends
 
     to = Noise.to
@@ -41,10 +41,10 @@ class UniformNoise(NamedTuple):
 
 
 def posterior(x, xt, r, rho):
-    """q(x_tau | x_t = xt, x0 ~ x), unnormalised: x (..., V), xt (...) -> (..., V), noise rates r at t, rho < r at tau.
+    """Weights proportional to q(x_tau | x_t = xt), if x (..., V) are the probabilities of x0: xt (...) -> (..., V).
 
-    UDLM, arXiv 2412.10193; D3PM, arXiv 2107.03006, eq. 3 and 4. With kappa = (1 - r)/(1 - rho), the probability to
-    survive from tau to t, it is
+    r and rho < r are the noise rates at t and tau. UDLM, arXiv 2412.10193; D3PM, arXiv 2107.03006, eq. 3 and 4. With
+    kappa = (1 - r)/(1 - rho), the probability to survive from tau to t, it is
 
         (r - rho) x + (1 - kappa) rho/V   everywhere, plus   V (1 - r) x_z + kappa rho   at z = xt.
 
@@ -77,17 +77,18 @@ def excess(d):
 class Uniform:
     """Uniform diffusion in continuous time: UDLM (arXiv 2412.10193), Duo (arXiv 2506.10892); with `score`, SEDD's.
 
-    All of them learn the scores S_y = p_t(y)/p_t(z), z = xt, at every position. The true score given x0 is
-    c_y = q(y | x0)/q(z | x0). All minimise the same score entropy (SEDD, arXiv 2310.16834), which for scores computed
-    from x_theta is the bound of UDLM and Duo. The forward rate between any two tokens is dsigma/dt / V, so
+    All of them learn the scores S_y = p_t(xt with y here)/p_t(xt) at every position; z is the token of xt there. The
+    true score given x0 is c_y = q(y | x0)/q(z | x0). All minimise the same score entropy (SEDD, arXiv 2310.16834),
+    which for scores computed from x_theta is the bound of UDLM and Duo. The forward jump rate between any two tokens is
+    dsigma/dt / V, so
 
         nelbo = integral over t of dsigma/dt * E[ sum_i 1/V sum_{y != z} (S_y - c_y log S_y + c_y (log c_y - 1)) ] / L.
 
     score=True: the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
     added. score=False: the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z). The
     estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates above those
-    of the schedule the network is told t = 1, at rates below them t = 0. There is no reconstruction term.
-    `noise`, to train on, covers the rates of the schedule alone.
+    of the schedule the network is told t = 1, at rates below them t = 0. There is no reconstruction term, because the
+    rates begin at 0, where xt = x0. `noise`, to train on, covers the rates of the schedule alone.
     """
 
     description = "was trained with uniform noise"
@@ -122,7 +123,9 @@ class Uniform:
         return torch.where(token < 0, x0, token)
 
     def tokens(self, rate, v):
-        """The noise tokens (B, L) at rates (B,): token ceil(V v/rate) - 1 where v (B, L) <= rate, else -1."""
+        """The noise tokens (B, L) at rates (B,): token ceil(V v/rate) - 1 where v (B, L) <= rate, else -1.
+
+        Given v <= rate, v/rate is uniform on (0, 1]. So v decides whether a token is replaced, and by which."""
         token = torch.ceil(v / rate[:, None] * self.V).clamp(1, self.V).long() - 1
         return torch.where(v <= rate[:, None], token, -1)
 
@@ -135,9 +138,9 @@ class Uniform:
     def rates(self, u, v, w=None, power=2.0):
         """The bound by the noise rate u^power: u (B,), v (B, L) -> UniformNoise.
 
-        Small rates, at which few tokens cost much, come more often than under a uniform rate, whose estimate has no
-        finite variance. With score=True, sigma is last_sigma u^power instead, because a network's log S, unlike the
-        true one, does not vanish at large sigma."""
+        Small rates come more often than under a uniform rate, because there each random token costs much. The estimate
+        by a uniform rate has no finite variance. With score=True, sigma is last_sigma u^power instead, because a
+        network's log S, unlike the true one, does not vanish at large sigma."""
         if self.score:
             sigma = self.last_sigma * u**power
             rate, weight = -torch.expm1(-sigma), self.last_sigma * power * u ** (power - 1)
