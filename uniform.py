@@ -84,14 +84,15 @@ class Uniform:
 
         nelbo = integral over t of dsigma/dt * E[ sum_i 1/V sum_{y != z} (S_y - c_y log S_y + c_y (log c_y - 1)) ] / L.
 
-    score=True: the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
-    added. score=False: the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z). The
+    With `score` the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
+    added. Without it the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z). The
     estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates above those
     of the schedule the network is told t = 1, at rates below them t = 0. There is no reconstruction term, because the
     rates begin at 0, where xt = x0. `noise`, to train on, covers the rates of the schedule alone.
     """
 
     description = "was trained with uniform noise"
+    score = False  # the logits are those of x_theta, not log S_y
     has_mask = causal = any_order = False
     both_sides = everywhere = True
     T = block_twin = normalised_twin = None
@@ -111,12 +112,13 @@ class Uniform:
             return ("noise=uniform needs prefix=none, lambda_ce=0, weighting=nelbo, and time_sampling=uniform or "
                     "stratified; the other values are for masks")
 
-    def __init__(self, vocab_size, schedule="loglinear", score=False):
+    def __init__(self, vocab_size, schedule="loglinear"):
         self.mask_id = self.V = vocab_size
-        self.score = score
         self.schedule = make_schedule(schedule)
-        self.last_sigma = self.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)).item() if score else math.inf
-        self.prior = prior_kl(self.last_sigma, vocab_size) if score else 0.0
+        self.last_sigma, self.prior = math.inf, 0.0
+        if self.score:
+            self.last_sigma = self.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)).item()
+            self.prior = prior_kl(self.last_sigma, vocab_size)
 
     def corrupt(self, x0, token):
         """The input of the network, xt, for x0 (B, L)."""
@@ -139,7 +141,7 @@ class Uniform:
         """The bound by the noise rate u^power: u (B,), v (B, L) -> UniformNoise.
 
         Small rates come more often than under a uniform rate, because there each random token costs much. The estimate
-        by a uniform rate has no finite variance. With score=True, sigma is last_sigma u^power instead, because a
+        by a uniform rate has no finite variance. With `score`, sigma is last_sigma u^power instead, because a
         network's log S, unlike the true one, does not vanish at large sigma."""
         if self.score:
             sigma = self.last_sigma * u**power
@@ -194,10 +196,9 @@ class Uniform:
 
 
 class UniformSEDD(Uniform):
-    """Uniform with score=True: the objective of SEDD's networks for uniform noise."""
+    """Uniform of scores: the objective of SEDD's networks for uniform noise."""
 
-    def __init__(self, vocab_size, schedule="loglinear"):
-        super().__init__(vocab_size, schedule, score=True)
+    score = True
 
     @classmethod
     def misfit(cls, config):

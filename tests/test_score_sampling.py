@@ -11,7 +11,7 @@ from diffusion import MDLM, SEDD, Absorbing, make_schedule
 from sampler_settings import schedule_grid
 from sampling import SAMPLERS, Settings, ancestral
 from test_sampling import chi_square_excess, counts_of, masks
-from uniform import Uniform, UniformD3PM
+from uniform import Uniform, UniformD3PM, UniformSEDD
 from world import MASK, P_DATA, SEQUENCES, STATES, L, V, picked
 
 N_SAMPLES = 30_000
@@ -187,7 +187,7 @@ def test_uniform_ancestral_follows_its_chain(objective):
 def test_uniform_scores_follow_tweedie(consistent):
     """Score networks: the chain of matrix exponentials, also of scores that belong to no prediction; the analytic step
     of a prediction's scores is the posterior step."""
-    objective = Uniform(V, "geometric:0.01:3", score=True)
+    objective = UniformSEDD(V, "geometric:0.01:3")
     most = 1 - float(objective.schedule.alpha(torch.tensor(1.0).double()))
     grid = [most, 0.6, 0.3, 0.0]
 
@@ -215,7 +215,7 @@ def test_uniform_scores_follow_tweedie(consistent):
 
 @pytest.mark.parametrize("score", [True, False])
 def test_uniform_euler_follows_its_steps(score):
-    objective = Uniform(V, "geometric:0.05:3", score)
+    objective = (UniformSEDD if score else Uniform)(V, "geometric:0.05:3")
     noise = objective.schedule
     grid = (1 - noise.alpha(torch.tensor([1.0, 0.75, 0.5, 0.0], dtype=torch.float64))).tolist()
     grid[-1] = 0.0
@@ -242,7 +242,7 @@ def test_uniform_euler_follows_its_steps(score):
 
 def test_rates_that_a_score_network_does_not_know():
     """Those above its last one cost no call, and are not told."""
-    objective, told = Uniform(V, "loglinear:0.01", score=True), []
+    objective, told = UniformSEDD(V, "loglinear:0.01"), []
 
     def model(xt, t, where):
         told.append(t[0].item())

@@ -8,7 +8,7 @@ import torch
 
 import world
 from randomness import uniforms
-from uniform import Uniform, UniformD3PM, UniformNoise, prior_kl
+from uniform import Uniform, UniformD3PM, UniformNoise, UniformSEDD, prior_kl
 from world import ENTROPY, P_DATA, SEQUENCES, L, V
 
 N_SEQUENCES = len(SEQUENCES)
@@ -106,7 +106,7 @@ def test_cost_is_the_rate_of_the_posterior_kl():
 
 def test_scores():
     """Of the leave-one-out predictor the score is the true ratio of marginals, and gives the prediction back."""
-    objective, scores = Uniform(V, "linear"), Uniform(V, "loglinear", score=True)
+    objective, scores = Uniform(V, "linear"), UniformSEDD(V, "loglinear")
     for rate in (0.05, 0.5, 0.95):
         x, sigma = world.uniform_oracle(1 - rate), torch.full((N_SEQUENCES, L), -math.log(1 - rate))
         log_s = objective.log_score(x.log(), SEQUENCES, sigma)
@@ -119,7 +119,7 @@ def test_scores():
 @pytest.mark.parametrize("score", [False, True])
 def test_bound_of_the_optimum_is_the_entropy(score):
     """With the leave-one-out predictor, or the true scores, the bound is the entropy; with p(x0_i | xt) it is not."""
-    objective = Uniform(V, "loglinear:0.0001" if score else "linear", score)
+    objective = UniformSEDD(V, "loglinear:0.0001") if score else Uniform(V, "linear")
     optimum = {False: world.uniform_oracle, True: world.true_scores}[score]
     nats = bound(objective, lambda rate: network(optimum(1 - rate).log()))
     assert (P_DATA * nats).sum().item() == pytest.approx(ENTROPY, abs=1e-3)
@@ -139,7 +139,7 @@ def test_prior():
 
 def test_bound_of_true_scores_that_end_early():
     """Where noise stops far from uniform, the prior term makes it a bound: the entropy and KL(q(x_1) || uniform)."""
-    objective = Uniform(V, "geometric:0.001:1.5", score=True)
+    objective = UniformSEDD(V, "geometric:0.001:1.5")
     nats = bound(objective, lambda rate: network(world.true_scores(1 - rate).log()))
     last = P_DATA @ world.uniform_distribution(math.exp(-1.5))
     extra = (last * (last * N_SEQUENCES).log()).sum().item()
@@ -150,7 +150,7 @@ def test_bound_of_true_scores_that_end_early():
 def test_scores_that_do_not_vanish_have_a_finite_bound(schedule):
     """A network of one fixed score, whose cost is constant where noise is pure: the bound is the integral over sigma up
     to the last one, and the prior; both estimators find it, with errors that mean something."""
-    objective, logits = Uniform(V, schedule, score=True), random_logits(8)
+    objective, logits = UniformSEDD(V, schedule), random_logits(8)
     exact = (P_DATA @ bound(objective, lambda rate: network(logits))).item() / L
     B, generator = 20_000, torch.Generator().manual_seed(2)
     x0 = SEQUENCES[torch.multinomial(P_DATA, B, replacement=True, generator=generator)]
@@ -183,8 +183,8 @@ def test_digits():
 
 def test_bound_of_any_network_is_above_the_entropy():
     for seed in range(3):
-        for score in (False, True):
-            nats = bound(Uniform(V, "loglinear", score), lambda rate: network(random_logits(seed)))
+        for kind in (Uniform, UniformSEDD):
+            nats = bound(kind(V, "loglinear"), lambda rate: network(random_logits(seed)))
             assert (P_DATA * nats).sum() > ENTROPY + 0.1
 
 
@@ -280,12 +280,12 @@ def test_training_reaches_the_optimum():
 def test_edges():
     """Rates next to 0 and 1, and predictions of certainty, give finite costs and gradients."""
     logits = (1e4 * torch.nn.functional.one_hot(SEQUENCES, V).float()).requires_grad_()
-    for score in (False, True):
-        objective = Uniform(V, "loglinear", score)
+    for kind in (Uniform, UniformSEDD):
+        objective = kind(V, "loglinear")
         u = torch.tensor([1e-12, 1e-4, 0.5, 1 - 1e-9, 1.0], dtype=torch.float64)
         v, x0 = torch.rand(5, L, dtype=torch.float64), SEQUENCES[:5]
         for draw in (objective.noise, objective.rates):
-            scale = 1.0 if not score else 1e-3
+            scale = 1e-3 if objective.score else 1.0
             nats = objective.nelbo(network(logits * scale), x0, draw(u, v))
             assert nats.isfinite().all()
             (gradient,) = torch.autograd.grad(nats.sum(), logits)
