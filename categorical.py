@@ -20,11 +20,9 @@ def begin(xt):
 
 
 def with_denoising(grid):
-    """The pairs of rates (r, rho) of a grid that ends in e instead of 0, and that of noise removal, (e, 0).
-
-    e is 1e-5, or half of the rate before it if that is less."""
-    grid = [*grid[:-1], min(1e-5, grid[-2] / 2), 0.0]
-    return list(zip(grid, grid[1:]))
+    """A grid with one more rate before the last one, 0: 1e-5, or half of the rate before it if that is less. The step
+    from it to 0 is the removal of noise."""
+    return [*grid[:-1], min(1e-5, grid[-2] / 2), 0.0]
 
 
 class Counted:

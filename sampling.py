@@ -31,7 +31,6 @@ All samplers take the same arguments, and then those of their own:
 Networks trained on uniform noise have samplers of their own, in uniform.py.
 """
 
-import functools
 from typing import Callable, NamedTuple
 
 import torch
@@ -235,13 +234,13 @@ def remdm(model, xt, mask_id, time, draw, start, grid, remask="cap", eta=None):
 
 
 @torch.no_grad()
-def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lambda r, rho: 1 - rho / r):
+def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lambda schedule, r, rho: 1 - rho / r):
     """SEDD's analytic predictor, or Tweedie denoiser (arXiv 2310.16834), with masks.
 
     From rate r to rho a mask becomes y with probability (1 - rho/r) f_y, where f is the network's prediction, whose sum
     Z may not be 1 (diffusion.SEDD). If it is, this is `ancestral`. A probability above 1 counts as 1. The last step, to
     0, is the removal of noise: what is still a mask is drawn from f/Z. Every step calls the network while a mask is
-    left. chance: (r, rho) -> the factor in place of 1 - rho/r.
+    left. chance: (schedule, r, rho) -> 1 - rho/r, or what stands in its place.
     """
     state = begin(xt)
     for r, rho in zip(grid, grid[1:]):
@@ -251,8 +250,8 @@ def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lamb
             logits = model(state.xt, t, where=masked)
             Z = objective.log_prediction(logits, t[:, None].expand_as(masked)[masked]).exp().sum(-1)
             tokens, p = draw(logits)
-            factor = torch.zeros(xt.shape, device=xt.device).masked_scatter(masked, Z) * chance(r, rho)
-            revealed = masked & (draw.happens(factor, xt) | (rho == 0))
+            Z = torch.zeros(xt.shape, device=xt.device).masked_scatter(masked, Z)
+            revealed = masked & (draw.happens(Z * chance(objective.schedule, r, rho), xt) | (rho == 0))
             chosen = revealed[masked]
             state = State(state.xt.masked_scatter(revealed, tokens[chosen]),
                           state.p.masked_scatter(revealed, p[chosen]))
@@ -274,9 +273,7 @@ def euler(model, xt, mask_id, time, draw, start, grid, objective):
 
     As in that project the chain ends just before t = 0, and a step of noise removal follows.
     """
-    grid = [r for r, _ in with_denoising(grid)] + [0.0]
-    chance = functools.partial(euler_chance, objective.schedule)
-    return analytic(model, xt, mask_id, time, draw, start, grid, objective, chance)
+    return analytic(model, xt, mask_id, time, draw, start, with_denoising(grid), objective, euler_chance)
 
 
 @torch.no_grad()

@@ -274,8 +274,8 @@ def noise_at(r, tokens):
 
 
 @torch.no_grad()
-def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
-    """Draw random tokens in place of the masks of xt (B, L), and draw them anew for each pair of noise rates (r, rho).
+def uniform_chain(model, xt, mask_id, time, draw, grid, objective, step):
+    """Draw random tokens in place of the masks of xt (B, L), and draw them anew in each step, from noise rate r to rho.
 
     step: (x (N, V), logits (N, V), tokens (N,), r, rho) -> weights (N, V) to draw the new tokens from, where x is the
     network's prediction. Tokens that are not masks in xt never change. Yields States. Their p is the probability that
@@ -288,7 +288,7 @@ def uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step):
     free = xt == mask_id
     noise = (draw.uniform(xt.shape) * objective.V).long().to(xt.device)
     state = begin(torch.where(free, noise, xt))
-    for r, rho in pairs:
+    for r, rho in zip(grid, grid[1:]):
         if free.any():
             t = time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
             now = state.xt[free]
@@ -318,9 +318,8 @@ def uniform_ancestral(model, xt, mask_id, time, draw, start, grid, objective):
             x = objective.prediction(logits, now, noise_at(r, now))
         return posterior(x, now, r, rho).clamp(min=0)
 
-    grid = [min(rate, most) for rate in grid]
-    pairs = [(r, rho) for r, rho in zip(grid, grid[1:]) if r > rho]
-    return uniform_chain(model, xt, mask_id, time, draw, pairs, objective, step)
+    known = sorted({min(rate, most) for rate in grid}, reverse=True)
+    return uniform_chain(model, xt, mask_id, time, draw, known, objective, step)
 
 
 def uniform_euler(model, xt, mask_id, time, draw, start, grid, objective):

@@ -59,10 +59,10 @@ def unnormalised(scaled=True):
     return network
 
 
-def masked_steps(model, objective, pairs, dsigma_of):
+def masked_steps(model, objective, grid, dsigma_of):
     """The steps of a chain by definition, for every state: visible tokens stay; the last step leaves no mask."""
     steps = []
-    for r, s in pairs:
+    for r, s in zip(grid, grid[1:]):
         t = objective.time(torch.full((len(STATES),), r, dtype=torch.float64))
         logits = model(STATES, t).reshape(-1, V)
         scores = objective.scores(logits, t.repeat_interleave(L)).exp().double().view(len(STATES), L, V)
@@ -88,7 +88,7 @@ def test_analytic_follows_tweedie(scaled):
         dsigma = math.log((1 - s) / (1 - r))
         return tweedie(scores, STATES, ABSORBING, dsigma)
 
-    steps = masked_steps(model, objective, list(zip(GRID, GRID[1:])), step)
+    steps = masked_steps(model, objective, GRID, step)
     expected = distribution_of(steps, STATES, ALL_MASKS)[FINISHED]
     assert expected.sum().item() == pytest.approx(1)
     counts = counts_of(sample(objective, model, Settings("analytic", {"grid": GRID})))
@@ -221,7 +221,8 @@ def test_uniform_euler_follows_its_steps(score):
     grid[-1] = 0.0
     time_of = lambda rate: noise.inverse(torch.tensor(1 - rate, dtype=torch.float64))
     steps = []
-    for r, s in with_denoising(grid):
+    rates = with_denoising(grid)
+    for r, s in zip(rates, rates[1:]):
         told = 1 - float(noise.alpha(objective.time(torch.tensor([r]).double()).double()))
         scores = random_prediction(told)
         if not score:
@@ -302,8 +303,8 @@ def test_temperature_of_uniform_noise():
 
 def test_noise_removal_ends_the_chain():
     """As in SEDD's code, the last of n steps ends just above 0, and one more, without masks, removes what is left."""
-    assert with_denoising([1.0, 0.5, 0.0]) == [(1.0, 0.5), (0.5, 1e-5), (1e-5, 0.0)]
-    assert with_denoising([1.0, 1e-6, 0.0]) == [(1.0, 1e-6), (1e-6, 5e-7), (5e-7, 0.0)]
+    assert with_denoising([1.0, 0.5, 0.0]) == [1.0, 0.5, 1e-5, 0.0]
+    assert with_denoising([1.0, 1e-6, 0.0]) == [1.0, 1e-6, 5e-7, 0.0]
 
 
 def test_names():
