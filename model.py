@@ -149,13 +149,11 @@ class Block(nn.Module):
         return token_shift(h, self.shift_left, before, layout.first, layout.last)
 
     def heads(self, h, cos, sin):
-        """Queries, keys and values of h (B, L, D), the first two rotated: (B, heads, L, D/heads) each."""
+        """Queries, keys and values of h (B, L, D), (B, heads, L, D/heads) each. The first two are rotated, unless the
+        positions are in h already: then cos and sin are None."""
         B, L, D = h.shape
         q, k, v = self.qkv(h).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        return self.rotated(q, cos, sin), self.rotated(k, cos, sin), v
-
-    def rotated(self, x, cos, sin):
-        return rotate(x, cos, sin)
+        return (q, k, v) if cos is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
 
     def attention(self, q, k, v, sees=None, gates=None):
         """The output (B, L, D) of attention to keys and values of the past and these tokens.
@@ -306,7 +304,7 @@ class DiT(nn.Module):
         return Layout(sees, P + torch.arange(L, device=device))
 
     def angles(self, positions):
-        """cos and sin at positions (L,), as rotate() takes them."""
+        """cos and sin at positions (L,), as rotate() takes them; or None and None, if `embedded` adds the positions."""
         return self.cos[positions], self.sin[positions]
 
     def embedded(self, xt, positions):

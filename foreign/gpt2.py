@@ -20,9 +20,7 @@ ROUNDED = 50304  # rows of nanoGPT's models of GPT-2's tokens: the last 47 are n
 
 
 class GPT2Block(Block):
-    """model.Block with biases in all layers (or none at all), without rotations."""
-
-    gelu = "tanh"  # GPT-2's approximation
+    """model.Block with biases in all layers (or none at all)."""
 
     def __init__(self, config, n_cond):
         super().__init__(config, n_cond)
@@ -30,15 +28,10 @@ class GPT2Block(Block):
             layer = getattr(self, name)
             setattr(self, name, nn.Linear(layer.in_features, layer.out_features, config.norm_bias))
 
-    def rotated(self, x, cos, sin):
-        return x
-
-    def mlp(self, x):
-        return self.mlp_out(F.gelu(self.mlp_in(x), approximate=self.gelu))
-
 
 class NanoGPTBlock(GPT2Block):
-    gelu = "none"  # the exact function
+    def mlp(self, x):
+        return self.mlp_out(F.gelu(self.mlp_in(x)))  # the exact function; GPT-2 has the approximation by tanh
 
 
 class GPT2(DiT):
