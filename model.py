@@ -173,7 +173,7 @@ class Block(nn.Module):
         nothing reads its output at other positions. past: Past of the tokens before. keep: also return Past of the
         past and these tokens; if `at` is empty, as little as possible is computed for it.
         """
-        (B, L, D), drop = x.shape, lambda x: F.dropout(x, self.dropout, self.training)
+        B, L, D = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (None,) * 6 if self.modulation is None else self.modulation(c).chunk(6, dim=-1))
         h1 = modulate(self.norm1(x), shift1, scale1)
@@ -185,12 +185,12 @@ class Block(nn.Module):
         gates = None
         if self.head_gate is not None:  # zero at first, so these gates are 1
             gates = 2 * torch.sigmoid(F.linear(h1[..., :GATE_INPUTS], self.head_gate))
-        y = drop(self.attention(q, k, v, layout.sees, gates))
+        y = F.dropout(self.attention(q, k, v, layout.sees, gates), self.dropout, self.training)
         x = x + (y if gate1 is None else gate1 * y)
         h2 = modulate(self.norm2(x), shift2, scale2)
         near = self.neighbours(h2, layout, past and past.to_mlp)
         x, near, gate2 = at_positions(at, B, L, x, near, gate2)
-        y = drop(self.mlp(near))
+        y = F.dropout(self.mlp(near), self.dropout, self.training)
         x = x + (y if gate2 is None else gate2 * y)
         if not keep:
             return x
