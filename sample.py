@@ -195,9 +195,9 @@ def main():
     steps = f"{settings.steps} steps, " if settings.steps else ""
     title = f"{args.checkpoint}: {settings.sampler}, {steps}{denoiser.nfe} network calls"
     files = ((args.out, lambda: "".join(text + "\n" for text in texts)),
-             (args.html, lambda: html(history, tokenizer, objective.mask_id, title)),
-             (args.gif, lambda: gif(history, tokenizer, objective.mask_id)),
-             (args.png, lambda: png(history, tokenizer, objective.mask_id)))
+             (args.html, lambda: html(history, tokenizer, title)),
+             (args.gif, lambda: gif(history, tokenizer)),
+             (args.png, lambda: png(history, tokenizer)))
     options = {key: value for key, value in settings.options.items() if key != "grid" or settings.grid}
     try:
         if args.json:

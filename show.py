@@ -5,7 +5,7 @@
         history.add(xt, p, steps)
         screen.show(history.steps, xt[0].tolist())
     screen.show(history.steps, xt[0].tolist(), last=True)
-    write_file(Path("denoising.html"), html(history, tokenizer, mask_id, "out/demo, 64 steps"))
+    write_file(Path("denoising.html"), html(history, tokenizer, "out/demo, 64 steps"))
 """
 
 import copy
@@ -205,7 +205,7 @@ class Screen:
 # ---- web page --------------------------------------------------------------------------------------------------------
 
 
-def html(history, tokenizer, mask_id, title):
+def html(history, tokenizer, title):
     """A web page (str) that plays the denoising of all samples, and loads no other file.
 
     It is player.html with the data in it. The data is the only text from outside, and the page's script inserts it as
@@ -213,6 +213,7 @@ def html(history, tokenizer, mask_id, title):
     the page an event stores the one that it replaced, so a step back costs as little as a step forward. A token has its
     probability --p and the time --t of its reveal, both in [0, 1], and CSS computes its colour from them.
     """
+    mask_id = history.mask_id
     used = {mask_id, *itertools.chain(*history.start), *(event[2] for events in history.events for event in events)}
     pieces = {token: piece(token, mask_id, tokenizer) for token in sorted(used)}
     if tokenizer.unit != "char":
@@ -264,11 +265,11 @@ class Sheet:
     A mask fills the cells of the final token of its position. Another token there before is cut or padded to them.
     """
 
-    def __init__(self, history, tokenizer, mask_id, font):
-        self.tokenizer, self.mask_id, self.font = tokenizer, mask_id, font
-        self.given = [token != mask_id for token in history.start[0]]
+    def __init__(self, history, tokenizer, font):
+        self.tokenizer, self.mask_id, self.font = tokenizer, history.mask_id, font
+        self.given = [token != self.mask_id for token in history.start[0]]
         ids = history.state(0, history.steps)
-        self.cells = lay_out([piece(token, mask_id, tokenizer) for token in ids])
+        self.cells = lay_out([piece(token, self.mask_id, tokenizer) for token in ids])
         used = list(itertools.chain(*self.cells))
         self.cell = math.ceil(font.getlength("0")), round(1.6 * font.size)
         if used[-1][0] >= 300:
@@ -292,7 +293,7 @@ class Sheet:
                 draw.line((x, y + height - 3, x + width - 1, y + height - 3), fill=ink)
 
 
-def gif(history, tokenizer, mask_id, seconds=6):
+def gif(history, tokenizer, seconds=6):
     """The denoising of the first sample as an animated GIF (bytes): it plays for `seconds`, stops for 2 s, repeats.
 
     It has at most 60 frames, with equally many changes between them. New tokens are highlighted. Characters that DejaVu
@@ -300,7 +301,7 @@ def gif(history, tokenizer, mask_id, seconds=6):
     """
     Image, ImageDraw, font = pillow(16)
     small = font.font_variant(size=12)
-    sheet = Sheet(history, tokenizer, mask_id, font)
+    sheet = Sheet(history, tokenizer, font)
     (width, height), margin = sheet.size, 20
     picture = Image.new("RGB", (max(width, 220) + 2 * margin, height + 2 * margin + 28), WHITE)
     draw = ImageDraw.Draw(picture)
@@ -313,12 +314,12 @@ def gif(history, tokenizer, mask_id, seconds=6):
     steps = milestones(history.events[0], 59)
     for step in [*steps, steps[-1]]:  # the last state comes again, without highlights
         ids, old = history.state(0, step), new
-        new = {i for i, token in enumerate(ids) if before and token not in (before[i], mask_id)}
+        new = {i for i, token in enumerate(ids) if before and token not in (before[i], history.mask_id)}
         for i, token in enumerate(ids):
             if not before or token != before[i] or i in old:
                 sheet.paint(draw, (margin, margin), i, token, INK, NEW if i in new else WHITE)
         draw.rectangle((0, picture.height - margin - 16, picture.width, picture.height), fill=WHITE)
-        draw.text((margin, picture.height - margin), status(step, ids, mask_id), SOFT, small, anchor="ls")
+        draw.text((margin, picture.height - margin), status(step, ids, history.mask_id), SOFT, small, anchor="ls")
         frames.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
         before = ids
     out, pace = io.BytesIO(), max(20, round(100 * seconds / (len(frames) - 1)) * 10)  # GIFs count time in 10 ms
@@ -327,7 +328,7 @@ def gif(history, tokenizer, mask_id, seconds=6):
     return out.getvalue()
 
 
-def png(history, tokenizer, mask_id, moments=4):
+def png(history, tokenizer, moments=4):
     """The denoising of the first sample as a film strip (PNG, bytes): at most `moments` states, one above the other.
 
     They include the first and the last state, with equally many changes between them. The colour of a token shows when
@@ -336,7 +337,7 @@ def png(history, tokenizer, mask_id, moments=4):
     Image, ImageDraw, font = pillow(26)
     from matplotlib import colormaps
     small = font.font_variant(size=19)
-    sheet = Sheet(history, tokenizer, mask_id, font)
+    sheet = Sheet(history, tokenizer, font)
     (width, height), margin, gap = sheet.size, 40, 64
     steps = milestones(history.events[0], moments)
     picture = Image.new("RGB", (max(width, 420) + 2 * margin, len(steps) * (height + gap) + gap + margin), WHITE)
@@ -348,7 +349,7 @@ def png(history, tokenizer, mask_id, moments=4):
     y = 0
     for step in steps:
         cells = history.cells(0, step)
-        caption = status(step, [token for token, _, _ in cells], mask_id)
+        caption = status(step, [token for token, _, _ in cells], history.mask_id)
         draw.text((margin, y + gap - 14), caption, SOFT, small, anchor="ls")
         y += gap
         for i, (token, when, _) in enumerate(cells):

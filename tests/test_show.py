@@ -252,7 +252,7 @@ class Reader(html.parser.HTMLParser):
 def test_page():
     """One page that loads nothing, with the whole record in it."""
     history = hand_made()
-    page = page_of(history, LETTERS, MASK, "a title")
+    page = page_of(history, LETTERS, "a title")
     assert not re.search(r"https?://|src=|<link|url\(|@import|innerHTML", page)
     reader = Reader(page)
     data = json.loads(reader.text["script"][0])
@@ -266,8 +266,8 @@ def test_no_text_breaks_out_of_the_page():
     """Tokens and title that look like HTML arrive as they are, and add no element."""
     title = "</title></script><script>alert(1)</script>"
     history = random_history(list(range(7)), 3, HOSTILE, 7)
-    page = page_of(history, HOSTILE, 7, title)
-    assert len(Reader(page).tags) == len(Reader(page_of(hand_made(), LETTERS, MASK, "")).tags)
+    page = page_of(history, HOSTILE, title)
+    assert len(Reader(page).tags) == len(Reader(page_of(hand_made(), LETTERS, "")).tags)
     data = json.loads(Reader(page).text["script"][0])
     assert data["title"] == title and [data["pieces"][str(i)] for i in range(7)] == list(HOSTILE.pieces)
 
@@ -331,7 +331,7 @@ def browse(tmp_path_factory):
 def test_page_in_a_browser(browse):
     """Slider, keys, button and colours of the hand-made record: each state as History has it, forwards and back."""
     history = hand_made()
-    seen = browse(page_of(history, LETTERS, MASK, "hand-made"), "slide(3)", "slide(1)", "press('ArrowRight')",
+    seen = browse(page_of(history, LETTERS, "hand-made"), "slide(3)", "slide(1)", "press('ArrowRight')",
                   "press('End')", "press('ArrowRight')", "press('ArrowLeft')", "press('Home')", "press('ArrowLeft')",
                   "press(' ')", "wait(20)", "choose('color', 't')", "choose('color', '')", "get('play').click()",
                   "wait(0.9)", "get('play').click()", "choose('speed', '4') || get('play').click()", "wait(0.5)")
@@ -362,11 +362,11 @@ def test_page_in_a_browser(browse):
 def test_places_in_a_browser(browse):
     """A character stands where its mask stood, spaces at the ends of lines included; a newline starts a line."""
     history = random_history(LETTERS.encode("abcdefg  hgfedcba " * 24).tolist(), 3, LETTERS, MASK)
-    first, last = browse(page_of(history, LETTERS, MASK, ""), "slide(3)")
+    first, last = browse(page_of(history, LETTERS, ""), "slide(3)")
     for one, other in zip(first["places"], last["places"]):
         assert one == pytest.approx(other, abs=3)  # a token may be a little higher than a mask; a line has 28 pixels
     assert last["places"][-1][1] > last["places"][0][1] + 100
-    *_, last = browse(page_of(random_history([0, 9, 1], 3, LETTERS, MASK), LETTERS, MASK, ""), "slide(3)")
+    *_, last = browse(page_of(random_history([0, 9, 1], 3, LETTERS, MASK), LETTERS, ""), "slide(3)")
     (left, top), _, (below_left, below_top) = last["places"]
     assert left == below_left and top < below_top
 
@@ -374,7 +374,7 @@ def test_places_in_a_browser(browse):
 def test_hostile_tokens_in_a_browser(browse):
     """They are text on the page and nothing else."""
     history = random_history(list(range(7)), 3, HOSTILE, 7)
-    first, last = browse(page_of(history, HOSTILE, 7, "<i>title</i>"), "slide(3)")
+    first, last = browse(page_of(history, HOSTILE, "<i>title</i>"), "slide(3)")
     assert last["texts"] == [HOSTILE.decode(range(7)), HOSTILE.decode(range(6, -1, -1))]
     assert first["texts"] == ["░░░" * 7] * 2 and last["page"] == last["heading"] == "<i>title</i>"
     assert first["elements"] == last["elements"]
@@ -405,8 +405,8 @@ def test_gif():
     """At most 60 frames that take as long as asked for, then 2 s of the text; small, the same each time."""
     Image = pytest.importorskip("PIL.Image")
     history = random_history(LONG, 200, LETTERS, MASK, given=4)
-    content = gif(history, LETTERS, MASK, seconds=3)
-    assert content == gif(history, LETTERS, MASK, seconds=3) and len(content) < 500_000
+    content = gif(history, LETTERS, seconds=3)
+    assert content == gif(history, LETTERS, seconds=3) and len(content) < 500_000
     image = Image.open(io.BytesIO(content))
     pictures, times = frames(image)
     assert 40 <= len(pictures) <= 60 and image.info["loop"] == 0 and image.width < 800
@@ -420,7 +420,7 @@ def test_gif():
 def test_tokens_keep_their_place():
     """Given tokens look the same in all frames; a newline takes a cell and ends the row, so nothing moves."""
     Image = pytest.importorskip("PIL.Image")
-    image = Image.open(io.BytesIO(gif(random_history(LONG, 20, LETTERS, MASK, given=4), LETTERS, MASK)))
+    image = Image.open(io.BytesIO(gif(random_history(LONG, 20, LETTERS, MASK, given=4), LETTERS)))
     corners = set()
     for i in range(image.n_frames):
         image.seek(i)
@@ -434,8 +434,8 @@ def test_png():
     """As many states as asked for, each as high as the text; those in between are different."""
     Image = pytest.importorskip("PIL.Image")
     history = random_history(LONG, 200, LETTERS, MASK, given=4)
-    images = [Image.open(io.BytesIO(png(history, LETTERS, MASK, moments=n))) for n in (2, 3, 4)]
-    assert png(history, LETTERS, MASK) == png(history, LETTERS, MASK)
+    images = [Image.open(io.BytesIO(png(history, LETTERS, moments=n))) for n in (2, 3, 4)]
+    assert png(history, LETTERS) == png(history, LETTERS)
     heights = [image.height for image in images]
     assert heights[2] - heights[1] == heights[1] - heights[0] > 5 * 26 and len({image.width for image in images}) == 1
     image, strip = images[2].convert("RGB"), heights[2] - heights[1]
@@ -455,7 +455,7 @@ def test_pictures_of_odd_runs():
         history = History(torch.tensor(states[:1]), m)
         for state in states[1:]:
             history.add(torch.tensor([state]), torch.full((1, len(state)), 0.5))
-        for content in (gif(history, tokenizer, m), png(history, tokenizer, m)):
+        for content in (gif(history, tokenizer), png(history, tokenizer)):
             Image.open(io.BytesIO(content)).load()
 
 
