@@ -72,16 +72,14 @@ def in_tiles(sees):
 
 
 def visibility(rule, L, n, device, flex):
-    """The bool (L, n) of a function rule(row, column), or Tiles, or, with flex, FlexAttention's BlockMask for it.
-
-    flex=None: on CUDA from 128 tokens on, where FlexAttention skips the tiles of 128 x 128 pairs that see nothing."""
-    if flex or flex is None and device.type == "cuda" and L >= 128:
+    """The bool (L, n) of a function rule(row, column), or Tiles, or, with flex, FlexAttention's BlockMask for it."""
+    if flex:
         return create_block_mask(lambda batch, head, row, column: rule(row, column), None, None, L, n, device=device)
     return in_tiles(rule(torch.arange(L, device=device)[:, None], torch.arange(n, device=device)))
 
 
 @functools.lru_cache(maxsize=64)
-def layout_of_blocks(L, P, size, device, flex=None):
+def layout_of_blocks(L, P, size, device, flex=False):
     """The Layout of L tokens after P others, in blocks of `size` tokens: a token sees its block and those before.
 
     The neighbour on the left may be of the block before. The neighbour on the right may not be of the block after.
@@ -93,7 +91,7 @@ def layout_of_blocks(L, P, size, device, flex=None):
 
 
 @functools.lru_cache(maxsize=64)
-def layout_beside_clean(L, size, device, flex=None):
+def layout_beside_clean(L, size, device, flex=False):
     """The Layout of L noisy tokens whose past is the clean text itself, P = L, at the same positions.
 
     A token sees the noisy tokens of its own block, and the clean tokens of the blocks before (BD3-LM, arXiv

@@ -294,7 +294,8 @@ class DiT(nn.Module):
         assert P + L <= self.seq_len + self.predict_next, f"{P + L} tokens, but the model was built for {self.seq_len}"
         if self.block_size:
             assert sees is None, "with blocks, what a token sees follows from them"
-            flex = None if self.head_dim >= 16 else False  # FlexAttention takes no smaller heads
+            # FlexAttention skips tiles of 128 x 128 pairs that see nothing, and takes no heads smaller than 16.
+            flex = device.type == "cuda" and L >= 128 and self.head_dim >= 16
             return (layout_beside_clean(L, self.block_size, device, flex) if beside_clean
                     else layout_of_blocks(L, P, self.block_size, device, flex))
         if P and self.shift_tokens and not self.causal:
