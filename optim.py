@@ -278,16 +278,16 @@ def make_optimizers(model, cfg, device, dtype):
     """Return the optimisers of a run. Tensors of two or more dimensions have weight decay."""
     optimizers = []
     for kind, parameters in shares(model, cfg):
-        if kind is Muon:
-            compiled = parallel.compiles(cfg, device)
-            optimizers.append(Muon(parameters, cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype, compiled=compiled))
-            continue
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-        if kind is SM3:
-            optimizers.append(SM3(groups, cfg.lr, cfg.beta1, nesterov=cfg.optimizer == "sm3_nesterov"))
-            continue
-        optimizers.append(AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu")))
+        if kind is Muon:
+            optimizer = Muon(parameters, cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype,
+                             compiled=parallel.compiles(cfg, device))
+        elif kind is SM3:
+            optimizer = SM3(groups, cfg.lr, cfg.beta1, nesterov=cfg.optimizer == "sm3_nesterov")
+        else:
+            optimizer = AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
+        optimizers.append(optimizer)
     return optimizers
 
 
