@@ -169,20 +169,16 @@ class Muon(torch.optim.Optimizer):
             torch.compile(function, dynamic=False) if compiled else function
             for function in (directions, orthogonalise, add))
 
-    def step_unless(self, bad):
-        """Take a step, unless bad, a bool tensor on the device, is True."""
-        self.step(good=1 - bad.float())
-
     @torch.no_grad()
-    def step(self, good=1.0):
-        """Take a step if good, 1 or a tensor of 0 or 1 on the device, is 1; with 0 nothing changes."""
+    def step_unless(self, bad):
+        """Take a step, unless bad, a bool tensor on the device, is True: then nothing changes."""
         for group in self.param_groups:
             for shape in sorted({p.shape for p in group["params"]}):
-                self.step_together([p for p in group["params"] if p.shape == shape], group, good)
+                self.step_together([p for p in group["params"] if p.shape == shape], group, ~bad)
 
     def step_together(self, params, group, good):
         """Step all of params, matrices of one shape, at once."""
-        good, like = torch.as_tensor(good).to(params[0].device), params[0]
+        like = params[0]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -197,7 +193,7 @@ class Muon(torch.optim.Optimizer):
 def directions(grads, momenta, good, momentum, dtype):
     """Update the momenta, and return Nesterov's directions as one tensor (N, m, n)."""
     # In a bad step the momentum stands for the gradient: the average of the momentum with itself is unchanged.
-    grads = [grad.where(good > 0, m) for grad, m in zip(grads, momenta)]
+    grads = [grad.where(good, m) for grad, m in zip(grads, momenta)]
     torch._foreach_lerp_(momenta, grads, 1 - momentum)
     return torch.stack(torch._foreach_lerp(grads, momenta, momentum)).to(dtype)
 
@@ -235,17 +231,13 @@ class SM3(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, nesterov=False):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov))
 
-    def step_unless(self, bad):
-        """Take a step, unless bad, a bool tensor on the device, is True."""
-        self.step(good=~bad)
-
     @torch.no_grad()
-    def step(self, good=True):
-        """Take a step if good, a bool or a bool tensor on the device, is True; else nothing changes."""
+    def step_unless(self, bad):
+        """Take a step, unless bad, a bool tensor on the device, is True: then nothing changes."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.step_one(p, group, torch.as_tensor(good, device=p.device))
+                    self.step_one(p, group, ~bad)
 
     def step_one(self, p, group, good):
         state, lr, beta = self.state[p], group["lr"], group["momentum"]
