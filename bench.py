@@ -166,7 +166,9 @@ def measured_bytes(training):
 
     It is the median of three steps, which have different masks. The peak is at the beginning of the backward pass.
     Gradients of logits are there then, and hardly any of parameters."""
-    return training.device.type != "mps" and statistics.median(peak_of_step(training) for _ in range(3)) or None
+    if training.device.type == "mps":
+        return None
+    return statistics.median(peak_of_step(training) for _ in range(3))
 
 
 def peak_of_step(training):

@@ -160,11 +160,13 @@ class StopSignals:
         self.received = number
 
     def agreed(self):
-        """(number, name) of the signal that any process has received, or (0, 0). All processes get the same answer."""
+        """(number, name) of the signal that any process has received, or (0, ""). All processes get the same answer."""
         if "RANK" in os.environ and os.getppid() != self.parent:
             self.received = LOST_PARENT
         number = largest(torch.tensor(self.received)).item()
-        return number, "the end of torchrun" if number == LOST_PARENT else number and signal.Signals(number).name
+        if number == LOST_PARENT:
+            return number, "the end of torchrun"
+        return number, signal.Signals(number).name if number else ""
 
 
 # ---- models on several devices -------------------------------------------------------------------------------------

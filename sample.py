@@ -216,7 +216,7 @@ def main():
                 write_file(path, make())
     written = [str(path) for path, _ in files if path]
     note(f"{settings.sampler}, {steps}{denoiser.nfe} network calls, {seconds:.1f} s, "
-         f"{n_masks / seconds:,.0f} tokens/s, seed {args.seed}" + f"; wrote {', '.join(written)}" * bool(written))
+         f"{n_masks / seconds:,.0f} tokens/s, seed {args.seed}" + (f"; wrote {', '.join(written)}" if written else ""))
     if args.known_words:
         share = known_word_share(texts, known)
         note("the samples have no words but their first and last ones, which may be cut: none was counted"

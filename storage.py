@@ -301,7 +301,7 @@ def read_latest(out_dir):
     if problems:
         best = out_dir / "ckpt_best.pt"
         raise UserError(f"{'; '.join(problems)}; start a new run with another --out_dir"
-                        + f" and --init_from={best}" * best.exists())
+                        + (f" and --init_from={best}" if best.exists() else ""))
     return None, None
 
 

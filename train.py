@@ -271,7 +271,7 @@ def main():
            f"{', compiled' if parallel.compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, "
            f"optimiser state {kept / 1e6:,.1f} MB, writing to {out_dir}"
            + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if 0 < step < cfg.max_steps else "")
-           + f"\nall {step:,} steps are done already" * (step == cfg.max_steps),
+           + (f"\nall {step:,} steps are done already" if step == cfg.max_steps else ""),
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
            optimizer_bytes=kept, versions=storage.versions())
     indices = range(rank * local, (rank + 1) * local)
@@ -302,7 +302,7 @@ def main():
             mfu, memory = rate * flops / peak, memory_used(device)
             epochs = tokens_seen() / len(train_tokens)
             report(f"step {step:,}  tokens {tokens_seen():,}  "
-                   + f"epoch {epochs:.1f}  " * (cfg.unique_tokens > 0) + f"{unit} {bits:.3f}  "
+                   f"{f'epoch {epochs:.1f}  ' if cfg.unique_tokens else ''}{unit} {bits:.3f}  "
                    f"lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
                    f"{memory / 1e9:.1f} GB  {duration(left)} left"
                    + (f"  {counted.skipped:.0f} steps skipped (not finite)" if counted.skipped else ""),

@@ -34,7 +34,7 @@ def prepare_command(name, meta={}):
     flags = [f" --{key} {shlex.quote(asked[key])}" for key, usual in (("tokenizer", "char"), ("alphabet", "own"))
              if asked.get(key, usual) != usual]
     return (f"python data/prepare_textfile.py FILE --name {name}{''.join(flags)}"
-            + " --val FILE --test FILE" * bool(asked.get("val and test")))
+            + (" --val FILE --test FILE" if asked.get("val and test") else ""))
 
 
 def load_meta(name, data_dir=""):
@@ -127,8 +127,8 @@ def subset(tokens, n, record=1):
     if n > len(tokens):
         raise UserError(f"unique_tokens={n:,} is more than the {len(tokens):,} tokens of the training split")
     size = min(PIECE // record * record or record, n)
-    sizes = [size] * (n // size) + [n % size] * (n % size > 0)
-    last = len(tokens) - sum(sizes)  # what is left between the pieces, shared out evenly
+    sizes = [min(size, n - i) for i in range(0, n, size)]
+    last = len(tokens) - n  # what is left between the pieces, shared out evenly
     starts = [i * size + last * i // max(1, len(sizes) - 1) // record * record for i in range(len(sizes))]
     return np.concatenate([tokens[start:start + size] for start, size in zip(starts, sizes)])
 

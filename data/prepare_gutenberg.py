@@ -129,7 +129,8 @@ def main():
         for book, text in zip(books, texts):
             if hashlib.sha256(text.encode()).hexdigest()[:16] != book["sha256"]:
                 different.append(f"{book['title']}: {len(text):,} characters, the list has {int(book['characters']):,}")
-            text = " " * bool(writer.sizes[book["split"]]) + text
+            if writer.sizes[book["split"]]:
+                text = " " + text
             writer.append(book["split"], tokenizer.encode(text), len(text))
             bar.update()
     if different:

@@ -43,7 +43,8 @@ def check_alphabet(characters, alphabet):
     strange = sorted(set(characters) - set(alphabet))
     if strange:
         raise UserError(f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''} not in the alphabet "
-                        f"{alphabet!r}" + ": write lower case letters and spaces" * (alphabet == TEXT8_ALPHABET))
+                        f"{alphabet!r}"
+                        + (": write lower case letters and spaces" if alphabet == TEXT8_ALPHABET else ""))
 
 
 class CharTokenizer:
@@ -76,7 +77,7 @@ class CharTokenizer:
     def lengths(self):
         """Return the length of each token: (V,) in characters, (V,) in bytes of UTF-8. The pad is no text: 0 bytes."""
         return (np.ones(self.vocab_size, dtype=int),
-                np.array([len(c.encode()) * (c != self.pad) for c in self.alphabet]))
+                np.array([0 if c == self.pad else len(c.encode()) for c in self.alphabet]))
 
 
 class GPT2Tokenizer:

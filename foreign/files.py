@@ -102,7 +102,9 @@ def read_settings(weights):
 
     Raises UserError if they cannot be read.
     """
-    folders = [weights.parent] + [weights.parent.parent] * weights.parent.name.startswith("checkpoints")
+    folders = [weights.parent]
+    if weights.parent.name.startswith("checkpoints"):
+        folders.append(weights.parent.parent)
     for path in (folder / name for folder in folders for name in ("config.json", ".hydra/config.yaml", "config.yaml")):
         if not path.is_file():
             continue

@@ -93,7 +93,7 @@ def optimizer_rows():
 
 
 def mask_rows():
-    return [Row(f"{mixer}, {kind}{', mask_aware' * aware}",
+    return [Row(f"{mixer}, {kind}{', mask_aware' if aware else ''}",
                 {"mixer": mixer, "static_map": kind, "mask_aware": aware}, (1e-3, 3e-3))
             for mixer in ("mixer", "gmlp", "synth_random", "container") for kind in ("full", "toeplitz")
             for aware in (False, True)] + [Row("attention", {"mixer": "attention"}, (1e-3, 3e-3))]
