@@ -122,16 +122,17 @@ DATA_OF = {"text8_framed": "text8", "text8_framed_uniform": "text8", "gpt2_padde
 OXEN = {99: ("oxen", 98), 98: ("oxen_words", 97), 3: ("ox", 2)}
 
 
-def vocabulary(rows, table, uniform, dataset, data_dir, path):
+def vocabulary(rows, table, uniform, hints, path):
     """Return (meta of the tokens, the mask's row) for a number of rows; `table` has the known numbers.
 
-    dataset: the data set that the user names. It takes precedence if it has as many tokens, but not those of `table`.
-    Raises UserError if `table` lacks the number of rows, and dataset is missing or has another number of tokens.
+    hints.dataset, which the user names, takes precedence if it has as many tokens, but not those of `table`. Raises
+    UserError if `table` lacks the number of rows, and the user names no data set, or one with another number of tokens.
     """
+    dataset = hints.dataset
     known, mask = table.get(rows, (None, None if uniform else rows - 1))
     V, theirs = rows - (not uniform), None
     if dataset and (dataset not in KNOWN or not known):
-        meta = load_meta(dataset, data_dir) | {"name": dataset}
+        meta = load_meta(dataset, hints.data_dir) | {"name": dataset}
         keys = ("name", "tokenizer", "alphabet", "definition", "characters", "vocab_size", "pad", "record")
         theirs = {key: meta[key] for key in keys if key in meta}
     if known:
@@ -198,7 +199,7 @@ def process_of(name, settings, path):
     return dict(objective="mdlm" if parameterization == "subs" else "sedd", conditioning="sigma", schedule=schedule)
 
 
-def translate(found, name, dataset, overrides, data_dir):
+def translate(found, name, hints):
     """Translate SEDD, Oxen, MDLM, BD3-LM, Duo, UDLM or RADD: one network, which is told sigma or no time."""
     payload, settings, path = found
     state = {key: value for key, value in tensors(payload).items() if not BUFFERS.search(key)}
@@ -213,7 +214,7 @@ def translate(found, name, dataset, overrides, data_dir):
     sizes = settings.get("model") if isinstance(settings.get("model"), dict) else settings
     frequencies = next((value for key, value in tensors(payload).items() if key.endswith("inv_freq")), None)
     n_head = sizes.get("n_heads") if frequencies is None else D // (2 * len(frequencies))
-    seq_len = overrides.get("seq_len") or sizes.get("length") or sizes.get("model_length")
+    seq_len = hints.overrides.get("seq_len") or sizes.get("length") or sizes.get("model_length")
     if not n_head:
         raise UserError(f"{path} does not say its number of heads: put its config.json or config.yaml beside it")
     if sizes.get("n_heads", n_head) != n_head:
@@ -223,7 +224,7 @@ def translate(found, name, dataset, overrides, data_dir):
     process = process_of(name, settings, path)
     uniform = process.get("noise") == "uniform"
     table = WITHOUT_MASK if uniform else OXEN | WITH_MASK if name == "oxen" else WITH_MASK
-    meta, mask = vocabulary(rows, table, uniform, dataset, data_dir, path)
+    meta, mask = vocabulary(rows, table, uniform, hints, path)
     config = dict(dataset=meta["name"], seq_len=int(seq_len), n_layer=n_layer, n_head=int(n_head), n_embd=D, n_cond=C,
                   tied=False, head_bias=True, norm_bias=process["conditioning"] == "none",
                   T=int((settings.get("sampling") or {}).get("steps") or 1000)) | process

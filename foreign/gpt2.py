@@ -103,7 +103,7 @@ def our_weights(state, transposed, path):
     return ours
 
 
-def translate(found, name, dataset, overrides, data_dir):
+def translate(found, name, hints):
     """Translate GPT2LMHeadModel of transformers ("gpt2") or nanoGPT's ckpt.pt ("nanogpt").
 
     Neither names its tokens: 50,257 or 50,304 rows are GPT-2's, others those of the data set that the user names.
@@ -123,12 +123,11 @@ def translate(found, name, dataset, overrides, data_dir):
         sizes, step = {"n_layer": settings["n_layer"], "n_head": settings["n_head"], "bias": True}, 0
     weights = our_weights(state, name == "gpt2", found.path)
     (longest, n_embd), V = weights["positions.weight"].shape, len(weights["embed.weight"]) - 1
-    seq_len = overrides.get("seq_len", longest)
+    seq_len = hints.overrides.get("seq_len", longest)
     if seq_len > longest:
         raise UserError(f"{found.path} has {longest:,} positions: use --override seq_len={longest} or less")
     weights["positions.weight"] = weights["positions.weight"][:seq_len].clone()
-    meta, _ = vocabulary(V + 1, {50258: ("openwebtext", None)}, False, dataset, data_dir,
-                         found.path)
+    meta, _ = vocabulary(V + 1, {50258: ("openwebtext", None)}, False, hints, found.path)
     config = dict(dataset=meta["name"], seq_len=seq_len, architecture=name, n_layer=sizes["n_layer"],
                   n_head=sizes["n_head"], n_embd=n_embd, norm_bias=bool(sizes["bias"]), conditioning="none",
                   objective="ar")

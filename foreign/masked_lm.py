@@ -209,7 +209,7 @@ def is_masked_lm(settings):
     return isinstance(architectures, list) and any(str(name).endswith("ForMaskedLM") for name in architectures)
 
 
-def translate(found, overrides):
+def translate(found, hints):
     """Translate a folder that save_pretrained of transformers wrote. Nothing in it is executed.
 
     Its tokenizer must be beside it. The objective is mdlm: the weights are those of a denoiser, which was trained at
@@ -254,7 +254,7 @@ def translate(found, overrides):
                         f"{first_line(error)}")
     backbone["unused"] = [name for name, p in network.named_parameters() if p.grad is None]
     config = dict(dataset="wikitext", architecture="masked_lm", backbone=json.dumps(backbone), objective="mdlm",
-                  conditioning="none", seq_len=overrides.get("seq_len", longest_text(backbone)),
+                  conditioning="none", seq_len=hints.overrides.get("seq_len", longest_text(backbone)),
                   **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
     weights = {name: p.detach() for name, p in network.named_parameters()}
     return dict(name=re.sub(r"\W", "_", name_of(found.settings)), config=config, meta=meta, model=weights, ema=weights,

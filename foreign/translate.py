@@ -141,24 +141,24 @@ def translate(found, hints):
     hints: storage.Hints, what the user says of it. Raises UserError if it is of no known format, or damaged.
     """
     try:
-        name, overrides = hints.format or detect(found), hints.overrides or {}
+        name = hints.format or detect(found)
     except (AttributeError, TypeError):
         raise UserError(f"{found.path} has settings of an unexpected form: put the original file of settings beside it")
-    said = [key for key in overrides if key not in UNSAID[name]]
+    said = [key for key in hints.overrides if key not in UNSAID[name]]
     if said:
         raise UserError(f"{found.path} is a checkpoint of {name} and contains its {', '.join(said)}: use --override "
                         f"only for {', '.join(UNSAID[name])}")
     try:
         if name == "nanodd":
-            payload = nanodd(found, hints.dataset, overrides, hints.data_dir)
+            payload = nanodd(found, hints)
         elif name == "tiny-diffusion":
-            payload = tiny(found, overrides)
+            payload = tiny(found, hints)
         elif name in ("gpt2", "nanogpt"):
-            payload = gpt2.translate(found, name, hints.dataset, overrides, hints.data_dir)
+            payload = gpt2.translate(found, name, hints)
         elif name == "masked_lm":
-            payload = masked_lm.translate(found, overrides)
+            payload = masked_lm.translate(found, hints)
         else:
-            payload = ddit.translate(found, name, hints.dataset, overrides, hints.data_dir)
+            payload = ddit.translate(found, name, hints)
         Config(**payload["config"])
     except KeyError as error:
         raise UserError(f"{found.path} looks like a checkpoint of {name} but lacks {error}")
@@ -181,27 +181,28 @@ def overrides(text):
 # ---- nanoDD ----------------------------------------------------------------------------------------------------------
 
 
-def nanodd(found, dataset, overrides, data_dir):
+def nanodd(found, hints):
     """Translate nanoDD's ckpt.pt: model.DiT under other names, told the step number 1 ... T.
 
     The output is tied to the input embedding. EMA weights are by ema_pytorch. The buffers (betas, alpha_bars, inv_freq)
     follow from T and the sizes. The file has the number of its tokens but not their names: 27 are text8's, 50,257 are
-    GPT-2's, unless dataset, a prepared data set, has as many others. For any other number, dataset is required.
+    GPT-2's, unless hints.dataset, a prepared data set, has as many others. For any other number it is required.
     """
     payload = found.payload
     args, training = payload["model_args"], payload.get("training_args", {})
     V = args["vocab_size"]
     table = {KNOWN[name]["vocab_size"] + 1: (name, None) for name in ("text8", "openwebtext")}
-    if dataset in ("text8", "openwebtext") and table.get(V + 1, ("",))[0] != dataset:
-        raise UserError(f"{found.path} has {V:,} tokens, and {dataset} has {KNOWN[dataset]['vocab_size']:,}: name the "
+    named = hints.dataset
+    if named in ("text8", "openwebtext") and table.get(V + 1, ("",))[0] != named:
+        raise UserError(f"{found.path} has {V:,} tokens, and {named} has {KNOWN[named]['vocab_size']:,}: name the "
                         "prepared data set that it was trained on with --dataset")
-    meta, _ = ddit.vocabulary(V + 1, table, False, dataset, data_dir, found.path)
+    meta, _ = ddit.vocabulary(V + 1, table, False, hints, found.path)
     config = dict(
         dataset=meta["name"], seq_len=training.get("seq_len", 1024 if meta["tokenizer"] == "gpt2" else 256),
         n_layer=args["n_blocks"], n_head=args["n_heads"], n_embd=args["n_embed"], n_cond=args["n_cond"],
         dropout=args["dropout"], conditioning="step",
         objective="d3pm", T=args["T"], lambda_ce=args["lambda_ce"],
-    ) | overrides
+    ) | hints.overrides
     ema = {key.removeprefix("ema_model."): value for key, value in payload["ema"].items()
            if key.startswith("ema_model.")}
     weights = [rename(state, NANODD_NAMES) for state in (payload["model"], ema)]
@@ -211,12 +212,12 @@ def nanodd(found, dataset, overrides, data_dir):
 # ---- tiny-diffusion --------------------------------------------------------------------------------------------------
 
 
-def tiny(found, overrides):
+def tiny(found, hints):
     """Translate tiny-diffusion's diffusion_model.pt: the bare state dict of another network (tiny_diffusion.py).
 
     Its tokens are the codes of characters, one for each row of the embedding: 128 rows are ASCII. Code 0 is the mask.
     The file has neither n_head nor seq_len nor the length of the prefix that the network was trained to continue. They
-    are n_embd / 64, 256 and 16, as in that project's code, unless overrides say otherwise. There is no moving average,
+    are n_embd / 64, 256 and 16, as in that project's code, unless hints say otherwise. There is no moving average,
     so the weights are used for it, too.
     """
     payload, path = found.payload, found.path
@@ -228,10 +229,10 @@ def tiny(found, overrides):
     config = dict(
         dataset="shakespeare", seq_len=256, architecture="tiny_diffusion", n_layer=n_layer,
         n_head=max(1, n_embd // 64), n_embd=n_embd, conditioning="step", objective="d3pm", T=T,
-    ) | overrides
+    ) | hints.overrides
     config.setdefault("prefix", 16 if config["seq_len"] > 16 else 0)
     config["prefix"] = f"fixed:{config['prefix']}" if config["prefix"] else "none"
-    if "n_head" not in overrides and n_embd != 384:
+    if "n_head" not in hints.overrides and n_embd != 384:
         note(f"{path} does not say its n_head: {config['n_head']} is assumed; --override n_head=N changes it")
     Config(**config)  # checks that n_head divides n_embd before the weights are rearranged by it
     weights = our_weights(state, config["n_head"])

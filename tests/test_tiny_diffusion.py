@@ -179,7 +179,7 @@ def test_overrides(tmp_path, trained):
                        ("n_head=2,n_head=3", "once"), ("n_head=two", "not an integer"), ("seq_len=0", "outside")):
         with pytest.raises(argparse.ArgumentTypeError, match=word):
             translate.overrides(text)
-    config = loaded(tmp_path / "model.pt", their_state(), None).config
+    config = loaded(tmp_path / "model.pt", their_state(), {}).config
     assert (config.n_head, config.seq_len) == (1, 256)
     with pytest.raises(UserError, match="of this project and contains its n_head: leave out --override"):
         loaded(trained, overrides={"n_head": 2})
