@@ -87,8 +87,10 @@ def perturb(args):
           f"move chance 1 - alpha(t) = 1 - e^-sigma(t) = {1 - alpha:.4f}: of {L} tokens {L * (1 - alpha):.1f} ± "
           f"{math.sqrt(L * alpha * (1 - alpha)):.1f} move on average, and {hit.sum()} did\n\n"
           f"  {shown(x0, tokenizer)}\n  {shown(xt, tokenizer)}\n")
-    arrow = (lambda i: f" -> {shown(xt[i:i + 1], tokenizer)!r}") if kind == "uniform" else (lambda i: "")
-    moves = [f"{i} {shown(x0[i:i + 1], tokenizer)!r}{arrow(i)}" for i in hit.nonzero().flatten().tolist()]
+    moves = []
+    for i in hit.nonzero().flatten().tolist():
+        became = f" -> {shown(xt[i:i + 1], tokenizer)!r}" if kind == "uniform" else ""
+        moves.append(f"{i} {shown(x0[i:i + 1], tokenizer)!r}{became}")
     print(f"{'replaced by any token, maybe itself' if kind == 'uniform' else 'absorbed'}: {'  '.join(moves) or 'none'}")
     say("""Each token has a random number in (0, 1] of its own and moves once 1 - alpha(t) reaches it: with the same
         --seed a larger -t moves the same tokens and more. """

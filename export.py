@@ -16,7 +16,7 @@ from likelihood import plus_minus
 from storage import FORMAT, Hints, check_finite, check_fit, check_keys, config_of, digest, read, versions
 
 
-def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
+def export(checkpoint, folder, results=(), hints=Hints(), dtype=torch.float32):
     """Write a checkpoint, with its averaged weights, into a new folder that `sample.py FOLDER` and the Hub can read.
 
     The files are model.safetensors, config.json (settings and tokens) and README.md, a model card. results: files with
@@ -24,7 +24,7 @@ def export(checkpoint, folder, results=(), hints=None, dtype=torch.float32):
     leaves no folder.
     """
     from safetensors.torch import save
-    payload, folder = read(checkpoint, hints or Hints()), Path(folder)
+    payload, folder = read(checkpoint, hints), Path(folder)
     check_keys(payload, ("name",), checkpoint)
     if folder.exists():
         raise UserError(f"{folder} already exists: name a new folder")
@@ -90,10 +90,13 @@ def model_card(name, card, n_params, validation):
     """README.md of an exported folder (str): what the model is, how to use it, what was measured."""
     config = card["config"]
     blocks = f" of {config['block_size']} tokens" if config.get("block_size") else ""
-    rows = [f"| {bits:.4f} {plus_minus(error)} | {per_char} | {what} |" for bits, error, per_char, what in (
-        [(*validation[:2], "", f"validation during training, step {validation[2]:,}")] if validation else [])
-        + [(r["bits_per_token"], r["stderr"], f"{r['bits_per_char']:.4f}", f"{r['dataset']} {r['split'] or ''}, "
-            f"{r['n_sequences']:,} windows of {r['seq_len']}; {r['estimator']}") for r in card["measured"]]]
+    rows = []
+    if validation:
+        bits, error, step = validation
+        rows.append(f"| {bits:.4f} {plus_minus(error)} |  | validation during training, step {step:,} |")
+    rows += [f"| {r['bits_per_token']:.4f} {plus_minus(r['stderr'])} | {r['bits_per_char']:.4f} | "
+             f"{r['dataset']} {r['split'] or ''}, {r['n_sequences']:,} windows of {r['seq_len']}; {r['estimator']} |"
+             for r in card["measured"]]
     again, source = training_commands(card), card["init_from"]
     began = f" Training began with the weights of `{source}`." if source else ""
     better = "." if source else (" from nothing. More steps (`--max_steps`) and a larger network (`--n_layer`, "

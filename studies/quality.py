@@ -145,8 +145,9 @@ def judged(judge, texts, batch_size=16):
     for start in progress(range(0, len(pieces), batch_size), desc="judging", leave=False):
         batch = pieces[start:start + batch_size]
         longest = max(len(ids) for _, ids in batch)
-        x0 = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in batch], device=judge.device)  # causal: the
-        ce = judge.cross_entropies(x0).cpu().double()                       # padding on the right changes nothing
+        # Judges are causal, so the padding on the right changes nothing.
+        x0 = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in batch], device=judge.device)
+        ce = judge.cross_entropies(x0).cpu().double()
         for (i, ids), row in zip(batch, ce):
             nats[i] += row[:len(ids)].sum()
             tokens[i] += len(ids)

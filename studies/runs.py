@@ -113,13 +113,14 @@ def trained(out, flags, args, best=False, how=(), dataset=None, unit="token"):
     val = validated(out, flags, args, dataset)["val"]
 
     def measure():
+        if not math.isfinite(val):
+            return None
         seq_len = log.read(out / "log.jsonl")[0]["config"]["seq_len"]
         return json.loads(call("evaluate.py", out / "ckpt_best.pt" if best else out, *data_flags(args), "--n_tokens",
                                seq_len * args.windows, *how))
 
     key = f"bits_per_{unit}"
-    bits = once(out.with_name(f"{out.name}.json"), lambda: (
-        math.isfinite(val) and unless_infinite(measure) or {key: None}))[key]
+    bits = once(out.with_name(f"{out.name}.json"), lambda: unless_infinite(measure) or {key: None})[key]
     return {"bits": math.inf, "val": math.inf} if bits is None else {"bits": bits, "val": val}
 
 
