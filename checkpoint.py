@@ -43,12 +43,16 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
     """
     if not cfg.network.of_source or cfg.backbone:
         return cfg
-    payload = read_latest(out_dir)[1] if resume == "auto" else read(resume) if resume else None
+    where, payload = None, None
+    if resume == "auto":
+        where, payload = out_dir, read_latest(out_dir)[1]
+    elif resume:
+        where, payload = resume, read(resume)
     if payload is None and init_from:
-        payload = read(init_from, Hints(cfg.dataset, data_dir=cfg.data_dir))
+        where, payload = init_from, read(init_from, Hints(cfg.dataset, data_dir=cfg.data_dir))
     if payload is None:
         return cfg
-    source, where = config_of(payload), init_from if not resume else out_dir if resume == "auto" else resume
+    source = config_of(payload)
     if source.architecture != cfg.architecture:
         raise UserError(f"{where} has architecture={source.architecture}, and this run "
                         f"{cfg.architecture}: use --architecture={source.architecture}")
