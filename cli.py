@@ -157,6 +157,13 @@ def number(kind, low, high=10**15):
     return parse
 
 
+def numbers(kind, low, high=10**15):
+    """An argparse type: different ints or floats in [low, high], separated by commas: 16,0,64 -> [0, 16, 64]."""
+    def parse(text):
+        return sorted({number(kind, low, high)(part) for part in text.split(",")})
+    return parse
+
+
 def pick_device(name="auto"):
     """torch.device by name; 'auto' is the first there is of cuda, mps, cpu. Raises UserError if there is none."""
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}

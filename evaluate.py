@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import ArgumentParser, UserError, named, number, pick_device, pick_dtype, require, run
+from cli import ArgumentParser, UserError, named, number, numbers, pick_device, pick_dtype, require, run
 from data.loader import SPLITS
 from diffusion import WHOLE
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
@@ -55,11 +55,6 @@ ROUNDING = 1e-4   # bits by which they may always differ
 def several_steps(text):
     """An argparse type: 8,16,auto -> [8, 16, "auto"]."""
     return [steps_flag(part) for part in text.split(",")]
-
-
-def lengths(text):
-    """An argparse type: 0,16,64 -> [0, 16, 64]."""
-    return sorted({number(int, 0)(part) for part in text.split(",")})
 
 
 def samples_flag(text):
@@ -112,7 +107,7 @@ def parse_args():
                        help="measure the cross-entropy by mask rate; writes curve.json and curve.png")
     modes.add_argument("--curse", action="store_true",
                        help="measure the cost of predicting tokens in parallel; writes curse.json and curse.png")
-    modes.add_argument("--context", type=lengths, metavar="0,16,64",
+    modes.add_argument("--context", type=numbers(int, 0), metavar="0,16,64",
                        help="measure the bits of a text after these numbers of context tokens; writes context.json")
     modes.add_argument("--samples", type=samples_flag, metavar="N|FILE",
                        help="measure the quality of N new samples, or of those in FILE; writes quality.csv, and for N "

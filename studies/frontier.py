@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
-from cli import ArgumentParser, number, require, run, table, write_file
+from cli import ArgumentParser, numbers, require, run, table, write_file
 
 import numpy as np
 import torch
@@ -124,8 +124,8 @@ def ratio(points, reference):
 def main():
     p = ArgumentParser(description=__doc__)
     runs.add_arguments(p, steps=0)
-    p.add_argument("--budgets", default=BUDGETS, help=f"operations, separated by commas (default {BUDGETS})",
-                   type=lambda text: sorted({number(float, 1, 1e30)(part) for part in text.split(",")}))
+    p.add_argument("--budgets", default=BUDGETS, type=numbers(float, 1, 1e30),
+                   help=f"operations, separated by commas (default {BUDGETS})")
     args = p.parse_args()
     budgets = args.budgets
     if len(budgets) < 2:

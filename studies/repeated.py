@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import ArgumentParser, number, require, run, table, write_file
+from cli import ArgumentParser, number, numbers, require, run, table, write_file
 from log import finite
 from plot import picture
 from studies import runs
@@ -86,8 +86,8 @@ def main():
     p = ArgumentParser(description=__doc__)
     runs.add_arguments(p, steps=0)
     p.add_argument("--unique", type=number(int, 128), default=200_000, help="characters to train on (default 200,000)")
-    p.add_argument("--epochs", type=lambda text: sorted({number(int, 1)(part) for part in text.split(",")}),
-                   default=[1, 4, 16, 64, 128], help="numbers of epochs (default 1,4,16,64,128)")
+    p.add_argument("--epochs", type=numbers(int, 1), default=[1, 4, 16, 64, 128],
+                   help="numbers of epochs (default 1,4,16,64,128)")
     args = p.parse_args()
     require("matplotlib", "a picture")
     runs.make_folder(args.folder, args)
