@@ -100,9 +100,9 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     known = SAMPLERS[objective.samplers[sampler]].flags
     if not objective.any_order and "auto" in (flags.get("steps"), flags.get("grid")):
         raise UserError(f"auto needs a masked model, and {checkpoint} {objective.description}: use --steps N")
-    for name in [name for name in given if name not in known]:
-        users = [other for other in NAMES if name in SAMPLERS[other].flags]
-        raise UserError(f"--sampler {sampler} does not use --{name}: leave it out, or use {' or '.join(users)}")
+    if unknown := [name for name in given if name not in known]:
+        users = [other for other in NAMES if unknown[0] in SAMPLERS[other].flags]
+        raise UserError(f"--sampler {sampler} does not use --{unknown[0]}: leave it out, or use {' or '.join(users)}")
     if cut and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
         raise UserError(f"--{next(iter(cut))} changes the token distribution, which euler does not use with uniform "
                         "noise: choose --sampler ancestral")
