@@ -53,6 +53,13 @@ def go(module, monkeypatch, folder, *flags):
     return json.loads((folder / f"{module.__name__.split('.')[-1]}.json").read_text())
 
 
+def assert_nothing_runs_again(calls, *call):
+    """Call go() once more: what is there is not run again."""
+    before = len(calls)
+    go(*call)
+    assert len(calls) == before
+
+
 def test_repeated(answers, monkeypatch, tmp_path):
     """The best settings win, the best checkpoint is scored, and the crossing is between the right numbers of epochs."""
     def bits(path):
@@ -73,9 +80,7 @@ def test_repeated(answers, monkeypatch, tmp_path):
     of = lambda kind, epochs: next(row for row in found["rows"] if (row["kind"], row["epochs"]) == (kind, epochs))
     assert of("left to right", 128)["best"] == of("left to right", 16)["bits"] < of("left to right", 128)["bits"]
     assert of("diffusion", 128)["best"] == of("diffusion", 128)["bits"]
-    before = len(calls)
-    go(repeated, monkeypatch, tmp_path / "study", "--seeds", "2")
-    assert len(calls) == before
+    assert_nothing_runs_again(calls, repeated, monkeypatch, tmp_path / "study", "--seeds", "2")
 
 
 def test_validation_chooses(answers, monkeypatch, tmp_path):
@@ -103,8 +108,8 @@ def test_frontier(answers, monkeypatch, tmp_path):
         worse = {"0.2M": 0.1, "0.8M": 0.0, "2.7M": 0.05, "10M": 0.4}[size] + (0.1 if "lr=0.006" in path else 0)
         return 1.3 + 3 * (float(budget) / 1e12 / factor[name]) ** -0.25 + worse
 
-    calls = answers(bits)
-    found = go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,2e12,4e12,8e12,1.6e13")
+    calls, flags = answers(bits), ["--seeds", "2", "--budgets", "1e12,2e12,4e12,8e12,1.6e13"]
+    found = go(frontier, monkeypatch, tmp_path / "study", *flags)
     for row, true in zip(found["methods"], factor.values()):
         assert row["ratio"] == pytest.approx(true, rel=0.02) and row["by_seed"] == pytest.approx([row["ratio"]] * 2)
         assert row["slope"] == pytest.approx(-0.75 * np.log(10) * (8 / true) ** -0.25, rel=0.02) and row["stderr"] == 0
@@ -113,9 +118,7 @@ def test_frontier(answers, monkeypatch, tmp_path):
     assert all(row["lr"] != 6e-3 for row in found["rows"])
     assert {row["size"]: row["seeds"] for row in found["rows"]} == {"0.2M": 1, "0.8M": 2, "2.7M": 2, "10M": 1}
     assert all("8e+12" in str(words) for words in calls if "lr=0.006" in str(words))  # tuned with the last but one
-    before = len(calls)
-    go(frontier, monkeypatch, tmp_path / "study", "--seeds", "2", "--budgets", "1e12,2e12,4e12,8e12,1.6e13")
-    assert len(calls) == before
+    assert_nothing_runs_again(calls, frontier, monkeypatch, tmp_path / "study", *flags)
 
 
 def test_ratio_of_operations():
@@ -140,9 +143,7 @@ def test_slow_links(answers, monkeypatch, tmp_path):
     assert all((tmp_path / "study" / name).exists() for name in ("slow_links.png", "hours.png"))
     curve = [(1, 2.5, 0.0), (2, 2.9, 0.0), (3, 2.4, 0.0), (4, 2.5, 0.0)]
     assert [slow_links.hours_to(bits, curve) for bits in (3.0, 2.5, 2.45, 2.0)] == [1, 3, None, None]
-    before = len(calls)
-    go(slow_links, monkeypatch, tmp_path / "study", "--seeds", "2")
-    assert len(calls) == before
+    assert_nothing_runs_again(calls, slow_links, monkeypatch, tmp_path / "study", "--seeds", "2")
 
 
 def test_two_estimates(monkeypatch, tmp_path, capsys):
@@ -210,9 +211,7 @@ def test_tokens(answers, monkeypatch, tmp_path):
     assert [row["lr"] for row in found["rows"]] == [3e-3] * 8
     expected = [0.5, 0.35, 0.3, 0.3, 0.2, 0.05]
     assert [mean for mean, _ in found["answers"].values()] == pytest.approx(expected)
-    before = len(calls)
-    go(tokens, monkeypatch, tmp_path / "study", *flags)
-    assert len(calls) == before
+    assert_nothing_runs_again(calls, tokens, monkeypatch, tmp_path / "study", *flags)
 
 
 def test_recipe(answers, monkeypatch, tmp_path):
@@ -257,9 +256,7 @@ def test_recipe(answers, monkeypatch, tmp_path):
     assert len(outs) == sum(words[0] == "train.py" for words in calls)
     for words in (words for words in calls if words[0] == "evaluate.py"):
         assert ("exact_k" in words) == ("d3pm_mini" in words[1])
-    before = len(calls)
-    go(recipe, monkeypatch, tmp_path / "study", "--seeds", "2")
-    assert len(calls) == before
+    assert_nothing_runs_again(calls, recipe, monkeypatch, tmp_path / "study", "--seeds", "2")
 
 
 def test_a_run_that_diverges(answers, monkeypatch, tmp_path):
@@ -424,6 +421,4 @@ def test_a_diverged_run_does_not_end_a_study(answers, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "call", diverge)
     found = go(slow_links, monkeypatch, tmp_path / "study", "--seeds", "1")
     assert all("--outer_lr=0.7" not in flags for flags in found["best"].values())
-    before = len(calls)
-    go(slow_links, monkeypatch, tmp_path / "study", "--seeds", "1")
-    assert len(calls) == before
+    assert_nothing_runs_again(calls, slow_links, monkeypatch, tmp_path / "study", "--seeds", "1")
