@@ -310,10 +310,11 @@ class Stopwatch:
         return result
 
 
-def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, first=None):
+def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, first):
     """Print the time of each sampler for a batch, and its ratio to the naive one. The samplers alternate.
 
-    first: run only this many steps of each. This shows what a step costs outside the network, but not the whole time.
+    first: run only this many steps of each (None: all). This shows what a step costs outside the network, but not the
+    whole time.
     """
     if not objective.any_order:
         raise UserError(f"--samplers needs a masked model, and {name} is not one: choose a masked config")

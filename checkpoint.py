@@ -64,7 +64,7 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
     return dataclasses.replace(cfg, **found)
 
 
-def open_run(out_dir, resume, init_from, cfg, meta, model, stop=None):
+def open_run(out_dir, resume, init_from, cfg, meta, model, stop):
     """Open what a run begins with: (checkpoint to continue, weights to start from, lock of out_dir). Each may be None.
 
     For the main process. Raises UserError if out_dir is in use or holds another run, and if the checkpoint asked for is

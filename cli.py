@@ -164,7 +164,7 @@ def numbers(kind, low, high=10**15):
     return parse
 
 
-def pick_device(name="auto"):
+def pick_device(name):
     """torch.device by name; 'auto' is the first there is of cuda, mps, cpu. Raises UserError if there is none."""
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
@@ -272,7 +272,7 @@ def table(rows, columns, out):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), file=out)
 
 
-def check_place(flag, path, ending=""):
+def check_place(flag, path, ending):
     """Raise UserError if the file that a flag names cannot be written, or has another ending (devices have none)."""
     special = path.exists() and not path.is_file()
     if path.is_dir() or not path.parent.is_dir():

@@ -153,7 +153,7 @@ def chain_rule(model, objective, x0, order, v=None):
     return nats_of_blocks(model, objective, x0, order, v).sum(1) / x0.shape[1]
 
 
-def nats_of_blocks(model, objective, x0, order, v=None):
+def nats_of_blocks(model, objective, x0, order, v):
     """chain_rule in nats of each block of the texts (B, L/n); a text without blocks is one block: (B, 1)."""
     if n := objective.block_size:
         def blocks_beside_clean(xt, t, where):  # of (B L/n, n)

@@ -12,7 +12,7 @@ import torch
 PURPOSES = ("crop", "noise", "strata", "dropout", "prefix", "padding", "attention")
 
 
-def rng(seed, purpose, step=0, index=0):
+def rng(seed, purpose, step, index=0):
     """A numpy Generator for one purpose, one step and one sequence (index)."""
     key = np.array([seed, PURPOSES.index(purpose)], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, index, step]))

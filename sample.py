@@ -95,11 +95,11 @@ def batches(order, prompts, size):
         yield from (group[i:i + size] for i in range(0, len(group), size))
 
 
-def fill_all(prompts, n, mask_id, fill, bar, screen=None, by_step=False):
+def fill_all(prompts, n, mask_id, fill, bar, screen, by_step):
     """Fill n copies of each prompt. Returns the History of all samples, in the order of the prompts.
 
-    Prompts of equal length are filled together. fill: canvas (B, N) -> an iterator over States. The screen shows the
-    first sample. The bar counts the masks that are filled, or, with by_step, the States.
+    Prompts of equal length are filled together. fill: canvas (B, N) -> an iterator over States. The screen, or None,
+    shows the first sample. The bar counts the masks that are filled, or, with by_step, the States.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) != len(prompts[0]), len(prompts[i])))
     histories = []
@@ -188,7 +188,7 @@ def main():
     with (autocast(device, pick_dtype(device, args.dtype)),
           progress(total=None if uniform else n_masks, desc="sampling", unit="step" if uniform else "token",
                    leave=False, show=not screen) as bar):
-        history = fill_all(prompts, args.batch_size, objective.mask_id, fill, bar, screen, by_step=uniform)
+        history = fill_all(prompts, args.batch_size, objective.mask_id, fill, bar, screen, uniform)
     seconds = time.perf_counter() - began
     samples = [history.state(b, history.steps) for b in range(len(history.start))]
     texts = [text_of(tokens, start, end, tokenizer) for tokens, start in zip(samples, history.start)]

@@ -37,7 +37,7 @@ def prepare_command(name, meta={}):
             + (" --val FILE --test FILE" if asked.get("val and test") else ""))
 
 
-def load_meta(name, data_dir=""):
+def load_meta(name, data_dir):
     """Return the meta.json of a data set. Raises UserError if it is damaged, or missing (with the remedy)."""
     folder = Path(data_dir or DATA_DIR) / name
     try:
@@ -89,7 +89,7 @@ def check_same_data(meta, other, dataset, owner):
                         "again")
 
 
-def load_split(name, split, seq_len, data_dir=""):
+def load_split(name, split, seq_len, data_dir):
     """Return the tokens of a split, memory-mapped (n,) uint8 to uint32.
 
     Raises UserError if n is wrong or < seq_len, or if a token is not in the vocabulary (up to LONG tokens are checked).
