@@ -339,11 +339,10 @@ class Settings(NamedTuple):
         """Number of steps, where it is known beforehand and does not depend on the text; else None."""
         return len(self.options["grid"]) - 1 if self.options.get("grid") else None
 
-    def __call__(self, objective, model, xt, generator, size=None, time=None, past=None):
+    def __call__(self, objective, model, xt, generator, size=None, past=None):
         """An iterator over the States from xt (B, L) on.
 
         size: (B,), the tokens of each sequence that noise can hit; its mask rate is its masks / size. Default: all.
-        time: rate (B,) -> what the network is told. Default: what it was trained with.
         past: what model.remember() returned for the tokens before xt.
         """
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
@@ -353,4 +352,4 @@ class Settings(NamedTuple):
         if sampler.asks_objective:
             options = options | {"objective": objective}
         denoiser = model if sampler.keeps_past else of_rows(model, past)
-        return sampler.function(denoiser, xt, objective.mask_id, time or objective.time, draw, start, **options)
+        return sampler.function(denoiser, xt, objective.mask_id, objective.time, draw, start, **options)
