@@ -157,13 +157,13 @@ def in_stages(stages, work, jobs):
     return found
 
 
-def tuned(kinds, measure, jobs, rates=(1.5e-3, 3e-3, 6e-3)):
+def tuned(kinds, measure, jobs):
     """Tune the learning rate of each kind, a tuple. Returns ({kind: best rate}, {(*kind, rate, 1): result}).
 
     measure(*kind, rate, seed) returns a dict with "val", by which seed 1 decides. If the best of the rates tried is the
     smallest or the largest one, half of it or twice as much is tried, too, and so on.
     """
-    tried, best, found = {kind: set(rates) for kind in kinds}, {}, {}
+    tried, best, found = {kind: {1.5e-3, 3e-3, 6e-3} for kind in kinds}, {}, {}
     while new := [(*kind, rate, 1) for kind in kinds for rate in sorted(tried[kind]) if (*kind, rate, 1) not in found]:
         found |= in_stages([new], measure, jobs)
         for kind in kinds:
