@@ -20,13 +20,13 @@ schedule is. The schedule says only what time the network is told at a rate (dif
 
 All samplers take the same arguments, and then those of their own:
 
-    model    the denoiser: xt (B, L), t (B,) and where (B, L) -> logits (N, V) of the N positions in `where`
-    xt       (B, L) long; mask_id where a token is to be written
-    time     mask rates (B,) float64 -> the times (B,) that the network is told
-    draw     categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
-    start    (B,) float64, the share of masks at first, below 1 if tokens are given: where the grid has the rate r, the
-             network is told the time of the rate start * r, because in training r was the share of all tokens
-    grid     (samplers with steps) mask rates, never rising; the first is 1 or the last rate of the schedule, the last 0
+    model      the denoiser: xt (B, L), t (B,) and where (B, L) -> logits (N, V) of the N positions in `where`
+    xt         (B, L) long; objective.mask_id where a token is to be written
+    objective  that of the model, whose `time` says what the network is told at a mask rate
+    draw       categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
+    start      (B,) float64, the share of masks at first, below 1 if tokens are given: where the grid has the rate r,
+               the network is told the time of the rate start * r, because in training a rate was a share of all tokens
+    grid       (samplers with steps) mask rates, never rising; the first is 1 or the last of the schedule, the last 0
 
 Networks trained on uniform noise have samplers of their own, in uniform.py.
 """
@@ -55,18 +55,18 @@ def of_rows(model, past=None):
     return denoiser
 
 
-def fill(model, state, where, time, rate, draw):
+def fill(model, state, where, objective, rate, draw):
     """Draw tokens for the masks at `where` (B, L), from the network at the mask rates `rate` (B,). Returns a State."""
     if not where.any():
         return state
-    tokens, p = draw(model(state.xt, time(rate).to(where.device), where=where))
+    tokens, p = draw(model(state.xt, objective.time(rate).to(where.device), where=where))
     return State(state.xt.masked_scatter(where, tokens), state.p.masked_scatter(where, p))
 
 
-def propose(model, state, masked, t, draw, by_entropy=False):
+def propose(model, state, masked, objective, rate, draw, by_entropy=False):
     """Draw all masks. Returns that State, and how sure the network is of each (B, L), -inf where nothing is masked: the
     probability of the token drawn, or minus the entropy of all tokens there."""
-    logits = model(state.xt, t.to(masked.device), where=masked)
+    logits = model(state.xt, objective.time(rate).to(masked.device), where=masked)
     tokens, p, *entropies = draw(logits, by_entropy)
     proposed = State(state.xt.masked_scatter(masked, tokens), state.p.masked_scatter(masked, p))
     sure = -entropies[0] if by_entropy else p
@@ -84,7 +84,7 @@ def accept(state, proposed, sure, n):
 
 
 @torch.no_grad()
-def ancestral(model, xt, mask_id, time, draw, start, grid):
+def ancestral(model, xt, objective, draw, start, grid):
     """The reverse chain on a grid of mask rates r_0 > r_1 > ... > 0 (D3PM, eq. 4; MDLM, eq. 6).
 
     From r to rho each mask is revealed with probability 1 - rho/r, whatever the network says. Its token is drawn from
@@ -101,7 +101,7 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
     on each other. So network call number j takes the j-th such step of every sequence, each at its own rate. The number
     of calls is the largest number of such steps in a sequence.
     """
-    state, masked, n_steps = begin(xt), xt == mask_id, len(grid) - 1
+    state, masked, n_steps = begin(xt), xt == objective.mask_id, len(grid) - 1
     rates = torch.tensor(grid, dtype=torch.float64)
     reveal_rate = grid[0] * draw.uniform(xt.shape)
     step_of = n_steps - torch.searchsorted(rates.flip(0).to(reveal_rate.device), reveal_rate, right=True)
@@ -112,7 +112,7 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
     for j in range(int(turn[masked].max()) + 1 if masked.any() else 0):
         where = masked & (turn == j)
         step = torch.where(where, step_of, last[:, None]).amax(1)
-        state = fill(model, state, where, time, start * rates[step.clamp(min=0).cpu()], draw)
+        state = fill(model, state, where, objective, start * rates[step.clamp(min=0).cpu()], draw)
         yield state._replace(steps=(step - last).cpu())
         last = step
     if (last < n_steps - 1).any():  # the empty steps at the end
@@ -120,7 +120,7 @@ def ancestral(model, xt, mask_id, time, draw, start, grid):
 
 
 @torch.no_grad()
-def first_hitting(model, xt, mask_id, time, draw, start):
+def first_hitting(model, xt, objective, draw, start):
     """The reverse chain in continuous time, without a grid (first-hitting sampler, arXiv 2409.02908); L States at most.
 
     At rate r there are k masks, each with its own reveal rate, uniform on [0, r). The next one is the largest of these:
@@ -129,10 +129,10 @@ def first_hitting(model, xt, mask_id, time, draw, start):
     the draw is exact for the chain in continuous time.
     """
     state, rate = begin(xt), start
-    while (masked := state.xt == mask_id).any():
+    while (masked := state.xt == objective.mask_id).any():
         rate = rate * draw.uniform(len(xt)).cpu() ** (1 / masked.sum(1).clamp(min=1).cpu())
         which = draw.uniform(xt.shape).masked_fill(~masked.to(draw.generator.device), -1).argmax(1).to(xt.device)
-        state = fill(model, state, masked & F.one_hot(which, xt.shape[1]).bool(), time, rate, draw)
+        state = fill(model, state, masked & F.one_hot(which, xt.shape[1]).bool(), objective, rate, draw)
         yield state
 
 
@@ -142,20 +142,21 @@ def share(start, left, n):
 
 
 @torch.no_grad()
-def topk(model, xt, mask_id, time, draw, start, grid=None, k=1):
+def topk(model, xt, objective, draw, start, grid=None, k=1):
     """The surest tokens first, a number fixed beforehand in each step (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
 
     A token is drawn for every mask; those that the network (at temperature 1) finds likeliest stay. On a grid of mask
     rates a share r_i/r_0 of the masks, rounded down, is left after step i; without one, each step reveals k tokens.
     Texts do not have the distribution of the model: they look better, and become more alike.
     """
-    state, n = begin(xt), (xt == mask_id).sum(1).cpu()
+    state, n = begin(xt), (xt == objective.mask_id).sum(1).cpu()
     left, steps = n, 0  # steps: since the last State
     for i in range(len(grid) - 1 if grid else -(-int(n.max()) // k)):
         kept = (n.double() * (grid[i + 1] / grid[0]) + 1e-9).floor().long() if grid else (left - k).clamp(min=0)
         steps += 1
         if (kept < left).any():
-            proposed, sure = propose(model, state, state.xt == mask_id, time(share(start, left, n)), draw)
+            masked = state.xt == objective.mask_id
+            proposed, sure = propose(model, state, masked, objective, share(start, left, n), draw)
             state = accept(state, proposed, sure, (left - kept).to(xt.device))
             yield state._replace(steps=steps)
             left, steps = kept, 0
@@ -164,18 +165,18 @@ def topk(model, xt, mask_id, time, draw, start, grid=None, k=1):
 
 
 @torch.no_grad()
-def threshold(model, xt, mask_id, time, draw, start, threshold=0.9):
+def threshold(model, xt, objective, draw, start, threshold=0.9):
     """All tokens to which the network gives at least `threshold`, and always the surest one (Fast-dLLM, arXiv
     2505.22618). A token is drawn for every mask, as in topk. Texts do not have the distribution of the model."""
-    state, n = begin(xt), (xt == mask_id).sum(1)
-    while (masked := state.xt == mask_id).any():
-        proposed, sure = propose(model, state, masked, time(share(start, masked.sum(1), n)), draw)
+    state, n = begin(xt), (xt == objective.mask_id).sum(1)
+    while (masked := state.xt == objective.mask_id).any():
+        proposed, sure = propose(model, state, masked, objective, share(start, masked.sum(1), n), draw)
         state = accept(state, proposed, sure, (sure >= threshold).sum(1).clamp(min=1))
         yield state
 
 
 @torch.no_grad()
-def entropy_bound(model, xt, mask_id, time, draw, start, gamma=0.1):
+def entropy_bound(model, xt, objective, draw, start, gamma=0.1):
     """The tokens of least entropy, as many as have (sum of their entropies - the largest of them) <= gamma, in nats
     (EB-Sampler, arXiv 2505.24857).
 
@@ -183,9 +184,9 @@ def entropy_bound(model, xt, mask_id, time, draw, start, gamma=0.1):
     H(all) >= max_i H_i, that is at most sum_i H_i - max_i H_i. gamma = 0: one at a time, unless more are certain. The
     order by entropy is not that of the model's chain, so texts do not have its distribution.
     """
-    state, n = begin(xt), (xt == mask_id).sum(1)
-    while (masked := state.xt == mask_id).any():
-        proposed, sure = propose(model, state, masked, time(share(start, masked.sum(1), n)), draw, by_entropy=True)
+    state, n = begin(xt), (xt == objective.mask_id).sum(1)
+    while (masked := state.xt == objective.mask_id).any():
+        proposed, sure = propose(model, state, masked, objective, share(start, masked.sum(1), n), draw, by_entropy=True)
         costs = -sure.sort(dim=1, descending=True).values
         n_now = (costs.cumsum(1) - costs <= gamma).sum(1)  # at visible tokens inf - inf is no number, hence False
         state = accept(state, proposed, sure, n_now)
@@ -196,7 +197,7 @@ DEFAULT_ETA = {"cap": 0.02, "rescale": 0.05, "conf": 1.0, "loop": 0.02}  # {rule
 
 
 @torch.no_grad()
-def remdm(model, xt, mask_id, time, draw, start, grid, remask="cap", eta=None):
+def remdm(model, xt, objective, draw, start, grid, remask="cap", eta=None):
     """ancestral, where revealed tokens become masks again with probability g, so that mistakes can be mended; the more
     steps, the more often (ReMDM, arXiv 2503.00307, eq. 7, which calls g sigma_t).
 
@@ -213,9 +214,9 @@ def remdm(model, xt, mask_id, time, draw, start, grid, remask="cap", eta=None):
     Given tokens are never masked.
     """
     eta = DEFAULT_ETA[remask] if eta is None else eta
-    state, given = begin(xt), xt != mask_id
+    state, given = begin(xt), xt != objective.mask_id
     for r, rho in zip(grid, grid[1:]):
-        masked = state.xt == mask_id
+        masked = state.xt == objective.mask_id
         limit = min(1, rho / (1 - r)) if r < 1 else 1
         if remask == "cap" or remask == "loop" and r == rho:
             g = min(eta, limit)
@@ -228,13 +229,13 @@ def remdm(model, xt, mask_id, time, draw, start, grid, remask="cap", eta=None):
         h = 1 - rho / r + (0 if remask == "conf" else g * (1 - r) / r)
         revealed = masked & draw.happens(h, xt)
         again = ~masked & ~given & draw.happens(g, xt)
-        state = fill(model, state, revealed, time, start * r, draw)
-        state = State(state.xt.masked_fill(again, mask_id), state.p.masked_fill(again, torch.nan))
+        state = fill(model, state, revealed, objective, start * r, draw)
+        state = State(state.xt.masked_fill(again, objective.mask_id), state.p.masked_fill(again, torch.nan))
         yield state
 
 
 @torch.no_grad()
-def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lambda schedule, r, rho: 1 - rho / r):
+def analytic(model, xt, objective, draw, start, grid, chance=lambda schedule, r, rho: 1 - rho / r):
     """SEDD's analytic predictor, or Tweedie denoiser (arXiv 2310.16834), with masks.
 
     From rate r to rho a mask becomes y with probability (1 - rho/r) f_y, where f is the network's prediction, whose sum
@@ -244,9 +245,9 @@ def analytic(model, xt, mask_id, time, draw, start, grid, objective, chance=lamb
     """
     state = begin(xt)
     for r, rho in zip(grid, grid[1:]):
-        masked = state.xt == mask_id
+        masked = state.xt == objective.mask_id
         if masked.any():
-            t = time(start * r).to(xt.device)
+            t = objective.time(start * r).to(xt.device)
             logits = model(state.xt, t, where=masked)
             Z = objective.log_prediction(logits, t[:, None].expand_as(masked)[masked]).exp().sum(-1)
             tokens, p = draw(logits)
@@ -267,17 +268,17 @@ def euler_chance(schedule, r, rho):
     return ((t - tau) * schedule.weight(t)).item()
 
 
-def euler(model, xt, mask_id, time, draw, start, grid, objective):
+def euler(model, xt, objective, draw, start, grid):
     """SEDD's Euler predictor (arXiv 2310.16834), with masks: as analytic, with euler_chance. For linear and
     log-linear noise that is the same number.
 
     As in that project the chain ends just before t = 0, and a step of noise removal follows.
     """
-    return analytic(model, xt, mask_id, time, draw, start, with_denoising(grid), objective, euler_chance)
+    return analytic(model, xt, objective, draw, start, with_denoising(grid), euler_chance)
 
 
 @torch.no_grad()
-def left_to_right(model, xt, mask_id, time, draw, start):
+def left_to_right(model, xt, objective, draw, start):
     """Fill the masks from left to right with a causal network (diffusion.AutoRegressive), and yield a State for each.
 
     Given tokens stay, but only those on their right know of them. The network runs once for each position where a token
@@ -286,9 +287,9 @@ def left_to_right(model, xt, mask_id, time, draw, start):
     state, past, n_read, t = begin(xt), None, 0, torch.ones(len(xt), device=xt.device)
     for i in range(xt.shape[1]):
         here = torch.zeros_like(xt, dtype=torch.bool)
-        here[:, i] = xt[:, i] == mask_id
+        here[:, i] = xt[:, i] == objective.mask_id
         if here.any():
-            unread = F.pad(state.xt[:, :i], (1, 0), value=mask_id)[:, n_read:]
+            unread = F.pad(state.xt[:, :i], (1, 0), value=objective.mask_id)[:, n_read:]
             logits, past = model(unread, t, where=here[:, n_read:i + 1], past=past, keep=True)
             n_read, (tokens, p) = i + 1, draw(logits)
             state = State(state.xt.masked_scatter(here, tokens), state.p.masked_scatter(here, p))
@@ -303,7 +304,6 @@ class Sampler(NamedTuple):
 
     function: Callable
     flags: tuple = ()            # of the command line that it knows
-    asks_objective: bool = False  # it reads scores, or a prediction, and is given the objective to do so
     draws_tokens: bool = True    # from a distribution that temperature, top_p and top_k change
     keeps_past: bool = False     # it calls the network on the same sequences each time, with the past of all
 
@@ -316,10 +316,10 @@ SAMPLERS = {
     "threshold": Sampler(threshold, ("threshold",)),
     "entropy_bound": Sampler(entropy_bound, ("gamma",)),
     "remdm": Sampler(remdm, ("steps", "grid", "remask", "eta")),
-    "analytic": Sampler(analytic, ("steps", "grid"), asks_objective=True),
-    "euler": Sampler(euler, ("steps", "grid"), asks_objective=True),
-    "uniform_ancestral": Sampler(uniform_ancestral, ("steps", "grid"), asks_objective=True),
-    "uniform_euler": Sampler(uniform_euler, ("steps", "grid"), asks_objective=True, draws_tokens=False),
+    "analytic": Sampler(analytic, ("steps", "grid")),
+    "euler": Sampler(euler, ("steps", "grid")),
+    "uniform_ancestral": Sampler(uniform_ancestral, ("steps", "grid")),
+    "uniform_euler": Sampler(uniform_euler, ("steps", "grid"), draws_tokens=False),
     "left_to_right": Sampler(left_to_right, keeps_past=True),
 }
 
@@ -347,9 +347,7 @@ class Settings(NamedTuple):
         """
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
         size = xt.shape[1] if size is None else size.cpu()
-        start, options = (xt == objective.mask_id).sum(1).cpu().double() / size, self.options
+        start = (xt == objective.mask_id).sum(1).cpu().double() / size
         sampler = SAMPLERS[objective.samplers[self.sampler]]
-        if sampler.asks_objective:
-            options = options | {"objective": objective}
         denoiser = model if sampler.keeps_past else of_rows(model, past)
-        return sampler.function(denoiser, xt, objective.mask_id, objective.time, draw, start, **options)
+        return sampler.function(denoiser, xt, objective, draw, start, **self.options)

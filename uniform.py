@@ -274,7 +274,7 @@ def noise_at(r, tokens):
 
 
 @torch.no_grad()
-def uniform_chain(model, xt, mask_id, time, draw, grid, objective, step):
+def uniform_chain(model, xt, objective, draw, grid, step):
     """Draw random tokens in place of the masks of xt (B, L), and draw them anew in each step, from noise rate r to rho.
 
     step: (x (N, V), logits (N, V), tokens (N,), r, rho) -> weights (N, V) to draw the new tokens from, where x is the
@@ -285,12 +285,12 @@ def uniform_chain(model, xt, mask_id, time, draw, grid, objective, step):
         p(x0 = y | xt) = x[y] q(z | y) / sum over all tokens of the same
                        = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
     """
-    free = xt == mask_id
+    free = xt == objective.mask_id
     noise = (draw.uniform(xt.shape) * objective.V).long().to(xt.device)
     state = begin(torch.where(free, noise, xt))
     for r, rho in zip(grid, grid[1:]):
         if free.any():
-            t = time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
+            t = objective.time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
             now = state.xt[free]
             logits, tokens, p = in_pieces(model(state.xt, t, where=free)), [], []
             for piece, z in zip(logits, now.split([len(piece) for piece in logits])):
@@ -303,7 +303,7 @@ def uniform_chain(model, xt, mask_id, time, draw, grid, objective, step):
         yield state
 
 
-def uniform_ancestral(model, xt, mask_id, time, draw, start, grid, objective):
+def uniform_ancestral(model, xt, objective, draw, start, grid):
     """The reverse chain of uniform noise: each token from the posterior (uniform.posterior) given what the network
     predicts (UDLM, arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor, and negative
     probabilities count as 0. Rates above the last one that a score network knows are left out."""
@@ -319,10 +319,10 @@ def uniform_ancestral(model, xt, mask_id, time, draw, start, grid, objective):
         return posterior(x, now, r, rho).clamp(min=0)
 
     known = sorted({min(rate, most) for rate in grid}, reverse=True)
-    return uniform_chain(model, xt, mask_id, time, draw, known, objective, step)
+    return uniform_chain(model, xt, objective, draw, known, step)
 
 
-def uniform_euler(model, xt, mask_id, time, draw, start, grid, objective):
+def uniform_euler(model, xt, objective, draw, start, grid):
     """SEDD's Euler predictor with uniform noise: from time t to tau a token z becomes y with probability
     (t - tau) dsigma/dt S_y / V, S_y the score, and stays with what is left. Then noise removal, as in `euler`."""
     def step(x, logits, now, r, rho):
@@ -330,7 +330,7 @@ def uniform_euler(model, xt, mask_id, time, draw, start, grid, objective):
             return posterior(objective.prediction(logits, now, noise_at(r, now)), now, r, 0.0).clamp(min=0)
         return uniform_jumps(objective, logits, now, r, rho).clamp(min=0)
 
-    return uniform_chain(model, xt, mask_id, time, draw, with_denoising(grid), objective, step)
+    return uniform_chain(model, xt, objective, draw, with_denoising(grid), step)
 
 
 def uniform_jumps(objective, logits, now, r, rho):

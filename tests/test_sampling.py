@@ -21,9 +21,6 @@ from sampling import (DEFAULT_ETA, SAMPLERS, Settings, ancestral, entropy_bound,
                       remdm, threshold, topk)
 from world import MASK, L, V, picked
 
-TIME = MDLM(MASK).time
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -40,8 +37,9 @@ def start(xt, mask=MASK):
     return (xt == mask).double().mean(1)
 
 
-def states_of(sampler, model, xt, *options, seed=0, time=TIME, mask=MASK, temperature=1.0, **named):
-    states = sampler(model, xt, mask, time, draw(seed, temperature=temperature), start(xt, mask), *options, **named)
+def states_of(sampler, model, xt, *options, objective=MDLM(MASK), seed=0, temperature=1.0, **named):
+    cut = draw(seed, temperature=temperature)
+    states = sampler(model, xt, objective, cut, start(xt, objective.mask_id), *options, **named)
     return [state.xt for state in states]
 
 
@@ -77,7 +75,8 @@ def test_ancestral_follows_its_chain(schedule, steps, sees_time):
     model = world.random_denoiser(1, sees_time) if sees_time else world.oracle
     alphas = make_schedule(schedule).alpha(torch.arange(steps + 1).double() / steps).tolist()
     expected = world.chain_distribution(model, alphas)
-    x0 = states_of(ancestral, model, masks(30_000), schedule_grid(schedule, steps), time=MDLM(MASK, schedule).time)[-1]
+    x0 = states_of(ancestral, model, masks(30_000), schedule_grid(schedule, steps),
+                   objective=MDLM(MASK, schedule))[-1]
     assert chi_square_excess(counts_of(x0), world.P_DATA) > 10
     assert chi_square_excess(counts_of(x0), expected) < 4
 
@@ -95,7 +94,7 @@ def test_ancestral_from_less_than_pure_noise():
     grid = [0.8, 0.4, 0.0]
     xt, taken, in_first = masks(10_000), torch.zeros(10_000), 0
     model = lambda xt, t, where: torch.zeros(int(where.sum()), V)
-    for state in ancestral(model, xt, MASK, TIME, draw(), start(xt), grid):
+    for state in ancestral(model, xt, MDLM(MASK), draw(), start(xt), grid):
         taken += state.steps
         in_first += ((state.xt != MASK) & (xt == MASK)).sum(1)[taken == 1].sum()
         xt = state.xt
@@ -110,7 +109,7 @@ def test_a_million_steps_cost_what_the_tokens_do(sampler):
     grid = schedule_grid("linear", 10**6)
     model = lambda xt, t, where: torch.zeros(int(where.sum()), V)
     for xt, most in ((masks(2, 10), 10), (torch.zeros(2, 10, dtype=torch.long), 0)):
-        states = list(sampler(model, xt, MASK, TIME, draw(), start(xt), grid))
+        states = list(sampler(model, xt, MDLM(MASK), draw(), start(xt), grid))
         steps = torch.stack([torch.as_tensor(state.steps).expand(2) for state in states])
         assert len(states) <= most + 1 and (steps.sum(0) == 10**6).all()
         assert (states[-1].xt != MASK).all() and (steps.amax(1) > 0).all() and steps.min() >= 0
@@ -161,7 +160,7 @@ def test_first_hitting_follows_the_data_given_tokens(given):
 def test_first_hitting_follows_the_time(schedule):
     """A network that sees the time: the limit of many steps of the ancestral chain, which is enumerated."""
     model, objective = world.random_denoiser(1, sees_time=True), MDLM(MASK, schedule)
-    x0 = states_of(first_hitting, model, masks(30_000), time=objective.time)[-1]
+    x0 = states_of(first_hitting, model, masks(30_000), objective=objective)[-1]
     alphas = objective.schedule.alpha(torch.arange(301).double() / 300).tolist()
     expected = world.chain_distribution(model, alphas)
     blind = world.chain_distribution(lambda xt, t: model(xt, torch.ones_like(t)), [1 - s / 50 for s in range(51)])
@@ -245,21 +244,22 @@ def by_hand(xt, t, where):
 
 def test_topk_by_hand():
     """In each of two steps half of what is left, the surest first; a cosine grid; k at a time; given tokens."""
-    go = lambda xt, **named: [state.tolist() for state in states_of(topk, by_hand, xt, mask=2, temperature=0, **named)]
+    go = lambda xt, **named: [state.tolist() for state in states_of(topk, by_hand, xt, objective=MDLM(2), temperature=0,
+                                                                    **named)]
     M = 2
     assert go(masks(3, 4, M), grid=[1, 0.5, 0]) == [[[M, 1, 0, M]] * 3, [[1, 1, 0, 1]] * 3]
     assert [state.count(M) for (state,) in go(masks(1, 4, M), grid=schedule_grid("cosine", 4))] == [3, 2, 1, 0]
     assert go(masks(1, 4, M), k=3) == [[[1, 1, 0, M]], [[1, 1, 0, 1]]]
     given = torch.tensor([[1, M, M, M], [0, M, 1, 1], [0, 0, 0, 0]])
     assert go(given, k=2) == [[[1, 1, 0, M], [0, 1, 1, 1], [0] * 4], [[1, 1, 0, 1], [0, 1, 1, 1], [0] * 4]]
-    states = topk(by_hand, given[:1], M, TIME, draw(), start(given[:1], M), schedule_grid("linear", 5))
+    states = topk(by_hand, given[:1], MDLM(M), draw(), start(given[:1], M), schedule_grid("linear", 5))
     assert [(int((state.xt == M).sum()), state.steps) for state in states] == [(2, 1), (1, 1), (0, 2), (0, 1)]
     flat = lambda xt, t, where: torch.zeros(int(where.sum()), 2)
     left = [int((state == M).sum()) for state in states_of(topk, flat, masks(1, 100, M), schedule_grid("linear", 100),
-                                                           mask=M)]
+                                                           objective=MDLM(M))]
     assert left == list(range(99, -1, -1))
     for rates in ([0.999, 0.5, 0], [0.3, 0]):  # a schedule that ends before the mask rate 1
-        assert not (states_of(topk, flat, masks(1, 1, M), grid=rates, mask=M)[-1] == M).any()
+        assert not (states_of(topk, flat, masks(1, 1, M), grid=rates, objective=MDLM(M))[-1] == M).any()
 
 
 def test_topk_asks_no_more_than_it_must():
@@ -270,7 +270,7 @@ def test_topk_asks_no_more_than_it_must():
         told.append(t.tolist())
         return torch.zeros(int(where.sum()), V)
 
-    states_of(topk, model, masks(2, 4), schedule_grid("linear", 1000), time=MDLM(MASK, "cosine").time)
+    states_of(topk, model, masks(2, 4), schedule_grid("linear", 1000), objective=MDLM(MASK, "cosine"))
     expected = [make_schedule("cosine").inverse(torch.tensor(1 - rate, dtype=torch.float64)).item()
                 for rate in (1, 0.75, 0.5, 0.25)]
     assert [t[0] for t in told] == pytest.approx(expected) and [t[1] for t in told] == pytest.approx(expected)
@@ -279,14 +279,14 @@ def test_topk_asks_no_more_than_it_must():
 def test_threshold_by_hand():
     """All that are sure enough, the surest one where none is, and rows that are finished stay."""
     xt = torch.tensor([[2, 2, 2, 2], [0, 2, 2, 0], [0, 0, 0, 0]])
-    states = states_of(threshold, by_hand, xt, threshold=0.95, mask=2, temperature=0)
+    states = states_of(threshold, by_hand, xt, threshold=0.95, objective=MDLM(2), temperature=0)
     assert [state.tolist() for state in states] == [[[1, 1, 0, 2], [0, 1, 0, 0], [0] * 4],
                                                     [[1, 1, 0, 1], [0, 1, 0, 0], [0] * 4]]
-    one_by_one = states_of(threshold, by_hand, xt[:1], threshold=1.0, mask=2, temperature=0)
+    one_by_one = states_of(threshold, by_hand, xt[:1], threshold=1.0, objective=MDLM(2), temperature=0)
     assert [state.tolist()[0] for state in one_by_one] == [[2, 1, 2, 2], [2, 1, 0, 2], [1, 1, 0, 2], [1, 1, 0, 1]]
-    assert len(states_of(threshold, by_hand, xt, threshold=0.0, mask=2)) == 1
+    assert len(states_of(threshold, by_hand, xt, threshold=0.0, objective=MDLM(2))) == 1
     certain = lambda xt, t, where: picked(torch.tensor([0.0, 200.0]).expand(len(xt), 4, 2), where)
-    assert len(states_of(threshold, certain, masks(1, 4, 2), threshold=1.0, mask=2)) == 1
+    assert len(states_of(threshold, certain, masks(1, 4, 2), threshold=1.0, objective=MDLM(2))) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -311,7 +311,7 @@ def test_entropy_bound_by_hand():
     certain = torch.tensor([[0.0, -math.inf, -math.inf], [0.0, -200.0, -math.inf], [1.0, 1.0, -math.inf]])
     assert entropy(certain, certain.softmax(-1)).tolist() == pytest.approx([0, 0, math.log(2)], abs=1e-6)
     go = lambda gamma, xt: [(state == 2).sum(1).tolist()
-                            for state in states_of(entropy_bound, by_hand, xt, gamma=gamma, mask=2)]
+                            for state in states_of(entropy_bound, by_hand, xt, gamma=gamma, objective=MDLM(2))]
     all_masks = masks(1, 4, 2)
     assert go(0.0, all_masks) == [[3], [2], [1], [0]]
     assert go(0.002, all_masks) == [[2], [1], [0]]       # .0012 fits: two; then .0402 does not: one

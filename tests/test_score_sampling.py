@@ -282,8 +282,7 @@ def test_temperature_of_uniform_noise():
     model = network_at(objective, random_prediction)
     draw = Draw(torch.Generator().manual_seed(0), temperature=0)
     sampler = SAMPLERS["uniform_ancestral"].function
-    (state,) = sampler(model, masks(500), V, objective.time, draw, torch.ones(500), grid=[1.0, 0.0],
-                       objective=objective)
+    (state,) = sampler(model, masks(500), objective, draw, torch.ones(500), grid=[1.0, 0.0])
     first = Draw(torch.Generator().manual_seed(0)).uniform((500, L)) * V
     guess = random_prediction(1.0)[(first.long() * torch.tensor([9, 3, 1])).sum(1)].argmax(-1)
     assert torch.equal(state.xt, guess)
@@ -293,8 +292,7 @@ def test_temperature_of_uniform_noise():
                                                                 torch.Generator().manual_seed(1))
     assert (counts_of(sharp.xt) > 0).sum() < (counts_of(plain.xt) > 0).sum()
     draw = Draw(torch.Generator().manual_seed(0), temperature=0.5)
-    (state,) = sampler(model, masks(N_SAMPLES), V, objective.time, draw, torch.ones(N_SAMPLES), grid=[1.0, 0.0],
-                       objective=objective)
+    (state,) = sampler(model, masks(N_SAMPLES), objective, draw, torch.ones(N_SAMPLES), grid=[1.0, 0.0])
     first = (Draw(torch.Generator().manual_seed(0)).uniform((N_SAMPLES, L)) * V).long()
     p = (2 * random_prediction(1.0)).softmax(-1)[(first * torch.tensor([9, 3, 1])).sum(1)].mean(0)
     for i in range(L):
