@@ -189,11 +189,11 @@ def audit(claim, draws=20_000, steps=None):
             if not model.asked:
                 raise UserError("the claim never asks the model: a bound has to call model(xt, t)")
             asked, broken = torch.cat(model.asked).double(), []
-            if mean.isnan().any() if not mean.dim() else mean[possible].isnan().any():
+            if (mean[possible] if mean.dim() else mean).isnan().any():
                 broken.append("finite")
             if mean.dim():
-                claimed, claimed_error = (world.p[possible] * mean[possible]).sum(), (
-                    (world.p[possible] * error[possible]).square().sum().sqrt())
+                claimed = (world.p[possible] * mean[possible]).sum()
+                claimed_error = (world.p[possible] * error[possible]).square().sum().sqrt()
                 terms = (-mean).exp().nan_to_num(0)
                 kraft, kraft_error = terms.sum().item(), (terms * error.nan_to_num(0)).square().sum().sqrt().item()
                 if kraft - 1 > LIMIT * kraft_error + 1e-6:
