@@ -156,9 +156,9 @@ def measure_context(model, objective, data, contexts, seed=0, knows_prefixes=Fal
     from the shortest context, window by window. knows_prefixes: the network was trained with a prefix, and is told the
     mask rate of the scored tokens. Any other network is told the mask rate of all tokens.
     """
-    most, n, nats = max(contexts), data.n, []
+    contexts, most, n, nats = sorted(contexts), max(contexts), data.n, []
     draw = getattr(objective, objective.reported)
-    for c in progress(sorted(contexts), desc="contexts", leave=False):
+    for c in progress(contexts, desc="contexts", leave=False):
         found = []
         for chunk in data.batches():
             u, v, w = (x[:, 0] for x in repeated_uniforms(seed, chunk, n, 1, data.seq_len - most))
@@ -172,7 +172,7 @@ def measure_context(model, objective, data, contexts, seed=0, knows_prefixes=Fal
                 found.append(objective.nelbo(model, x0.to(data.device), noise.to(data.device)).cpu().double())
         nats.append(torch.cat(found))
     rows = []
-    for c, values in zip(sorted(contexts), nats):
+    for c, values in zip(contexts, nats):
         mean, error = mean_and_error(values, by_rate(n, seed))
         gain, gain_error = mean_and_error(nats[0] - values, by_rate(n, seed))
         rows.append(dict(context=c, bits=mean, stderr=error, gain=gain, gain_stderr=gain_error))
