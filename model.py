@@ -119,8 +119,7 @@ class Block(nn.Module):
 
         x <- x + gate attention(norm(x) (1 + scale) + shift),   and the same with the MLP.
 
-    Shift, scale and gate are linear in c, with weights that are 0 at first. Without c the scale and the shift are 0, and
-    the gate is 1.
+    Shift, scale and gate are linear in c, with weights that are 0 at first. Without c they are 0, 0 and 1.
     """
 
     def __init__(self, config, n_cond):

@@ -20,6 +20,7 @@ from cli import UserError, pick_device
 
 rank = int(os.environ.get("RANK", 0))
 world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 is_main = rank == 0
 
 # Processes that train one copy of the weights are a team. All are one team, unless form_teams is called.
@@ -247,6 +248,13 @@ def average_gradients(net, wanted):
         net.require_backward_grad_sync = wanted  # the attribute that DDP's no_sync() sets
 
 
+def clear_gradients(net, optimizer):
+    """Clear the gradients, and free their memory. With DistributedDataParallel they stay, as views of its buckets.
+
+    The buckets' memory is never freed. Without these views the first micro-batch would need gradients beside them."""
+    optimizer.zero_grad(set_to_none=not isinstance(net, DistributedDataParallel))
+
+
 def shared_out(function, x):
     """function(x), for x (n, ...) whose n parts it treats one by one: each process of the team computes some of them.
 
@@ -301,7 +309,8 @@ def whole(x):
 def copy_from_main(target, source):
     """Copy source, a whole tensor of the main process (ignored in others), into target, which may be shared out."""
     if dist.is_initialized():
-        source = source.to(target.device, target.dtype) if is_main else torch.empty(
+        # contiguous, because numbers are sent as they lie in memory: GPT-2's matrices are transposed views
+        source = source.to(target.device, target.dtype).contiguous() if is_main else torch.empty(
             target.shape, dtype=target.dtype, device=target.device)
         dist.broadcast(source, 0)
         if hasattr(target, "full_tensor"):

@@ -5,7 +5,8 @@
 
 Writes out/CONFIG/ckpt.pt (the last state), ckpt_prev.pt (the one before), ckpt_best.pt (the best validation) and
 log.jsonl (every number shown). On SIGTERM, SIGUSR1, Ctrl-C or the end of torchrun, training finishes the step, writes a
-checkpoint and stops. --resume auto continues from it, and the result is the same as without the interruption.
+checkpoint and stops. --resume auto continues from it, and the result is the same as without the interruption (to the
+last bit on a CPU with one process or two; docs/long_runs.md).
 """
 
 import functools
@@ -82,7 +83,7 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
     bad = ~(nats.isfinite() & norm.isfinite())
     for optimizer in optimizers:
         optimizer.step_unless(bad)
-        optimizer.zero_grad(set_to_none=True)
+        parallel.clear_gradients(net, optimizer)
     return nats, norm, bad
 
 
@@ -209,6 +210,8 @@ def main():
     objective = cfg.make_objective(meta["vocab_size"])
     for needed, where in ((weight_bytes(cfg, meta["vocab_size"]), torch.device("cpu")),
                           (training_bytes(cfg, meta["vocab_size"], local, micro, world if cfg.fsdp else 1), device)):
+        if where.type == "cpu":
+            needed *= parallel.on_this_machine
         together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
     torch.manual_seed(cfg.seed)
     model = cfg.make_model(meta["vocab_size"])  # made on the CPU: equal weights on every device and in every process

@@ -199,6 +199,7 @@ def windows(tokens, seq_len, limit=None):
 def prefetch(iterator, depth=4):
     """Yield from iterator, which runs ahead in a thread by about depth items. Its exceptions are raised here."""
     items, stop = queue.Queue(depth), threading.Event()
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def put(item):
         while not stop.is_set():
@@ -208,6 +209,8 @@ def prefetch(iterator, depth=4):
                 pass
 
     def work():
+        if gpu is not None:
+            torch.cuda.set_device(gpu)  # a thread begins with the first one
         try:
             for item in iterator:
                 put((item, None))

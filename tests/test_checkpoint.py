@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import costs
+import parallel
 import storage
 from cli import UserError, memory_of
 from commands import assert_one_line, train
@@ -233,6 +234,9 @@ def test_more_than_the_machine_has(call, trained, data_dir, tmp_path, monkeypatc
                     ["bench.py", "mdlm_text8", "--samplers", "--repeats=1"],
                     ["bench.py", "mdlm_text8", "--scaling", str(tmp_path / "x.png"), "--seq_len=10000000"]):
         assert_one_line(call(*command, *big), "needs at least", "GB of memory, and cpu has")
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "on_this_machine", 10**7)  # processes, each of which builds the whole model
+        assert_one_line(call("train.py", "mdlm_text8", "--dataset=tiny", *folders), "needs at least")
     assert not list(tmp_path.iterdir())
     out = changed(trained, tmp_path / "out", config=lambda config: config | {"n_embd": 9600, "n_layer": 9000})
     for script in ("sample.py", "evaluate.py"):

@@ -126,7 +126,8 @@ assert parallel.total(torch.tensor(held)) == model.n_params() == sum(x.numel() f
 for name, p in model.named_parameters():
     together = parallel.whole(p)
     assert torch.equal(together, before[name]) if parallel.is_main else together is None
-    parallel.copy_from_main(p, before[name] + 1 if parallel.is_main else None)
+    transposed = (before[name] + 1).T.contiguous().T  # a view, as the weights of GPT-2
+    parallel.copy_from_main(p, transposed if parallel.is_main else None)
     together = parallel.whole(p)
     assert together is None or torch.equal(together, before[name] + 1)
 parallel.leave()
@@ -134,8 +135,40 @@ os._exit(0)  # as cli.run ends, since gloo's threads can crash an ordered exit
 """
 
 
+GRADIENTS = """
+import os
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import parallel
+from configs import Config
+
+parallel.join(1)
+model = Config(n_layer=1, n_head=2, n_embd=32, n_cond=8, seq_len=16).make_model(27)
+net, optimizer = parallel.spread(model, None, torch.device("cpu"), False, False), torch.optim.SGD(model.parameters())
+for step in range(3):
+    for i in range(2):
+        kept = [p.grad is not None and p.grad.data_ptr() for p in model.parameters()]
+        parallel.average_gradients(net, i == 1)
+        net(torch.zeros(1, 16, dtype=torch.long), torch.ones(1)).sum().backward()
+        if step == 2:  # DDP has arranged its buckets
+            assert kept == [p.grad.data_ptr() for p in model.parameters()]
+    parallel.clear_gradients(net, optimizer)
+    assert not any(p.grad.any() for p in model.parameters())
+parallel.leave()
+os._exit(0)  # as cli.run ends, since gloo's threads can crash an ordered exit
+"""
+
+
+def test_gradients_stay_in_the_buckets(data_dir, tmp_path):
+    """The gradients of all micro-batches lie in DDP's buckets, and take no memory of their own."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(ROOT)))
+    finish_well(start("x", data_dir, tmp_path, script=tmp_path / "gradients.py", n=2))
+
+
 def test_fsdp_shares_the_model_out(data_dir, tmp_path):
-    """Each of two processes holds about half of the weights and averages; together they hold all, each value once."""
+    """Each of two processes holds about half of the weights and averages; together they hold all, each value once.
+    What the main process has reaches all of them, however it lies in memory."""
     (tmp_path / "shares.py").write_text(SHARES.format(root=str(ROOT)))
     finish_well(start("x", data_dir, tmp_path, script=tmp_path / "shares.py", n=2))
 

@@ -192,10 +192,11 @@ def test_two_processes_resume_exactly(call, data_dir, tmp_path):
     assert_same_training(tmp_path / "whole", tmp_path / "alone", rel=1e-3)
 
 
-def test_torchrun(data_dir, tmp_path):
+def test_torchrun(data_dir, tmp_path, monkeypatch):
     """torchrun passes signals on. After a worker is killed it starts all of them again, and they go on alone."""
     options = ["--max_steps=200", "--log_interval=10", "--checkpoint_interval=10", "--lr=1e-5", "--resume=auto"]
-    flags = ["--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout=60", "--max-restarts=1"]
+    flags = ["--standalone", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "--max-restarts=1"]
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
     finish_well(start("mdlm_text8", data_dir, tmp_path / "whole", *options, n=2))
 
     [torchrun] = start("mdlm_text8", data_dir, tmp_path / "out", *options, n=2, torchrun=flags)
