@@ -106,10 +106,10 @@ class BlockDiffusion(MDLM):
     def n_times(self, L):
         return L // self.block_size
 
-    def in_each_block(self, draw, u, v, *w):
-        """The Noise (B, L) of draw(u, v, *w) for blocks as if they were texts: u, w (B, L/n), v (B, L)."""
+    def in_each_block(self, draw, u, v, *pick):
+        """The Noise (B, L) of draw(u, v, *pick) for blocks as if they were texts: u, pick (B, L/n), v (B, L)."""
         n = self.block_size
-        found = draw(u.reshape(-1), v.reshape(-1, n), *(x.reshape(-1) for x in w))
+        found = draw(u.reshape(-1), v.reshape(-1, n), *(x.reshape(-1) for x in pick))
         t, weight = (x.repeat_interleave(n).view(v.shape) for x in (found.t, found.weight))
         return Noise(found.mask.view(v.shape), t, weight)
 
@@ -125,11 +125,11 @@ class BlockDiffusion(MDLM):
             return self.exact_k(u, v)
         return self.in_each_block(self.clipped_rates if self.clipped else super().noise, u, v)
 
-    def exact_k(self, u, v, w=None):
+    def exact_k(self, u, v, pick=None):
         return self.in_each_block(super().exact_k, u, v)
 
-    def continuous(self, u, v, w):
-        return self.in_each_block(super().continuous, u, v, w)
+    def continuous(self, u, v, pick):
+        return self.in_each_block(super().continuous, u, v, pick)
 
     def predict(self, model, x0, noise):
         return model(self.corrupt(x0, noise.mask), noise.t, where=noise.located().at, clean=x0)

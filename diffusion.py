@@ -179,9 +179,9 @@ class Absorbing:
     # {what --sampler calls a sampler: its name in sampling.SAMPLERS}. The first one is the default.
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
-    # {estimator of the bound: another one with the same mean, for --check}. Both are methods (u, v, w) -> Noise with a
-    # finite variance. w (B,), a third random number and no weight, chooses the time that the network is told, where
-    # the masks leave it open. reported: the one that is used if no other is asked for
+    # {estimator of the bound: another one with the same mean, for --check}. Both are methods (u, v, pick) -> Noise with
+    # a finite variance. pick (B,) chooses the time that the network is told, where the masks leave it open. reported:
+    # the one that is used if no other is asked for
     estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
 
     @classmethod
@@ -241,7 +241,7 @@ class Absorbing:
         nelbo = self.nelbo(model, x0, noise)
         return nelbo.mean(), nelbo.detach()
 
-    def exact_k(self, u, v, w=None):
+    def exact_k(self, u, v, pick=None):
         """The continuous-time bound by exactly k = ceil(u n) masks, with weight L/k: u (B,), v (B, L) -> Noise.
 
         The bound with independent masks, the integral over their rate r of (1/r) E[sum CE], is the mean over k, uniform
@@ -259,23 +259,23 @@ class Absorbing:
         rate = v.sort(dim=1).values.gather(1, k[:, None] - 1)
         return Noise(v <= rate, self.time(rate.squeeze(1)), L / k.float())
 
-    def continuous(self, u, v, w):
+    def continuous(self, u, v, pick):
         """The continuous-time bound by independent masks at a uniform rate, u, without the large weights of small u.
 
-        u (B,), v (B, L), w (B,) -> Noise. The weight 1/u has no finite variance. Its mean given k masks has one
+        u (B,), v (B, L), pick (B,) -> Noise. The weight 1/u has no finite variance. Its mean given k masks has one
         (Rao-Blackwell). The rate given k is Beta(k + 1, n - k + 1) if it was uniform, and the mean of 1/u is (n + 1)/k.
         With k = 0 there is no CE to weigh, and the weight is 0.
 
         A network that sees the time must be told the time of a rate from Beta(k, n - k + 1), as in exact_k: the k-th
         smallest of n uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. (The sorted
-        numbers do not depend on which of them is u.) Leave one out at random, by w: n uniform numbers remain. If the
+        numbers do not depend on which of them is u.) Leave one out at random, by pick: n uniform numbers remain. If the
         one left out is below u, which has probability k/(n + 1), the k-th smallest of the rest is u. Otherwise it is
         the largest v <= u.
         """
         L, n = v.shape[1], n_free(v)
         mask = v <= u[:, None]
         k = mask.sum(1)
-        rate = torch.where(w <= k / (n + 1), u, (v * mask).amax(1))
+        rate = torch.where(pick <= k / (n + 1), u, (v * mask).amax(1))
         return Noise(mask, self.time(rate), torch.where(k > 0, (n + 1) / k * L / n, 0).float())
 
 
@@ -331,11 +331,11 @@ class D3PM(Absorbing):
         s = torch.ceil(self.schedule.inverse(1 - rate) * self.T - 1e-6)  # step s stays s if it was rounded up a little
         return (s.clamp(1, self.T) / self.T).float()
 
-    def t_step_uniform(self, u, v, w=None):
+    def t_step_uniform(self, u, v, pick=None):
         """The T-step bound as the papers write it: s uniform, tokens masked independently, weights up to T."""
         return self.noise(u, v)
 
-    def t_step(self, u, v, w=None):
+    def t_step(self, u, v, pick=None):
         """The T-step bound from a better draw: one token i, chosen uniformly, is always masked. No weight is above L.
 
             sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked],
@@ -496,7 +496,7 @@ class AutoRegressive(Absorbing):
         """Noise whose mask is True at all free tokens, those with v <= 1. v (B, L) -> Noise; u (B,) is not used."""
         return Noise(v <= 1, torch.ones(len(u)), (v.shape[1] / n_free(v)).float())
 
-    def chain_rule(self, u, v, w=None):
+    def chain_rule(self, u, v, pick=None):
         """All tokens in one call of the network, which must be causal."""
         return self.noise(u, v)
 

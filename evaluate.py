@@ -192,7 +192,7 @@ def nats_of(subject, estimator, args):
                   + (f", blocks of {objective.block_size}" if objective.block_size else ""))
 
 
-def order_of(subject, args):
+def strata_of(subject, args):
     """The order of a subject's windows by mask rate, for mean_and_error, or None."""
     return by_rate(subject.data.n, args.seed, args.repeats, subject.objective().n_times(subject.data.seq_len))
 
@@ -203,7 +203,7 @@ def likelihood(subject, estimator, args):
     nats, method = nats_of(subject, estimator, args)
     if not nats.isfinite().all():
         raise UserError(f"the likelihood of {subject.path} is not finite: its weights are damaged, or it predicts 0")
-    bits, error = mean_and_error(nats / math.log(2), order_of(subject, args))
+    bits, error = mean_and_error(nats / math.log(2), strata_of(subject, args))
     unit = subject.tokenizer.unit
     given = prefix_lengths((0, 0) if estimator in ORDERS else subject.config.prefix_range, args.seed, 0,
                            range(data.n))
@@ -240,7 +240,7 @@ def agree(mean, error):
 
 def difference(one, two, subject, args):
     """Mean of one - two in bits, and its standard error; one and two are nats (n,) of the windows of a subject."""
-    return mean_and_error((one - two) / math.log(2), order_of(subject, args))
+    return mean_and_error((one - two) / math.log(2), strata_of(subject, args))
 
 
 def score(args, open_subject, out):

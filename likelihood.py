@@ -18,20 +18,20 @@ from randomness import give_prefix, prefix_lengths, repeated_uniforms, strata
 ORDERS = ("l2r", "random", "confidence")
 
 
-def mean_and_error(values, order=None):
+def mean_and_error(values, by_stratum=None):
     """Mean of n values (n,) and its standard error (nan if n = 1).
 
-    order: a permutation that sorts the values by stratum, if one value was drawn from each stratum. Then a trend over
-    the strata adds nothing to the variance of the mean, but the formula for independent values counts it as noise.
+    by_stratum: a permutation that sorts the values by stratum, if one value was drawn from each stratum. Then a trend
+    over the strata adds nothing to the variance of the mean, but the formula for independent values counts it as noise.
     So the squared difference of two neighbours estimates the sum of their variances (collapsed strata: Cochran,
     Sampling Techniques, 1977, section 5A.12). The trend within a pair makes the error a little too large.
     """
     n = len(values)
     if n < 2:
         return values.mean().item(), math.nan
-    if order is None:
+    if by_stratum is None:
         return values.mean().item(), (values.var() / n).sqrt().item()
-    squares = values[order].diff() ** 2
+    squares = values[by_stratum].diff() ** 2
     total = squares[::2].sum() + (squares[-1] / 2 if n % 2 else 0)  # n odd: the last one and its neighbour
     return values.mean().item(), total.sqrt().item() / n
 
@@ -91,9 +91,9 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
         for i in range(0, len(mine), size):
             chunk = mine[i:i + size]
             x0 = data.read(chunk).repeat_interleave(repeats, 0)
-            u, v, w = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len, objective.n_times(data.seq_len))
+            u, v, pick = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len, objective.n_times(data.seq_len))
             v = give_prefix(v, prefix_lengths(prefix_range, seed, 0, chunk))
-            noise = draw(u.flatten(0, 1), v.flatten(0, 1), w.flatten(0, 1))
+            noise = draw(u.flatten(0, 1), v.flatten(0, 1), pick.flatten(0, 1))
             for x, part in zip(x0.split(data.batch_size), noise.split(data.batch_size)):
                 with autocast(data.device, data.dtype):
                     nelbo = objective.nelbo(model, x.to(data.device), part.to(data.device))

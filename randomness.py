@@ -45,15 +45,15 @@ def strata(seed, n, number=0):
 
 
 def repeated_uniforms(seed, indices, n, repeats, seq_len, n_times=1):
-    """The noise of some of n sequences that are scored `repeats` times each, as (u, v, w), float64.
+    """The noise of some of n sequences that are scored `repeats` times each, as (u, v, pick), float64.
 
-    u and w are (N, repeats), v is (N, repeats, L). Every number is uniform on (0, 1], and all v and w are independent.
-    The u are stratified: (0, 1] has n * repeats equal intervals with one u in each. Every sequence has one u in each
-    of `repeats` larger intervals: with repeats = 2, one in (0, 1/2] and one in (1/2, 1]. With n_times > 1, u and w are
-    (N, repeats, n_times), and the n * n_times u of each repeat are stratified.
+    u and pick are (N, repeats), v is (N, repeats, L). Every number is uniform on (0, 1], and all v and pick are
+    independent. The u are stratified: (0, 1] has n * repeats equal intervals with one u in each. Every sequence has one
+    u in each of `repeats` larger intervals: with repeats = 2, one in (0, 1/2] and one in (1/2, 1]. With n_times > 1, u
+    and pick are (N, repeats, n_times), and the n * n_times u of each repeat are stratified.
     """
     stratum = np.stack([strata(seed, n * n_times, repeat).reshape(n, n_times) for repeat in range(repeats)], 1)
-    u, w = np.empty((2, len(indices), repeats, n_times))
+    u, pick = np.empty((2, len(indices), repeats, n_times))
     v = np.empty((len(indices), repeats, seq_len))
     for row, index in enumerate(indices):
         generator, place = rng(seed, "noise", 0, index), stratum[index]
@@ -61,10 +61,10 @@ def repeated_uniforms(seed, indices, n, repeats, seq_len, n_times=1):
             large = generator.permutation(repeats)
             place = (large * n + place[large, 0])[:, None]
         u[row] = (place + 1 - generator.random((repeats, n_times))) / (n * (repeats if n_times == 1 else n_times))
-        v[row], w[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random((repeats, n_times))
+        v[row], pick[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random((repeats, n_times))
     if n_times == 1:
-        u, w = u[..., 0], w[..., 0]
-    return tuple(map(torch.from_numpy, (u, v, w)))
+        u, pick = u[..., 0], pick[..., 0]
+    return tuple(map(torch.from_numpy, (u, v, pick)))
 
 
 def prefix_lengths(prefix_range, seed, step, indices):

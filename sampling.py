@@ -136,7 +136,7 @@ def first_hitting(model, xt, objective, draw, start):
         yield state
 
 
-def share(start, left, n):
+def rate_left(start, left, n):
     """The mask rate of sequences of which `left` of n masks are left: (B,) float64."""
     return start * left.cpu().double() / n.cpu().clamp(min=1)
 
@@ -156,7 +156,7 @@ def topk(model, xt, objective, draw, start, grid=None, k=1):
         steps += 1
         if (kept < left).any():
             masked = state.xt == objective.mask_id
-            proposed, sure = propose(model, state, masked, objective, share(start, left, n), draw)
+            proposed, sure = propose(model, state, masked, objective, rate_left(start, left, n), draw)
             state = accept(state, proposed, sure, (left - kept).to(xt.device))
             yield state._replace(steps=steps)
             left, steps = kept, 0
@@ -170,7 +170,7 @@ def threshold(model, xt, objective, draw, start, threshold=0.9):
     2505.22618). A token is drawn for every mask, as in topk. Texts do not have the distribution of the model."""
     state, n = begin(xt), (xt == objective.mask_id).sum(1)
     while (masked := state.xt == objective.mask_id).any():
-        proposed, sure = propose(model, state, masked, objective, share(start, masked.sum(1), n), draw)
+        proposed, sure = propose(model, state, masked, objective, rate_left(start, masked.sum(1), n), draw)
         state = accept(state, proposed, sure, (sure >= threshold).sum(1).clamp(min=1))
         yield state
 
@@ -186,7 +186,8 @@ def entropy_bound(model, xt, objective, draw, start, gamma=0.1):
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1)
     while (masked := state.xt == objective.mask_id).any():
-        proposed, sure = propose(model, state, masked, objective, share(start, masked.sum(1), n), draw, by_entropy=True)
+        rate = rate_left(start, masked.sum(1), n)
+        proposed, sure = propose(model, state, masked, objective, rate, draw, by_entropy=True)
         costs = -sure.sort(dim=1, descending=True).values
         n_now = (costs.cumsum(1) - costs <= gamma).sum(1)  # at visible tokens inf - inf is no number, hence False
         state = accept(state, proposed, sure, n_now)

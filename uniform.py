@@ -137,7 +137,7 @@ class Uniform:
         weight = -self.schedule.dalpha(u) / alpha.clamp(min=1e-30)
         return UniformNoise(self.tokens(1 - alpha, v), u.float(), weight.float(), positive(self.schedule.sigma(u)))
 
-    def rates(self, u, v, w=None, power=2.0):
+    def rates(self, u, v, pick=None, power=2.0):
         """The bound by the noise rate u^power: u (B,), v (B, L) -> UniformNoise.
 
         Small rates come more often than under a uniform rate, because there each random token costs much. The estimate
@@ -151,9 +151,9 @@ class Uniform:
             sigma, weight = -torch.log1p(-rate), power * u ** (power - 1) / (1 - rate).clamp(min=1e-30)
         return UniformNoise(self.tokens(rate, v), self.time(rate), weight.float(), positive(sigma))
 
-    def flatter_rates(self, u, v, w=None):
+    def flatter_rates(self, u, v, pick=None):
         """The bound of `rates`, estimated with power 1.5."""
-        return self.rates(u, v, w, power=1.5)
+        return self.rates(u, v, pick, power=1.5)
 
     def log_score(self, logits, xt, sigma):
         """log S_y, which is zero at xt: logits (..., V), xt (...) long, sigma (...) float32 -> (..., V) float32."""
@@ -241,7 +241,7 @@ class UniformD3PM(Uniform):
         """Noise at a step s that is uniform on 1 ... T, with weight T: u (B,), v (B, L) -> UniformNoise."""
         return self.at_step(torch.ceil(u * self.T), v, torch.full_like(u, self.T))
 
-    def t_step(self, u, v, w=None):
+    def t_step(self, u, v, pick=None):
         """The T-step bound by s = ceil(u^2 T): small s, at which few tokens cost much, come more often."""
         s = torch.ceil(u**2 * self.T).clamp(min=1)
         return self.at_step(s, v, 1 / ((s / self.T).sqrt() - ((s - 1) / self.T).sqrt()))

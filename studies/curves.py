@@ -161,9 +161,9 @@ def measure_context(model, objective, data, contexts, seed=0, knows_prefixes=Fal
     for c in progress(contexts, desc="contexts", leave=False):
         found = []
         for chunk in data.batches():
-            u, v, w = (x[:, 0] for x in repeated_uniforms(seed, chunk, n, 1, data.seq_len - most))
+            u, v, pick = (x[:, 0] for x in repeated_uniforms(seed, chunk, n, 1, data.seq_len - most))
             v = give_prefix(torch.nn.functional.pad(v, (c, 0)), [c] * len(chunk))
-            noise = draw(u, v, w)
+            noise = draw(u, v, pick)
             if not knows_prefixes:
                 rate = 1 - objective.schedule.alpha(noise.t.double())
                 noise = noise._replace(t=objective.time(rate * (1 - c / v.shape[1])))
