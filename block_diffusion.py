@@ -12,11 +12,9 @@ model: the bound of one token is its CE, and that of the text the likelihood its
     u           (B, L/n): one number for each block        t_b
     clean       x0, as the context of the blocks after it  x^{<b}
 
-One call of the network scores all blocks: `model(xt, t, where, clean=x0)`. The network first reads the clean text,
-where a token sees its own block and those before, and keeps its keys and values. Then it reads the noisy text, where a
-token sees its noisy block and the clean blocks before. BD3-LM runs both as one text of 2L tokens, x_t and x_0 beside
-each other. The numbers are the same. But here no product of a clean token's query and a noisy token's key is computed,
-and for the clean text the last layer computes nothing but keys and values. Sampling keeps the same ones (in_blocks).
+One call of the network scores all blocks: `model(xt, t, where, clean=x0)`. The network first reads the clean text, and
+keeps its keys and values. Then it reads the noisy text, where a token sees its noisy block and the clean blocks before
+(docs/blocks.md). Sampling keeps the same keys and values (in_blocks).
 """
 
 import math

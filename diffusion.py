@@ -372,8 +372,8 @@ class MDLM(Absorbing):
         nelbo = integral over t in (0, 1] of -alpha'(t)/(1 - alpha(t)) * E[sum over masked positions of CE] dt / L
 
     If alpha(1) > 0, this integral lacks the rates above 1 - alpha(1), so it is a little less than a bound. `noise`, for
-    training, estimates this integral. `exact_k` and `continuous`, for evaluation, draw all rates, and tell the network
-    t = 1 at those above 1 - alpha(1).
+    training, estimates this integral. `exact_k` and `continuous` draw all rates, and tell the network t = 1 at those
+    above 1 - alpha(1).
 
     For a network that does not see the time, the bound is the same for every schedule from alpha = 1 to alpha = 0; the
     variance of its estimate is not. time_sampling:

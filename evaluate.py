@@ -48,7 +48,7 @@ ESTIMATORS = {
     "chain_rule": "negative log-likelihood, chain rule",
 }
 LIMIT = 4         # standard errors by which two estimates of one number may differ
-LEAST = 30        # windows that --check needs, so that these standard errors are known well enough
+LEAST = 256       # draws of noise that --check needs, so that these standard errors are known well enough
 ROUNDING = 1e-4   # bits by which they may always differ
 
 
@@ -207,6 +207,7 @@ def likelihood(subject, estimator, args):
     unit = subject.tokenizer.unit
     given = prefix_lengths((0, 0) if estimator in ORDERS else subject.config.prefix_range, args.seed, 0,
                            range(data.n))
+    in_all = nats.numpy() @ (data.seq_len - given) / math.log(2)  # bits of all scored tokens
     counts = sum(np.bincount(data.tokens[i + c:i + data.seq_len], minlength=subject.meta["vocab_size"])
                  for i, c in zip(data.starts, given))
     n_tokens = int(counts.sum())
@@ -217,7 +218,7 @@ def likelihood(subject, estimator, args):
     perplexity = 2**bits if bits < 1024 else None  # beyond 1024 a float overflows
     result = {
         "bits_per_token": bits, "stderr": finite(error), "n_sequences": data.n,
-        "n_tokens": n_tokens, "bits_per_char": bits * n_tokens / n_chars, "bits_per_byte": bits * n_tokens / n_bytes,
+        "n_tokens": n_tokens, "bits_per_char": in_all / n_chars, "bits_per_byte": in_all / n_bytes,
         "n_bytes": round(n_bytes), "n_bytes_of_text": subject.n_bytes,
         "perplexity": perplexity, "estimator": method, "dataset": subject.dataset,
         "split": subject.split, "seq_len": data.seq_len, "block_size": subject.config.block_size,
@@ -238,9 +239,9 @@ def agree(mean, error):
     return abs(mean) <= LIMIT * error or abs(mean) < ROUNDING
 
 
-def difference(one, two, subject, args):
-    """Mean of one - two in bits, and its standard error; one and two are nats (n,) of the windows of a subject."""
-    return mean_and_error((one - two) / math.log(2), strata_of(subject, args))
+def difference(one, two, by_stratum):
+    """Mean of one - two, nats (n,) of the same windows, in bits, and its standard error."""
+    return mean_and_error((one - two) / math.log(2), by_stratum)
 
 
 def score(args, open_subject, out):
@@ -265,16 +266,17 @@ def score(args, open_subject, out):
         return compare(one, two, args, out)
     if args.check and one.config.objective_class.causal and one.config.prefix != "none":
         raise UserError(f"--check of an autoregressive model needs prefix=none, and {one.path} has {one.config.prefix}")
-    if args.check and one.data.n < LEAST:
-        raise UserError(f"--check needs at least {LEAST} windows, and there are {one.data.n}: use more --n_tokens, a "
-                        "longer text or a shorter --seq_len")
+    draws = one.data.n * args.repeats
+    if args.check and draws < LEAST and not one.config.objective_class.causal:
+        raise UserError(f"--check needs at least {LEAST} draws of noise, and {one.data.n} windows have {draws}: use "
+                        f"--repeats {-(-LEAST // one.data.n)}, more --n_tokens or a longer text")
     estimator = args.order or pick_estimator(one, args)
     nats, line, result = likelihood(one, estimator, args)
     print(line, file=out)
     if args.check:
         another = one.objective(estimator).estimators[estimator]  # an estimator of the same number, or an order
         second_nats, line, second = likelihood(one, another, args)
-        mean, error = difference(nats, second_nats, one, args)
+        mean, error = difference(nats, second_nats, strata_of(one, args))
         verdict = agree(mean, error)
         print(f"{line}\ndifference {mean:.4f} {plus_minus(error)}: they {'agree' if verdict else 'DISAGREE'} "
               f"(more than {max(LIMIT * error, ROUNDING):.4f} would have been noticed)", file=out)
@@ -290,7 +292,8 @@ def compare(one, two, args, out):
     """Compare two checkpoints on the same windows, and on the same masks if both have masks."""
     estimators = [args.order] * 2 if args.order else pick_estimators(one, two, args)
     scored = [likelihood(subject, estimator, args) for subject, estimator in zip((one, two), estimators)]
-    mean, error = difference(scored[1][0], scored[0][0], one, args)
+    orders = [order for order in (strata_of(one, args), strata_of(two, args)) if order is not None]
+    mean, error = difference(scored[1][0], scored[0][0], orders[0] if orders else None)
     for subject, (_, line, _) in zip((one, two), scored):
         print(f"{subject.path}: {line}", file=out)
     print(f"{two.path} less {one.path}: {mean:+.4f} {plus_minus(error)} bits per {one.tokenizer.unit}, "

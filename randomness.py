@@ -9,7 +9,7 @@ exception: its noise is drawn on the device, and depends on the process and the 
 import numpy as np
 import torch
 
-PURPOSES = ("crop", "noise", "strata", "dropout", "prefix", "padding", "attention")
+PURPOSES = ("crop", "noise", "strata", "dropout", "prefix", "padding", "attention", "clock")
 
 
 def rng(seed, purpose, step, index=0):

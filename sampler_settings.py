@@ -143,7 +143,11 @@ def make_grid(steps, grid, config, checkpoint, model, remask):
 
 
 def read_curve(checkpoint, model):
-    """(mask rates, cross-entropies) of curve.json beside a checkpoint. Raises UserError if it is of other weights."""
+    """(mask rates, cross-entropies) of curve.json beside a checkpoint. Raises UserError if it is of other weights.
+
+    Given that a token is a mask, each of the other L - 1 tokens is one with probability r. So the cross-entropy with k
+    masks stands for the rate r = (k - 1)/(L - 1).
+    """
     if checkpoint.startswith("hf://"):
         raise UserError(f"auto needs curve.json beside the checkpoint: download {checkpoint} into a folder first")
     path = Path(checkpoint)
@@ -151,18 +155,18 @@ def read_curve(checkpoint, model):
     again = f"run `python evaluate.py {checkpoint} --curve` first"
     try:
         curve = json.loads(path.read_text())
-        rates, ce = ([float(x) for x in curve[key]] for key in ("mask_rate", "bits_per_token"))
+        masks, ce = ([float(x) for x in curve[key]] for key in ("masks", "bits_per_token"))
         weights = curve["weights"]
     except FileNotFoundError:
         raise UserError(f"auto needs {path}, which does not exist: {again}")
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged, or of another version: {again}")
-    if (not len(rates) == len(ce) >= 2 or not all(0 <= x < math.inf for x in ce) or max(ce) == 0
-            or not all(0 < a < b <= 1 for a, b in zip(rates, rates[1:]))):
+    if (not len(masks) == len(ce) >= 2 or not all(0 <= x < math.inf for x in ce) or max(ce) == 0
+            or not all(1 <= a < b < math.inf for a, b in zip(masks, masks[1:]))):
         raise UserError(f"{path} has no valid curve: {again}")
     if weights != digest(model.state_dict()):
         raise UserError(f"{path} was measured with other weights than those of {checkpoint}: {again}")
-    return rates, ce
+    return [(k - 1) / (masks[-1] - 1) for k in masks], ce
 
 
 # ---- grids of mask rates ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError
+from randomness import rng
 
 
 class Machine(NamedTuple):
@@ -108,7 +109,7 @@ class Clock:
     def compute(self, k, n, again=0):
         """Seconds until machine k has done n steps. again: earlier steps that it repeats after each failure."""
         machine, each = self.found.machines[k], self.step_seconds[k]
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, k], counter=[0, 0, 0, self.draws[k]]))
+        generator = rng(self.seed, "clock", self.draws[k], k)
         self.draws[k] += 1
         steps = each * np.exp(machine.jitter * generator.standard_normal(n) - machine.jitter**2 / 2)
         work = length = float(steps.sum())

@@ -6,7 +6,7 @@ A run is a folder with ckpt.pt: one of those given, or inside one of them. `eval
 split by its own estimator and by another one of the same number, on the same windows. The others draw their masks from
 other distributions: with a rate for each window in place of a number of masks, or a step for each window in place of
 strata of steps. Runs of different names have noise of their own. So if both estimators are right, z = difference / its
-standard error has mean 0 and variance 1 over the runs.
+standard error has mean 0 and a variance of about 1 over the runs (less for blocks, docs/evaluation.md).
 
 The exact likelihood of left-to-right models is computed once more, with one network call for each token, on 32 windows.
 Nothing is random there: the two numbers must be equal up to rounding.
@@ -70,7 +70,7 @@ def main():
     p = ArgumentParser(description=__doc__)
     p.add_argument("folders", type=Path, nargs="+", help="runs, or folders of runs")
     p.add_argument("--data_dir", default="", help="folder that has the data sets (default: data/)")
-    p.add_argument("--windows", type=number(int, 32), default=512, help="windows of the test split (default 512)")
+    p.add_argument("--windows", type=number(int, 128), default=512, help="windows of the test split (default 512)")
     p.add_argument("--repeats", type=number(int, 1), default=2, help="draws of the noise for each window (default 2)")
     p.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time, one thread each (default 1)")
     args = p.parse_args()

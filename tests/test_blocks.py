@@ -668,7 +668,7 @@ def test_commands(call, data_dir, tmp_path):
         ("ones l2r", ("--block_size=1", "--repeats=2")), ("whole", ("--block_size=32",)))}
     assert found["ones"] == pytest.approx(found["ones l2r"], abs=1e-5) and found["bound"] != found["whole"]
     assert found["bound"] == pytest.approx(found["many"], abs=0.2)
-    assert score("--check", "--block_size=2", "--seq_len=8").code == 0
+    assert score("--check", "--block_size=2", "--seq_len=8", "--repeats=5").code == 0
     sample = lambda *flags: call("sample.py", out, "--json", *flags)
     for flags in (("--batch_size=3",), ("--prefix=abcdefghij",), ("--length=70", "--context=8"), ("--length=13",),
                   ("--sampler=first_hitting", "--show"), ("--sampler=remdm", "--steps=9"),
@@ -684,6 +684,9 @@ def test_commands(call, data_dir, tmp_path):
     whole = json.loads(call("evaluate.py", mdlm, "--json", "--data_dir", data_dir).out)["bits_per_token"]
     same = json.loads(call("evaluate.py", mdlm, "--block_size=32", "--json", "--data_dir", data_dir).out)
     assert same["bits_per_token"] == pytest.approx(whole, abs=1e-4)
+    one, two = (json.loads(call("evaluate.py", *pair, "--json", "--data_dir", data_dir).out)
+                for pair in ((mdlm, out), (out, mdlm)))  # the rates of one of them have an order
+    assert one["difference"] == -two["difference"] and one["difference_stderr"] == two["difference_stderr"]
     for result, words in (
             (sample("--suffix=ab"), "sees only the text on the left"),
             (sample("--template=a__"), "sees only the text on"),

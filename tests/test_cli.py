@@ -127,8 +127,8 @@ def test_estimators(call, data_dir, trained):
     assert score("--estimator=t_step")["estimator"] == "T-step bound, T = 50"
     assert score("--seed=1")["bits_per_token"] != default["bits_per_token"]
     assert default["perplexity"] == pytest.approx(2 ** default["bits_per_token"])
-    assert default["bits_per_char"] == default["bits_per_byte"] == default["bits_per_token"]
-    checked = score("--check", "--seq_len=8")["check"]
+    assert default["bits_per_char"] == default["bits_per_byte"] == pytest.approx(default["bits_per_token"])
+    checked = score("--check", "--seq_len=8", "--repeats=5")["check"]
     assert checked["agree"] and abs(checked["difference"]) < 4 * checked["stderr"]
     for order in ("l2r", "random", "confidence"):
         assert score(f"--order={order}")["estimator"] == f"negative log-likelihood, order {order}"
@@ -140,9 +140,9 @@ def test_failed_check(call, data_dir, trained, monkeypatch):
     import diffusion
     exact_k = diffusion.Absorbing.exact_k
     monkeypatch.setattr(diffusion.MDLM, "exact_k", lambda self, u, v, w=None: exact_k(self, 0.5 + u / 2, v))
-    result = call("evaluate.py", trained, "--check", "--seq_len=8", "--data_dir", data_dir)
+    result = call("evaluate.py", trained, "--check", "--seq_len=8", "--repeats=5", "--data_dir", data_dir)
     assert result.code == 1 and "they DISAGREE" in result.out
-    result = call("evaluate.py", trained, "--check", "--json", "--seq_len=8", "--data_dir", data_dir)
+    result = call("evaluate.py", trained, "--check", "--json", "--seq_len=8", "--repeats=5", "--data_dir", data_dir)
     assert result.code == 1 and json.loads(result.out)["check"]["agree"] is False
 
 
@@ -263,7 +263,7 @@ def test_autoregressive(call, data_dir, tmp_path):
     assert again["bits_per_token"] == pytest.approx(scored["bits_per_token"], rel=1e-5)  # there is no noise in it
     sampled = json.loads(call("sample.py", out, "--json", "--batch_size=2").out)
     assert sampled["nfe"] == sampled["steps"] == 32 and sampled["sampler"] == "left_to_right"
-    assert json.loads(call("evaluate.py", out, "--check", "--json", "--seq_len=8").out)["check"]["agree"]
+    assert json.loads(call("evaluate.py", out, "--check", "--json", "--seq_len=8", "--repeats=5").out)["check"]["agree"]
     for flag, words in (("--curve", "autoregressive"), ("--curse", "autoregressive"), ("--T=5", "is exact"),
                         ("--estimator=exact_k", "is exact"), ("--order=random", "has only one order")):
         assert_one_line(call("evaluate.py", out, flag), words)
@@ -465,7 +465,7 @@ def test_other_bad_input(call, data_dir, trained, tmp_path, monkeypatch):
     assert_one_line(go("--text", tmp_path / "short.txt"), "9 tokens, fewer than one window of 32", "--seq_len=9")
     assert_one_line(go("--text", tmp_path / "none.txt"), "none.txt")
     assert_one_line(go("--seq_len=64"), "longer than the 32 tokens")
-    assert_one_line(go("--n_tokens=64", "--check"), "at least 30 windows, and there are 2")
+    assert_one_line(go("--n_tokens=64", "--check"), "at least 256 draws of noise, and 2 windows have 2: use --repeats 128")
     assert_one_line(go("--n_tokens=1" + "0" * 400), "is outside")
     assert_one_line(go("--check", "--order=l2r"), "not allowed with")
     for flag in ("--repeats=2", "--estimator=exact_k"):

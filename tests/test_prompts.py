@@ -1,6 +1,7 @@
 """sample.py's prompts, lengths, samplers and pictures, through the command line; prompts.py by hand."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,16 +18,20 @@ import sampler_settings
 import storage
 from cli import UserError
 from commands import ROOT, assert_one_line, log, train
+from data.loader import load_split, windows
 from data.tokenizer import CharTokenizer, make_tokenizer, tokens_of
 from diffusion import MDLM
-from likelihood import Windows
+from likelihood import Windows, bound
 from model import DiT
 from prompts import canvases, template, windows_of
 from randomness import prefix_lengths
+from sampler_settings import bound_on_grid, read_curve
 from sampling import DEFAULT_ETA
 from studies.curves import measure_context, measure_curve
 from train import batches
 from world import mask_of
+
+CPU = torch.device("cpu")
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz_{}\\\n"
 M = 99
@@ -209,11 +214,15 @@ def test_steps_auto(sample, call, trained, data_dir, tmp_path):
     rows = json.loads(call("evaluate.py", folder, "--samples=2", "--steps=4,auto", "--json").out)["samples"]
     assert [row["steps"] for row in rows[:2]] == [4, auto["steps"]]
     curve = json.loads((folder / "curve.json").read_text())
-    for change, words in (({"weights": "0"}, "with other weights"), ({"mask_rate": []}, "has no valid curve"),
-                          ({"mask_rate": curve["mask_rate"][::-1]}, "has no valid curve"),
+    # if k masks cost 2 + k each, C(r) = 2 + E[k | a token is a mask] = 3 + 31 r, whose area is the mean over k
+    (folder / "curve.json").write_text(json.dumps(curve | {"bits_per_token": [2.0 + k for k in curve["masks"]]}))
+    rates, ce = read_curve(str(folder), checkpoint.load_model(folder, CPU)[0])
+    assert bound_on_grid(rates, ce, [i / 4000 for i in range(4000, -1, -1)]) == pytest.approx(2 + 33 / 2, abs=0.01)
+    for change, words in (({"weights": "0"}, "with other weights"), ({"masks": []}, "has no valid curve"),
+                          ({"masks": curve["masks"][::-1]}, "has no valid curve"),
                           ({"bits_per_token": [float("nan")] * len(curve["masks"])}, "has no valid curve"),
                           ({"bits_per_token": [-1.0] * len(curve["masks"])}, "has no valid curve"),
-                          ({"mask_rate": curve["mask_rate"][1:]}, "has no valid"), ({"mask_rate": 3}, "is damaged")):
+                          ({"masks": curve["masks"][1:]}, "has no valid"), ({"masks": 3}, "is damaged")):
         (folder / "curve.json").write_text(json.dumps(curve | change))
         assert_one_line(call("sample.py", folder, "--steps=auto"), words)
     (folder / "curve.json").write_text(json.dumps(curve))
@@ -297,7 +306,14 @@ def test_training_with_a_prefix(objective, call, data_dir, tmp_path):
     found = json.loads(result.out)
     assert "given a prefix (uniform:0:12)" in found["estimator"]
     assert found["bits_per_token"] == pytest.approx(validated, rel=1e-4)  # the same windows, masks and prefixes
-    assert found["n_tokens"] == (32 - prefix_lengths((0, 12), 0, 0, range(found["n_sequences"]))).sum()
+    free = 32 - prefix_lengths((0, 12), 0, 0, range(found["n_sequences"]))
+    assert found["n_tokens"] == free.sum()
+    model, config, meta, _ = checkpoint.load_model(out, CPU)
+    tokens = load_split("tiny", "val", 32, data_dir)
+    data = Windows(tokens, windows(tokens, 32, found["n_sequences"]), 32, 3, CPU, torch.float32)
+    nats = bound(model, config.make_objective(meta["vocab_size"]), data, prefix_range=(0, 12))
+    assert found["bits_per_token"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)
+    assert found["bits_per_char"] == pytest.approx(nats.numpy() @ free / free.sum() / math.log(2), rel=1e-5)
     rows = json.loads(call("evaluate.py", out, "--context=8,0", "--json", "--data_dir", data_dir).out)["context"]
     assert [row["context"] for row in rows] == [0, 8] and rows[0]["gain"] == 0
     assert rows[1]["gain"] == pytest.approx(rows[0]["bits"] - rows[1]["bits"])
