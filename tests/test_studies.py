@@ -178,7 +178,7 @@ def test_two_estimates(monkeypatch, tmp_path, capsys):
     assert stopped.value.code == 1 and len(calls) == 4 and "2 agree, 1 disagree" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no run"):
         go_on(tmp_path / "missing")
-    for again in (["--windows", "99"], ["--windows", "99", "--repeats", "3"]):  # other questions, and other weights
+    for again in (["--windows", "199"], ["--windows", "199", "--repeats", "3"]):  # other questions, and other weights
         go_on(tmp_path / "a" / "one", *again)
     weights["one"] = 2
     for _ in range(2):
