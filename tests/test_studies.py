@@ -183,7 +183,7 @@ def test_two_estimates(monkeypatch, tmp_path, capsys):
     weights["one"] = 2
     for _ in range(2):
         go_on(tmp_path / "a" / "one", *again)
-    assert len(calls) == 7 and 8 * 99 in calls[-1][1]
+    assert len(calls) == 7 and 8 * 199 in calls[-1][1]
 
 
 def test_tokens(answers, monkeypatch, tmp_path):
