@@ -84,5 +84,6 @@ def check_same_network(source, cfg, path):
     if predicted_next != (cfg.objective_class.causal or now["predict_next"]):
         keep = "--predict_next" if predicted_next else "--no-predict_next"
         notes.append(f"the outputs of {path} predict {'the next token' if predicted_next else 'the token itself'}"
-                     + (f": {keep} would keep that" if now["predict_next"] or not cfg.block_size else ""))
+                     + (f": {keep} would keep that" if now["predict_next"] or not (
+                         cfg.block_size or cfg.objective_class.causal) else ""))
     return notes

@@ -17,6 +17,12 @@ from pathlib import Path
 # torch is loaded, so the commands import this file before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+# A daemon may start a command without stdout or stderr. What it prints there is lost, and the next file that is opened
+# does not take the place of the stream.
+for stream in ("stdout", "stderr"):
+    if getattr(sys, stream) is None:
+        setattr(sys, stream, open(os.devnull, "w"))
+
 # Until run() begins, Ctrl-C ends a command of this project at once. Python's own way would be a traceback from inside
 # torch.
 ROOT, command = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
@@ -72,6 +78,11 @@ def note(text):
     print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr)
 
 
+def millions(n):
+    """A number of parameters as text: 5.3M, or 46K."""
+    return f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n / 1e3:.0f}K"
+
+
 def for_terminal(text, stream):
     """The text as it is printed: on a terminal, · stands for control characters, which could move the cursor."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "·", text) if stream.isatty() else text
@@ -80,13 +91,21 @@ def for_terminal(text, stream):
 NO_COMPILER = "InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler"  # how torch.compile says so
 
 
+def ended(number, frame):
+    """Handle SIGTERM as an exception, so that what a command has begun to write is removed."""
+    sys.exit(128 + number)
+
+
 def run(main):
     """Call main(), which returns an exit code or None, and end the process with the exit code.
 
-    UserError and OSError: one line on stderr and exit code 2. Ctrl-C: exit code 130. Other errors: exit code 1."""
+    UserError and OSError: one line on stderr and exit code 2. Ctrl-C: exit code 130. SIGTERM, where main does not
+    handle it: 143. Other errors: exit code 1."""
     name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if rank is None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, ended)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for what it lacks
     code = 0
@@ -99,7 +118,8 @@ def run(main):
     except BrokenPipeError:
         pass  # `python sample.py CKPT | head -1` is not an error
     except OSError as error:
-        note(f"{name}: {error}")
+        where = "the output cannot be written" if error.filename is None else error.filename
+        note(f"{name}: {where}: {error.strerror}" if error.strerror else f"{name}: {error}")
         code = 2
     except torch.OutOfMemoryError:
         note(f"{name}: out of GPU memory: use a smaller --micro_batch_size (train.py) or --batch_size")

@@ -41,7 +41,7 @@ def setting(default, help, choices=None, same_run=True):
 COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size", "micro_batch_size", "max_steps",
           "eval_interval", "eval_sequences", "checkpoint_interval", "log_interval",
           "max_skipped", "local_group", "fragments"}  # these are at least 1; other numbers are at least 0
-MOST = {"seq_len": 10**7, "n_layer": 10**4, "n_head": 10**4, "n_embd": 10**6, "n_cond": 10**6,
+MOST = {"seq_len": 10**7, "n_layer": 1000, "n_head": 10**4, "n_embd": 10**6, "n_cond": 10**6,
         "T": 10**7}  # T: float32 cannot tell more steps apart
 
 

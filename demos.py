@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
-from cli import ArgumentParser, UserError, named, number, require, run, table
+from cli import ArgumentParser, UserError, check_place, named, number, require, run, table
 
 import torch
 import torch.nn.functional as F
@@ -195,6 +195,7 @@ def loss(args):
 def noise(args):
     """Print a table of the noise schedules, and draw alpha(t), sigma(t) and the loss weight of a masked token."""
     require("matplotlib", "a picture")
+    check_place("--out", args.out, ".png")
     schedules = {name: make_schedule(name) for name in [*SCHEDULES, *([args.schedule] if args.schedule else [])]}
     what = {"alpha": ("alpha(t), P(a token stays)", lambda s, t: s.alpha(t)),
             "sigma": ("sigma(t) = -log alpha(t), nats", lambda s, t: s.sigma(t)),

@@ -202,6 +202,8 @@ def start_wandb(name, config, run_id):
         if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
             raise wandb.Error("no account is set up here (`wandb login`)")
         run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
+    except ValueError as error:  # of settings in the environment
+        raise UserError(f"Weights & Biases: {' '.join(str(error).split())[:200]}")
     except wandb.Error as error:
         note(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, upload the log later with `wandb sync "
              "wandb/offline-run-*`")

@@ -46,6 +46,10 @@ def share_of_batch(cfg, world):
     """(sequences per process and step, sequences per micro-step). Raises UserError if they do not divide batch_size."""
     if cfg.batch_size < world:
         raise UserError(f"batch_size={cfg.batch_size} is less than one for each of {world} processes: use a larger one")
+    if cfg.batch_size % world:
+        less = cfg.batch_size // world * world
+        raise UserError(f"batch_size={cfg.batch_size} cannot be shared out among {world} processes: use {less} or "
+                        f"{less + world}")
     micro = min(cfg.micro_batch_size, cfg.batch_size // world)
     if cfg.batch_size % (world * micro):
         raise UserError(f"batch_size={cfg.batch_size} must be a multiple of processes x micro_batch_size = "

@@ -30,7 +30,9 @@ def template(text, tokenizer, mask_id, name="--template"):
             plain += match["escaped"].replace("n", "\n")
             continue
         count = match["count"]
-        if match["wrong"] or count is not None and not (count.isdecimal() and len(count) < 8):
+        if count and count.isdecimal() and len(count) > 7:
+            raise UserError(f"{name} {text[:80]!r}: {match[0][:80]} is too long a blank: at most {{9999999}} goes")
+        if match["wrong"] or count is not None and not count.isdecimal():
             raise UserError(f"{name} {text[:80]!r}: {match[0][:80]!r} is not a blank (____ or {{12}}); write the "
                             r"characters { } _ \ as \{ \} \_ \\")
         n = len(match["blanks"] or "") or int(count)

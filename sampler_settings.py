@@ -95,11 +95,12 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
                         + ", ".join(f"--{name}" for name in (["sampler"] if sampler else []) + list(given)))
     sampler = sampler or next(iter(objective.samplers))
     if sampler not in objective.samplers:
-        raise UserError(f"--sampler {sampler} needs a masked model, and {checkpoint} {objective.description}: choose "
-                        f"{' or '.join(objective.samplers)}")
+        raise UserError(f"--sampler {sampler} needs a model of masks in whole texts, and {checkpoint} "
+                        f"{objective.description}: choose {' or '.join(objective.samplers)}")
     known = SAMPLERS[objective.samplers[sampler]].flags
     if not objective.any_order and "auto" in (flags.get("steps"), flags.get("grid")):
-        raise UserError(f"auto needs a masked model, and {checkpoint} {objective.description}: use --steps N")
+        raise UserError(f"auto needs a model of masks in whole texts, and {checkpoint} {objective.description}: use "
+                        "--steps N")
     if unknown := [name for name in given if name not in known]:
         users = [other for other in NAMES if unknown[0] in SAMPLERS[other].flags]
         raise UserError(f"--sampler {sampler} does not use --{unknown[0]}: leave it out, or use {' or '.join(users)}")

@@ -285,13 +285,15 @@ def read_latest(out_dir):
     """(path, payload) of a run's last whole checkpoint, or (None, None) if it has none.
 
     If ckpt.pt is damaged, a line on stderr says so, and ckpt_prev.pt is read. Raises UserError if no checkpoint that is
-    there can be read.
+    there can be read, or if the system does not let ckpt.pt be read.
     """
     problems = []
     for path in (out_dir / "ckpt.pt", out_dir / "ckpt_prev.pt"):
         if path.exists():
             try:
                 payload = read(path)
+            except files.CannotOpen:
+                raise  # it may be whole
             except UserError as error:
                 problems.append(str(error))
                 continue

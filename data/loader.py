@@ -43,7 +43,9 @@ def load_meta(name, data_dir):
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {prepare_command(name)}")
+        there = f" --data_dir {shlex.quote(str(data_dir))}" if data_dir else ""
+        raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {prepare_command(name)}{there}, or "
+                        "name the folder that has it with --data_dir")
     except ValueError:
         meta = None
     if not describes_tokens(meta) or meta.get("dtype") not in ("uint8", "uint16", "uint32") or not all(

@@ -148,6 +148,8 @@ class DatasetWriter:
         self.dtype = id_type(meta["vocab_size"])
 
     def __enter__(self):
+        if (self.folder / "meta.json").exists():
+            raise UserError(f"{self.folder} was prepared meanwhile by another process: nothing is left to do")
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} exists and is not a data set: move it, or choose another name")
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError, require
+from cli import UserError, note, require
 
 TEXT8_ALPHABET = " " + string.ascii_lowercase  # space 0, a 1, ..., z 26
 END = "<|endoftext|>"  # GPT-2's token between two texts, as decode() writes it
@@ -289,7 +289,11 @@ def tokens_of(name, texts):
         return dict(KNOWN["openwebtext"])
     if name.startswith("bpe:"):
         size = size_of_bpe(name)
-        return hub_meta(train_bpe(texts(), size))
+        meta = hub_meta(train_bpe(texts(), size))
+        if meta["vocab_size"] < size:
+            note(f"--tokenizer {name}: the text repeats so little that it gives no more than {meta['vocab_size']:,} "
+                 "tokens")
+        return meta
     if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
         raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like bpe:4096 or "
                         "hf://owner/name, nor a folder")

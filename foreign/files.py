@@ -10,6 +10,7 @@ Some files have no checksum: those of safetensors, of torch.save before version 
 out (torch.serialization.set_crc32_options). A flipped bit in them is read as another number.
 """
 
+import errno
 import json
 import re
 import struct
@@ -22,6 +23,10 @@ from typing import NamedTuple
 import torch
 
 from cli import UserError, require
+
+
+class CannotOpen(UserError):
+    """A file that cannot be read now, without permission or from a file system that fails. It may be whole."""
 
 
 class Found(NamedTuple):
@@ -164,12 +169,20 @@ def stand_in(name, path):
 
 
 def load(path):
-    """Return the contents of a file of torch.save, tensors on the CPU. Raises UserError if it is damaged or refused."""
-    refuse_bomb(path)
+    """Return the contents of a file of torch.save, tensors on the CPU.
+
+    Raises UserError if it is damaged or refused, and CannotOpen if the system does not let it be read."""
     try:
+        with open(path, "rb") as file:
+            file.read(1)
+        refuse_bomb(path)
         return quietly(path)
+    except UserError:
+        raise
     except Exception as error:  # pickle, zip and zlib errors of many kinds, which mean nothing to a user
-        reason = f": {error.strerror}" if isinstance(error, OSError) else ""
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's for a file that is too short
+            raise CannotOpen(f"{path} cannot be read: {error.strerror}")
+        reason = ""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # not a zip file of torch.save, or a pickle that torch.save does not write

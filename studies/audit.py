@@ -22,6 +22,7 @@ explains the mistakes.
 """
 
 import importlib.util
+import inspect
 import itertools
 import math
 import sys
@@ -336,11 +337,16 @@ def load(text):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-    if not callable(getattr(module, name, None)):
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
+        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:100]}")
+    claim = getattr(module, name, None)
+    if not callable(claim):
         raise UserError(f"{path} has no function {name!r}")
-    return getattr(module, name)
+    try:
+        inspect.signature(claim).bind(None, None, None)
+    except TypeError:
+        raise UserError(f"{path}: {name} must take three arguments, (model, x0, rng)")
+    return claim
 
 
 def verdict(findings):

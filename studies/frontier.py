@@ -131,6 +131,7 @@ def main():
     if len(budgets) < 2:
         p.error("--budgets needs at least two numbers, for a line")
     require("matplotlib", "a picture")
+    runs.refuse_sizes(args)
     runs.make_folder(args.folder, args)
     study, seeds = Study(args), range(1, args.seeds + 1)
     best, _ = runs.tuned([(method, size, budgets[-2]) for method in METHODS for size in SIZES], study.tune, args.jobs)

@@ -17,6 +17,7 @@ from cli import UserError, number, progress, write_file
 from data.loader import load_meta
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNNING = set()  # the processes that call() waits for
 # settings that ask for more or fewer runs, or for other samples of them
 CHANGE_NO_RUN = "folder", "data_dir", "seeds", "jobs", "epochs", "budgets", "sizes", "samples", "calls"
 
@@ -57,17 +58,28 @@ def make_folder(path, args, name="settings"):
             raise UserError(f"{path} has runs with {key}={was}, not {settings[key]}: choose another folder")
 
 
+def refuse_sizes(args):
+    """Raise UserError if --flags has a setting that a study of networks of several sizes chooses itself."""
+    for flag in args.flags:
+        key = flag.split("=")[0]
+        if key in ("n_layer", "n_embd", "n_head", "seq_len", "batch_size", "micro_batch_size"):
+            raise UserError(f"--flags {flag}: this study chooses {key} itself; leave it out")
+
+
 def call(script, *arguments, ok=(0,)):
     """Run a command of this project with one thread. Returns its stdout. Raises UserError with its last line.
 
     ok: exit codes that are no failure.
     """
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode not in ok:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
+    process = subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    RUNNING.add(process)
+    out, err = process.communicate()
+    RUNNING.remove(process)
+    if process.returncode not in ok:
+        last = (err.strip() or "no message").splitlines()[-1]
         raise UserError(f"{script} {' '.join(map(str, arguments))} failed: {last}")
-    return done.stdout
+    return out
 
 
 def once(path, measure):
@@ -150,10 +162,16 @@ def in_stages(stages, work, jobs):
     """Call work(*key) for the keys of each stage, a list, `jobs` at a time. Returns {key: result}."""
     found = {}
     with progress(total=sum(map(len, stages)), desc="runs") as bar, ThreadPoolExecutor(jobs) as pool:
-        for stage in stages:
-            for key, result in zip(stage, pool.map(lambda key: work(*key), stage)):
-                found[key] = result
-                bar.update()
+        try:
+            for stage in stages:
+                for key, result in zip(stage, pool.map(lambda key: work(*key), stage)):
+                    found[key] = result
+                    bar.update()
+        except (KeyboardInterrupt, SystemExit):  # a run that is told to end saves itself first
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                process.terminate()
+            raise
     return found
 
 

@@ -54,7 +54,7 @@ class Subject(NamedTuple):
     def masked_only(self, flag):
         objective = self.config.objective_class
         if not objective.any_order:
-            raise UserError(f"{flag} needs a masked model, and {self.path} {objective.description}")
+            raise UserError(f"{flag} needs a model of masks in whole texts, and {self.path} {objective.description}")
 
     def whole_windows(self, flag):
         if self.config.prefix_range[0]:

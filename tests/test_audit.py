@@ -95,6 +95,10 @@ def test_command(tmp_path, call):
     for text in ("nothing", f"{tmp_path}/none.py:half"):
         assert_one_line(call("studies/audit.py", text), "use FILE.py:NAME")
     assert_one_line(call("studies/audit.py", f"{tmp_path}/mine.py:whole"), "has no function 'whole'")
+    for content, words in (("def claim(model, x0): return x0", "claim must take three arguments"),
+                           ("raise SystemExit(0)", "cannot be loaded: SystemExit: 0")):
+        (tmp_path / "other.py").write_text(content)
+        assert_one_line(call("studies/audit.py", f"{tmp_path}/other.py:claim"), words)
     assert_one_line(call("studies/audit.py", "--bytes=x"), "--bytes needs")
     assert_one_line(call("studies/audit.py", "--tokens=3"), "are for --bytes")
     (tmp_path / "empty.txt").write_text("")

@@ -465,7 +465,7 @@ def test_other_bad_input(call, data_dir, trained, tmp_path, monkeypatch):
     assert_one_line(go("--text", tmp_path / "short.txt"), "9 tokens, fewer than one window of 32", "--seq_len=9")
     assert_one_line(go("--text", tmp_path / "none.txt"), "none.txt")
     assert_one_line(go("--seq_len=64"), "longer than the 32 tokens")
-    assert_one_line(go("--n_tokens=64", "--check"), "at least 256 draws of noise, and 2 windows have 2: use --repeats 128")
+    assert_one_line(go("--n_tokens=64", "--check"), "256 draws of noise, and 2 windows have 2: use --repeats 128")
     assert_one_line(go("--n_tokens=1" + "0" * 400), "is outside")
     assert_one_line(go("--check", "--order=l2r"), "not allowed with")
     for flag in ("--repeats=2", "--estimator=exact_k"):

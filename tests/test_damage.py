@@ -16,6 +16,7 @@ from cli import UserError
 from commands import (ROOT, arguments, assert_identical, assert_one_line, log, losses, read_until,
                       start, stop_after, train)
 from conftest import TRAINED
+from foreign import files
 
 
 # ---- checkpoints that cannot be written or read ----------------------------------------------------------------------
@@ -137,6 +138,22 @@ def test_resume_auto_takes_the_previous_checkpoint(call, data_dir, tmp_path, cap
     assert storage.read(tmp_path / "out" / "ckpt_prev.pt")["step"] == 6
 
 
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(call, data_dir, tmp_path, monkeypatch):
+    """Without permission, or if the file system fails, nothing is renamed, and no older state is trained on."""
+    out = tmp_path / "out"
+    assert train(call, "mdlm_text8", data_dir, out, "--max_steps=4", "--checkpoint_interval=2").code == 0
+    before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "quietly", fail)
+        result = train(call, "mdlm_text8", data_dir, out, "--max_steps=8", "--resume=auto")
+        assert_one_line(result, "ckpt.pt cannot be read: Input/output error")
+    assert {path.name: path.read_bytes() for path in out.glob("*.pt")} == before
+
+
 def test_two_damaged_checkpoints_are_not_written_over(call, data_dir, tmp_path):
     """If the previous checkpoint is damaged as well, the run stops, names both, and changes nothing."""
     assert train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=4", "--checkpoint_interval=2").code == 0
@@ -167,6 +184,15 @@ def test_full_disk(call, data_dir, tmp_path, monkeypatch):
         assert {path: path.read_bytes() for path in files} == files and not list(out.glob(".*.tmp"))
     assert train(call, "mdlm_text8", data_dir, out, "--max_steps=6", "--checkpoint_interval=2",
                  "--resume=auto").code == 0
+
+
+def test_closed_streams(trained):
+    """A command that was started without stdout or stderr does its work, as daemons want it."""
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(["sh", "-c", f"exec {sys.executable} {ROOT / 'sample.py'} {trained} --steps 2 {closed}"],
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, (closed, done.stderr)
+        assert (len(done.stdout) == 33) == (closed == "2>&-") and ("network calls" in done.stderr) == (closed == ">&-")
 
 
 def test_nobody_reads_the_output(data_dir, tmp_path):

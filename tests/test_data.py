@@ -8,6 +8,7 @@ import json
 import lzma
 import random
 import re
+import subprocess
 import sys
 import threading
 import zipfile
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from cli import UserError
-from commands import assert_one_line
+from commands import ROOT, assert_one_line
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
 from data.loader import (PIECE, gather, load_meta, load_split, prefetch, prepare_command, random_crops, recode, subset,
                          windows)
@@ -525,3 +526,24 @@ def test_subset():
         assert (items == items[:, :1]).all()  # no item is cut
     with pytest.raises(UserError, match="more than the 1,000,000 tokens"):
         subset(tokens, 10**6 + 1)
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path):
+    """A command that gets SIGTERM while it prepares a data set removes the folder that it has begun."""
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from cli import run
+from data.prepare import DatasetWriter
+
+def main():
+    with DatasetWriter({str(tmp_path / "new")!r}, {{"vocab_size": 2}}):
+        print("ready", flush=True)
+        time.sleep(60)
+
+run(main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n" and len(list(tmp_path.iterdir())) == 1
+    process.terminate()
+    assert process.wait() == 143 and not list(tmp_path.iterdir())

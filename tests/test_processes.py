@@ -249,6 +249,7 @@ def test_bad_input_is_reported_once(call, data_dir, trained, tmp_path):
     for options, words in (
             (["--batch_size=1"], "batch_size=1 is less than one for each of 2 processes"),
             (["--batch_size=10", "--micro_batch_size=4"], "batch_size=10 must be a multiple of processes x"),
+            (["--batch_size=7"], "batch_size=7 cannot be shared out among 2 processes: use 6 or 8"),
             ([f"--resume={tmp_path / 'none'}"], "no checkpoint at"),
             ([f"--resume={trained}", *TRAINED, "--lr=0.5"], "is of another run: lr (was 0.01, now 0.5)"),
             (["--dataset=none"], "is not prepared in")):

@@ -70,7 +70,7 @@ def test_template(text, canvas):
 @pytest.mark.parametrize("text, words", [
     ("the cat", "has no blanks"), ("{0}", "has no blanks"), ("a {x} b_", "'{x}' is not a blank"),
     ("a {_", "'{' is not a blank"), ("a } _", "'}' is not a blank"), ("a \\q _", "is not a blank"),
-    ("{-3}", "'{-3}' is not a blank"), ("{99999999}", "is not a blank"), ("{²}", "is not a blank"),
+    ("{-3}", "'{-3}' is not a blank"), ("{99999999}", "is too long a blank"), ("{²}", "is not a blank"),
     ("a5 Ab_", "'5' 'A' not in the alphabet"), ("a_5", "'5' not in the alphabet"),
 ])
 def test_bad_template(text, words):
@@ -265,7 +265,7 @@ def test_bad_requests(call, trained, tmp_path):
             (["--override", "n_head=2"], "leave out --override"),
             (["--context=-1"], "outside"), (["--sampler=remdm", "--remask=loop", "--grid=1,0.5,0"], "its own grid"),
             (["--temperature=1e-38"], "is below 0.001"), (["--prefix=\udcff"], "not valid text"),
-            (["--template=a{" + "9" * 5000 + "}"], "is not a blank"),
+            (["--template=a{" + "9" * 5000 + "}"], "is too long a blank"),
             (["--out", trained / "ckpt.pt"], "is also part of the checkpoint"),
             (["--out", tmp_path / "both.png", "--png", tmp_path / "both.png"], "is also --out"),
             (["--png", tmp_path / "picture"], "must end in .png"),

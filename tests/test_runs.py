@@ -497,6 +497,9 @@ def test_wandb(data_dir, tmp_path, monkeypatch):
     options = ["--max_steps=2", "--sample_interval=1", "--wandb"]
     finish_well(start("mdlm_text8", data_dir, tmp_path / "out", *options, **environment))
     run_id = storage.read(tmp_path / "out")["wandb_id"]
+    wrong = environment | {"WANDB_MODE": "nonsense"}
+    [(code, output)] = finish(start("mdlm_text8", data_dir, tmp_path / "nonsense", *options, **wrong))
+    assert code == 2 and "Weights & Biases: " in output and "Traceback" not in output
     finish_well(start("mdlm_text8", data_dir, tmp_path / "out", *options, "--resume=auto", **environment))
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(runs) == 2 and all(name.endswith(run_id) for name in runs)

@@ -3,14 +3,18 @@
 import argparse
 import json
 import math
+import os
+import signal
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
 import storage
 from cli import UserError
-from studies import frontier, recipe, repeated, runs, slow_links, tokens, two_estimates
+from studies import frontier, mixers, recipe, repeated, runs, slow_links, tokens, two_estimates
 
 
 @pytest.fixture
@@ -320,6 +324,33 @@ def test_a_run_that_is_stopped(answers, monkeypatch, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["one"]
     monkeypatch.setattr(runs, "call", answer)
     assert runs.trained(tmp_path / "one", [], args)["bits"] == 3 and len(calls) == 4
+
+
+def test_flags_of_the_network(monkeypatch, tmp_path):
+    """A study of several sizes chooses them itself: its costs and budgets are of these."""
+    for module, more in ((frontier, []), (mixers, ["--table=masks"])):
+        with pytest.raises(UserError, match="--flags n_embd=32: this study chooses n_embd itself"):
+            go(module, monkeypatch, tmp_path / "study", *more, "--flags", "lr=1", "n_embd=32")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_study_that_is_ended_ends_its_runs(monkeypatch, tmp_path):
+    """SIGTERM reaches the processes that a study has started, and no more are begun."""
+    (tmp_path / "long.py").write_text("import sys, time\nopen(sys.argv[1], 'w').close()\ntime.sleep(600)\n")
+
+    def end(number, frame):
+        raise SystemExit(143)
+
+    def work(name):
+        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        runs.call(tmp_path / "long.py", tmp_path / name)
+
+    before = signal.signal(signal.SIGTERM, end)
+    began = time.time()
+    with pytest.raises(SystemExit):
+        runs.in_stages([[("a",), ("b",)]], work, 1)
+    signal.signal(signal.SIGTERM, before)
+    assert time.time() - began < 60 and not runs.RUNNING and not (tmp_path / "b").exists()
 
 
 def test_slope():
