@@ -48,7 +48,8 @@ ESTIMATORS = {
     "chain_rule": "negative log-likelihood, chain rule",
 }
 LIMIT = 4         # standard errors by which two estimates of one number may differ
-LEAST = 256       # draws of noise that --check needs, so that these standard errors are known well enough
+LEAST = 30        # windows that --check needs, and
+DRAWS = 256       # draws of noise, so that these standard errors are known well enough
 ROUNDING = 1e-4   # bits by which they may always differ
 
 
@@ -266,10 +267,13 @@ def score(args, open_subject, out):
         return compare(one, two, args, out)
     if args.check and one.config.objective_class.causal and one.config.prefix != "none":
         raise UserError(f"--check of an autoregressive model needs prefix=none, and {one.path} has {one.config.prefix}")
+    if args.check and one.data.n < LEAST:
+        raise UserError(f"--check needs at least {LEAST} windows, and there are {one.data.n}: use more --n_tokens, a "
+                        "longer text or a shorter --seq_len")
     draws = one.data.n * args.repeats
-    if args.check and draws < LEAST and not one.config.objective_class.causal:
-        raise UserError(f"--check needs at least {LEAST} draws of noise, and {one.data.n} windows have {draws}: use "
-                        f"--repeats {-(-LEAST // one.data.n)}, more --n_tokens or a longer text")
+    if args.check and draws < DRAWS and not one.config.objective_class.causal:
+        raise UserError(f"--check needs at least {DRAWS} draws of noise, and {one.data.n} windows have {draws}: use "
+                        f"--repeats {-(-DRAWS // one.data.n)}, more --n_tokens or a longer text")
     estimator = args.order or pick_estimator(one, args)
     nats, line, result = likelihood(one, estimator, args)
     print(line, file=out)

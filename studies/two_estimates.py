@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli import ArgumentParser, UserError, number, run, table
 
 import storage
+from evaluate import DRAWS
 from studies import runs
 
 
@@ -70,10 +71,12 @@ def main():
     p = ArgumentParser(description=__doc__)
     p.add_argument("folders", type=Path, nargs="+", help="runs, or folders of runs")
     p.add_argument("--data_dir", default="", help="folder that has the data sets (default: data/)")
-    p.add_argument("--windows", type=number(int, 128), default=512, help="windows of the test split (default 512)")
+    p.add_argument("--windows", type=number(int, 32), default=512, help="windows of the test split (default 512)")
     p.add_argument("--repeats", type=number(int, 1), default=2, help="draws of the noise for each window (default 2)")
     p.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time, one thread each (default 1)")
     args = p.parse_args()
+    if args.windows * args.repeats < DRAWS:
+        p.error(f"--windows times --repeats must be at least {DRAWS}, what evaluate.py --check asks for")
     outs = runs_in(args.folders)
     found = runs.in_stages([[(out,) for out in outs]], lambda out: checked(out, args), args.jobs)
     results = [{"run": str(out), **found[out,]} for out in outs]

@@ -4,10 +4,13 @@ import json
 import math
 import os
 import zipfile
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
+import checkpoint
 import costs
 import parallel
 import storage
@@ -49,7 +52,7 @@ SHARED = [  # field, change, words: seen by train, evaluate and sample
     ("config", [], "'config' is not a set of settings"), ("config", {1: 2}, "'config' is not a set of settings"),
     ("config", {"n_layer": "2"}, "n_layer='2' must be of type int"),
     ("config", {"depth": 2}, "unknown to this version"),
-    ("config", {"n_layer": 10**9}, "n_layer=1,000,000,000 is above the limit of 10,000"),
+    ("config", {"n_layer": 10**9}, "n_layer=1,000,000,000 is above the limit of 1,000"),
     ("meta", [], "'meta' is not a description"), ("meta", {}, "'meta' is not a description"),
     ("meta", {"tokenizer": "char", "alphabet": "ab", "vocab_size": True}, "'meta' is not a description"),
     ("meta", {"tokenizer": "char", "alphabet": "aa", "vocab_size": 2}, "'meta' is not a description"),
@@ -222,10 +225,10 @@ def test_what_training_takes_at_least():
 
 
 def test_more_than_the_machine_has(call, trained, data_dir, tmp_path, monkeypatch):
-    """Every command refuses a model of 40 TB before it builds it, and says both numbers. Where the memory is unknown,
+    """Every command refuses a model of 4 TB before it builds it, and says both numbers. Where the memory is unknown,
     nothing is refused."""
     assert 1e8 < memory_of(CPU) < 1e13
-    big = ["--n_embd=9600", "--n_head=4", "--n_layer=9000"]
+    big = ["--n_embd=9600", "--n_head=4", "--n_layer=1000"]
     costs.check_fits(memory_of(CPU), CPU, "just enough", "")
     with pytest.raises(UserError, match=r"it needs at least [\d.,]+ GB of memory, and cpu has [\d.,]+ GB: do less"):
         costs.check_fits(memory_of(CPU) + 1, CPU, "it", "do less")
@@ -238,7 +241,7 @@ def test_more_than_the_machine_has(call, trained, data_dir, tmp_path, monkeypatc
         patch.setattr(parallel, "on_this_machine", 10**7)  # processes, each of which builds the whole model
         assert_one_line(call("train.py", "mdlm_text8", "--dataset=tiny", *folders), "needs at least")
     assert not list(tmp_path.iterdir())
-    out = changed(trained, tmp_path / "out", config=lambda config: config | {"n_embd": 9600, "n_layer": 9000})
+    out = changed(trained, tmp_path / "out", config=lambda config: config | {"n_embd": 9600, "n_layer": 1000})
     for script in ("sample.py", "evaluate.py"):
         assert_one_line(call(script, out), f"the model of {out} needs at least", "GB of memory, and cpu has")
     monkeypatch.setattr(costs, "memory_of", lambda device: None)
@@ -257,3 +260,18 @@ def test_more_samples_than_memory(call, trained):
     """The record of what was revealed when takes memory for every token."""
     assert_one_line(call("sample.py", trained, "--batch_size=100000", "--length=1000000", "--context=4"),
                     "--batch_size=100000 x 1,000,000 tokens needs at least", "GB")
+
+
+def test_where_the_sizes_come_from(monkeypatch, capsys):
+    """A run takes them from what it continues, else from what it begins with."""
+    def of(n_layer):
+        return {"config": asdict(Config(architecture="nanogpt", n_layer=n_layer, objective="ar", conditioning="none"))}
+
+    files = {"INIT": of(1), "OTHER": of(3)}
+    cfg = Config(architecture="nanogpt", n_layer=9, objective="ar", conditioning="none")
+    monkeypatch.setattr(checkpoint, "read", lambda path, hints=None: files[str(path)])
+    for latest, resume, init, n_layer, where in ((of(2), "auto", "INIT", 2, "RUN"), (None, "auto", "INIT", 1, "INIT"),
+                                                 (None, "OTHER", None, 3, "OTHER"), (None, None, "INIT", 1, "INIT")):
+        monkeypatch.setattr(checkpoint, "read_latest", lambda folder: (None, latest))
+        assert checkpoint.with_sizes_of_source(cfg, resume, init, Path("RUN")).n_layer == n_layer
+        assert f"is that of {where}" in capsys.readouterr().err

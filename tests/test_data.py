@@ -23,7 +23,7 @@ from data.loader import (PIECE, gather, load_meta, load_split, prefetch, prepare
                          windows)
 from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import (
-    TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, byte_alphabet, make_tokenizer, text8_words, tokens_of,
+    TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, byte_alphabet, check_alphabet, make_tokenizer, text8_words, tokens_of,
 )
 from studies.quality import ids_of
 
@@ -58,6 +58,10 @@ def test_text8_ids():
 def test_a_character_outside_the_alphabet_is_named():
     with pytest.raises(UserError, match="'é' 'Ω' not in the alphabet"):
         CharTokenizer(TEXT8_ALPHABET).encode("caféΩ")
+    with pytest.raises(UserError, match="write lower case letters and spaces"):
+        check_alphabet("A", TEXT8_ALPHABET)
+    with pytest.raises(UserError, match="'abc'$"):
+        check_alphabet("x", "abc")
 
 
 def test_lengths_of_characters():

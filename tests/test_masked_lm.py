@@ -286,3 +286,29 @@ def test_bad_folders(saved, tmp_path, call, monkeypatch):
     assert_one_line(call("sample.py", tmp_path, "--override", "seq_len=39"), "seq_len=39 is more than the 36 tokens")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert_one_line(call("sample.py", folder), "transformers", "pip install")
+
+
+def test_a_tokenizer_from_the_hub(saved, monkeypatch):
+    """What is not in the cache is fetched once, at the revision asked for; for a folder nothing is fetched."""
+    import huggingface_hub
+    import transformers
+    folder, calls, read = saved("bert")[0], [], transformers.AutoTokenizer.from_pretrained
+
+    def from_files(place, **named):
+        calls.append((place, named.get("revision"), named["local_files_only"]))
+        if place == "a/b":
+            raise OSError
+        return read(place, **named)
+
+    def fetch(place, revision, allow_patterns):
+        calls.append((place, revision, allow_patterns))
+        return folder
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    from_hub("hf://a/b@v2")
+    assert calls[:2] == [("a/b", "v2", True), ("a/b", "v2", ["*.json", "*.txt", "*.model"])] and calls[2][2]
+    calls.clear()
+    with pytest.raises(storage.UserError):
+        from_hub("a/b")
+    assert len(calls) == 1

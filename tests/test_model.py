@@ -421,3 +421,19 @@ def test_flops(conditioning):
         model(torch.randint(0, V, (B, L)), torch.rand(B), where).sum().backward()
     expected = model.flops(L, where.float().mean().item()) * B * L
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6 if conditioning == "none" else 0.01)
+
+
+def test_dropout_of_a_layer():
+    """In training everything that a layer adds may be dropped, and nothing else is."""
+    block, x = Block(small(), 0), torch.randn(2, 8, small().n_embd)
+    block.dropout = 1.0
+    for layer in block.outputs():
+        torch.nn.init.normal_(layer.weight)
+    assert torch.equal(block.train()(x, None, None, None), x)
+    assert not torch.equal(block.eval()(x, None, None, None), x)
+    for layer in block.outputs():  # what comes from one of the two parts alone is dropped, too
+        others = [other for other in block.outputs() if other is not layer]
+        kept = others[0].weight.detach().clone()
+        torch.nn.init.zeros_(others[0].weight)
+        assert torch.equal(block.train()(x, None, None, None), x)
+        others[0].weight.data.copy_(kept)

@@ -126,8 +126,8 @@ assert parallel.total(torch.tensor(held)) == model.n_params() == sum(x.numel() f
 for name, p in model.named_parameters():
     together = parallel.whole(p)
     assert torch.equal(together, before[name]) if parallel.is_main else together is None
-    transposed = (before[name] + 1).T.contiguous().T  # a view, as the weights of GPT-2
-    parallel.copy_from_main(p, transposed if parallel.is_main else None)
+    transposed = (before[name] + 1).T.contiguous().T  # a view, as the weights of GPT-2, and of another type
+    parallel.copy_from_main(p, transposed.double() if parallel.is_main else None)
     together = parallel.whole(p)
     assert together is None or torch.equal(together, before[name] + 1)
 parallel.leave()
@@ -299,6 +299,13 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "5")
     with pytest.raises(UserError, match="has 4 GPUs.*--nproc_per_node=4"):
         parallel.own_device("auto")
+
+
+def test_processes_of_this_machine():
+    """Two machines of two processes each: two share the memory."""
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert subprocess.check_output([sys.executable, "-c", "import parallel; print(parallel.on_this_machine)"], cwd=ROOT,
+                                   env=environment) == b"2\n"
 
 
 def test_only_torchrun_makes_processes():

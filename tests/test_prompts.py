@@ -222,7 +222,10 @@ def test_steps_auto(sample, call, trained, data_dir, tmp_path):
                           ({"masks": curve["masks"][::-1]}, "has no valid curve"),
                           ({"bits_per_token": [float("nan")] * len(curve["masks"])}, "has no valid curve"),
                           ({"bits_per_token": [-1.0] * len(curve["masks"])}, "has no valid curve"),
-                          ({"masks": curve["masks"][1:]}, "has no valid"), ({"masks": 3}, "is damaged")):
+                          ({"masks": curve["masks"][1:]}, "has no valid"), ({"masks": 3}, "is damaged"),
+                          ({"masks": [0.5, *curve["masks"][1:]]}, "has no valid"),
+                          ({"masks": [1, 1, *curve["masks"][2:]]}, "has no valid"),
+                          ({"masks": [*curve["masks"][:-1], math.inf]}, "has no valid")):
         (folder / "curve.json").write_text(json.dumps(curve | change))
         assert_one_line(call("sample.py", folder, "--steps=auto"), words)
     (folder / "curve.json").write_text(json.dumps(curve))
@@ -313,6 +316,7 @@ def test_training_with_a_prefix(objective, call, data_dir, tmp_path):
     data = Windows(tokens, windows(tokens, 32, found["n_sequences"]), 32, 3, CPU, torch.float32)
     nats = bound(model, config.make_objective(meta["vocab_size"]), data, prefix_range=(0, 12))
     assert found["bits_per_token"] == pytest.approx(nats.mean().item() / math.log(2), rel=1e-5)
+    assert found["bits_per_byte"] == found["bits_per_char"]  # of ASCII
     assert found["bits_per_char"] == pytest.approx(nats.numpy() @ free / free.sum() / math.log(2), rel=1e-5)
     rows = json.loads(call("evaluate.py", out, "--context=8,0", "--json", "--data_dir", data_dir).out)["context"]
     assert [row["context"] for row in rows] == [0, 8] and rows[0]["gain"] == 0

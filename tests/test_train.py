@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import checkpoint
+import parallel
 from adapt import check_same_network
 from cli import UserError, matmul_peak
 from commands import losses, train
@@ -182,3 +183,11 @@ def test_matmul_peak(monkeypatch):
     clock = iter([time for i, duration in enumerate(durations) for time in (100 * i, 100 * i + duration)])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     assert matmul_peak(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 20
+
+
+def test_gradients_are_freed():
+    """In one process the memory of gradients is free between steps."""
+    model = small().make_model(27)
+    model(torch.zeros(1, small().seq_len, dtype=torch.long), torch.ones(1)).sum().backward()
+    parallel.clear_gradients(model, torch.optim.SGD(model.parameters()))
+    assert all(p.grad is None for p in model.parameters())
