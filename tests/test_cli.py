@@ -442,6 +442,7 @@ def test_flags_that_would_do_nothing(call, trained, data_dir, tmp_path):
             (["bench.py", "demo", "--estimate", "--repeats=3"], "times nothing: leave out --repeats"),
             (["demos.py", "caesar", "a text", "--dataset=text8"], "name one with -m CKPT"),
             (["demos.py", "perturb", "a text", "--dataset=text8"], "name one with -m CKPT"),
+            (["sample.py", trained, "--sampler=first_hitting", "--gamma=1", "--eta=0.1"], "use entropy_bound"),
             (["evaluate.py", trained, "--text", tmp_path / "text.txt", "--split=test"], "leave out --split"),
             (["evaluate.py", trained, "--text", tmp_path / "text.txt", "--dataset=tiny"], "leave out --dataset"),
             (["evaluate.py", trained, "--out_dir", tmp_path, "--data_dir", data_dir], "--out_dir needs"),

@@ -159,6 +159,7 @@ def test_who_steps_what():
     """Muon has the four matrices of each block, AdamW all else, and together they have every parameter once. SM3 has
     all, with the momentum beta1."""
     model = CFG.make_model(5)
+    assert make_optimizers(model, CFG, torch.device("cpu"), torch.bfloat16)[1].dtype is torch.bfloat16
     adamw, muon = make_optimizers(model, CFG, torch.device("cpu"), torch.float32)
     names = {p: name for name, p in model.named_parameters()}
     mine = [names[p] for group in muon.param_groups for p in group["params"]]

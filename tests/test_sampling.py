@@ -302,6 +302,16 @@ def test_entropy(dtype):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("sampler, flags", [(threshold, {"threshold": 1.0}), (entropy_bound, {"gamma": 0.0}),
+                                            (topk, {"k": 1})])
+def test_the_network_is_told_the_masks_that_are_left(sampler, flags):
+    """Four masks, a share of .8 of all tokens: the rates of .8, .6, .4 and .2 when they go one by one."""
+    told, objective = [], MDLM(2)
+    objective.time = lambda rate: told.append(rate.tolist()) or rate.float()
+    list(sampler(by_hand, torch.full((1, 4), 2), objective, draw(), torch.tensor([0.8], dtype=torch.float64), **flags))
+    assert told == [pytest.approx([rate]) for rate in (0.8, 0.6, 0.4, 0.2)]
+
+
 def test_entropy_bound_by_hand():
     """Entropies .0012, .0402, .1914, .5825 nats: their sum without the largest stays below gamma."""
     H = entropy(HAND, HAND.softmax(-1)).double()
