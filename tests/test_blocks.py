@@ -692,11 +692,11 @@ def test_commands(call, data_dir, tmp_path):
             (sample("--template=a__"), "sees only the text on"),
             (sample("--sampler=euler"), "--sampler euler"), (sample("--steps=auto"), "--steps N"),
             (call("sample.py", mdlm, "--no_cache"), "block diffusion"),
-            (sample("--length=70", "--context=11"), "use 16"), (score("--context=0,8"), "needs a masked model"),
+            (sample("--length=70", "--context=11"), "use 16"), (score("--context=0,8"), "of masks in whole texts"),
             (score("--T=8"), "T-step bound is for whole texts"),
             (call("demos.py", "loss", "some text", "-m", out), "use evaluate.py for its loss"),
-            (score("--block_size=5"), "no multiple of blocks of 5"), (score("--curve"), "needs a masked model"),
-            (score("--curse"), "needs a masked model"), (score("--seq_len=20"), "no multiple of blocks of 8"),
+            (score("--block_size=5"), "no multiple of blocks of 5"), (score("--curve"), "of masks in whole texts"),
+            (score("--curse"), "of masks in whole texts"), (score("--seq_len=20"), "no multiple of blocks of 8"),
             (call("evaluate.py", out, "--curve", "--block_size=4", "--data_dir", data_dir), "are for the bound")):
         assert_one_line(result, words)
     bad = lambda *flags: train(call, "mdlm_text8", data_dir, tmp_path / "bad", *flags)

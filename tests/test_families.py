@@ -81,9 +81,9 @@ def test_what_uniform_noise_has_not(call, run):
     for flag in ("--curve", "--curse", "--context=0,4", "--order=l2r"):
         assert_one_line(call("evaluate.py", out, flag), "trained with uniform noise", flag.split("=")[0])
     assert_one_line(call("evaluate.py", out, "--estimator=exact_k"), "--estimator exact_k does not work with")
-    assert_one_line(call("sample.py", out, "--sampler=topk"), "--sampler topk needs a masked model",
+    assert_one_line(call("sample.py", out, "--sampler=topk"), "--sampler topk needs a model of masks in whole texts",
                     "ancestral or analytic or euler")
-    assert_one_line(call("sample.py", out, "--steps=auto"), "auto needs a masked model")
+    assert_one_line(call("sample.py", out, "--steps=auto"), "auto needs a model of masks in whole texts")
     assert_one_line(call("sample.py", out, "--sampler=euler", "--top_k=2"), "--top_k changes",
                     "choose --sampler ancestral")
     assert call("sample.py", out, "--grid=1,0.5,0.4,0").code == 0
