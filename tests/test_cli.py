@@ -496,6 +496,7 @@ def test_other_bad_input(call, data_dir, trained, tmp_path, monkeypatch):
     few = "--check", "--seq_len=8", "--n_tokens=248"
     assert_one_line(go(*few), "256 draws of noise, and 31 windows have 31: use --repeats 9")
     assert_one_line(go(*few, "--repeats=8"), "31 windows have 248")
+    assert go("--check", "--seq_len=8", "--n_tokens=256", "--repeats=8").code != 2
     assert_one_line(go("--n_tokens=1" + "0" * 400), "is outside")
     assert_one_line(go("--check", "--order=l2r"), "not allowed with")
     for flag in ("--repeats=2", "--estimator=exact_k"):

@@ -475,7 +475,7 @@ def test_missing_and_damaged_data_sets(small):
         load_meta("pydoc_gpt2", small)
     with pytest.raises(UserError, match="run python data/prepare_gutenberg.py --tokenizer bpe:4096"):
         load_meta("gutenberg_bpe4096", small)
-    with pytest.raises(UserError, match="prepare_textfile.py FILE --name nothing"):
+    with pytest.raises(UserError, match=f"prepare_textfile.py FILE --name nothing --data_dir {small}, or name"):
         load_meta("nothing", small)
     with pytest.raises(UserError, match="7 tokens, fewer than one sequence of 8: use --seq_len=7"):
         load_split("small", "test", 8, small)
