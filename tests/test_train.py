@@ -163,6 +163,7 @@ def test_settings_of_the_weights_that_a_run_begins_with():
     assert "schedule" not in said({}, schedule="loglinear")
     assert "--predict_next would keep that" in said(dict(objective="ar"), objective="mdlm")
     assert "predict the next token'" in said(dict(objective="ar"), objective="block", block_size=8)
+    assert "predict the token itself'" in said({}, objective="ar", conditioning="none")  # no flag keeps it
 
 
 def test_pace(monkeypatch):
