@@ -16,8 +16,8 @@ from randomness import rng
 
 
 class Past(NamedTuple):
-    """What one transformer layer keeps of P tokens for the tokens that follow: keys, values, and with token_shift some
-    channels of its inputs."""
+    """Keys and values of P tokens in one transformer layer, and with token_shift some channels of its inputs: all that
+    the layer keeps of them for the tokens that follow."""
 
     keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
     values: torch.Tensor           # (B, heads, P, head_dim)

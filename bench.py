@@ -24,7 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
-from cli import (UserError, autocast, check_place, device_name, generator_on, matmul_peak, millions, named, note,
+from cli import (UserError, autocast, check_place, device_name, generator_on, in_short, matmul_peak, named, note,
                  number, pick_device, pick_dtype, progress, require, run, synchronize, table)
 
 import numpy as np
@@ -346,7 +346,7 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
              "drawing": drawing, "elsewhere": 1 - network - drawing}
             for way, (seconds, network, drawing, nfe) in medians.items()]
     print(f"{name}: {batch_size} samples of {cfg.seq_len} tokens, {objective.mask_id:,} different ones, an untrained "
-          f"network of {millions(model.n_params())} parameters, {device_name(device)}, {torch.get_num_threads()} "
+          f"network of {in_short(model.n_params())} parameters, {device_name(device)}, {torch.get_num_threads()} "
           f"threads, {str(dtype).removeprefix('torch.')}; "
           + (f"the first {first} steps of each" if first else f"{NAIVE} of the naive steps timed"))
     table(rows, {"sampler": ("", ""), "nfe": ("NFE", ".0f"), "seconds": ("seconds", ".2f"), "ratio": ("ratio", ".3f"),

@@ -78,8 +78,8 @@ def note(text):
     print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr)
 
 
-def millions(n):
-    """A number of parameters as text: 5.3M, or 46K."""
+def in_short(n):
+    """A number of parameters as short text: 5.3M, or 46K."""
     return f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n / 1e3:.0f}K"
 
 

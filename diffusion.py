@@ -356,8 +356,9 @@ class D3PM(Absorbing):
         return Noise(mask, (s / self.T).float(), L / mask.sum(1).float())
 
     def loss(self, model, x0, noise):
-        """As Absorbing.loss. nelbo is T times one random term of the sum over s. The loss is nelbo/T, that term, as in
-        the paper; its size counts beside lambda_ce, and for clipping."""
+        """The loss to minimise and the bound, as Absorbing.loss returns them. The bound is T times one random term of
+        the sum over s. The loss has this term itself, nelbo/T, as the paper has. Its size counts beside lambda_ce, and
+        for clipping."""
         if not self.lambda_ce:
             nelbo = self.nelbo(model, x0, noise)
             return nelbo.mean() / self.T, nelbo.detach()

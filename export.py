@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, millions
+from cli import UserError, in_short
 from configs import CONFIGS, same_run
 from data.loader import prepare_command
 from likelihood import plus_minus
@@ -103,7 +103,7 @@ def model_card(name, card, n_params, validation):
                                  "`--n_embd`) make a better one.")
     return "\n".join([
         "---", "tags:", "- text-diffusion", "- discrete-diffusion", "---", f"# {name}", "",
-        f"A discrete diffusion model of text, {millions(n_params)} parameters, trained as `{card['name']}` for "
+        f"A discrete diffusion model of text, {in_short(n_params)} parameters, trained as `{card['name']}` for "
         f"{card['step']:,} steps of {config['batch_size']} x {config['seq_len']} tokens of {card['meta'].get('name')}: "
         f"objective {config['objective']}{blocks}, noise {config['noise']}, schedule {config['schedule']}, "
         f"conditioning {config['conditioning']}.{began} The weights are the moving average.", "",

@@ -20,7 +20,7 @@ from cli import UserError, pick_device
 
 rank = int(os.environ.get("RANK", 0))
 world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # processes
 is_main = rank == 0
 
 # Processes that train one copy of the weights are a team. All are one team, unless form_teams is called.

@@ -31,7 +31,7 @@ def template(text, tokenizer, mask_id, name="--template"):
             continue
         count = match["count"]
         if count and count.isdecimal() and len(count) > 7:
-            raise UserError(f"{name} {text[:80]!r}: {match[0][:80]} is too long a blank: at most {{9999999}} goes")
+            raise UserError(f"{name} {text[:80]!r}: {match[0][:80]} is too long a blank: write {{9999999}} at most")
         if match["wrong"] or count is not None and not count.isdecimal():
             raise UserError(f"{name} {text[:80]!r}: {match[0][:80]!r} is not a blank (____ or {{12}}); write the "
                             r"characters { } _ \ as \{ \} \_ \\")

@@ -206,9 +206,8 @@ def read(path, hints=Hints()):
     try:
         expected = card.pop("weights_sha256", None) if card else payload.pop("sha256", None)
         intact = expected == digest(dict(sorted(payload.items())) if card else payload)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):  # digest() cannot read sparse
-        # tensors and those without data; the weights of a folder may be no dict
-        intact = False
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        intact = False  # sparse tensors and those without data, which digest() cannot read; weights that are no dict
     if not intact:
         raise UserError(f"{path} is damaged: " + ("the weights do not match the SHA-256 in config.json" if card else
                                                   "its contents do not match their SHA-256"))

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
-from cli import (UserError, autocast, device_name, generator_on, matmul_peak, memory_used, millions, named, pick_dtype,
+from cli import (UserError, autocast, device_name, generator_on, in_short, matmul_peak, memory_used, named, pick_dtype,
                  progress, require, run)
 
 import torch
@@ -267,7 +267,7 @@ def main():
         on_main(write)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
-    report(f"{name}: {millions(n_params)} parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
+    report(f"{name}: {in_short(n_params)} parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
            f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}"
            f"{f', {parallel.n_teams} workers that exchange every {cfg.local_steps} steps' if cfg.local_steps else ''}"
            f", {str(dtype).removeprefix('torch.')}"

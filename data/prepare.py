@@ -149,7 +149,7 @@ class DatasetWriter:
 
     def __enter__(self):
         if (self.folder / "meta.json").exists():
-            raise UserError(f"{self.folder} was prepared meanwhile by another process: nothing is left to do")
+            raise UserError(f"{self.folder} has a data set already: delete it to make it again, or choose another name")
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} exists and is not a data set: move it, or choose another name")
         try:

@@ -172,15 +172,11 @@ def load(path):
     """Return the contents of a file of torch.save, tensors on the CPU.
 
     Raises UserError if it is damaged or refused, and CannotOpen if the system does not let it be read."""
+    refuse_bomb(path)
     try:
-        with open(path, "rb") as file:
-            file.read(1)
-        refuse_bomb(path)
         return quietly(path)
-    except UserError:
-        raise
     except Exception as error:  # pickle, zip and zlib errors of many kinds, which mean nothing to a user
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's for a file that is too short
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: the file is too short
             raise CannotOpen(f"{path} cannot be read: {error.strerror}")
         reason = ""
     try:
@@ -197,7 +193,8 @@ def load(path):
     raise UserError(f"{path} cannot be read as a checkpoint: it is truncated, damaged or another kind of file{reason}")
 
 
-# What zipfile raises on a damaged archive: its own error, and those of the fields that it believes.
+# What zipfile raises on a damaged archive: its own error, and those of the fields that it believes (a compression that
+# does not exist is a NotImplementedError).
 ZIP_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, OverflowError, RuntimeError, ValueError,
               struct.error, zlib.error)
 

@@ -289,7 +289,7 @@ def test_bad_folders(saved, tmp_path, call, monkeypatch):
 
 
 def test_a_tokenizer_from_the_hub(saved, monkeypatch):
-    """What is not in the cache is fetched once, at the revision asked for; for a folder nothing is fetched."""
+    """A tokenizer that is not in the cache is fetched once, at the revision asked for. For a folder nothing is."""
     import huggingface_hub
     import transformers
     folder, calls, read = saved("bert")[0], [], transformers.AutoTokenizer.from_pretrained

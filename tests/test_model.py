@@ -431,9 +431,3 @@ def test_dropout_of_a_layer():
         torch.nn.init.normal_(layer.weight)
     assert torch.equal(block.train()(x, None, None, None), x)
     assert not torch.equal(block.eval()(x, None, None, None), x)
-    for layer in block.outputs():  # what comes from one of the two parts alone is dropped, too
-        others = [other for other in block.outputs() if other is not layer]
-        kept = others[0].weight.detach().clone()
-        torch.nn.init.zeros_(others[0].weight)
-        assert torch.equal(block.train()(x, None, None, None), x)
-        others[0].weight.data.copy_(kept)

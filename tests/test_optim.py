@@ -144,7 +144,7 @@ def test_precision():
 
 @pytest.mark.parametrize("kind", [Muon, SM3])
 def test_a_bad_step_does_nothing(kind):
-    """With a gradient of nans, neither weights nor state move; a good step moves both."""
+    """A gradient of nans moves neither weights nor state. A good step moves both."""
     p = torch.nn.Parameter(torch.randn(4, 8))
     optimizer = kind([p], lr=0.1, weight_decay=0.1)
     for bad in (True, False, True):
