@@ -159,6 +159,9 @@ def pick_estimator(subject, args):
         if subject.config.schedule not in WHOLE:
             raise UserError(f"the T-step bound needs a schedule from alpha = 1 to 0, which schedule="
                             f"{subject.config.schedule} of {subject.path} is not: leave out --T and --estimator")
+        if objective.normalised_twin:
+            raise UserError(f"the T-step bound needs a normalised prediction, which that of {subject.path} is not: add "
+                            "--normalised, or leave out --T and --estimator")
     elif estimator not in objective.estimators:
         raise UserError(f"--estimator {estimator} does not work with {subject.path}: choose "
                         f"{' or '.join(objective.estimators)}")
@@ -166,9 +169,9 @@ def pick_estimator(subject, args):
 
 
 def pick_estimators(one, two, args):
-    """The estimators for a comparison: of d3pm and mdlm the bound that both have, in continuous time."""
+    """The estimators for a comparison. With masks it is the bound in continuous time if only one has T steps."""
     estimators = [pick_estimator(subject, args) for subject in (one, two)]
-    if set(estimators) == {"t_step", "exact_k"} and all(s.config.objective_class.any_order for s in (one, two)):
+    if set(estimators) == {"t_step", "exact_k"} and all("exact_k" in s.objective().estimators for s in (one, two)):
         return ["exact_k", "exact_k"]
     return estimators
 
@@ -357,6 +360,8 @@ def main():
     if mode and (args.estimator or args.T or args.repeats > 1 or args.baselines or args.normalised or args.block_size):
         raise UserError("--estimator, --T, --repeats, --normalised, --block_size and --baselines are for the bound: "
                         f"leave them out with --{mode}")
+    if mode == "samples" and args.n_tokens:
+        raise UserError("--samples compares with as many windows as there are samples: leave out --n_tokens")
     if mode == "samples" and args.text:
         raise UserError("--samples compares with the data set: leave out --text")
     if mode != "samples" and (args.judge or args.sampler or given_flags(args, args.steps) or cuts(args)):

@@ -21,6 +21,7 @@ import unicodedata
 from pathlib import Path
 
 from cli import UserError
+from data.tokenizer import CharTokenizer
 
 MASK = "\N{LIGHT SHADE}"
 HIGHLIGHT, RESET = "\x1b[1;32m", "\x1b[0m"
@@ -216,12 +217,13 @@ def html(history, tokenizer, title):
     mask_id = history.mask_id
     used = {mask_id, *itertools.chain(*history.start), *(event[2] for events in history.events for event in events)}
     pieces = {token: piece(token, mask_id, tokenizer) for token in sorted(used)}
-    if tokenizer.unit != "char":
+    unit = "char" if isinstance(tokenizer, CharTokenizer) else "token"
+    if unit == "token":
         pieces[mask_id] = 3 * MASK  # about as wide as a token
     events = [[(step, i, token, p if p is None else float(f"{p:.3g}")) for step, i, token, p in events]
               for events in history.events]
     samples = [{"start": start, "events": events} for start, events in zip(history.start, events)]
-    data = json.dumps({"title": title, "unit": tokenizer.unit, "mask": mask_id, "steps": history.steps,
+    data = json.dumps({"title": title, "unit": unit, "mask": mask_id, "steps": history.steps,
                        "pieces": pieces, "samples": samples}, separators=(",", ":"))
     page = (Path(__file__).parent / "player.html").read_text(encoding="utf-8")
     return page.replace("DATA", data.replace("<", "\\u003c"))  # so that no text can end the script element

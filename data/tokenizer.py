@@ -56,10 +56,11 @@ class CharTokenizer:
     pad: the character of the alphabet, or None, that fills items up to their length and is no part of the text.
     """
 
-    unit, space_first = "char", False
+    space_first = False
 
     def __init__(self, alphabet, pad=None):
         self.alphabet, self.vocab_size, self.pad = alphabet, len(alphabet), pad
+        self.unit = "token" if pad else "char"  # the pad is a token, and no character
         self.ids = {ord(character): i for i, character in enumerate(alphabet)}
         self.end = alphabet.index(pad) if pad else None
 
@@ -75,9 +76,9 @@ class CharTokenizer:
         return "".join(self.alphabet[i] for i in ids if self.alphabet[i] != self.pad)
 
     def lengths(self):
-        """Return the length of each token: (V,) in characters, (V,) in bytes of UTF-8. The pad is no text: 0 bytes."""
-        return (np.ones(self.vocab_size, dtype=int),
-                np.array([0 if c == self.pad else len(c.encode()) for c in self.alphabet]))
+        """Return the length of each token: (V,) in characters, (V,) in bytes of UTF-8. The pad is no text: 0 and 0."""
+        texts = ["" if c == self.pad else c for c in self.alphabet]
+        return np.array([len(text) for text in texts]), np.array([len(text.encode()) for text in texts])
 
 
 class GPT2Tokenizer:

@@ -151,7 +151,8 @@ class MaskedLM(nn.Module):
         setattr(model, model.base_model_prefix, PassThrough())
         self.head = model
         if checkpoint_blocks:
-            self.body.gradient_checkpointing_enable()
+            enable = getattr(self.body, "activation_checkpointing_enable", None)  # its name in newer versions
+            (enable or self.body.gradient_checkpointing_enable)()
         self.n_before, self.first, self.autocast = len(backbone["before"]), backbone["first"], backbone["autocast"]
         left_out = set(backbone["left_out"])
         tokens = [i for i in range(self.body.config.vocab_size) if i not in left_out][:vocab_size]

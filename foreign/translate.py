@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from cli import UserError, note, number
 from configs import Config
-from data.tokenizer import KNOWN, characters
+from data.tokenizer import KNOWN, CharTokenizer, characters
 from diffusion import Noise
 from foreign import ddit, gpt2, masked_lm
 from foreign.files import BUFFERS, plain_key, rename, tensors
@@ -267,7 +267,7 @@ def plausible(model, objective, tokenizer, seq_len, device):
     else:
         logits = objective.predict(model, x0, Noise(where, t, t))
     ce = F.cross_entropy(logits.float(), x0[where]).item()
-    if tokenizer.unit != "char":
+    if not isinstance(tokenizer, CharTokenizer):
         return ce, TOKEN_NATS
     share = torch.bincount(x0[0].cpu()).double() / x0.shape[1]
     return ce, -torch.xlogy(share, share).sum().item()

@@ -91,8 +91,8 @@ def curve(subject, folder, seed, out):
 def measure_curse(model, objective, data, n_chars, seed=0):
     """Cost of predicting k tokens at once, compared with one by one, all others visible; nats per character of the k.
 
-    Returns [{tokens: k, characters, parallel, sequential, gap, stderr}], means over windows. n_chars (V,): characters
-    of each token. Both costs come from one pass that reveals a window in random order. The parallel cost is the sum of
+    Returns [{tokens: k, characters, parallel, sequential, gap, stderr}], means over windows, for all k whose tokens
+    have any characters. n_chars (V,): characters of each token. Both costs come from one pass that reveals a window in random order. The parallel cost is the sum of
     the cross-entropies of all masks when k are left. The sequential cost is the sum of those of each of the k tokens
     just before it is revealed. For the Bayes-optimal network the expected gap is the total correlation of the k tokens
     given the others.
@@ -114,6 +114,8 @@ def measure_curse(model, objective, data, n_chars, seed=0):
         prices.append(torch.stack([torch.stack(at_once)[left], each[left], torch.stack(size)[left]]).cpu().double())
     rows = []
     for k, parallel, sequential, size in zip(ks, *torch.cat(prices, 2)):
+        if not size.sum():  # these tokens are pads or later parts of characters
+            continue
         gap = (parallel - sequential).sum() / size.sum()
         _, error = mean_and_error((parallel - sequential - gap * size) / size.mean())  # of a ratio of means
         rows.append(dict(tokens=k, characters=size.mean().item(), parallel=(parallel.sum() / size.sum()).item(),
@@ -164,7 +166,7 @@ def measure_context(model, objective, data, contexts, seed=0, knows_prefixes=Fal
             u, v, pick = (x[:, 0] for x in repeated_uniforms(seed, chunk, n, 1, data.seq_len - most))
             v = give_prefix(torch.nn.functional.pad(v, (c, 0)), [c] * len(chunk))
             noise = draw(u, v, pick)
-            if not knows_prefixes:
+            if c and not knows_prefixes:  # with c = 0 the time is right, and float32 could round it to the next step
                 rate = 1 - objective.schedule.alpha(noise.t.double())
                 noise = noise._replace(t=objective.time(rate * (1 - c / v.shape[1])))
             x0 = gather(data.tokens, data.starts[chunk] + most - c, v.shape[1])

@@ -40,7 +40,7 @@ def ngrams(words, n):
 
 
 def distinct(texts, n):
-    """Share of different word n-grams among those of all texts (distinct-n, arXiv 1510.03055).
+    """Share of different word n-grams among those of all texts (distinct-n; arXiv 1510.03055 divides by the words).
 
     It decreases with more text. None if no text has n words.
     """
@@ -49,7 +49,10 @@ def distinct(texts, n):
 
 
 def repetition(texts, n):
-    """Share of word n-grams that occurred before in their text (seq-rep-n, arXiv 1908.04319). None: no text has any."""
+    """Share of word n-grams, of all texts together, that occurred before in their text. None if no text has any.
+
+    seq-rep-n of arXiv 1908.04319 is the mean of this share over texts.
+    """
     found = [ngrams(text.split(), n) for text in texts]
     return 1 - sum(len(set(grams)) for grams in found) / sum(map(len, found)) if any(found) else None
 
@@ -78,6 +81,9 @@ class Judge:
         if config.objective != "ar":
             raise UserError(f"{path} cannot be a judge: its objective is {config.objective}, and a judge needs ar "
                             "(`python train.py ar_...`)")
+        if config.prefix_range[0]:
+            raise UserError(f"{path} cannot be a judge: it needs a prefix ({config.prefix}), and a judge scores whole "
+                            "texts")
         self.objective, self.length = AutoRegressive(meta["vocab_size"]), config.seq_len
         self.name, self.meta, self.tokenizer, self.device, self.dtype = path, meta, make_tokenizer(meta), device, dtype
 
@@ -112,6 +118,12 @@ class TransformersJudge:
         if start is None:
             raise UserError(f"hf://{name} has no start token: choose another judge")
         self.name, self.meta, self.start, self.device, self.dtype = f"hf://{name}", None, start, device, dtype
+        with torch.no_grad():  # BERT and its kin are loaded, too, and see the tokens that they predict
+            one, two = (self.cross_entropies(torch.tensor([[start, last, start]], device=device))[0, 0]
+                        for last in (0, 1))
+        if abs(one - two) > 1e-4:
+            raise UserError(f"hf://{name} sees the text on the right of a token, so it cannot be a judge: choose a "
+                            "causal language model")
 
     def encode(self, text):
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -195,7 +207,7 @@ def read_samples(path):
 def draw_samples(subject, objective, given, settings, seed):
     """Draw texts that continue the prefixes given (n, c); c = 0 if the model was trained without a prefix.
 
-    Returns n texts, the mean numbers of network evaluations and of tokens that the network read, per text, and seconds.
+    Returns n texts without their prefixes, the mean numbers of network evaluations and of tokens that the network read, per text, and seconds.
     """
     data, denoiser, texts, start = subject.data, Counted(subject.model), [], time.perf_counter()
     generator, (n, c) = generator_on(data.device, seed), given.shape
@@ -204,15 +216,16 @@ def draw_samples(subject, objective, given, settings, seed):
         xt = torch.nn.functional.pad(given[i:i + data.batch_size], (0, data.seq_len - c), value=objective.mask_id)
         with autocast(data.device, data.dtype):
             *_, state = denoise(settings, objective, denoiser, xt.to(data.device), subject.config, 0, generator, end)
-        texts += [text_of(*pair, end, subject.tokenizer) for pair in zip(state.xt.tolist(), xt.tolist())]
+        texts += [text_of(*pair, end, subject.tokenizer) for pair in zip(state.xt[:, c:].tolist(), xt[:, c:].tolist())]
     return texts, denoiser.sequences / n, denoiser.tokens / n, time.perf_counter() - start
 
 
 def measure(subject, samples, judge, settings, seed):
-    """Measure samples of each of several sampling.Settings, and as many windows of real text, if there are so many.
+    """Measure samples of each of several sampling.Settings, and as many pieces of real text, if there are so many.
 
     Returns [{sampler, steps, nfe, ...}]. samples: their number, or texts. subject: a subject.Subject. judge: from
-    open_judge, or None.
+    open_judge, or None. Pieces are as long as the samples are: of texts, on average; without the prefix of a model that
+    needs one.
     """
     rows, objective, data = [], subject.objective(), subject.data
     known = words_of(subject.read_split("train"), subject.tokenizer)
@@ -223,10 +236,14 @@ def measure(subject, samples, judge, settings, seed):
         row |= more | {"n_samples": len(texts), **statistics_of(texts, subject.tokenizer, known)}
         rows.append(row | (judged(judge, texts, data.batch_size) if judge else {}))
 
+    c, length = 0, data.seq_len
     if isinstance(samples, list):
         add("file", samples)
+        if "record" not in subject.meta:
+            n_tokens = [len(ids_of(text, subject.tokenizer)) for text in samples]
+            length = min(max(1, round(sum(n_tokens) / len(samples))), len(data.tokens))
     else:
-        starts, c = windows(data.tokens, data.seq_len, samples), subject.config.prefix_range[0]
+        starts, c = windows(data.tokens, length, samples), subject.config.prefix_range[0]
         given = gather(data.tokens, np.resize(starts, samples), c)
         for way in settings:
             texts, nfe, tokens_read, seconds = draw_samples(subject, objective, given, way, seed)
@@ -234,8 +251,8 @@ def measure(subject, samples, judge, settings, seed):
             others = " ".join(f"{key}={value}" for key, value in options.items() if value != "")
             add(way.sampler, texts, steps=way.steps, setting=others or None, nfe=nfe, tokens_read=tokens_read,
                 temperature=way.temperature, top_p=way.top_p, top_k=way.top_k or None, seed=seed, seconds=seconds)
-    starts = windows(data.tokens, data.seq_len, len(samples) if isinstance(samples, list) else samples)
-    add("real text", [subject.tokenizer.decode(data.tokens[i:i + data.seq_len]) for i in starts])
+    starts = windows(data.tokens, length, len(samples) if isinstance(samples, list) else samples)
+    add("real text", [subject.tokenizer.decode(data.tokens[i + c:i + length]) for i in starts])
     return rows
 
 

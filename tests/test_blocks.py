@@ -687,6 +687,10 @@ def test_commands(call, data_dir, tmp_path):
     one, two = (json.loads(call("evaluate.py", *pair, "--json", "--data_dir", data_dir).out)
                 for pair in ((mdlm, out), (out, mdlm)))  # the rates of one of them have an order
     assert one["difference"] == -two["difference"] and one["difference_stderr"] == two["difference_stderr"]
+    d3pm = mdlm.parent / "d3pm"
+    assert train(call, "d3pm_text8", data_dir, d3pm, "--max_steps=1").code == 0
+    models = json.loads(call("evaluate.py", d3pm, out, "--json", "--data_dir", data_dir).out)["models"]
+    assert all("exact k" in model["estimator"] for model in models)  # not the bound of d3pm's T steps
     for result, words in (
             (sample("--suffix=ab"), "sees only the text on the left"),
             (sample("--template=a__"), "sees only the text on"),

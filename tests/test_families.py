@@ -92,6 +92,15 @@ def test_what_uniform_noise_has_not(call, run):
         assert_one_line(call("bench.py", "udlm_text8", "--samplers"), "is not one: choose a masked config")
 
 
+def test_the_t_step_bound_of_score_entropy(call, data_dir, tmp_path):
+    """It needs the normalised prediction."""
+    out = tmp_path / "out"
+    assert train(call, "sedd_text8", data_dir, out, "--schedule=linear", "--conditioning=time", "--max_steps=1").code == 0
+    assert_one_line(call("evaluate.py", out, "--T=50"), "add --normalised")
+    assert json.loads(call("evaluate.py", out, "--T=50", "--normalised", "--json").out)["estimator"] == (
+        "T-step bound, T = 50, normalised")
+
+
 @pytest.mark.parametrize("run", ["sedd"], indirect=True)
 def test_fine_tuning(call, run, data_dir, tmp_path):
     """--init_from says what the weights were trained for, and refuses those of another network of the same shapes."""

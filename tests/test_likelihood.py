@@ -400,6 +400,14 @@ def test_curse_is_the_total_correlation():
         assert row["parallel"] - row["sequential"] == pytest.approx(row["gap"])
 
 
+def test_curse_of_tokens_without_characters():
+    """Nothing is said of k tokens that have no characters, such as pads."""
+    x0 = torch.tensor([[0, 0, 0], [0, 0, 1]])
+    last = [row["characters"] for row in measure_curse(world.oracle, MDLM(MASK), windows_of(x0), torch.tensor([0, 1, 1]))]
+    assert last and 0 not in last
+    assert measure_curse(world.oracle, MDLM(MASK), windows_of(x0[:1]), torch.tensor([0, 1, 1])) == []
+
+
 def test_errors_of_the_curse():
     """They are the spread of the gap over many texts, of tokens with very different numbers of characters."""
     found = [measure_curse(world.oracle, MDLM(MASK), windows_of(world_text(50, seed)), torch.tensor([1, 60, 1]), seed)

@@ -20,7 +20,7 @@ from cli import UserError
 from commands import ROOT, assert_one_line, log, train
 from data.loader import load_split, windows
 from data.tokenizer import CharTokenizer, make_tokenizer, tokens_of
-from diffusion import MDLM
+from diffusion import D3PM, MDLM
 from likelihood import Windows, bound
 from model import DiT
 from prompts import canvases, template, windows_of
@@ -370,6 +370,21 @@ def test_the_time_told_with_context(prefix, most):
     assert told[0].max() > 0.9 and 0.9 * most < told[1].max() <= most and len(told) == 2
     assert all(torch.equal(a, b) for a, b in zip(*seen))
     assert [row["bits"] for row in rows] == pytest.approx([np.log(27)] * 2)
+
+
+def test_the_step_told_without_context():
+    """evaluate.py --context 0 tells a network of T steps the step that was drawn."""
+    told, objective = [], D3PM(27, T=1000)
+
+    def model(xt, t, where):
+        told.append(t)
+        return torch.zeros(len(where), 27)
+
+    tokens, starts = np.zeros(8 * 1000, dtype=np.uint16), np.arange(0, 8 * 1000, 8)
+    data = Windows(tokens, starts, 8, 1000, torch.device("cpu"), torch.float32)
+    measure_context(model, objective, data, [0])
+    bound(model, objective, data, estimator="t_step")
+    assert torch.equal(*told)
 
 
 def test_the_curve_of_a_model_that_needs_a_prefix():

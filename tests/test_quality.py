@@ -11,6 +11,8 @@ import torch
 import storage
 from cli import UserError
 from commands import assert_one_line, train
+from hub_models import make
+from studies import quality
 from studies.quality import (Judge, TransformersJudge, distinct, judged, open_judge, read_samples, repetition,
                              unigram_entropy)
 
@@ -165,6 +167,27 @@ def test_samples(call, trained, ar, tiny_gpt2, data_dir, tmp_path):
     assert rows[0]["sampler"] == "left_to_right" and rows[0]["nfe"] == 32 and "judge_perplexity" not in rows[0]
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """The lists of texts whose statistics were computed."""
+    found, real = [], quality.statistics_of
+    monkeypatch.setattr(quality, "statistics_of", lambda texts, *more: found.append(texts) or real(texts, *more))
+    return found
+
+
+def test_real_text_is_as_long_as_the_samples(call, trained, data_dir, tmp_path, measured):
+    """As long as texts of a file are on average; and a prefix, which the model does not write, is not measured."""
+    (tmp_path / "lines.txt").write_text("a" * 100 + "\n" + "b" * 60 + "\n")
+    assert call("evaluate.py", trained, "--samples", tmp_path / "lines.txt", "--data_dir", data_dir, "--out_dir",
+                tmp_path).code == 0
+    assert [len(text) for text in measured.pop()] == [80, 80]
+    out = tmp_path / "out"
+    assert train(call, "mdlm_text8", data_dir, out, "--prefix=fixed:20", "--max_steps=1").code == 0
+    assert call("evaluate.py", out, "--samples=3", "--steps=2", "--data_dir", data_dir).code == 0
+    drawn, real = measured[-2:]
+    assert [len(text) for text in drawn + real] == 6 * [12]
+
+
 def test_read_samples(tmp_path):
     """JSON of sample.py, or a line per sample."""
     (tmp_path / "a.json").write_text(json.dumps({"samples": [{"text": "one\ntwo"}, {"text": "three"}]}))
@@ -188,6 +211,7 @@ def test_bad_samples(call, trained, ar, data_dir, tmp_path):
     assert_one_line(go("--samples", "0"), "outside [1, 1000000]")
     assert_one_line(go("--samples", "\u00b2"), "neither a number nor a file")
     assert_one_line(go("--samples", "2", "--text", tmp_path / "bad.json"), "leave out --text")
+    assert_one_line(go("--samples", "2", "--n_tokens=64"), "leave out --n_tokens")
     for flag in (("--judge", ar), ("--steps=3",), ("--sampler=topk",), ("--gamma=1",), ("--top_p=0.5",)):
         assert_one_line(go(*flag), "need --samples")
     assert_one_line(go("--samples=2", "--sampler=topk,remdm", "--gamma=1"), "--sampler topk does not use --gamma")
@@ -204,6 +228,11 @@ def test_bad_samples(call, trained, ar, data_dir, tmp_path):
         assert_one_line(call("sample.py", tmp_path / "broken.pt", "--temperature=0", "--sampler", sampler), "not finite")
     assert_one_line(go("--samples", "2", "--judge", trained), "cannot be a judge: its objective is mdlm")
     assert_one_line(go("--samples", "2", "--judge", "hf://" + str(tmp_path)), "cannot be loaded as a causal language")
+    for part in make("roberta"):
+        part.save_pretrained(tmp_path / "roberta")
+    assert_one_line(go("--samples", "2", "--judge", f"hf://{tmp_path / 'roberta'}"), "sees the text on the right")
+    assert train(call, "ar_text8", data_dir, tmp_path / "after", "--prefix=fixed:8", "--max_steps=1").code == 0
+    assert_one_line(go("--samples", "2", "--judge", tmp_path / "after"), "cannot be a judge: it needs a prefix")
     assert_one_line(go("--samples", "2", "--sampler=best"), "'best' is unknown: choose from ancestral")
     assert_one_line(go("--samples", "2", "--steps=4,x"), "'x' is not an integer")
     assert_one_line(go("--samples", "2", "--out_dir", tmp_path / "nowhere"), "is not a folder")

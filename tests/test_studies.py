@@ -152,7 +152,7 @@ def test_slow_links(answers, monkeypatch, tmp_path):
 
 def test_two_estimates(monkeypatch, tmp_path, capsys):
     """Every run inside the folders is checked once; one that disagrees ends the command with exit code 1."""
-    for name in ("a/one", "a/two", "b", "nan"):
+    for name in ("a/one", "a/two", "b", "nan", "after"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "ckpt.pt").touch()
     calls = []
@@ -167,7 +167,8 @@ def test_two_estimates(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(runs, "call", answer)
     monkeypatch.setattr(storage, "read", lambda out: {
-        "config": {"seq_len": 8, "objective": "ar" if out.name == "two" else "mdlm"}, "ema": weights})
+        "config": {"seq_len": 8, "objective": "ar" if out.name in ("two", "after") else "mdlm",
+                   "prefix": "fixed:4" if out.name == "after" else "none"}, "ema": weights})
     weights = {"one": 1}
     go_on = lambda *folders: (monkeypatch.setattr(sys, "argv", ["two_estimates.py", *map(str, folders)]),
                               two_estimates.main())
@@ -188,6 +189,8 @@ def test_two_estimates(monkeypatch, tmp_path, capsys):
     for _ in range(2):
         go_on(tmp_path / "a" / "one", *again)
     assert len(calls) == 7 and 8 * 199 in calls[-1][1]
+    go_on(tmp_path / "after")  # an exact likelihood, given prefixes
+    assert len(calls) == 7 and "no second way" in capsys.readouterr().out
 
 
 def test_tokens(answers, monkeypatch, tmp_path):
