@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from cli import UserError
-from data.tokenizer import describes_tokens
+from data.tokenizer import describes_tokens, id_type
 from randomness import rng
 
 DATA_DIR = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")
 VARIANTS = {"shakespeare27": "shakespeare.py --alphabet text8", "wikitext103": "wikitext.py --large"}
-OTHER_TOKENS = re.compile(r"(gutenberg|pydoc|wikitext|wikitext103)_(gpt2|bert|bpe\d+)")  # prepare.folder_of names them
+# Data sets in other tokens, as prepare.folder_of names them.
+OTHER_TOKENS = re.compile(r"(pydoc(?=_gpt2)|gutenberg(?!_bert)|wikitext|wikitext103)_(gpt2|bert|bpe\d+)")
 
 
 def prepare_command(name, meta={}):
@@ -81,7 +82,7 @@ def recode(tokens, data_meta, meta, dataset):
     if ours == theirs or not ours or not set(ours) <= set(theirs):
         check_same_tokens(meta, data_meta, dataset)
         return tokens
-    return np.array([theirs.index(symbol) for symbol in ours], dtype=np.uint16)[tokens]
+    return np.array([theirs.index(symbol) for symbol in ours], dtype=id_type(len(theirs)))[tokens]
 
 
 def check_same_data(meta, other, dataset, owner):

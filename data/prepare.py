@@ -26,7 +26,8 @@ from data.tokenizer import id_type
 
 def parser(description):
     p = ArgumentParser(description=description)
-    p.add_argument("--data_dir", type=Path, default=DATA_DIR, help="folder to write NAME/ into (default: data/)")
+    p.add_argument("--data_dir", type=lambda text: Path(text or DATA_DIR), default=DATA_DIR,
+                   help="folder to write NAME/ into (default: data/)")
     return p
 
 
@@ -124,7 +125,7 @@ def read_text(path):
         if str(path).endswith(".gz"):
             content = gzip.decompress(content)
         elif str(path).endswith(".xz"):
-            content = lzma.decompress(content)
+            content = unpack_xz(content)
         text = content.decode("utf-8-sig")  # without the byte order mark of some editors
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path} is not a complete compressed file: {error}")
@@ -136,6 +137,18 @@ def read_text(path):
     return text
 
 
+def unpack_xz(content):
+    """Decompress all streams of an .xz file. lzma.decompress would leave out a damaged one that is not the first."""
+    parts = []
+    while content := content.lstrip(b"\0"):  # zeros may follow a stream
+        unpacker = lzma.LZMADecompressor()
+        parts.append(unpacker.decompress(content))
+        if not unpacker.eof:
+            raise EOFError("its end is missing")
+        content = unpacker.unused_data
+    return b"".join(parts)
+
+
 class DatasetWriter:
     """Write a data set into a temporary folder beside its place; leaving the `with` block renames the folder.
 
@@ -144,7 +157,7 @@ class DatasetWriter:
     """
 
     def __init__(self, folder, meta):
-        self.folder, self.meta = Path(folder), meta
+        self.folder, self.meta = Path(os.path.realpath(folder)), meta  # the folder may be a link to another disk
         self.dtype = id_type(meta["vocab_size"])
 
     def __enter__(self):
@@ -193,6 +206,10 @@ class DatasetWriter:
                     sha256={split: digest.hexdigest() for split, digest in self.hashes.items()})
         (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         self.temporary.chmod(0o755)
-        os.rename(self.temporary, self.folder)
+        try:
+            os.rename(self.temporary, self.folder)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}), perhaps because another command made it "
+                            "meanwhile: nothing was changed there")
         sizes = ", ".join(f"{split} {self.sizes[split]:,}" for split in SPLITS)
         note(f"{self.folder}: {sizes} tokens, vocabulary of {meta['vocab_size']:,}")

@@ -29,8 +29,6 @@ from data.tokenizer import KNOWN, TEXT8_ALPHABET, make_tokenizer, size_of_bpe, t
 
 LIST = Path(__file__).with_name("gutenberg.tsv")
 URL = "https://raw.githubusercontent.com/{repo}/{commit}/{path}"
-NAMES = "zero one two three four five six seven eight nine".split()
-SPELLED = str.maketrans({str(digit): f" {name} " for digit, name in enumerate(NAMES)} | {"'": " ", "\u2019": " "})
 MARKS = re.compile(r"(?i)\[(?:Illustration|Frontispiece)[^\]]*\]|\[(?:Footnote|Transcriber.s note)[^:\]]*:|\[\d+\]")
 CREDIT = re.compile(r"(?i)project gutenberg|proofread|\be-?(book|text)\b|https?:|www\.|transcriber.s note")
 CREDIT_IN_FRONT = re.compile(r"(?i)\W*(produced|prepared|transcribed|scanned)\b|.*(italics|asterisk|hyphenat|spelling)")
@@ -74,7 +72,7 @@ def is_prose(paragraph):
 
 
 def normalise(text):
-    return " ".join(text8_words(text.translate(SPELLED)))
+    return " ".join(text8_words(text, spelled=True))
 
 
 def download(url):

@@ -8,11 +8,14 @@ corpus.
     python data/prepare_openwebtext.py --file shard-*.parquet    # .parquet, .jsonl (field text) or .txt (a line each)
 """
 
+import glob
 import hashlib
 import itertools
 import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +52,15 @@ def load_documents(files):
         kinds = {READERS.get(Path(file).suffix) for file in files}
         if None in kinds or len(kinds) > 1:
             raise UserError(f"--file takes files of one kind, one of {', '.join(READERS)}")
-        documents = load_dataset(kinds.pop(), data_files=list(map(str, files)), split="train")
+        documents = load_dataset(kinds.pop(), data_files=[glob.escape(str(file)) for file in files], split="train")
     except (OSError, ConnectionError, DatasetGenerationError, ValueError, StopIteration) as error:
         reason = (str(error.__cause__ or error).strip() or "it is empty").split("\n")[0][:150]
         raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({reason})"
                         + ("" if files else "; download its parquet files elsewhere and pass --file"))
     if "text" not in documents.column_names:
         raise UserError(f"{files[0]} has no column `text`, only {', '.join(documents.column_names)}")
+    if (kind := getattr(documents.features["text"], "dtype", "list")) not in ("string", "large_string", "null"):
+        raise UserError(f"the column `text` of {files[0]} has values of type {kind}, and not text")
     return documents
 
 
@@ -68,6 +73,7 @@ def encode(texts):
     """Encode documents as {split: (tokens, bytes)}, with end-of-text, which has no bytes, after each document."""
     tokens, n_bytes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     for text in filter(None, texts):  # a document may have no text
+        text = text.removeprefix("\ufeff")  # the byte order mark of some editors
         place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") / 2**64
         split = "test" if place < held_out else "val" if place < 2 * held_out else "train"
         tokens[split] += [tokenizer.encode(text), [tokenizer.end]]
@@ -92,15 +98,21 @@ def main():
     GPT2Tokenizer()  # fails here, in one line, if there is no vocabulary; else fills the cache for the workers
     meta = dict(KNOWN["openwebtext"], name="openwebtext", source=", ".join(args.file) if args.file else SOURCE,
                 request=request)
-    pool = multiprocessing.get_context("spawn").Pool(args.num_proc, start_worker, (args.held_out,))
+    pool = ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("spawn"), start_worker, (args.held_out,))
     with DatasetWriter(folder, meta) as writer, pool, progress(total=len(documents), unit="doc") as bar:
         batches = (batch["text"] for batch in documents.iter(BATCH))
-        # Pool.imap would read the whole corpus ahead; waves of a few batches per process keep memory bounded.
-        while wave := list(itertools.islice(batches, 8 * args.num_proc)):
-            for texts, encoded in zip(wave, pool.imap(encode, wave)):
-                for split, (ids, n_bytes) in encoded.items():
-                    writer.append(split, ids, n_bytes)
-                bar.update(len(texts))
+        try:
+            # pool.map would read the whole corpus ahead; waves of a few batches per process keep memory bounded.
+            while wave := list(itertools.islice(batches, 8 * args.num_proc)):
+                for texts, encoded in zip(wave, pool.map(encode, wave)):
+                    for split, (ids, n_bytes) in encoded.items():
+                        writer.append(split, ids, n_bytes)
+                    bar.update(len(texts))
+        except BrokenProcessPool:
+            raise UserError("a process ended, perhaps for lack of memory: use a smaller --num_proc")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 if __name__ == "__main__":

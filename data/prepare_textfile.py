@@ -81,15 +81,22 @@ def main():
 
 def whole_lines(train, val, test):
     """The same splits, with the beginnings of val and test moved to that of a line, so that no token is cut there."""
-    moved = test.find("\n") + 1
+    moved = next_line(test)
     val, test = val + test[:moved], test[moved:]
-    moved = val.find("\n") + 1
+    moved = next_line(val)
     return {"train": train + val[:moved], "val": val[moved:], "test": test}
 
 
+def next_line(text):
+    """The place of the first line in the first half of a text, after its beginning. If there is none, of the first
+    space: a text may have few lines."""
+    half = len(text) // 2
+    return text.find("\n", 0, half) + 1 or max(text.find(" ", 0, half), 0)
+
+
 def encode(text, tokenizer):
-    """Encode chunk by chunk. Chunks end after a single line break, where GPT-2's, RoBERTa's and BERT's tokens end."""
-    lines = re.split(r"(?<=\S\n)(?=\S)", text)
+    """Encode chunk by chunk. Chunks end after a line break, where GPT-2's, RoBERTa's and BERT's tokens end."""
+    lines = re.split(r"(?<=\S\n)(?=\S)|(?<=\n)(?= \S)", text)
     chunks, size = [[]], 0
     for line in lines:
         if size > CHUNK:

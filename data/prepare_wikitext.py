@@ -8,6 +8,7 @@
 """
 
 import functools
+import glob
 import sys
 from pathlib import Path
 
@@ -34,11 +35,11 @@ def texts(large, files):
             raise UserError(f"no such file: {file}")
     try:
         if files:
-            found = load_dataset("parquet", data_files=dict(zip(SPLITS, files)))
+            found = load_dataset("parquet", data_files=dict(zip(SPLITS, map(glob.escape, files))))
         else:
             found = load_dataset(SOURCE, f"wikitext-{103 if large else 2}-raw-v1")
             found = {"train": found["train"], "val": found["validation"], "test": found["test"]}
-        return ["".join(found[split]["text"]) for split in SPLITS]
+        return ["".join(filter(None, found[split]["text"])) for split in SPLITS]
     except (OSError, ConnectionError, DatasetGenerationError, KeyError, ValueError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0][:150]
         raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({reason})"

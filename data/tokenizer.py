@@ -139,6 +139,7 @@ class HubTokenizer:
             self.pieces = {i: piece for piece, i in self.tokenizer.get_vocab().items()}
             self.decoder = json.dumps(parts["decoder"])
             unknown = self.unknown_of(parts["model"])
+            self.added = {token["id"] for token in parts["added_tokens"]}  # their pieces are their texts
             special = {token["id"] for token in parts["added_tokens"]
                        if token["special"] and token["content"] != unknown}
         except Exception as error:  # a plain Exception of the library; or parts that are missing
@@ -185,7 +186,8 @@ class HubTokenizer:
         pieces = [self.pieces[i] for i in self.ids]
         if self.byte_level:  # a character of a piece stands for a byte
             alphabet = byte_alphabet()
-            pieces = [bytes(alphabet[c] for c in piece if c in alphabet) for piece in pieces]
+            pieces = [piece.encode() if i in self.added else bytes(alphabet[c] for c in piece if c in alphabet)
+                      for i, piece in zip(self.ids, pieces)]
         elif "WordPiece" in self.decoder:
             pieces = [piece[2:] if piece.startswith("##") else piece if len(piece) == 1 and not piece.isalnum()
                       else " " + piece for piece in pieces]
@@ -262,6 +264,11 @@ def size_of_bpe(name):
     return int(size[1])
 
 
+def short_words(text):
+    """A text in parts whose words have at most 1,000 characters: train_bpe takes the square of a word's length."""
+    return re.findall(r"\s*\S{1,1000}|\s+", text) if re.search(r"\S{1001}", text) else [text]
+
+
 def train_bpe(texts, vocab_size):
     """The definition of a byte-level BPE (Sennrich et al., arXiv 1508.07909) of a few texts, as HubTokenizer reads it.
 
@@ -272,7 +279,7 @@ def train_bpe(texts, vocab_size):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+    bpe.train_from_iterator((part for text in texts for part in short_words(text)), trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return bpe.to_str()
 
@@ -332,7 +339,14 @@ def make_tokenizer(meta):
     raise UserError(f"unknown tokenizer {meta['tokenizer']!r}; this version knows char, gpt2, bert and hf")
 
 
-def text8_words(text):
-    """Return the words of an English text in a ... z: lower case, apostrophes dropped, all else becomes a space."""
-    lower = text.lower().replace("'", "").replace("\u2019", "")
+NAMES = "zero one two three four five six seven eight nine".split()
+SPELLED = str.maketrans({str(digit): f" {name} " for digit, name in enumerate(NAMES)} | {"'": " ", "\u2019": " "})
+
+
+def text8_words(text, spelled=False):
+    """Return the words of an English text in a ... z, in lower case. All other characters become spaces.
+
+    spelled: as in text8 itself, "don't" becomes "don t", and digits are spelled. Without it "don't" becomes "dont".
+    """
+    lower = text.lower().translate(SPELLED) if spelled else text.lower().replace("'", "").replace("\u2019", "")
     return "".join(c if "a" <= c <= "z" else " " for c in lower).split()

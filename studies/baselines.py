@@ -7,7 +7,9 @@ import re
 import numpy as np
 
 from cli import progress
+from data.tokenizer import END
 
+BETWEEN = re.compile(rf"(?:\s|{re.escape(END)})+")  # what is between two words
 MOST, CHUNK = 100_000_000, 1 << 20  # tokens of a training text whose words count as known; those decoded at a time
 
 
@@ -69,7 +71,7 @@ def words_of(tokens, tokenizer):
     """The set of words in a training text (n,) of tokens; in its first 100 million tokens, if it is longer."""
     tokens, known, rest = tokens[:MOST], set(), ""
     for start in progress(range(0, len(tokens), CHUNK), desc="words of the training text", leave=False):
-        *words, rest = re.split(r"\s+", rest + tokenizer.decode(tokens[start:start + CHUNK]))
+        *words, rest = re.split(BETWEEN, rest + tokenizer.decode(tokens[start:start + CHUNK]))
         known.update(words)  # the last word may go on in the next chunk
     return (known | {rest}) - {""}
 
@@ -77,5 +79,5 @@ def words_of(tokens, tokenizer):
 def known_word_share(texts, known):
     """Share of words in texts that are known. A text's first and last word may be cut and do not count; None if no text
     has another one."""
-    words = [word for text in texts for word in text.split()[1:-1]]
+    words = [word for text in texts for word in re.split(BETWEEN, text.strip())[1:-1]]
     return sum(word in known for word in words) / len(words) if words else None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_model
-from cli import UserError
+from cli import UserError, note
 from data.loader import check_same_data, load_meta, load_split, recode, windows
 from data.prepare import read_text
 from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
@@ -83,10 +83,14 @@ def open_subject(path, args, device, dtype, n_windows=None):
     dataset, data_dir, split = args.dataset or config.dataset, args.data_dir or config.data_dir, args.split
     if args.text:
         dataset, split = args.text, None
-        tokens, content, where = read_tokens(args.text, tokenizer, seq_len)
+        spelled = config.dataset.startswith(("text8", "gutenberg"))
+        tokens, content, where = read_tokens(args.text, tokenizer, seq_len, spelled)
         n_bytes = len(content.encode())
     else:
         data_meta, where = load_meta(dataset, data_dir), f"{dataset} {split}"
+        if not args.dataset and meta.get("sha256", data_meta["sha256"]) != data_meta["sha256"]:
+            note(f"data set {dataset!r} is not the one that {path} was trained on: its {split} split may have text of "
+                 "the training")
         record = data_meta.get("record", 1)
         if seq_len % record:
             raise UserError(f"data set {dataset!r} has items of {record} tokens, and windows of {seq_len} would cut "
@@ -127,13 +131,14 @@ def config_to_score(config, path, seq_len, normalised, block_size):
     return replace(config, objective=config.objective_class.block_twin, block_size=block_size, seq_len=seq_len)
 
 
-def read_tokens(file, tokenizer, seq_len):
+def read_tokens(file, tokenizer, seq_len, spelled=False):
     """The tokens of a text file, its text as it was encoded, and in words what was done to it.
 
-    Raises UserError if the tokens do not fill one window of seq_len."""
+    spelled: see text8_words, for tokenizers of its words. Raises UserError if the tokens do not fill one window.
+    """
     content, how = read_text(file), "as it stands"
     if tokenizer.alphabet == TEXT8_ALPHABET:
-        content, how = " ".join(text8_words(content)), "in text8's 27 symbols"
+        content, how = " ".join(text8_words(content, spelled)), "in text8's 27 symbols"
     try:
         tokens = tokenizer.encode(content)
     except UserError as error:

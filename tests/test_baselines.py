@@ -3,11 +3,12 @@
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data.tokenizer import CharTokenizer, make_tokenizer, tokens_of
+from data.tokenizer import END, CharTokenizer, make_tokenizer, tokens_of
 from evaluate import comparison
 from studies import baselines
 from studies.baselines import known_word_share, lzma_bits, ngram_bits, reference_points, words_of
@@ -61,6 +62,7 @@ def test_known_words():
     """Words cut by the ends of a sample do not count."""
     assert known_word_share(["cut the cat xq sat cu"], {"the", "cat", "sat"}) == pytest.approx(3 / 4)
     assert known_word_share(["cut cu", "cut", ""], {"cut"}) is None
+    assert known_word_share([f"x the mat{END}the cat y"], {"the", "cat", "mat"}) == 1  # two texts in one window
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 1000])
@@ -70,6 +72,10 @@ def test_words_of(monkeypatch, chunk):
     monkeypatch.setattr(baselines, "CHUNK", chunk)
     letters = CharTokenizer("".join(sorted(set(text))))
     assert words_of(letters.encode(text), letters) == set(text.split())
+    parts = [*"the end", END, *"the start"]
+    two_texts = SimpleNamespace(decode=lambda ids: "".join(parts[i] for i in ids))
+    monkeypatch.setattr(baselines, "MOST", 100)
+    assert words_of(np.arange(len(parts)), two_texts) == {"the", "end", "start"}
     bpe = make_tokenizer(tokens_of("bpe:270", lambda: [text * 9]))
     assert words_of(bpe.encode(text), bpe) == set(text.split())
     monkeypatch.setattr(baselines, "MOST", 7)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import random
 import re
 import subprocess
@@ -23,7 +24,8 @@ from data.loader import (PIECE, gather, load_meta, load_split, prefetch, prepare
                          windows)
 from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import (
-    TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, byte_alphabet, check_alphabet, make_tokenizer, text8_words, tokens_of,
+    TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, HubTokenizer, byte_alphabet, characters, check_alphabet,
+    make_tokenizer, short_words, text8_words, tokens_of,
 )
 from studies.quality import ids_of
 
@@ -72,6 +74,7 @@ def test_lengths_of_characters():
 def test_text8_words():
     """Lower case, apostrophes vanish, all else is a space."""
     assert text8_words("Don't -- Stop\n2 times, café!") == ["dont", "stop", "times", "caf"]
+    assert text8_words("Don\u2019t stop 20\ntimes", spelled=True) == ["don", "t", "stop", "two", "zero", "times"]
 
 
 def test_recode():
@@ -120,6 +123,29 @@ def test_bpe_merges_the_most_frequent_pair():
     assert tokens_of("bpe:300", lambda: [text[:900], text[900:]]) == meta
     strange = "\u03a9\n\t 12 \U0001f600"  # not in the text: bytes
     assert tokenizer.decode(tokenizer.encode(strange)) == strange
+
+
+def test_bpe_of_long_words():
+    """Words of more than 1,000 characters are cut; other texts stay whole."""
+    text, long = "some  words\n\n in a row " * 50, "acgt" * 600
+    assert short_words(text) == [text]
+    parts = short_words(f"{text}\n{long} end ")
+    assert "".join(parts) == f"{text}\n{long} end "
+    assert max(len(part.strip()) for part in parts) == 1000
+    assert [part for part in parts if "word" in part][:2] == ["  words"] * 2
+
+
+def test_added_tokens_have_their_characters():
+    """Tokens that were added to a byte-level BPE, such as runs of spaces, stand in it as they are."""
+    from tokenizers import Tokenizer
+    made = Tokenizer.from_str(tokens_of("bpe:300", lambda: [words(500)])["definition"])
+    n = made.get_vocab_size()
+    made.add_tokens(["    ", "        "])
+    tokenizer = HubTokenizer(made.to_str())
+    text = "def f(x):\n        return     x"
+    ids = tokenizer.encode(text)
+    assert ids.max() >= n and tokenizer.decode(ids) == text
+    assert [lengths[ids].sum() for lengths in tokenizer.lengths()] == [len(text)] * 2
 
 
 @pytest.mark.parametrize("size", ["", "256", "65537", "4k", "-300"])
@@ -245,6 +271,62 @@ def test_textfile_with_its_own_splits(monkeypatch, tmp_path):
     assert [read(tmp_path / "mine", s) for s in ("train", "val", "test")] == ["yes it is", "no it isnt", "maybe"]
 
 
+@pytest.mark.parametrize("text", ["one two three four " * 400, "\n".join(["a line of words " * 200] * 3) + "\n"])
+def test_tokens_of_few_lines(monkeypatch, tmp_path, text):
+    """Splits of a text without lines, or with a few, begin with a word."""
+    (tmp_path / "a.txt").write_text(text)
+    prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", "--name", "mine", "--tokenizer", "bpe:300", "--data_dir",
+            tmp_path)
+    sizes = load_meta("mine", tmp_path)["bytes"]
+    assert sum(sizes.values()) == len(text) and all(0.02 < sizes[split] / len(text) < 0.1 for split in ("val", "test"))
+    assert all(read(tmp_path / "mine", split)[0] in " a" for split in ("val", "test"))
+
+
+def test_encoding_in_pieces(monkeypatch):
+    """A text in WikiText's form, whose lines begin and end with a space, is encoded in pieces; so is any other one."""
+    for text in (" = Title = \n \n A line of text . \n Another one . \n" * 30, "A line.\n\n  Indented.\nOne.\n" * 30):
+        tokenizer = make_tokenizer(tokens_of("bpe:300", lambda: [text]))
+        whole, calls, real = tokenizer.encode(text).tolist(), [], tokenizer.encode
+        monkeypatch.setattr(tokenizer, "encode", lambda piece: calls.append(piece) or real(piece), raising=False)
+        monkeypatch.setattr(prepare_textfile, "CHUNK", 100)
+        assert prepare_textfile.encode(text, tokenizer).tolist() == whole
+        assert len(calls) > 5 and "".join(calls) == text
+
+
+def test_xz_of_several_files(tmp_path):
+    """Files that were joined are all read; one that is damaged, or something else behind it, is noticed."""
+    one, two = (lzma.compress(part.encode() * 3000) for part in ("first ", "second "))
+    (tmp_path / "a.xz").write_bytes(one + bytes(8) + two)
+    assert read_text(tmp_path / "a.xz") == "first " * 3000 + "second " * 3000
+    wrong = bytearray(one + two)
+    wrong[len(one) + 40] ^= 1
+    for content in (wrong, one + two[:-9], one + b"something else", one[:-9]):
+        (tmp_path / "a.xz").write_bytes(content)
+        with pytest.raises(UserError, match="is not a complete compressed file"):
+            read_text(tmp_path / "a.xz")
+
+
+def test_a_data_set_on_another_disk(monkeypatch, tmp_path):
+    """Its folder may be a link, which stays one."""
+    (tmp_path / "disk" / "mine").mkdir(parents=True)
+    (tmp_path / "mine").symlink_to(tmp_path / "disk" / "mine")
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", "--name", "mine", "--data_dir", tmp_path)
+    assert (tmp_path / "mine").is_symlink() and load_meta("mine", tmp_path)["sizes"]["train"] == 990
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["mine"]
+
+
+def test_another_command_was_faster(tmp_path):
+    """A data set that was made meanwhile stays, and nothing else does."""
+    with pytest.raises(UserError, match="perhaps because another command made it meanwhile"):
+        with DatasetWriter(tmp_path / "mine", characters("ab")) as writer:
+            for split in ("train", "val", "test"):
+                writer.append(split, [0, 1], 2)
+            (tmp_path / "mine").mkdir()
+            (tmp_path / "mine" / "meta.json").write_text("{}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "meta.json"]
+
+
 def test_byte_order_mark(tmp_path):
     """The mark that some editors put before a text is no text."""
     (tmp_path / "a.txt").write_bytes("\ufeffwords".encode())
@@ -258,7 +340,8 @@ def test_byte_order_mark(tmp_path):
     *((name, f"{name}.py") for name in (
         "gutenberg", "names", "openwebtext", "pydoc", "shakespeare", "text8", "wikitext")),
     *((name, f"textfile.py FILE --name {name}") for name in (
-        "mine", "names_mine", "text8_gpt2", "pydoc_mine", "textfile", "textfile_x"))])
+        "mine", "names_mine", "text8_gpt2", "pydoc_mine", "textfile", "textfile_x", "pydoc_bpe4096",
+        "gutenberg_bert"))])
 def test_prepare_command(name, command):
     """Each name of a data set has the command that makes it."""
     assert prepare_command(name) == f"python data/prepare_{command}"
@@ -392,8 +475,31 @@ def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
     assert_one_line(go(""), "is a folder: name its files")
     assert not (tmp_path / "openwebtext").exists()
     prepare_openwebtext.start_worker(0.0)
-    (tokens, n_bytes), = prepare_openwebtext.encode(["one", None, "two", ""]).values()
+    (tokens, n_bytes), = prepare_openwebtext.encode(["\ufeffone", None, "two", ""]).values()
     assert gpt2.decode(tokens) == "one<|endoftext|>two<|endoftext|>" and n_bytes == 6
+    (tmp_path / "numbers.jsonl").write_text('{"text": 123}\n')
+    assert_one_line(go("numbers.jsonl"), "has values of type int64, and not text")
+
+
+def test_openwebtext_of_odd_names(call, monkeypatch, tmp_path, gpt2):
+    """A file's name is no pattern."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name, word in (("a1.txt", "other"), ("a[1].txt", "mine")):
+        (tmp_path / name).write_text("".join(f"{word} {i}\n" for i in range(60)))
+    assert call("data/prepare_openwebtext.py", "--file", tmp_path / "a[1].txt", "--data_dir", tmp_path, "--num_proc=1",
+                "--held_out=0.2").code == 0
+    assert "mine" in read(tmp_path / "openwebtext", "train") and "other" not in read(tmp_path / "openwebtext", "train")
+
+
+def test_openwebtext_without_its_workers(monkeypatch, tmp_path, gpt2):
+    """Processes that end, as for lack of memory, end the command, and nothing is left."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "a.txt").write_text("some text\n" * 60)
+    monkeypatch.setattr(prepare_openwebtext, "start_worker", os._exit)
+    with pytest.raises(UserError, match="a process ended, perhaps for lack of memory"):
+        prepare(monkeypatch, prepare_openwebtext, "--file", tmp_path / "a.txt", "--data_dir", tmp_path / "data",
+                "--num_proc", 1)
+    assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_line_ends_of_windows(call, tmp_path):
