@@ -197,10 +197,13 @@ def in_blocks(settings, objective, model, xt, generator, end=None):
             new = [torch.cat((whole[:, :a], piece[:, :width], whole[:, a + n:]), 1)
                    for whole, piece in ((state.xt, part.xt), (state.p, part.p))]
             after = State(*new, part.steps)
-            if end is not None and not (after.xt[:, a:a + n] == objective.mask_id).any():
-                after = after._replace(xt=finish(after.xt, given, end, objective.mask_id))
             yield after
         state = after
+        if end is not None:  # only now, because remdm makes masks again in a block that was full
+            finished = finish(state.xt, given, end, objective.mask_id)
+            if not torch.equal(finished, state.xt):
+                state = state._replace(xt=finished, steps=0)
+                yield state
 
 
 def finish(xt, given, end, mask_id):

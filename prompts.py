@@ -61,7 +61,7 @@ def encode(text, tokenizer, name):
         raise UserError(f"{name}: {error}")
 
 
-def canvases(args, seq_len, tokenizer, mask_id):
+def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
     """The canvases that --length, --prefix, --suffix, --template and --infill ask for.
 
     Without any of them, one canvas of seq_len masks. Raises UserError for flags that contradict each other, and for
@@ -84,13 +84,15 @@ def canvases(args, seq_len, tokenizer, mask_id):
         suffix = encode(args.suffix or "", tokenizer, "--suffix")
         length = args.length or seq_len
         if len(prefix) + len(suffix) >= length:
+            more = " and a --context" if length >= seq_len and args.context is None else ""
             raise UserError(f"the prompt has {len(prefix) + len(suffix)} tokens, which leaves nothing of {length} to "
-                            f"write: shorten it, or use a larger --length{'' if args.context else ' and a --context'}")
+                            f"write: shorten it, or use a larger --length{more}")
         found = [prefix + [mask_id] * (length - len(prefix) - len(suffix)) + suffix]
     longest = max(map(len, found))
     if longest > seq_len and args.context is None:
         raise UserError(f"the text has {longest} tokens, and the model writes {seq_len} at a time: shorten it, or "
-                        f"set --context, the number of tokens that each window continues, such as {seq_len // 4}")
+                        "set --context, the number of tokens that each window continues, such as "
+                        f"{seq_len // 4 - seq_len // 4 % (block_size or 1)}")
     if args.context is not None and args.context >= seq_len:
         raise UserError(f"--context {args.context} leaves nothing of the model's {seq_len} tokens: use fewer")
     return found

@@ -50,7 +50,7 @@ def parse_args():
     p.add_argument("--steps", type=steps_flag, help="number of steps of ancestral, topk, remdm, analytic and euler; "
                    "auto: chosen from the curve of evaluate.py --curve (default: the config's T)")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0,
-                   help="random seed (default 0); the same seed gives the same samples")
+                   help="random seed (default 0); the same seed and --dtype give the same samples")
     add_arguments(p)
     q = p.add_argument_group("prompts")
     q.add_argument("--prefix", type=named, metavar="TEXT", help="begin with TEXT")
@@ -122,10 +122,12 @@ def fill_all(prompts, n, mask_id, fill, bar, screen, by_step):
 
 def check(args, config):
     """Raise UserError for flags that do not fit each other, the model or the file system."""
-    folder = Path(args.checkpoint if not args.checkpoint.startswith("hf://") else ".")
-    folder = folder if folder.is_dir() else folder.parent
-    inputs = [(path, "part of the checkpoint") for path in folder.iterdir() if path.suffix in OF_CHECKPOINTS]
-    inputs += [(args.infill, "--infill"), (args.checkpoint, "the checkpoint")]
+    inputs = [(args.infill, "--infill")]
+    if not args.checkpoint.startswith("hf://"):
+        folder = Path(args.checkpoint)
+        folder = folder if folder.is_dir() else folder.parent
+        inputs += [(path, "part of the checkpoint") for path in folder.iterdir() if path.suffix in OF_CHECKPOINTS]
+        inputs.append((args.checkpoint, "the checkpoint"))
     taken = {Path(name).resolve(): what for name, what in inputs if name}
     for flag in ("out", "html", "gif", "png"):
         path = getattr(args, flag)
@@ -145,10 +147,13 @@ def check(args, config):
         raise UserError(f"{args.checkpoint} {objective.description} and sees only the text on the left: it can "
                         "continue a --prefix, but --suffix, --template and --infill need a masked model")
     if args.context and config.block_size and args.context % config.block_size:
+        n_blocks = min(-(-args.context // config.block_size), config.seq_len // config.block_size - 1)
         raise UserError(f"--context {args.context} is no multiple of the block size of {args.checkpoint}: use "
-                        f"{-(-args.context // config.block_size) * config.block_size}")
+                        f"{n_blocks * config.block_size}")
     if args.no_cache and not config.block_size:
         raise UserError("--no_cache is for block diffusion, and no other model has a cache: leave it out")
+    if args.known_words and (args.prefix or args.suffix or args.template or args.infill):
+        raise UserError("--known_words counts the words of whole samples: leave it out, or the prompt")
     if args.show and args.show_intermediate:
         raise UserError("use --show or --show_intermediate, not both")
 
@@ -163,7 +168,7 @@ def main():
     tokenizer = make_tokenizer(meta)
     objective = config.make_objective(meta["vocab_size"])
     settings = settings_of(args, config, args.checkpoint, model, args.sampler, given_flags(args, args.steps))
-    prompts = canvases(args, config.seq_len, tokenizer, objective.mask_id)
+    prompts = canvases(args, config.seq_len, tokenizer, objective.mask_id, config.block_size)
     check_fits(RECORD * args.batch_size * sum(map(len, prompts)), torch.device("cpu"),
                f"--batch_size={args.batch_size} x {sum(map(len, prompts)):,} tokens", "ask for fewer tokens at a time")
     if config.prefix.startswith("fixed") and not args.prefix and not args.template and not args.infill:

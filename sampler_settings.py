@@ -102,8 +102,11 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
         raise UserError(f"auto needs a model of masks in whole texts, and {checkpoint} {objective.description}: use "
                         "--steps N")
     if unknown := [name for name in given if name not in known]:
-        users = [other for other in NAMES if unknown[0] in SAMPLERS[other].flags]
-        raise UserError(f"--sampler {sampler} does not use --{unknown[0]}: leave it out, or use {' or '.join(users)}")
+        users = [other for other, name in objective.samplers.items() if unknown[0] in SAMPLERS[name].flags]
+        raise UserError(f"--sampler {sampler} does not use --{unknown[0]}: leave it out"
+                        + (f", or use {' or '.join(users)}" if users else ""))
+    if cut.get("temperature") == 0 and len(cut) > 1:
+        raise UserError("--temperature 0 draws the likeliest token: leave out --top_p and --top_k")
     if cut and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
         raise UserError(f"--{next(iter(cut))} changes the token distribution, which euler does not use with uniform "
                         "noise: choose --sampler ancestral")
@@ -111,16 +114,16 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     if "remask" in given:
         given.setdefault("eta", DEFAULT_ETA[given["remask"]])
     steps, grid = given.pop("steps", None), given.pop("grid", None)
-    name = grid or ("auto" if steps == "auto" else "")
+    name = grid or ("auto" if steps == "auto" else "loop" if given.get("remask") == "loop" else "")
     if "k" in given:
         if steps or grid:
             raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
     elif "steps" in known:
-        given["grid"] = make_grid(steps, grid, config, checkpoint, model, given.get("remask"))
+        given["grid"] = make_grid(steps, grid, config, checkpoint, model, given.get("remask"), args.raw)
     return Settings(sampler, given, ",".join(map(str, name)) if isinstance(name, list) else name, **cut)
 
 
-def make_grid(steps, grid, config, checkpoint, model, remask):
+def make_grid(steps, grid, config, checkpoint, model, remask, raw):
     """The grid of mask rates that --steps, --grid and remdm's --remask ask for. Raises UserError."""
     if isinstance(grid, list) and remask != "loop":
         if steps:
@@ -136,15 +139,17 @@ def make_grid(steps, grid, config, checkpoint, model, remask):
         return schedule_grid(grid or config.schedule, steps or config.T)
     if grid not in (None, "auto"):
         raise UserError(f"--steps auto also chooses the grid: leave out --grid {grid}")
-    rates, ce = read_curve(checkpoint, model)
+    rates, ce = read_curve(checkpoint, model, raw)
     steps = enough_steps(rates, ce) if steps in (None, "auto") else steps
     if steps > 256:
         raise UserError(f"--grid auto works for at most 256 steps, not {steps}")
     return best_grid(rates, ce, steps)
 
 
-def read_curve(checkpoint, model):
+def read_curve(checkpoint, model, raw=False):
     """(mask rates, cross-entropies) of curve.json beside a checkpoint. Raises UserError if it is of other weights.
+
+    raw: the weights are not their moving average.
 
     Given that a token is a mask, each of the other L - 1 tokens is one with probability r. So the cross-entropy with k
     masks stands for the rate r = (k - 1)/(L - 1).
@@ -153,7 +158,7 @@ def read_curve(checkpoint, model):
         raise UserError(f"auto needs curve.json beside the checkpoint: download {checkpoint} into a folder first")
     path = Path(checkpoint)
     path = (path if path.is_dir() else path.parent) / "curve.json"
-    again = f"run `python evaluate.py {checkpoint} --curve` first"
+    again = f"run `python evaluate.py {checkpoint} --curve{' --raw' if raw else ''}` first"
     try:
         curve = json.loads(path.read_text())
         masks, ce = ([float(x) for x in curve[key]] for key in ("masks", "bits_per_token"))

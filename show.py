@@ -98,7 +98,8 @@ def piece(token, mask_id, tokenizer):
     if token == mask_id:
         return MASK
     kinds = {"C": "\N{MIDDLE DOT}", "Z": " "}
-    text = tokenizer.decode([token]) or getattr(tokenizer, "pad", None) or ""
+    before = tokenizer.decode([0])  # because some tokenizers leave out the space before a text
+    text = tokenizer.decode([0, token])[len(before):] or getattr(tokenizer, "pad", None) or ""
     return "".join(c if c == "\n" else kinds.get(unicodedata.category(c)[0], c) for c in text)
 
 

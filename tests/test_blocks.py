@@ -608,6 +608,13 @@ def test_where_texts_end():
     for state in states:
         if (state.xt[:, :8] == 27).any():
             assert (state.xt[:, 8:] == 27).all()
+    finished = 0  # a block that is full for a while, as with remdm, does not end the text
+    for state in in_blocks(Settings("remdm", {"grid": schedule_grid("linear", 60), "remask": "rescale", "eta": 0.5}),
+                           objective, Counting(), xt, torch.Generator().manual_seed(0), end=9):
+        ended = (state.xt[:, -1] == 9).sum()
+        assert ended >= finished
+        finished = ended
+    assert finished == 2
     config = Config(objective="block", block_size=4, seq_len=16, n_layer=2, n_head=2, n_embd=16, conditioning="none")
     canvas = torch.full((2, 36), 27)
     *_, state = denoise(way, objective, Counting(), canvas, config, 4, torch.Generator())
@@ -696,7 +703,9 @@ def test_commands(call, data_dir, tmp_path):
             (sample("--template=a__"), "sees only the text on"),
             (sample("--sampler=euler"), "--sampler euler"), (sample("--steps=auto"), "--steps N"),
             (call("sample.py", mdlm, "--no_cache"), "block diffusion"),
-            (sample("--length=70", "--context=11"), "use 16"), (score("--context=0,8"), "of masks in whole texts"),
+            (sample("--length=70", "--context=11"), "use 16"), (sample("--length=70", "--context=31"), "use 24"),
+            (sample("--sampler=first_hitting", "--steps=5"), "or use ancestral or topk or remdm\n"),
+            (score("--context=0,8"), "of masks in whole texts"),
             (score("--T=8"), "T-step bound is for whole texts"),
             (call("demos.py", "loss", "some text", "-m", out), "use evaluate.py for its loss"),
             (score("--block_size=5"), "no multiple of blocks of 5"), (score("--curve"), "of masks in whole texts"),

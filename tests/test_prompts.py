@@ -229,7 +229,10 @@ def test_steps_auto(sample, call, trained, data_dir, tmp_path):
         (folder / "curve.json").write_text(json.dumps(curve | change))
         assert_one_line(call("sample.py", folder, "--steps=auto"), words)
     (folder / "curve.json").write_text(json.dumps(curve))
-    assert_one_line(call("sample.py", folder, "--steps=auto", "--raw"), "was measured with other weights")
+    assert_one_line(call("sample.py", folder, "--steps=auto", "--raw"), "was measured with other weights",
+                    f"run `python evaluate.py {folder} --curve --raw`")
+    loop = json.loads(call("sample.py", folder, "--sampler=remdm", "--remask=loop", "--steps=4", "--json").out)
+    assert loop["grid"] == pytest.approx([1, 0.55, 0.1, 0.1, 0])
     rows = json.loads(call("evaluate.py", folder, "--samples=2", "--sampler=ancestral,topk", "--grid=cosine", "--k=16",
                            "--steps=4", "--json").out)["samples"]
     assert [(row["sampler"], row["steps"], row["setting"]) for row in rows[:2]] == [
@@ -242,7 +245,11 @@ def test_bad_requests(call, trained, tmp_path):
     (tmp_path / "plain.txt").write_text("a_\nno blanks\n")
     out = tmp_path / "out.html"
     for flags, words in (
-            (["--prefix", "a" * 40], "leaves nothing of 32"), (["--prefix", "a" * 32], "leaves nothing of 32"),
+            (["--prefix", "a" * 40], "or use a larger --length and a --context"),
+            (["--prefix", "a" * 32], "leaves nothing of 32"),
+            (["--prefix=the cat", "--length=7"], "a larger --length\n"),
+            (["--prefix=the", "--known_words"], "counts the words of whole samples"),
+            (["--temperature=0", "--top_k=3"], "leave out --top_p and --top_k"),
             (["--length=100"], "the model writes 32 at a time"), (["--template", "{40}"], "the model writes 32"),
             (["--length=100", "--context=32"], "leaves nothing of the model's 32"),
             (["--prefix=Ab"], "--prefix: 'A' not in the alphabet"), (["--suffix=5"], "--suffix: '5' not in"),

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import show
-from data.tokenizer import CharTokenizer
-from show import History, Screen, gif, html as page_of, joined, png
+from data.tokenizer import CharTokenizer, HubTokenizer, definition_of
+from hub_models import make
+from show import History, Screen, gif, html as page_of, joined, piece, png
 
 NAN = float("nan")
 LETTERS = CharTokenizer("abcdefgh \n")
@@ -147,6 +148,13 @@ def test_screen(monkeypatch, columns, rows, shown):
     lines = [text[i:i + shown] for i in range(0, 200, shown)][-(rows - 2):]
     assert terminal.picture() == [*lines, "step 30, 0 masks left"[:shown], ""]
     assert show.HIGHLIGHT in terminal.getvalue()
+
+
+def test_spaces_between_words():
+    """The pieces of BERT's tokens, whose text has no space before its first word, have the spaces between them."""
+    tokenizer = HubTokenizer(definition_of(make("bert")[1]))
+    ids = tokenizer.encode("the cat sat on the mat").tolist()
+    assert "".join(piece(token, MASK, tokenizer) for token in ids) == " the cat sat on the mat"
 
 
 def test_screen_highlights_what_is_new(monkeypatch):
