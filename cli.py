@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -319,6 +320,10 @@ def write_file(path, content):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}")
+
+
+# tqdm's own lock, for several processes, is a semaphore, which Python 3.14 reports as lost if os._exit ends a process.
+tqdm.set_lock(threading.RLock())
 
 
 def progress(iterable=None, show=True, **kwargs):

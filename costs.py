@@ -8,7 +8,7 @@ import torch
 import optim
 from cli import UserError, memory_of
 from configs import replace
-from randomness import uniforms
+from randomness import give_prefix, prefix_lengths, uniforms
 
 
 def numbers_kept(model, cfg):
@@ -65,10 +65,10 @@ def check_fits(needed, device, what, remedy):
 
 def flops_per_token(model, objective, cfg):
     """Floating-point operations of a training step per token; the head counts only where logits are computed."""
-    if objective.everywhere:
+    if objective.everywhere and cfg.prefix == "none":
         return model.flops(cfg.seq_len)
-    noise = objective.noise(*uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True,
-                                       n_times=objective.n_times(cfg.seq_len)))
+    u, v = uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True, n_times=objective.n_times(cfg.seq_len))
+    noise = objective.noise(u, give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, 0, range(256))))
     return model.flops(cfg.seq_len, noise.mask.float().mean().item())
 
 

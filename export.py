@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shlex
 import shutil
 import tempfile
@@ -122,6 +123,9 @@ def training_commands(card):
         return []
     usual = dataclasses.asdict(CONFIGS[card["name"]]())
     flags = [f"--{key}={shlex.quote(str(value))}" for key, value in card["config"].items() if usual[key] != value]
+    batch, micro = card["config"]["batch_size"], usual["micro_batch_size"]
+    if batch % min(batch, micro):  # train.py would refuse the usual micro-batches
+        flags.append(f"--micro_batch_size={math.gcd(batch, micro)}")
     flags += [f"--init_from {shlex.quote(card['init_from'])}"] if card["init_from"] else []
     return [prepare_command(card["config"]["dataset"], card["meta"]),
             " ".join(["python train.py", card["name"], *flags])]

@@ -356,6 +356,8 @@ class MixerDiT(DiT):
             return f"map_init is for mixer={', '.join(MAPPED)}, which have static maps"
         if config.map_init == "orthogonal" and config.static_map != "full":
             return "map_init=orthogonal is for static_map=full: a Toeplitz map is not orthogonal"
+        if config.gate_bias != 1 and config.mixer not in ("gmlp", "amlp"):
+            return "gate_bias is for mixer=gmlp and amlp: leave it out"
         try:
             std_of(config.map_init or "0", 1)
         except ValueError:
@@ -404,8 +406,10 @@ class MixerDiT(DiT):
         total = 6 * predicted * self.vocab_size * self.embed.embedding_dim
         for block in self.blocks:
             for branch in block:
-                weights = sum(part.weight.numel() for part in branch.layer.modules() if isinstance(part, nn.Linear))
-                last = block is self.blocks[-1] and isinstance(branch.layer, MLP)
-                total += 6 * (predicted if last else 1) * weights
+                last = block is self.blocks[-1] and branch is block[-1]
+                for part in branch.layer.modules():
+                    if isinstance(part, nn.Linear):
+                        fewer = last and (isinstance(branch.layer, MLP) or part is branch.layer.out)
+                        total += 6 * (predicted if fewer else 1) * part.weight.numel()
                 total += 6 * branch.layer.mixing(seq_len, self.embed.embedding_dim)
         return total

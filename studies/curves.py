@@ -92,10 +92,10 @@ def measure_curse(model, objective, data, n_chars, seed=0):
     """Cost of predicting k tokens at once, compared with one by one, all others visible; nats per character of the k.
 
     Returns [{tokens: k, characters, parallel, sequential, gap, stderr}], means over windows, for all k whose tokens
-    have any characters. n_chars (V,): characters of each token. Both costs come from one pass that reveals a window in random order. The parallel cost is the sum of
-    the cross-entropies of all masks when k are left. The sequential cost is the sum of those of each of the k tokens
-    just before it is revealed. For the Bayes-optimal network the expected gap is the total correlation of the k tokens
-    given the others.
+    have any characters. n_chars (V,): characters of each token. Both costs come from one pass that reveals a window in
+    random order. The parallel cost is the sum of the cross-entropies of all masks when k are left. The sequential cost
+    is the sum of those of each of the k tokens just before it is revealed. For the Bayes-optimal network the expected
+    gap is the total correlation of the k tokens given the others.
     """
     device = data.device
     ks = sorted({2**i for i in range(data.seq_len.bit_length())} | {data.seq_len})

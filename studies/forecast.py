@@ -117,15 +117,18 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
                "it runs two blocks of the model on this machine")
     with torch.device("meta"):
         model = cfg.make_model(vocab_size)
-    state = 4 * (3 * model.n_params() + numbers_kept(model, cfg))  # weights, gradients, averages; moments
-    masked = fullest(micro * cfg.make_objective(vocab_size).n_times(cfg.seq_len))
+    copies = 6 if cfg.local_steps else 3  # weights, gradients, averages; anchor, its momentum, message
+    state = 4 * (copies * model.n_params() + numbers_kept(model, cfg))
+    objective = cfg.make_objective(vocab_size)
+    masked = fullest(micro * objective.n_times(cfg.seq_len))
     fixed, one = activation_bytes(cfg, vocab_size, torch.device("cpu"), dtype, masked)
     one += gradient_bytes(cfg, vocab_size, masked)
     activations = fixed + one * micro
     tokens = cfg.max_steps * cfg.batch_size * cfg.seq_len
-    flops = flops_per_token(model, cfg.make_objective(vocab_size), cfg)
+    flops = flops_per_token(model, objective, cfg)
     work = flops + recomputed(model, flops, cfg, vocab_size)
-    work += optimizer_flops(model, cfg, gpus) * gpus / (cfg.batch_size * cfg.seq_len)
+    sharing = cfg.local_group if cfg.local_steps else gpus
+    work += optimizer_flops(model, cfg, sharing) * gpus / (cfg.batch_size * cfg.seq_len)
     days = tokens * work / (gpus * peak * mfu) / 86400
     most = max(0, int((memory * SPARE - state - fixed) / one))
     result = {
@@ -135,10 +138,11 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
         "largest_micro_batch_size": most, "tokens": tokens, "flops_per_token": work,
         "tokens_per_second": gpus * peak * mfu / work, "days": days,
     }
+    when = f", when {masked:.0%} of their tokens are masks" if objective.has_mask and not objective.causal else ""
     print(f"{name} on {gpus} x {gpu}\n"
           f"memory  {(state + activations) / 1e9:.1f} of {memory / 1e9:.0f} GB each: {state / 1e9:.1f} of weights, "
           f"gradients, moments and averages, {activations / 1e9:.1f} of activations of {micro} sequences in "
-          f"{result['dtype']}, when {masked:.0%} of their tokens are masks, and what the allocator wastes"
+          f"{result['dtype']}{when}, and what the allocator wastes"
           + ("" if micro <= most else "\n        does not fit: try "
              + (f"--micro_batch_size={1 << most.bit_length() - 1}" if most else "--checkpoint_blocks"))
           + f"\ntime    {spell(days)}: {tokens:.3g} tokens x {work:.3g} FLOP at an assumed {mfu:.0%} of "

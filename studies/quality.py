@@ -207,7 +207,8 @@ def read_samples(path):
 def draw_samples(subject, objective, given, settings, seed):
     """Draw texts that continue the prefixes given (n, c); c = 0 if the model was trained without a prefix.
 
-    Returns n texts without their prefixes, the mean numbers of network evaluations and of tokens that the network read, per text, and seconds.
+    Returns n texts without their prefixes, the mean numbers of network evaluations and of tokens that the network read,
+    per text, and seconds.
     """
     data, denoiser, texts, start = subject.data, Counted(subject.model), [], time.perf_counter()
     generator, (n, c) = generator_on(data.device, seed), given.shape

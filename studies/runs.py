@@ -59,10 +59,10 @@ def make_folder(path, args, name="settings"):
 
 
 def refuse_sizes(args):
-    """Raise UserError if --flags has a setting that a study of networks of several sizes chooses itself."""
+    """Raise UserError if --flags has a size that a study chooses itself."""
     for flag in args.flags:
         key = flag.split("=")[0]
-        if key in ("n_layer", "n_embd", "n_head", "seq_len", "batch_size", "micro_batch_size"):
+        if key in ("n_layer", "n_embd", "n_head", "seq_len", "batch_size", "micro_batch_size", "max_steps"):
             raise UserError(f"--flags {flag}: this study chooses {key} itself; leave it out")
 
 

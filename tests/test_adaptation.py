@@ -365,6 +365,22 @@ def test_new_tensors_do_not_change_the_function(new, capsys):
         torch.testing.assert_close(other(xt, t), network(xt, t))
 
 
+@pytest.mark.parametrize("noise", ["mask", "uniform"])
+def test_another_noise(noise, capsys):
+    """The row of the mask goes, or comes as the mean of the others. The rest stays."""
+    before = Config(n_layer=1, n_head=2, n_embd=32, n_cond=8, seq_len=12, objective="mdlm", noise=noise)
+    now = replace(before, noise="uniform" if noise == "mask" else "mask")
+    network, other = before.make_model(11), now.make_model(11)
+    source = {"config": vars(before) | {}, "ema": dict(network.named_parameters())}
+    storage.load_weights(other, adapt(other, source, now, "it"))
+    printed = capsys.readouterr().err
+    assert f"noise={noise}" in printed and "resized: embed.weight (from " in printed
+    torch.testing.assert_close(other.embed.weight[:11], network.embed.weight[:11])
+    if noise == "uniform":
+        torch.testing.assert_close(other.embed.weight[11], network.embed.weight.mean(0))
+    torch.testing.assert_close(other.blocks[0].qkv.weight, network.blocks[0].qkv.weight)
+
+
 def test_what_may_not_be_new():
     before = Config(n_layer=2, n_head=2, n_embd=32, n_cond=8, seq_len=12, conditioning="time", objective="mdlm")
     source = {"config": vars(before) | {}, "ema": dict(before.make_model(11).named_parameters())}

@@ -274,6 +274,9 @@ def test_estimate(call):
     fixed, one = forecast.activation_bytes(cfg, 27, CPU, torch.bfloat16, masks["masked"])
     one += forecast.gradient_bytes(cfg, 27, masks["masked"])
     assert masks["total_bytes"] == pytest.approx(masks["state_bytes"] + fixed + 8 * one)
+    workers = last_line(call("bench.py", *options, "--gpu=a100", "--mfu=0.25", "--local_steps=5"))
+    assert workers["state_bytes"] == 32 * line["parameters"]  # also the anchor, its momentum and the message
+    assert "masks" not in call("bench.py", "--estimate", "ar_text8", *options[2:]).out.split("time")[0]
     adamw = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4", "--optimizer=adamw"))
     muon = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4"))
     fast = CONFIGS["mdlm_mini_fast"]()

@@ -288,6 +288,22 @@ def test_lost_checkpoints_of_short_runs(call, data_dir, monkeypatch, tmp_path):
     assert result.code == 0 and "begins again at step 0" in result.err
 
 
+@pytest.mark.parametrize("crashed, goes_on", [
+    (["--checkpoint_interval=100"], ["--checkpoint_interval=2"]),
+    (["--local_steps=4", "--checkpoint_interval=2"],) * 2])
+def test_when_the_first_checkpoint_was_due(call, data_dir, monkeypatch, tmp_path, crashed, goes_on):
+    """A run that crashed before its first checkpoint was due begins again, also if it would be due earlier now."""
+    out, options = tmp_path / "out", ["--max_steps=4", "--eval_interval=100", "--log_interval=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "sync_folder", disk_is_full)
+        assert train(call, "mdlm_text8", data_dir, out, *options, *crashed).code == 2
+    for path in out.glob("*.pt"):
+        path.unlink()
+    assert losses(out)
+    result = train(call, "mdlm_text8", data_dir, out, *options, *goes_on, "--resume=auto")
+    assert result.code == 0 and "begins again at step 0" in result.err
+
+
 def test_a_full_disk_while_the_log_is_rewritten(call, data_dir, tmp_path):
     """The line names the file and says what to do, the log is as it was, and no temporary file is left."""
     out = tmp_path / "out"

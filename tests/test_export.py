@@ -13,6 +13,7 @@ from commands import ROOT, assert_one_line, train
 from configs import from_command_line
 from data.tokenizer import KNOWN
 from export import last_validation, training_commands
+from parallel import share_of_batch
 
 
 def test_export(call, trained, data_dir, tmp_path, monkeypatch):
@@ -70,6 +71,18 @@ def test_a_card_of_several_workers_has_no_commands(call, trained, tmp_path):
     assert "python sample.py 'two words'" in text and len(training_commands(card)) == 2
     card["config"]["local_steps"] = 4
     assert training_commands(card) == []
+
+
+def test_a_card_of_an_odd_batch(call, data_dir, tmp_path, monkeypatch):
+    """Its command is one that train.py takes: it has micro-batches that divide the batch."""
+    out = tmp_path / "out"
+    flags = ["--batch_size=384", "--micro_batch_size=384", "--max_steps=1"]
+    assert train(call, "mdlm_text8", data_dir, out, *flags).code == 0
+    assert call("checkpoint.py", "export", out, tmp_path / "shared").code == 0
+    *_, again = (tmp_path / "shared" / "README.md").read_text().split("```sh\n")[2].split("\n```")[0].splitlines()
+    monkeypatch.setattr(sys, "argv", shlex.split(again)[1:])
+    cfg = from_command_line("train.py", "", lambda p: None)[1]
+    assert share_of_batch(cfg, 1) == (384, 128)  # not the usual 256
 
 
 def test_a_card_names_the_weights_that_training_began_with(call, trained, data_dir, tmp_path):

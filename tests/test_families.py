@@ -95,7 +95,8 @@ def test_what_uniform_noise_has_not(call, run):
 def test_the_t_step_bound_of_score_entropy(call, data_dir, tmp_path):
     """It needs the normalised prediction."""
     out = tmp_path / "out"
-    assert train(call, "sedd_text8", data_dir, out, "--schedule=linear", "--conditioning=time", "--max_steps=1").code == 0
+    flags = ["--schedule=linear", "--conditioning=time", "--max_steps=1"]
+    assert train(call, "sedd_text8", data_dir, out, *flags).code == 0
     assert_one_line(call("evaluate.py", out, "--T=50"), "add --normalised")
     assert json.loads(call("evaluate.py", out, "--T=50", "--normalised", "--json").out)["estimator"] == (
         "T-step bound, T = 50, normalised")

@@ -402,10 +402,10 @@ def test_curse_is_the_total_correlation():
 
 def test_curse_of_tokens_without_characters():
     """Nothing is said of k tokens that have no characters, such as pads."""
-    x0 = torch.tensor([[0, 0, 0], [0, 0, 1]])
-    last = [row["characters"] for row in measure_curse(world.oracle, MDLM(MASK), windows_of(x0), torch.tensor([0, 1, 1]))]
-    assert last and 0 not in last
-    assert measure_curse(world.oracle, MDLM(MASK), windows_of(x0[:1]), torch.tensor([0, 1, 1])) == []
+    x0, n_chars = torch.tensor([[0, 0, 0], [0, 0, 1]]), torch.tensor([0, 1, 1])
+    found = [row["characters"] for row in measure_curse(world.oracle, MDLM(MASK), windows_of(x0), n_chars)]
+    assert found and 0 not in found
+    assert measure_curse(world.oracle, MDLM(MASK), windows_of(x0[:1]), n_chars) == []
 
 
 def test_errors_of_the_curse():

@@ -308,6 +308,7 @@ def test_what_they_cannot_do(call, data_dir, tmp_path):
                          (["--mixer=gmlp", "--map_init=1/M"], "map_init='1/M' is not valid"),
                          (["--mixer=gmlp", "--map_init=orthogonal", "--static_map=toeplitz"], "is for static_map=full"),
                          (["--mixer=synth_dense", "--map_init=0.1"], "map_init is for"),
+                         (["--gate_bias=0.5"], "gate_bias is for mixer=gmlp and amlp"),
                          (["--objective=block", "--block_size=8"], "reads whole texts")):
         assert_one_line(go(*flags), words)
     assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "no", "--mixer=gmlp"),
@@ -359,6 +360,20 @@ def test_study(table, data_dir, tmp_path, monkeypatch):
     before = len(calls)
     study.main()
     assert len(calls) == before
+
+
+@pytest.mark.parametrize("mixer", ["gmlp", "mixer", "synth_dense"])
+def test_operations(mixer):
+    """Those that torch counts, if the logits of a few tokens are asked for."""
+    from torch.utils.flop_counter import FlopCounterMode
+    cfg = Config(architecture="mixers", mixer=mixer, n_layer=2, n_head=2, n_embd=64, seq_len=32, conditioning="none",
+                 objective="mdlm")
+    model = cfg.make_model(11)
+    where = torch.zeros(4, 32, dtype=torch.bool)
+    where[:, :8] = True
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(4, 32, dtype=torch.long), torch.ones(4), where).sum().backward()
+    assert counter.get_total_flops() / (4 * 32) == pytest.approx(model.flops(32, 0.25), rel=0.03)
 
 
 def test_costs():

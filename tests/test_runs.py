@@ -481,7 +481,7 @@ def test_curves(tmp_path):
     lines = [{"step": 0, "tokens": 0, "run": "x"},
              {"step": 1, "tokens": 3600, "bits_per_token": 3.0, "tokens_per_second": 1.0},
              {"step": 1, "tokens": 3600, "val_bits_per_token": 2.5, "val_stderr": None},
-             {"step": 1, "tokens": 3600, "run": "x"},
+             {"step": 1, "tokens": 3700, "run": "x"},  # stopped after some steps, which count, too
              {"step": 2, "tokens": 7200, "bits_per_token": None, "tokens_per_second": 2.0},
              {"step": 3, "tokens": 10800, "bits_per_token": 2.0, "tokens_per_second": 1.0}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

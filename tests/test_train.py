@@ -107,6 +107,10 @@ def test_flops_of_what_the_loss_asks_for():
              for change in ({"lambda_ce": 0.1}, {"lambda_ce": 0.0}, {"lambda_ce": 0.0, "noise": "uniform"})]
     assert flops[0] == flops[2] == model.flops(8)
     assert flops[1] == pytest.approx(model.flops(8, 0.5), rel=0.02) and flops[1] < 0.9 * flops[0]
+    for objective, share in (("d3pm", 1 / 8), ("ar", 2 / 8)):  # given tokens have no logits
+        cfg = replace(CFG, objective=objective, lambda_ce=0.0, prefix="fixed:6", conditioning="none")
+        found = flops_per_token(cfg.make_model(50), cfg.make_objective(50), cfg)
+        assert found == pytest.approx(cfg.make_model(50).flops(8, share), rel=0.03)
 
 
 @pytest.mark.parametrize("grad_clip", [0.01, 0.0])
