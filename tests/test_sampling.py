@@ -391,16 +391,6 @@ def test_only_what_is_drawn_is_asked_and_timed():
         assert len(calls) == len(ticks) > 0
 
 
-@pytest.mark.parametrize("settings", [s for s in ALL if s.sampler in ("topk", "threshold", "entropy_bound")],
-                         ids=lambda settings: settings.sampler)
-def test_greedy_is_deterministic(settings):
-    """At temperature 0 those that choose by confidence depend on no random number."""
-    settings = settings._replace(temperature=0.0)
-    model = world.random_denoiser(4, False)
-    a, b = (list(settings(MDLM(MASK), model, masks(5), generator(seed)))[-1].xt for seed in (0, 1))
-    assert torch.equal(a, b)
-
-
 def test_the_time_of_a_template():
     """Samplers tell a network the rate of masks among all tokens, or among those that `size` counts."""
     told = []
