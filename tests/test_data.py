@@ -217,7 +217,7 @@ def test_text8(monkeypatch, tmp_path):
     prepare(monkeypatch, prepare_text8, *arguments)
     folder = tmp_path / "text8"
     assert ([len(read(folder, split)) for split in ("train", "val", "test")]
-            == [9 * len(text) // 10 // 1, *[len(text) // 20] * 2])
+            == [9 * len(text) // 10, *[len(text) // 20] * 2])
     assert read(folder, "train") + read(folder, "val") + read(folder, "test") == text
     meta = load_meta("text8", tmp_path)
     assert meta["dtype"] == "uint8" and meta["sizes"]["train"] == 9 * len(text) // 10

@@ -47,7 +47,6 @@ def test_any_number_of_processes_and_any_micro_batch(call, data_dir, tmp_path):
         abs(a / b - 1) for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"))))
 
 
-@pytest.mark.slow
 def test_compiled_processes(call, data_dir, tmp_path):
     """Two compiled processes train as one that is not compiled, copied (DDP) and sharded. The network is large enough
     for DDP to cut its graph, at 1 MB."""
