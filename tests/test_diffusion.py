@@ -169,7 +169,7 @@ def test_exact_k_bound_is_the_log_likelihood():
 # ---- estimators ------------------------------------------------------------------------------------------------------
 
 
-def continuous_bound(model, schedule="linear", pieces=1):
+def continuous_bound(model, schedule, pieces=1):
     """The continuous bound of every sequence for any denoiser, by quadrature over t from its definition: (27,) nats.
 
     pieces: of (0, 1], on each of which the model is smooth in t.

@@ -462,12 +462,12 @@ def offline(cache, *command):
                           cwd=ROOT)
 
 
-def cached(cache, name, commit="abc123"):
+def cached(cache, name):
     """The folder of a repository in a cache of the Hub's layout."""
     root = cache / f"models--{name.replace('/', '--')}"
     (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text(commit)
-    return root / "snapshots" / commit
+    (root / "refs" / "main").write_text("abc123")
+    return root / "snapshots" / "abc123"
 
 
 def test_hub_offline(tmp_path):
@@ -539,8 +539,8 @@ for size, shift in ((30522, 0), (30521, 1)):
 # ---- weights that look wrong -----------------------------------------------------------------------------------------
 
 
-def shuffled(weights, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def shuffled(weights):
+    generator = torch.Generator().manual_seed(0)
     return {key: value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape)
             for key, value in weights.items()}
 

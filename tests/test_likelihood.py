@@ -40,14 +40,14 @@ def world_text(n, seed=0):
     return SEQUENCES[torch.multinomial(P_DATA, n, True, generator=torch.Generator().manual_seed(seed))]
 
 
-def random_text(n, seq_len=6, vocab_size=4, seed=0):
-    return torch.randint(vocab_size, (n, seq_len), generator=torch.Generator().manual_seed(seed))
+def random_text(n, seq_len=6):
+    return torch.randint(4, (n, seq_len), generator=torch.Generator().manual_seed(0))
 
 
-def compare(model, objective, x0, one, two, repeats=1):
+def compare(model, objective, x0, one, two):
     """Mean and standard error of the paired difference of two estimators, in nats."""
-    scored = [bound(model, objective, windows_of(x0), repeats=repeats, estimator=name) for name in (one, two)]
-    return mean_and_error(scored[0] - scored[1], by_rate(len(x0), 0, repeats))
+    scored = [bound(model, objective, windows_of(x0), estimator=name) for name in (one, two)]
+    return mean_and_error(scored[0] - scored[1], by_rate(len(x0)))
 
 
 # ---- estimators ------------------------------------------------------------------------------------------------------

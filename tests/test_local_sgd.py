@@ -33,9 +33,9 @@ def config(**settings):
 class Weights(torch.nn.Module):
     """Two blocks and an embedding, of two numbers each."""
 
-    def __init__(self, dtype=torch.double):
+    def __init__(self):
         super().__init__()
-        part = lambda: torch.nn.Linear(2, 1, bias=False, dtype=dtype)
+        part = lambda: torch.nn.Linear(2, 1, bias=False, dtype=torch.double)
         self.embed, self.blocks = part(), torch.nn.ModuleList([part(), part()])
 
 
@@ -50,16 +50,16 @@ def fixed_step(w, k, step):
     w += torch.sin(torch.arange(len(w), dtype=w.dtype) + 1.7 * k + 0.3 * step)
 
 
-def by_exchange(cfg, K=K, until=STEPS, dtype=torch.double):
+def by_exchange(cfg, K=K):
     """Run K workers by local_sgd.py: the weights of each, a list of vectors (embed, blocks 0 and 1)."""
     torch.manual_seed(0)
-    models = [Weights(dtype) for _ in range(K)]
+    models = [Weights() for _ in range(K)]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     start = torch.nn.utils.parameters_to_vector(models[0].parameters()).detach()
     exchange = Exchange([Worker(model, cfg, K) for model in models], cfg,
-                        lambda messages: parallel.Average(messages, dtype))
-    for step in range(1, until + 1):
+                        lambda messages: parallel.Average(messages, torch.double))
+    for step in range(1, STEPS + 1):
         for k, model in enumerate(models):
             w = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
             local_step(w, k, step)

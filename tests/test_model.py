@@ -19,9 +19,9 @@ def tiny(conditioning="time", causal=False, **settings):
     return network(5, conditioning=conditioning, **({"objective": "ar"} if causal else {}), **settings)
 
 
-def batch(B=3, L=16):
+def batch(B=3):
     g = torch.Generator().manual_seed(1)
-    return torch.randint(0, 6, (B, L), generator=g), torch.rand(B, generator=g)
+    return torch.randint(0, 6, (B, 16), generator=g), torch.rand(B, generator=g)
 
 
 @pytest.mark.parametrize("conditioning, shift", [("none", True), ("none", False), ("time", True), ("step", False)])
