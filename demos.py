@@ -201,7 +201,7 @@ def noise(args):
             "sigma": ("sigma(t) = -log alpha(t), nats", lambda s, t: s.sigma(t)),
             "weight": ("weight -alpha'(t)/(1 - alpha(t))", lambda s, t: s.weight(t))}
     t = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
-    panels(args.out, t, {title: {name: f(s, t) for name, s in schedules.items()} for title, f in what.values()}, "t")
+    panels(args.out, t, {title: {name: f(s, t) for name, s in schedules.items()} for title, f in what.values()})
     rows = [{"schedule": name, "t": t} | {key: f(s, torch.tensor(t, dtype=torch.float64)).item()
                                           for key, (_, f) in what.items()}
             for name, s in schedules.items() for t in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)]

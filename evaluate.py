@@ -289,7 +289,7 @@ def score(args, open_subject, out):
               f"(more than {max(LIMIT * error, ROUNDING):.4f} would have been noticed)", file=out)
         result["check"] = {"agree": verdict, "difference": mean, "stderr": error, "second": second}
     if args.baselines:
-        train = one.read_split("train")
+        train = one.training_tokens()
         result["baselines"] = dict(reference_points(train, one.data.tokens, one.meta["vocab_size"]))
         print(comparison(result, one.tokenizer.unit), file=out)
     return result

@@ -113,13 +113,13 @@ def picture(out, series, x, y, log_x=False, level=None):
     save(figure, out)
 
 
-def panels(out, x, curves, label):
-    """Draw {title: {name: y (n,)}} over x (n,), one panel per title. All y axes but the first are logarithmic."""
+def panels(out, t, curves):
+    """Draw {title: {name: y (n,)}} over t (n,), one panel per title. All y axes but the first are logarithmic."""
     figure, row = subplots(1, len(curves), figsize=(4 * len(curves), 4), dpi=150)
     for axes, (title, lines) in zip(row, curves.items()):
         for i, (name, y) in enumerate(lines.items()):
-            axes.plot(x, y, label=name, ls=("-", "--", "-.", ":")[i % 4])  # two curves may be equal
-        axes.set(xlabel=label, title=title, yscale="linear" if axes is row[0] else "log")
+            axes.plot(t, y, label=name, ls=("-", "--", "-.", ":")[i % 4])  # two curves may be equal
+        axes.set(xlabel="t", title=title, yscale="linear" if axes is row[0] else "log")
         axes.grid(alpha=0.3)
     row[0].legend()
     save(figure, out)

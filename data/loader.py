@@ -199,9 +199,9 @@ def windows(tokens, seq_len, limit=None):
     return starts[np.linspace(0, len(starts) - 1, limit).round().astype(int)]
 
 
-def prefetch(iterator, depth=4):
-    """Yield from iterator, which runs ahead in a thread by about depth items. Its exceptions are raised here."""
-    items, stop = queue.Queue(depth), threading.Event()
+def prefetch(iterator):
+    """Yield from iterator, which runs ahead in a thread by about four items. Its exceptions are raised here."""
+    items, stop = queue.Queue(4), threading.Event()
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def put(item):

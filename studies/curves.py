@@ -18,10 +18,10 @@ from randomness import give_prefix, repeated_uniforms
 from storage import digest
 
 
-def some_of(low, high, n):
-    """Return about n different integers from low to high, both included: half evenly spaced, half at even ratios."""
-    even, ratio = torch.linspace(low, high, n // 2), torch.logspace(math.log10(low), math.log10(high), n - n // 2)
-    return sorted({min(high, max(low, round(x))) for x in torch.cat([even, ratio]).tolist()})
+def some_up_to(most):
+    """About 32 different integers from 1 to `most`, both included: half evenly spaced, half at even ratios."""
+    even, ratio = torch.linspace(1, most, 16), torch.logspace(0, math.log10(most), 16)
+    return sorted({min(most, max(1, round(x))) for x in torch.cat([even, ratio]).tolist()})
 
 
 def in_bits(rows, *keys):
@@ -41,7 +41,7 @@ def measure_curve(model, objective, data, seed=0, given=0):
     exact_k. given: tokens at the beginning of each window that are never masked; L counts only the others.
     """
     rows, L = [], data.seq_len - given
-    for k in progress(some_of(1, L, 32), desc="mask rates", leave=False):
+    for k in progress(some_up_to(L), desc="mask rates", leave=False):
         nats = []
         for chunk in data.batches():
             _, v, _ = repeated_uniforms(seed, chunk, data.n, 1, data.seq_len)

@@ -229,7 +229,7 @@ def measure(subject, samples, judge, settings, seed):
     needs one.
     """
     rows, objective, data = [], subject.objective(), subject.data
-    known = words_of(subject.read_split("train"), subject.tokenizer)
+    known = words_of(subject.training_tokens(), subject.tokenizer)
 
     def add(name, texts, **more):
         row = {"sampler": name, "steps": None, "setting": None, "nfe": None, "tokens_read": None,

@@ -34,10 +34,10 @@ class Subject(NamedTuple):
     n_bytes: int = None   # bytes of UTF-8 of the text that all tokens were made of; None: unknown (an old data set)
     text: str = None      # the text of a text file, as it was encoded
 
-    def read_split(self, name):
-        """Return all tokens of a split of the data set, in the checkpoint's ids."""
+    def training_tokens(self):
+        """Return all tokens of the train split of the data set, in the checkpoint's ids."""
         meta = load_meta(self.dataset, self.data_dir)
-        return recode(load_split(self.dataset, name, 1, self.data_dir), meta, self.meta, self.dataset)
+        return recode(load_split(self.dataset, "train", 1, self.data_dir), meta, self.meta, self.dataset)
 
     def output(self, folder, name):
         """Return the path to write a study to, in folder or the checkpoint's. Raises UserError if there is none."""

@@ -603,7 +603,7 @@ def test_missing_and_damaged_data_sets(small):
 
 def test_prefetch():
     """Order is kept, errors surface in the caller, and leaving early ends the thread."""
-    assert list(prefetch(iter(range(20)), depth=3)) == list(range(20))
+    assert list(prefetch(iter(range(20)))) == list(range(20))
 
     def failing():
         yield 1
@@ -614,7 +614,7 @@ def test_prefetch():
     with pytest.raises(ValueError, match="broken"):
         next(stream)
     threads = {*threading.enumerate()}
-    endless = prefetch(iter(int, 1), depth=2)
+    endless = prefetch(iter(int, 1))
     assert next(endless) == 0
     [thread] = {*threading.enumerate()} - threads
     endless.close()
