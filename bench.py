@@ -34,7 +34,7 @@ import configs
 import parallel
 from categorical import Counted, Draw
 from configs import replace
-from costs import check_fits, flops_per_token, training_bytes, weight_bytes
+from costs import check_fits, count_parameters, flops_per_token, training_bytes, weight_bytes
 from data.loader import load_meta, prefetch
 from data.tokenizer import KNOWN
 from diffusion import D3PM, MDLM
@@ -207,7 +207,7 @@ def throughput(trainings, repeats, compare):
     for training in trainings:
         cfg, step = training.cfg, statistics.median(seconds[training])
         rate = cfg.batch_size * cfg.seq_len / step
-        row = {"config": training.name, "parameters": training.model.n_params(), "batch_size": cfg.batch_size,
+        row = {"config": training.name, "parameters": count_parameters(training.model), "batch_size": cfg.batch_size,
                "seq_len": cfg.seq_len, "vocab_size": training.vocab_size,
                "dtype": str(training.dtype).removeprefix("torch."), "compiled": training.compiled,
                "step_seconds": step, "tokens_per_second": rate, "flops_per_token": training.flops,
@@ -255,7 +255,7 @@ def scaling(name, cfg, vocab_size, device, dtype, repeats, path):
             seconds = [timed(training.step, device) for _ in range(repeats + 2)][2:]
             rate = variant.batch_size * variant.seq_len / statistics.median(seconds)
             rows.append({"axis": axis, "width": variant.n_embd, "seq_len": variant.seq_len,
-                         "batch_size": variant.batch_size, "parameters": training.model.n_params(),
+                         "batch_size": variant.batch_size, "parameters": count_parameters(training.model),
                          "microseconds_per_token": 1e6 / rate, "flops_per_token": training.flops,
                          "activation_bytes": measured_bytes(training)})
             training.stream.close()
@@ -346,8 +346,8 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
              "drawing": drawing, "elsewhere": 1 - network - drawing}
             for way, (seconds, network, drawing, nfe) in medians.items()]
     print(f"{name}: {batch_size} samples of {cfg.seq_len} tokens, {objective.mask_id:,} different ones, an untrained "
-          f"network of {in_short(model.n_params())} parameters, {device_name(device)}, {torch.get_num_threads()} "
-          f"threads, {str(dtype).removeprefix('torch.')}; "
+          f"network of {in_short(count_parameters(model))} parameters, {device_name(device)}, "
+          f"{torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}; "
           + (f"the first {first} steps of each" if first else f"{NAIVE} of the naive steps timed"))
     table(rows, {"sampler": ("", ""), "nfe": ("NFE", ".0f"), "seconds": ("seconds", ".2f"), "ratio": ("ratio", ".3f"),
                  "tokens_per_second": ("tokens/s", ",.0f"), "network": ("network", ".1%"),

@@ -11,6 +11,10 @@ from configs import replace
 from randomness import give_prefix, prefix_lengths, uniforms
 
 
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
 def numbers_kept(model, cfg):
     """Return how many numbers of state the optimisers keep."""
     return sum(math.prod(shape) for kind, parameters in optim.shares(model, cfg) for p in parameters
@@ -26,7 +30,7 @@ def sizes(cfg, vocab_size):
     def of(n_layer):
         with torch.device("meta"):
             model = replace(cfg, n_layer=n_layer).make_model(vocab_size)
-        return torch.tensor([model.n_params(), numbers_kept(model, cfg),
+        return torch.tensor([count_parameters(model), numbers_kept(model, cfg),
                              sum(table.nbytes for table in model.buffers())], dtype=torch.float64)
 
     try:

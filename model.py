@@ -376,9 +376,6 @@ class DiT(nn.Module):
         """
         return self.trunk(xt, t, self.layout(xt.shape[1], past), xt.new_empty(0), past, True)[1]
 
-    def n_params(self):
-        return sum(p.numel() for p in self.parameters())
-
     def matrices(self):
         """The matrices of the blocks, without those of the time conditioning."""
         return [weight for block in self.blocks for weight in block.matrices()]

@@ -26,7 +26,7 @@ import configs
 import parallel
 import storage
 from attention import annealed
-from costs import check_fits, flops_per_token, numbers_kept, training_bytes, weight_bytes
+from costs import check_fits, count_parameters, flops_per_token, numbers_kept, training_bytes, weight_bytes
 from data.loader import check_same_data, move_padding, open_data, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
@@ -216,7 +216,7 @@ def main():
     torch.manual_seed(cfg.seed)
     model = cfg.make_model(meta["vocab_size"])  # made on the CPU: equal weights on every device and in every process
     deal([name for name, _ in model.named_parameters()], cfg.fragments)  # checks that it can be done
-    n_params, kept = model.n_params(), 4 * numbers_kept(model, cfg)
+    n_params, kept = count_parameters(model), 4 * numbers_kept(model, cfg)
     flops = flops_per_token(model, objective, cfg)
     net, optimizers, ema, exchange, (step, best_val, tally, wandb_id, init_from), lock = start_or_resume(
         cfg, args, out_dir, meta, model, objective, device, dtype, stop)

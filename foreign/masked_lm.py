@@ -191,9 +191,6 @@ class MaskedLM(nn.Module):
         """The embeddings and all parameters of the head."""
         return [self.body.get_input_embeddings().weight, *self.head.parameters()]
 
-    def n_params(self):
-        return sum(p.numel() for p in self.parameters())
-
     def flops(self, seq_len, predicted=1.0):
         """Floating-point operations of a training step per token, counted as DiT.flops does; attention as if full."""
         D, n = self.body.config.hidden_size, self.body.config.num_hidden_layers

@@ -106,9 +106,6 @@ class TinyDiffusion(nn.Module):
     def output_layer(self):
         return list(self.head.parameters())
 
-    def n_params(self):
-        return sum(p.numel() for p in self.parameters())
-
     def matrices(self):
         """Return the matrices of the blocks."""
         return list(self.blocks.parameters())

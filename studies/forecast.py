@@ -12,7 +12,7 @@ import torch
 import attention
 from cli import UserError, autocast
 from configs import replace
-from costs import check_fits, flops_per_token, numbers_kept, optimizer_flops, weight_bytes
+from costs import check_fits, count_parameters, flops_per_token, numbers_kept, optimizer_flops, weight_bytes
 from parallel import share_of_batch
 
 # Dense bfloat16 TFLOP/s and GB of memory, from the manufacturer's data sheets.
@@ -118,7 +118,7 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     with torch.device("meta"):
         model = cfg.make_model(vocab_size)
     copies = 6 if cfg.local_steps else 3  # weights, gradients, averages; anchor, its momentum, message
-    state = 4 * (copies * model.n_params() + numbers_kept(model, cfg))
+    state = 4 * (copies * count_parameters(model) + numbers_kept(model, cfg))
     objective = cfg.make_objective(vocab_size)
     masked = fullest(micro * objective.n_times(cfg.seq_len))
     fixed, one = activation_bytes(cfg, vocab_size, torch.device("cpu"), dtype, masked)
@@ -132,7 +132,7 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     days = tokens * work / (gpus * peak * mfu) / 86400
     most = max(0, int((memory * SPARE - state - fixed) / one))
     result = {
-        "config": name, "gpu": gpu, "gpus": gpus, "utilisation": mfu, "parameters": model.n_params(),
+        "config": name, "gpu": gpu, "gpus": gpus, "utilisation": mfu, "parameters": count_parameters(model),
         "dtype": str(dtype).removeprefix("torch."), "state_bytes": state, "activation_bytes_per_sequence": one,
         "micro_batch_size": micro, "masked": masked, "total_bytes": state + activations,
         "largest_micro_batch_size": most, "tokens": tokens, "flops_per_token": work,

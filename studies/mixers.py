@@ -32,6 +32,7 @@ import bench
 import configs
 import log
 from configs import replace
+from costs import count_parameters
 from data.loader import load_meta, load_split
 from mixers import MIXERS
 from plot import picture
@@ -66,7 +67,7 @@ def mixer_rows():
 
 def n_params(settings):
     with torch.device("meta"):
-        return replace(configs.mdlm_mini_fast(), **BASE | settings).make_model(27).n_params()
+        return count_parameters(replace(configs.mdlm_mini_fast(), **BASE | settings).make_model(27))
 
 
 def matched_width(settings):

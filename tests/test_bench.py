@@ -240,7 +240,7 @@ def test_operations_of_muon():
 def test_weights_are_no_activations():
     """Of one short text a wide network keeps less than its weights, which it needs for the backward pass, too."""
     cfg = Config(n_layer=1, n_head=2, n_embd=128, n_cond=8, seq_len=2, lambda_ce=0.0)
-    assert 0 < forecast.kept_bytes(cfg, 27, 1, CPU, torch.float32) < 4 * cfg.make_model(27).n_params() / 4
+    assert 0 < forecast.kept_bytes(cfg, 27, 1, CPU, torch.float32) < 4 * costs.count_parameters(cfg.make_model(27)) / 4
 
 
 def test_vocabulary_of_data_that_is_not_prepared(call, tmp_path):

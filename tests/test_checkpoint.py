@@ -206,8 +206,9 @@ def test_sizes_without_building(name):
             optimizer.step_unless(torch.tensor(False))
         kept = sum(value.numel() for entries in states(optimizers).values() for key, value in entries.items()
                    if key != "step")  # AdamW's own count of its steps, one number
-        assert costs.sizes(cfg, 27) == (model.n_params(), kept, sum(table.nbytes for table in model.buffers()))
-        assert costs.weight_bytes(cfg, 27) == 4 * model.n_params() + sum(table.nbytes for table in model.buffers())
+        n_params, tables = costs.count_parameters(model), sum(table.nbytes for table in model.buffers())
+        assert costs.sizes(cfg, 27) == (n_params, kept, tables)
+        assert costs.weight_bytes(cfg, 27) == 4 * n_params + tables
 
 
 def test_what_training_takes_at_least():

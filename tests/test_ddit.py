@@ -16,6 +16,7 @@ import checkpoint
 import storage
 from attention import layout_beside_clean, layout_of_blocks
 from block_diffusion import BlockDiffusion
+from costs import count_parameters
 from data.loader import SPLITS
 from diffusion import MDLM, Noise, make_schedule
 from foreign import ddit, files
@@ -223,7 +224,7 @@ def test_folded_is_unfolded(load, golden):
     """Constant modulations folded into the weights: the same function, without time, with fewer parameters."""
     folded, _, arrays = load("mdlm/hf")
     whole, xt, t = unfolded(golden), arrays["x_t"], arrays["t"]
-    assert folded.time_embed is None and folded.n_params() < 0.75 * whole.n_params()
+    assert folded.time_embed is None and count_parameters(folded) < 0.75 * count_parameters(whole)
     torch.testing.assert_close(folded(xt, t), whole(xt, t), atol=1e-5, rtol=1e-5)
     assert (folded(xt, t) - arrays["backbone.logits_sigma"][..., :27]).abs().max() > 0.01
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import configs
 import parallel
 from attention import attend, attend_by_products
+from costs import count_parameters
 from diffusion import Noise
 from model import Block, padded_linear, places, rotary_tables, token_shift
 from networks import network, small
@@ -350,7 +351,7 @@ def test_bf16_autocast_is_close():
 def test_number_of_parameters():
     """The README's sizes."""
     with torch.device("meta"):
-        size = lambda name, V: configs.CONFIGS[name]().make_model(V).n_params()
+        size = lambda name, V: count_parameters(configs.CONFIGS[name]().make_model(V))
         assert round(size("d3pm_text8", 27) / 1e6) == 92
         assert round(size("mdlm_text8", 27) / 1e6) == 85
         assert round(size("d3pm_openwebtext_8gpu", 50257) / 1e6) == 131

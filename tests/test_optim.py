@@ -237,7 +237,7 @@ def test_sm3_takes_half_the_memory():
     bytes_ = costs.numbers_kept(model, cfg)
     assert bytes_ == sum(p.numel() + sum(p.shape) for p in model.parameters())  # in numbers
     adamw = replace(CFG, optimizer="adamw")
-    assert costs.numbers_kept(model, adamw) == 2 * model.n_params()
+    assert costs.numbers_kept(model, adamw) == 2 * costs.count_parameters(model)
     for optimizer, config in ((make_optimizers(model, c, torch.device("cpu"), torch.float32)[0], c)
                               for c in (cfg, adamw)):
         for p in model.parameters():

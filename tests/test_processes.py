@@ -111,6 +111,7 @@ sys.path.insert(0, {root!r})
 import torch
 import parallel
 from configs import Config
+from costs import count_parameters
 from optim import EMA
 
 parallel.join(1)
@@ -120,8 +121,9 @@ before = {{name: p.detach().clone() for name, p in model.named_parameters()}}
 parallel.spread(model, None, torch.device("cpu"), True, False)
 ema = EMA(model, 0.9)
 held = sum(x.numel() for x in ema.local_weights)
-assert held == sum(x.numel() for x in ema.local_average) < 0.6 * model.n_params(), (held, model.n_params())
-assert parallel.total(torch.tensor(held)) == model.n_params() == sum(x.numel() for x in before.values())
+n_params = count_parameters(model)
+assert held == sum(x.numel() for x in ema.local_average) < 0.6 * n_params, (held, n_params)
+assert parallel.total(torch.tensor(held)) == n_params == sum(x.numel() for x in before.values())
 for name, p in model.named_parameters():
     together = parallel.whole(p)
     assert torch.equal(together, before[name]) if parallel.is_main else together is None
