@@ -3,19 +3,18 @@
 import hashlib
 import http.client
 import io
-import json
 import lzma
 import sys
 import urllib.request
 
-import numpy as np
 import pytest
 
 from cli import UserError
 from data import prepare_gutenberg
 from data.loader import load_meta
 from data.prepare_gutenberg import normalise, text_of
-from data.tokenizer import make_tokenizer, train_bpe
+from data.tokenizer import train_bpe
+from test_data import read
 
 PROSE = "It was a dull morning, and nobody at the inn had thought of the letter yet; " * 4 + "so they slept on."
 BOOK = f"""\ufeffThe Project Gutenberg eBook, A Dull Morning, by Nobody
@@ -78,11 +77,6 @@ TEI = """<TEI><teiHeader><title>Not this</title></teiHeader><text><front><p>Nor 
 def prepare(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["prepare_gutenberg", *map(str, arguments)])
     prepare_gutenberg.main()
-
-
-def read(folder, split):
-    meta = json.loads((folder / "meta.json").read_text())
-    return make_tokenizer(meta).decode(np.fromfile(folder / f"{split}.bin", dtype=meta["dtype"]))
 
 
 @pytest.fixture
