@@ -549,14 +549,6 @@ def test_cheapest_grid(curve):
             < bound_on_grid(fine, fine**4, schedule_grid("linear", 16)) - 0.005)
 
 
-def test_cheapest_grid_is_dense_where_the_curve_rises():
-    """In the limit the density of steps is proportional to the root of the slope (arXiv 2510.25544): for CE = r^3 that
-    is r, so that half of the steps lie above sqrt(1/2)."""
-    fine = np.linspace(0, 1, 257)
-    grid = best_grid(fine, fine**3, 40)
-    assert sum(r >= math.sqrt(0.5) for r in grid) == pytest.approx(20, abs=1)
-
-
 def test_enough_steps():
     """The fewest whose bound is within 1 % of the area: one fewer is not enough."""
     rates = np.linspace(0, 1, 33)
