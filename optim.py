@@ -1,8 +1,5 @@
 """Optimisation: AdamW, Muon, SM3, the learning rate, clipping, and the moving average of the weights.
 
-To add an optimiser, write a class like Muon, a torch.optim.Optimizer with `step_unless(bad)`, `state_shapes` and
-`flops`, and name it in `shares`, in `make_optimizers` and in Config.optimizer. Clipping rules are in `clip_gradients`.
-
 Muon is by Keller Jordan et al., 2024 (see also Moonlight, arXiv 2502.16982). Gradients of weight matrices have a few
 large singular values and many small ones, and so have AdamW's steps. Muon replaces the momentum U S V^T by U V^T, so
 that every direction learns at the same speed. It updates the matrices inside the blocks. AdamW updates embeddings,
