@@ -40,6 +40,10 @@ def join(timeout_minutes):
     # Small values (errors, signals, validation losses) are sent between CPUs, and do not wait for a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
                             world_size=world, timeout=timeout)
+    # The last reference to a group ends it, and waits for gloo's threads, which may wait for Python's global lock.
+    # main() would hold that lock. So a reference is kept until cli.run ends the process by os._exit.
+    global everyone
+    everyone = dist.group.WORLD
 
 
 def share_of_batch(cfg, world):
@@ -182,11 +186,16 @@ def compiles(cfg, device):
     return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 
+MANY_TOKENS = 1000  # the vocabulary from which on it pays to compile the head and the cost (LOG.md)
+
+
 def compile_parts(model, objective):
     """Compile the trunk as one graph, and with a large vocabulary also the head and the objective's cost.
 
-    These two then need no copy of the logits in float32. With a small vocabulary they are as fast without. In several
-    processes DistributedDataParallel cuts the trunk's graph at its buckets of gradients.
+    These two then need no copy of the logits in float32. With a small vocabulary they are as fast without. With masks
+    they are one graph where gradients are computed, which needs no copy of the logits' gradient either: there
+    model.head returns its input, and objective.cost takes it in place of the logits. In several processes
+    DistributedDataParallel cuts the trunk's graph at its buckets of gradients.
     """
     trunk = torch.compile(model.trunk)
 
@@ -197,10 +206,17 @@ def compile_parts(model, objective):
         return trunk(*inputs, **more)
 
     model.trunk = for_any_masks
-    if model.vocab_size >= 1000:
-        objective.cost = torch.compile(objective.cost)
-        if not isinstance(model.head, torch.nn.Module):  # whose parameters would get other names
-            model.head = torch.compile(model.head)
+    if model.vocab_size < MANY_TOKENS:
+        return
+    head, cost = model.head, objective.cost
+    objective.cost = compiled_cost = torch.compile(cost)
+    if isinstance(head, torch.nn.Module):  # compiled, its parameters would get other names
+        return
+    model.head = compiled_head = torch.compile(head)
+    if objective.has_mask:
+        both = torch.compile(lambda x, *more: cost(head(x), *more))
+        model.head = lambda x: x if torch.is_grad_enabled() else compiled_head(x)
+        objective.cost = lambda x, *more: (both if torch.is_grad_enabled() else compiled_cost)(x, *more)
 
 
 def spread(model, objective, device, fsdp, compiled):
@@ -208,7 +224,8 @@ def spread(model, objective, device, fsdp, compiled):
 
     objective: its cost may be compiled, too (compile_parts).
     With fsdp every process keeps a share of each parameter, and collects the parameters of a block when they are needed
-    (FSDP, arXiv 2304.11277), and only blocks are compiled. Otherwise every process has the whole model (DDP).
+    (FSDP, arXiv 2304.11277), and only blocks and the cost are compiled. Otherwise every process has the whole model
+    (DDP).
     """
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # training, validation, both texts of block diffusion, last batches
@@ -224,6 +241,8 @@ def spread(model, objective, device, fsdp, compiled):
             fully_shard(block, mesh=mesh)
         # Otherwise the outer parameters would stay whole after a forward pass without a backward one, and become stale.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        if compiled and model.vocab_size >= MANY_TOKENS:
+            objective.cost = torch.compile(objective.cost)
         if hasattr(model, "remember"):  # samplers call it, and it needs whole parameters, as forward does
             register_fsdp_forward_method(model, "remember")
         return model

@@ -77,9 +77,15 @@ def test_compiles_in_one_graph(objective, vocab_size, monkeypatch):
     model, objective = network(vocab_size, **settings), small(**settings).make_objective(vocab_size)
     x0, mask = torch.randint(vocab_size, (3, 16)), torch.rand(3, 16)
     noise = [Noise(mask < rate, torch.full((3,), rate), torch.ones(3)) for rate in (0.3, 0.5, 0.8)]
-    expected = [objective.loss(model, x0, noise[0])[0], *(objective.masked_ce(model, x0, n) for n in noise)]
+    loss = lambda: objective.loss(model, x0, noise[0])[0]
+    gradients = lambda: torch.autograd.grad(loss(), list(model.parameters()))
+    expected = [loss(), *(objective.masked_ce(model, x0, n) for n in noise)]
+    expected_gradients = gradients()
     parallel.compile_parts(model, objective)
-    assert len(calls) == (3 if vocab_size >= 1000 else 1)
+    assert len(calls) == (4 if vocab_size >= 1000 else 1)
+    torch.testing.assert_close(gradients(), expected_gradients, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # as in validation
+        torch.testing.assert_close([loss(), objective.masked_ce(model, x0, noise[0])], expected[:2], rtol=1e-4, atol=1e-4)
     used, cost = [], objective.cost
     objective.cost = lambda *inputs: used.append(1) or cost(*inputs)
     found = [objective.loss(model, x0, noise[0])[0], objective.masked_ce(model, x0, noise[0])]
@@ -104,9 +110,10 @@ def test_every_network_can_be_compiled(architecture, vocab_size, monkeypatch):
     model, (xt, t) = network(vocab_size, **settings), batch()
     names, expected = list(model.state_dict()), [model(xt, t), model(xt, t, where=xt < 3)]
     parallel.compile_parts(model, small(**settings).make_objective(vocab_size))
-    assert len(calls) == (1 if vocab_size < 1000 else 2 if architecture == "tiny_diffusion" else 3)
+    assert len(calls) == (1 if vocab_size < 1000 else 2 if architecture == "tiny_diffusion" else 4)
     assert list(model.state_dict()) == names
-    torch.testing.assert_close([model(xt, t), model(xt, t, where=xt < 3)], expected)
+    with torch.no_grad():
+        torch.testing.assert_close([model(xt, t), model(xt, t, where=xt < 3)], expected)
 
 
 @pytest.mark.parametrize("shift", [False, True])
