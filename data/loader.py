@@ -30,11 +30,11 @@ def prepare_command(name, meta={}):
         flags += ["--tokenizer", tokens.replace("bpe", "bpe:")] if tokens else []
         return " ".join([f"python data/prepare_{script}", *flags])
     if "record" in meta:
-        return f"python data/prepare_names.py --file FILE --name {name}"
+        return f"python data/prepare_names.py --file FILE --name {shlex.quote(name)}"
     asked = meta.get("request", {})
     flags = [f" --{key} {shlex.quote(asked[key])}" for key, usual in (("tokenizer", "char"), ("alphabet", "own"))
              if asked.get(key, usual) != usual]
-    return (f"python data/prepare_textfile.py FILE --name {name}{''.join(flags)}"
+    return (f"python data/prepare_textfile.py FILE --name {shlex.quote(name)}{''.join(flags)}"
             + (" --val FILE --test FILE" if asked.get("val and test") else ""))
 
 

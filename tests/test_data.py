@@ -346,6 +346,7 @@ def test_prepare_command(name, command):
     """Each name of a data set has the command that makes it."""
     assert prepare_command(name) == f"python data/prepare_{command}"
     if name == "mine":
+        assert prepare_command("my book") == "python data/prepare_textfile.py FILE --name 'my book'"
         assert prepare_command(name, {"record": 32}) == "python data/prepare_names.py --file FILE --name mine"
         asked = {"files": ["a"], "val and test": ["b", "c"], "tokenizer": "bpe:300", "alphabet": "own"}
         assert prepare_command(name, {"request": asked}) == (
