@@ -34,6 +34,7 @@ FEW = [dict(lr=lr, dropout=dropout, weight_decay=decay) for lr, dropout, decay i
     (1.5e-3, 3e-3, 6e-3), (0.0, 0.1, 0.3), (0.1, 1.0))]
 MANY = [dict(dropout=dropout, weight_decay=decay) for dropout, decay in itertools.product((0.1, 0.3, 0.5), (0.1, 1.0))]
 TUNED_AT = 16, 64  # epochs of the two rounds of tuning
+TOKENS = 16 * 128  # of a step
 
 
 class Study:
@@ -44,7 +45,7 @@ class Study:
         """Train one run, or continue it; settings: pairs. Returns {"bits": per character on the test split, "val": its
         best validation}."""
         config = dict(settings)
-        steps = max(16, round(epochs * self.args.unique / (16 * 128)))
+        steps = round(epochs * self.args.unique / TOKENS)
         words = "_".join(f"{key}={value:g}" for key, value in config.items())
         out = self.args.folder / f"{kind.replace(' ', '_')}_{size}_{epochs}_{words}_{seed}"
         flags = ["mdlm_mini_fast", "--sample_interval=0", "--eval_sequences=512", *SIZES[size], *KINDS[kind],
@@ -85,7 +86,8 @@ def crossing(one, two):
 def main():
     p = ArgumentParser(description=__doc__)
     runs.add_arguments(p, steps=0)
-    p.add_argument("--unique", type=number(int, 128), default=200_000, help="characters to train on (default 200,000)")
+    p.add_argument("--unique", type=number(int, 16 * TOKENS), default=200_000,  # 16 steps, each before a validation
+                   help="characters to train on (default 200,000)")
     p.add_argument("--epochs", type=numbers(int, 1), default=[1, 4, 16, 64, 128],
                    help="numbers of epochs (default 1,4,16,64,128)")
     args = p.parse_args()
