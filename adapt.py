@@ -37,7 +37,7 @@ def adapt(model, source, cfg, path):
         before, now = len(weights[POSITIONS]), len(ours[POSITIONS])
         weights[POSITIONS] = resize(weights[POSITIONS], now)
         resized.append(f"{POSITIONS} (from {before:,} to {now:,} rows)")
-    if config_of(source).noise != cfg.noise:  # only masks have a row of the embedding, the last one
+    if config_of(source).noise != cfg.noise:  # with masks the embedding has one more row, the last
         rows = weights["embed.weight"]
         weights["embed.weight"] = rows[:-1] if cfg.noise == "uniform" else torch.cat((rows, rows.mean(0, keepdim=True)))
         resized.append(f"embed.weight (from {len(rows):,} to {len(weights['embed.weight']):,} rows)")

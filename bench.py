@@ -129,7 +129,9 @@ def timed(function, device):
 
 
 def split(training):
-    """Shares of one step's time: {data, forward, loss, backward, optimiser}. Waits for the device after each part."""
+    """Shares of one step's time: {data, forward, loss, backward, optimiser}. Waits for the device after each part.
+
+    Where the head is compiled with the cost (parallel.compile_parts), its time is that of the loss."""
     seconds, last = Counter(), time.perf_counter()
 
     def mark(part):

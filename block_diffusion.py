@@ -191,19 +191,18 @@ def in_blocks(settings, objective, model, xt, generator, end=None):
         if known < a:  # all blocks since the last one that was remembered: several, if a prompt is long
             past = model.remember(state.xt[:, known:a], torch.zeros(len(xt), device=xt.device), past=past)
             known = a
-        width = block.shape[1]
+        width, last = block.shape[1], None
         for part in settings(objective, model, F.pad(block, (0, n - width), value=objective.mask_id), generator,
                              past=past):
             new = [torch.cat((whole[:, :a], piece[:, :width], whole[:, a + n:]), 1)
                    for whole, piece in ((state.xt, part.xt), (state.p, part.p))]
-            after = State(*new, part.steps)
-            yield after
-        state = after
+            if last is not None:
+                yield last
+            last = State(*new, part.steps)
+        state = last
         if end is not None:  # only now, because remdm makes masks again in a block that was full
-            finished = finish(state.xt, given, end, objective.mask_id)
-            if not torch.equal(finished, state.xt):
-                state = state._replace(xt=finished, steps=0)
-                yield state
+            state = state._replace(xt=finish(state.xt, given, end, objective.mask_id))
+        yield state
 
 
 def finish(xt, given, end, mask_id):

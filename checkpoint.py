@@ -110,18 +110,19 @@ def check_nothing_is_lost(out_dir, cfg):
     came_to = max((entry["step"] for entry in entries), default=0)
     with contextlib.suppress(UserError):  # the step of a damaged ckpt_best.pt is unknown
         came_to = max(came_to, read(best)["step"])
-
-    def first_save(config):
-        """The step of the first checkpoint. With local_steps it waits for the end of a round."""
-        interval, round_of = config.get("checkpoint_interval", 0), max(1, config.get("local_steps", 0))
-        return -(-interval // round_of) * round_of
-
-    before = [entry["config"] for entry in entries if isinstance(entry.get("config"), dict)]
-    if came_to > max(map(first_save, [dataclasses.asdict(cfg), *before])) or any(entry.get("saved") == "ckpt.pt" for entry in entries):
+    configs = [entry["config"] for entry in entries if isinstance(entry.get("config"), dict)]
+    first = max(map(first_save, [dataclasses.asdict(cfg), *configs]))
+    if came_to > first or any(entry.get("saved") == "ckpt.pt" for entry in entries):
         start = f" and --init_from={best} (the best validation)" if best.exists() else ""
         raise UserError(f"the run in {out_dir} reached step {came_to:,}, but its ckpt.pt and ckpt_prev.pt are missing: "
                         f"put one of them back, or start a new run with another --out_dir{start}")
     note(f"the run in {out_dir} has no checkpoint yet: it begins again at step 0")
+
+
+def first_save(config):
+    """The step of the first checkpoint of a run with these settings. With local_steps it is the end of a round."""
+    interval, steps = config.get("checkpoint_interval", 0), max(1, config.get("local_steps", 0))
+    return -(-interval // steps) * steps
 
 
 def check_same_run(payload, path, cfg, meta):

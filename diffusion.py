@@ -160,6 +160,8 @@ class Absorbing:
     misfit(config): what of a Config does not go with this objective, in words, or None
     noise(u, v): the noise to train on, a NamedTuple with `t` and the methods `to` and `split` of Noise
     n_times(L): how many numbers u the noise of a text of L tokens needs; if more than one, u is (B, n_times)
+    cost(logits, x0, t): the cost of each position. If has_mask, the network's output must be used only here: where head
+        and cost are compiled together, it is the input of the head (parallel.compile_parts)
     loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
     nelbo(model, x0, noise): one estimate of the bound (B,), nats per token, from the noise of an estimator
     time(rate): the time that the network is told at a noise rate; samplers call it

@@ -169,7 +169,8 @@ def pick_estimator(subject, args):
 
 
 def pick_estimators(one, two, args):
-    """The estimators for a comparison. With masks it is the bound in continuous time if only one has T steps."""
+    """The estimators for a comparison: the models' own. If one of two models of masks has T steps, both get the bound
+    in continuous time."""
     estimators = [pick_estimator(subject, args) for subject in (one, two)]
     if set(estimators) == {"t_step", "exact_k"} and all("exact_k" in s.objective().estimators for s in (one, two)):
         return ["exact_k", "exact_k"]

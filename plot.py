@@ -48,7 +48,7 @@ def rows(entries, from_step):
     """(training, validation) of curves(), from the objects of a log."""
     hours, before, training, validation = 0.0, None, [], []
     for entry in entries:
-        before = before or entry  # after an interruption from the last line before it
+        before = before or entry  # time counts from the last line of losses, also if the run was stopped after it
         if "bits_per_token" in entry:
             hours += (entry["tokens"] - before["tokens"]) / entry["tokens_per_second"] / 3600
             before = entry

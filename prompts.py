@@ -64,8 +64,9 @@ def encode(text, tokenizer, name):
 def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
     """The canvases that --length, --prefix, --suffix, --template and --infill ask for.
 
-    Without any of them, one canvas of seq_len masks. Raises UserError for flags that contradict each other, and for
-    canvases longer than seq_len without --context, which says how longer text is continued.
+    Without any of them, one canvas of seq_len masks. block_size: of block diffusion, or 0. Raises UserError for flags
+    that contradict each other, and for canvases longer than seq_len without --context, which says how longer text is
+    continued.
     """
     if (args.template or args.infill) and (args.prefix or args.suffix or args.length):
         raise UserError("--template and --infill give the whole text: leave out --prefix, --suffix and --length")
@@ -90,9 +91,10 @@ def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
         found = [prefix + [mask_id] * (length - len(prefix) - len(suffix)) + suffix]
     longest = max(map(len, found))
     if longest > seq_len and args.context is None:
+        multiple = block_size or 1
+        quarter = min(max(seq_len // 4 // multiple, 1) * multiple, seq_len - multiple)
         raise UserError(f"the text has {longest} tokens, and the model writes {seq_len} at a time: shorten it, or "
-                        "set --context, the number of tokens that each window continues, such as "
-                        f"{seq_len // 4 - seq_len // 4 % (block_size or 1)}")
+                        f"set --context, the number of tokens that each window continues, such as {quarter}")
     if args.context is not None and args.context >= seq_len:
         raise UserError(f"--context {args.context} leaves nothing of the model's {seq_len} tokens: use fewer")
     return found

@@ -99,7 +99,8 @@ def piece(token, mask_id, tokenizer):
         return MASK
     kinds = {"C": "\N{MIDDLE DOT}", "Z": " "}
     before = tokenizer.decode([0])  # because some tokenizers leave out the space before a text
-    text = tokenizer.decode([0, token])[len(before):] or getattr(tokenizer, "pad", None) or ""
+    text = tokenizer.decode([0, token])[len(before):] or tokenizer.decode([token])
+    text = text or getattr(tokenizer, "pad", None) or ""
     return "".join(c if c == "\n" else kinds.get(unicodedata.category(c)[0], c) for c in text)
 
 

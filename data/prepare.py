@@ -209,7 +209,7 @@ class DatasetWriter:
         try:
             os.rename(self.temporary, self.folder)
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be made ({error.strerror}), perhaps because another command made it "
-                            "meanwhile: nothing was changed there")
+            meanwhile = ", perhaps because another command made it meanwhile" if self.folder.exists() else ""
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}){meanwhile}: nothing was changed there")
         sizes = ", ".join(f"{split} {self.sizes[split]:,}" for split in SPLITS)
         note(f"{self.folder}: {sizes} tokens, vocabulary of {meta['vocab_size']:,}")

@@ -80,16 +80,15 @@ def main():
 
 
 def whole_lines(train, val, test):
-    """The same splits, with the beginnings of val and test moved to that of a line, so that no token is cut there."""
-    moved = next_line(test)
+    """The same splits, with the beginnings of val and test moved to that of a line or word, so that no token is cut."""
+    moved = next_start(test)
     val, test = val + test[:moved], test[moved:]
-    moved = next_line(val)
+    moved = next_start(val)
     return {"train": train + val[:moved], "val": val[moved:], "test": test}
 
 
-def next_line(text):
-    """The place of the first line in the first half of a text, after its beginning. If there is none, of the first
-    space: a text may have few lines."""
+def next_start(text):
+    """The place where the second line of a text begins, if it is in the first half; else that of the first space."""
     half = len(text) // 2
     return text.find("\n", 0, half) + 1 or max(text.find(" ", 0, half), 0)
 

@@ -339,8 +339,8 @@ def make_tokenizer(meta):
     raise UserError(f"unknown tokenizer {meta['tokenizer']!r}; this version knows char, gpt2, bert and hf")
 
 
-NAMES = "zero one two three four five six seven eight nine".split()
-SPELLED = str.maketrans({str(digit): f" {name} " for digit, name in enumerate(NAMES)} | {"'": " ", "\u2019": " "})
+DIGITS = "zero one two three four five six seven eight nine".split()
+SPELLED = str.maketrans({str(digit): f" {name} " for digit, name in enumerate(DIGITS)} | {"'": " ", "\u2019": " "})
 
 
 def text8_words(text, spelled=False):

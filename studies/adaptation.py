@@ -87,10 +87,11 @@ class Study:
 
 def steps_to_reach(level, points):
     """The n at which bits fall to a level: points [(n, bits)], interpolated in log n. None if they do not."""
+    if points[0][1] <= level:
+        return points[0][0]
     for (n0, b0), (n1, b1) in zip(points, points[1:]):
         if b1 <= level < b0:
             return n0 * (n1 / n0) ** ((b0 - level) / (b0 - b1))
-    return points[0][0] if points[0][1] <= level else None
 
 
 def main():

@@ -110,7 +110,7 @@ def slope(points):
 def operations(points, bits):
     """The C at which a frontier [(C, bits, ...)] has these bits, by lines between points in log C; None outside."""
     for (c, y, *_), (c2, y2, *_) in zip(points, points[1:]):
-        if y >= bits >= y2:
+        if math.inf > y >= bits >= y2:
             return c * (c2 / c) ** ((y - bits) / (y - y2) if y > y2 else 0)
     return None
 
@@ -131,7 +131,7 @@ def main():
     if len(budgets) < 2:
         p.error("--budgets needs at least two numbers, for a line")
     require("matplotlib", "a picture")
-    runs.refuse_sizes(args)
+    runs.refuse(args, runs.SIZES + runs.SWEPT)
     runs.make_folder(args.folder, args)
     study, seeds = Study(args), range(1, args.seeds + 1)
     best, _ = runs.tuned([(method, size, budgets[-2]) for method in METHODS for size in SIZES], study.tune, args.jobs)
@@ -147,10 +147,10 @@ def main():
                               for size in kept[method, budget]]], study.measure, args.jobs)
 
     def frontier(method, chosen):
-        """[(C, bits of the best size in the mean over the chosen seeds, their standard error)]."""
-        of = lambda size, budget: over_seeds([found[key(method, size, budget, seed)]["bits"] for seed in chosen])
-        return [(budget, *min((of(size, budget) for size in kept[method, budget]), key=lambda x: x[0]))
-                for budget in budgets]
+        """[(C, bits of the size with the best validation in the mean over the chosen seeds, their standard error)]."""
+        of = lambda size, budget, what: over_seeds([found[key(method, size, budget, seed)][what] for seed in chosen])
+        size_of = lambda budget: min(kept[method, budget], key=lambda size: of(size, budget, "val")[0])
+        return [(budget, *of(size_of(budget), budget, "bits")) for budget in budgets]
 
     rows = []
     for method in METHODS:

@@ -147,7 +147,7 @@ def main():
     p.add_argument("--table", choices=TABLES, required=True, help="the table to make")
     args = p.parse_args()
     require("matplotlib", "a picture")
-    runs.refuse_sizes(args)
+    runs.refuse(args, runs.SIZES + runs.SWEPT)
     runs.make_folder(args.folder, args, f"{args.table}_settings")
     rows, seeds, level = TABLES[args.table](), range(1, args.seeds + 1), unigram_bits(args)
     keys = [(row.name, lr, seed) for row in rows for lr in row.lrs for seed in seeds]

@@ -17,7 +17,7 @@ import torch
 
 from categorical import Counted
 from checkpoint import load_model
-from cli import UserError, autocast, generator_on, progress, require, table, write_file
+from cli import UserError, autocast, generator_on, note, progress, require, table, write_file
 from data.loader import gather, windows
 from data.tokenizer import END, make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
@@ -225,8 +225,8 @@ def measure(subject, samples, judge, settings, seed):
     """Measure samples of each of several sampling.Settings, and as many pieces of real text, if there are so many.
 
     Returns [{sampler, steps, nfe, ...}]. samples: their number, or texts. subject: a subject.Subject. judge: from
-    open_judge, or None. Pieces are as long as the samples are: of texts, on average; without the prefix of a model that
-    needs one.
+    open_judge, or None. A piece is as long as a sample; if the samples are texts, as long as they are on average. The
+    prefix of a model that needs one is left out.
     """
     rows, objective, data = [], subject.objective(), subject.data
     known = words_of(subject.training_tokens(), subject.tokenizer)
@@ -242,7 +242,11 @@ def measure(subject, samples, judge, settings, seed):
         add("file", samples)
         if "record" not in subject.meta:
             n_tokens = [len(ids_of(text, subject.tokenizer)) for text in samples]
-            length = min(max(1, round(sum(n_tokens) / len(samples))), len(data.tokens))
+            length = max(1, round(sum(n_tokens) / len(samples)))
+            if length > len(data.tokens):
+                length = len(data.tokens)
+                note(f"the samples are longer than {subject.where}, so their entropy and distinct-n cannot be compared "
+                     "with those of real text")
     else:
         starts, c = windows(data.tokens, length, samples), subject.config.prefix_range[0]
         given = gather(data.tokens, np.resize(starts, samples), c)

@@ -67,6 +67,7 @@ def main():
     runs.add_arguments(p, steps=800)
     p.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="sizes (default: both)")
     args = p.parse_args()
+    runs.refuse(args, runs.SIZES + runs.SWEPT)
     runs.make_folder(args.folder, args)
     study, seeds = Study(args), range(1, args.seeds + 1)
     sizes = list(dict.fromkeys(args.sizes))

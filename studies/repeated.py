@@ -92,7 +92,7 @@ def main():
                    help="numbers of epochs (default 1,4,16,64,128)")
     args = p.parse_args()
     require("matplotlib", "a picture")
-    runs.refuse_sizes(args)
+    runs.refuse(args, ("n_embd", "n_head", "seq_len", "batch_size", "dropout", "weight_decay", *runs.SWEPT))
     runs.make_folder(args.folder, args)
     study, seeds, epochs = Study(args), range(1, args.seeds + 1), args.epochs
     best, tried = study.tune()

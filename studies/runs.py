@@ -33,7 +33,7 @@ def add_arguments(parser, steps):
     parser.add_argument("--windows", type=number(int, 2), default=1024, help="windows of the test split (default 1024)")
     parser.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time, one thread each (default 1)")
     parser.add_argument("--flags", nargs="*", default=[], metavar="KEY=VALUE",
-                        help="settings of train.py for all runs, such as n_embd=64")
+                        help="settings of train.py for all runs, such as weight_decay=0.3")
 
 
 def make_folder(path, args, name="settings"):
@@ -43,7 +43,9 @@ def make_folder(path, args, name="settings"):
     """
     data = load_meta(args.dataset, args.data_dir)  # before anything is kept
     settings = {key: value for key, value in vars(args).items() if key not in CHANGE_NO_RUN}
-    settings["data"] = data.get("sha256", {}).get("train", "")[:16]
+    hashes = data.get("sha256", {})
+    settings["data"] = hashes.get("train", "")[:16]
+    settings["held out"] = " ".join(hashes.get(split, "")[:16] for split in ("val", "test"))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -53,16 +55,21 @@ def make_folder(path, args, name="settings"):
         kept.unlink()  # of a call that ended before its first run
     before = once(kept, lambda: settings)
     for key in settings:
-        was = before.get(key, settings[key] if key == "data" else None)  # older folders do not say of which data
+        old = settings[key] if key in ("data", "held out") else None  # older folders do not say of which data
+        was = before.get(key, old)
         if was != settings[key]:
             raise UserError(f"{path} has runs with {key}={was}, not {settings[key]}: choose another folder")
 
 
-def refuse_sizes(args):
-    """Raise UserError if --flags has a size that a study chooses itself."""
+SWEPT = "lr", "seed", "max_steps"  # what a study gives each run itself
+SIZES = "n_layer", "n_embd", "n_head", "seq_len", "batch_size", "micro_batch_size"
+
+
+def refuse(args, keys):
+    """Raise UserError if --flags has one of these settings, which a study chooses itself."""
     for flag in args.flags:
         key = flag.split("=")[0]
-        if key in ("n_layer", "n_embd", "n_head", "seq_len", "batch_size", "micro_batch_size", "max_steps"):
+        if key in keys:
             raise UserError(f"--flags {flag}: this study chooses {key} itself; leave it out")
 
 

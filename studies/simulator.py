@@ -54,7 +54,7 @@ import local_sgd
 import storage
 from adapt import adapt
 from configs import replace
-from data.loader import check_same_tokens, open_data, windows
+from data.loader import check_same_data, check_same_tokens, open_data, windows
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
 from local_sgd import Exchange, Worker
 from log import Log
@@ -197,6 +197,7 @@ class Simulation:
             if changed:
                 raise UserError(f"{self.out} holds another run ({changed[0]} was {before.get(changed[0])}): use its "
                                 "settings")
+            check_same_data(self.meta, self.payload["meta"], self.cfg.dataset, f"the run of {self.out}")
             self.events_done, self.progress, step = (self.payload[key] for key in ("events", "progress", "step"))
         elif not self.args.resume and (self.out / "log.jsonl").exists():
             raise UserError(f"{self.out} already holds a run: continue it with --resume, or choose another --out_dir")
@@ -336,7 +337,8 @@ def exchanges(sim, n_bytes):
             anchor, momentum = ([x.clone() for x in workers[0].tensors(key).values()] for key in ("anchor", "momentum"))
             exchange.after(step)
             if cfg.outer_lr and any(not torch.equal(a, w) for a, w in zip(anchor, sim.weights)):
-                sim.update(cosine=cosine(difference_of(anchor, sim.weights, momentum, cfg), momentum))
+                moved = [x for x in zip(anchor, sim.weights, momentum) if not torch.equal(*x[:2])]  # of a fragment
+                sim.update(cosine=cosine(difference_of(*zip(*moved), cfg), [m for *_, m in moved]))
             if ended:
                 sim.report(progress, max(rounds.now), step, step == cfg.max_steps)
     return max(rounds.now)

@@ -126,7 +126,8 @@ class Study:
                 return {"bits": None, "val": None, "curve": []}
             lines = [line for line in log.read(out / "log.jsonl") if "val_bits_per_token" in line]
             mean = lambda key: float(np.mean([line[key] for line in lines if line.get(key) is not None] or [0.0]))
-            score = runs.call("evaluate.py", out, *runs.data_flags(self.args), "--n_tokens", 128 * self.args.windows)
+            n_tokens = log.read(out / "log.jsonl")[0]["config"]["seq_len"] * self.args.windows
+            score = runs.call("evaluate.py", out, *runs.data_flags(self.args), "--n_tokens", n_tokens)
             return {"bits": json.loads(score)["bits_per_token"], "val": lines[-1]["val_bits_per_token"],
                     "drift": mean("drift"), "staleness": mean("staleness"), "cosine": mean("cosine"),
                     "hours": lines[-1].get("hours"), "utilisation": lines[-1].get("utilisation"),
@@ -153,8 +154,7 @@ class Study:
         Returns ({key: result}, {name: the best flags}, the keys (name, level, seed, flags), those of the tuning).
         """
         seeds = range(1, self.args.seeds + 1)
-        for seed in seeds:
-            self.first(seed)
+        runs.in_stages([[(seed,) for seed in seeds]], self.first, self.args.jobs)
         trials = [(name, "moderate", 1, tuple(flags)) for name, choices in TUNED.items() for flags in choices]
         found = runs.in_stages([trials], self.measure, self.args.jobs)
         best = {name: choose(found, trials, name) for name in TUNED}
@@ -192,6 +192,7 @@ def main():
     p.add_argument("--local_steps", type=number(int, 2), default=50, help="steps of a round (default 50)")
     args = p.parse_args()
     require("matplotlib", "a picture")
+    runs.refuse(args, ("seed",))
     runs.make_folder(args.folder, args)
     study, seeds = Study(args), range(1, args.seeds + 1)
     found, best, keys, trials = study.all()

@@ -83,7 +83,8 @@ def open_subject(path, args, device, dtype, n_windows=None):
     dataset, data_dir, split = args.dataset or config.dataset, args.data_dir or config.data_dir, args.split
     if args.text:
         dataset, split = args.text, None
-        spelled = config.dataset.startswith(("text8", "gutenberg"))
+        own = meta.get("request", {}).get("alphabet") == "text8"  # made by prepare_textfile.py, which spells no digits
+        spelled = config.dataset.startswith(("text8", "gutenberg")) and not own
         tokens, content, where = read_tokens(args.text, tokenizer, seq_len, spelled)
         n_bytes = len(content.encode())
     else:
@@ -134,7 +135,8 @@ def config_to_score(config, path, seq_len, normalised, block_size):
 def read_tokens(file, tokenizer, seq_len, spelled=False):
     """The tokens of a text file, its text as it was encoded, and in words what was done to it.
 
-    spelled: see text8_words, for tokenizers of its words. Raises UserError if the tokens do not fill one window.
+    spelled: as in text8_words, for tokenizers that know only text8's symbols. Raises UserError if the tokens do not
+    fill one window.
     """
     content, how = read_text(file), "as it stands"
     if tokenizer.alphabet == TEXT8_ALPHABET:

@@ -69,7 +69,7 @@ def main():
     p = ArgumentParser(description=__doc__)
     runs.add_arguments(p, steps=1500)
     args = p.parse_args()
-    runs.refuse_sizes(args)
+    runs.refuse(args, ("seq_len", *runs.SWEPT))
     runs.make_folder(args.folder, args)
     study, seeds = Study(args), range(1, args.seeds + 1)
     kinds = list(itertools.product(TOKENS, KINDS, (False, True)))

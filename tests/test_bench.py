@@ -276,6 +276,9 @@ def test_estimate(call):
     assert masks["total_bytes"] == pytest.approx(masks["state_bytes"] + fixed + 8 * one)
     workers = last_line(call("bench.py", *options, "--gpu=a100", "--mfu=0.25", "--local_steps=5"))
     assert workers["state_bytes"] == 32 * line["parameters"]  # also the anchor, its momentum and the message
+    muon = [last_line(call("bench.py", "--estimate", "mdlm_mini_fast", "--gpus=4", *flags))["flops_per_token"]
+            for flags in ([], ["--local_steps=5"], ["--local_steps=5", "--local_group=4"])]
+    assert muon[0] == muon[2] < muon[1]  # Muon's matrices are shared out within a group
     assert "masks" not in call("bench.py", "--estimate", "ar_text8", *options[2:]).out.split("time")[0]
     adamw = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4", "--optimizer=adamw"))
     muon = last_line(call("bench.py", "mdlm_mini_fast", "--estimate", "--gpus=4"))

@@ -703,7 +703,7 @@ def test_commands(call, data_dir, tmp_path):
             (sample("--template=a__"), "sees only the text on"),
             (sample("--sampler=euler"), "--sampler euler"), (sample("--steps=auto"), "--steps N"),
             (call("sample.py", mdlm, "--no_cache"), "block diffusion"),
-            (sample("--length=70", "--context=11"), "use 16"), (sample("--length=70", "--context=31"), "use 24"),
+            (sample("--length=70"), "such as 8\n"), (sample("--length=70", "--context=11"), "use 16"), (sample("--length=70", "--context=31"), "use 24"),
             (sample("--sampler=first_hitting", "--steps=5"), "or use ancestral or topk or remdm\n"),
             (score("--context=0,8"), "of masks in whole texts"),
             (score("--T=8"), "T-step bound is for whole texts"),

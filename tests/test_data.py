@@ -492,11 +492,15 @@ def test_openwebtext_of_odd_names(call, monkeypatch, tmp_path, gpt2):
     assert "mine" in read(tmp_path / "openwebtext", "train") and "other" not in read(tmp_path / "openwebtext", "train")
 
 
+def die(share):
+    os._exit(1)
+
+
 def test_openwebtext_without_its_workers(monkeypatch, tmp_path, gpt2):
     """Processes that end, as for lack of memory, end the command, and nothing is left."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "a.txt").write_text("some text\n" * 60)
-    monkeypatch.setattr(prepare_openwebtext, "start_worker", os._exit)
+    monkeypatch.setattr(prepare_openwebtext, "start_worker", die)
     with pytest.raises(UserError, match="a process ended, perhaps for lack of memory"):
         prepare(monkeypatch, prepare_openwebtext, "--file", tmp_path / "a.txt", "--data_dir", tmp_path / "data",
                 "--num_proc", 1)

@@ -31,6 +31,7 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     assert "validation during training, step 60" in card and "mdlm_text8" in card
     assert f"| {json.loads(result.out)['bits_per_char']:.4f} | tiny val, " in card
     prepare, train_again = card.split("```sh\n")[2].split("\n```")[0].splitlines()
+    assert "micro_batch_size" not in train_again
     assert prepare == "python data/prepare_textfile.py FILE --name tiny --alphabet text8"
     config = json.loads((folder / "config.json").read_text())
     monkeypatch.setattr(sys, "argv", shlex.split(train_again)[1:])

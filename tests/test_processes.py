@@ -58,6 +58,26 @@ def test_compiled_processes(call, data_dir, tmp_path):
         assert ", compiled, " in first[1]
 
 
+MANY_TOKENS = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+import parallel
+parallel.MANY_TOKENS = 5
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def test_compiled_head_and_cost(call, data_dir, tmp_path):
+    """With many tokens head and cost are compiled, too, in two processes as in one."""
+    (tmp_path / "train.py").write_text(MANY_TOKENS.format(root=str(ROOT)))
+    options = [*STEADY, "--n_layer=1", "--log_interval=1"]
+    assert train(call, "mdlm_text8", data_dir, tmp_path / "one", *options).code == 0
+    for name in ("--no-fsdp", "--fsdp"):
+        finish_well(start("mdlm_text8", data_dir, tmp_path / name, *options, name, "--compile", n=2,
+                          script=tmp_path / "train.py"))
+        assert_same_training(tmp_path / "one", tmp_path / name)
+
+
 def test_blocks_run_everywhere(call, data_dir, tmp_path):
     """Block diffusion, whose network is called on two texts in each step: in parts, over two processes, sharded."""
     flags = [*STEADY, "--objective=block", "--block_size=8", "--shift_tokens"]

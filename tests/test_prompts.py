@@ -250,7 +250,7 @@ def test_bad_requests(call, trained, tmp_path):
             (["--prefix=the cat", "--length=7"], "a larger --length\n"),
             (["--prefix=the", "--known_words"], "counts the words of whole samples"),
             (["--temperature=0", "--top_k=3"], "leave out --top_p and --top_k"),
-            (["--length=100"], "the model writes 32 at a time"), (["--template", "{40}"], "the model writes 32"),
+            (["--length=100"], "such as 8\n"), (["--template", "{40}"], "the model writes 32"),
             (["--length=100", "--context=32"], "leaves nothing of the model's 32"),
             (["--prefix=Ab"], "--prefix: 'A' not in the alphabet"), (["--suffix=5"], "--suffix: '5' not in"),
             (["--template=the cat"], "has no blanks"), (["--template=a_", "--length=5"], "leave out --prefix"),

@@ -330,10 +330,13 @@ def test_a_run_that_is_stopped(answers, monkeypatch, tmp_path):
 
 
 def test_flags_of_the_network(monkeypatch, tmp_path):
-    """A study of several sizes chooses them itself: its costs and budgets are of these."""
-    for module, more in ((frontier, []), (mixers, ["--table=masks"])):
-        with pytest.raises(UserError, match="--flags n_embd=32: this study chooses n_embd itself"):
-            go(module, monkeypatch, tmp_path / "study", *more, "--flags", "lr=1", "n_embd=32")
+    """A study chooses some settings itself, such as the sizes that its costs and budgets are of."""
+    for module, key, *more in ((frontier, "n_embd"), (mixers, "n_embd", "--table=masks"), (recipe, "n_layer"),
+                               (repeated, "dropout"), (tokens, "max_steps"), (slow_links, "seed"), (recipe, "lr")):
+        with pytest.raises(UserError, match=f"--flags {key}=32: this study chooses {key} itself"):
+            go(module, monkeypatch, tmp_path / "study", *more, "--flags", "beta2=0.9", f"{key}=32")
+    with pytest.raises(UserError, match="is not prepared"):
+        go(tokens, monkeypatch, tmp_path / "study", "--dataset", "nothing", "--flags", "n_embd=32")
     assert not (tmp_path / "study").exists()
 
 
