@@ -1,7 +1,7 @@
 """Visibility for model.py: which tokens a token sees, in blocks, and in a past that is kept as keys and values.
 
-Without blocks, past and annealing a token sees all tokens, or in a causal network those on its left. Block diffusion
-(block_diffusion.py) uses blocks and a past. A causal network that writes token after token uses a past
+Without blocks, past and annealing a token sees all tokens, or in a causal network itself and those on its left. Block
+diffusion (block_diffusion.py) uses blocks and a past. A causal network that writes token after token uses a past
 (sampling.left_to_right). A causal network that becomes a diffusion model uses `annealed` (train.py).
 """
 

@@ -5,7 +5,8 @@ A text of L tokens is cut into L/n blocks of n tokens. By the chain rule over bl
     -log p(x) = sum_b -log p(x^b | x^{<b}) <= sum_b E_t [weight(t) * sum over masks of block b of CE given x^{<b}].
 
 The blocks before are clean. So n = L is MDLM, whose only block has nothing before it. And n = 1 is an autoregressive
-model: the bound of one token is its CE, and that of the text the likelihood itself. Each block has a time of its own.
+model: if the network is not told the time, the bound of one token is its CE, and that of the text the likelihood
+itself. Each block has a time of its own.
 
     here        meaning                                    BD3-LM
     n           block_size: tokens of a block              L'

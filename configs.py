@@ -167,7 +167,7 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
-            right = {int: int, float: (int, float), str: str, bool: (bool, type(None))}[field.type]
+            right = {int: int, float: (int, float), str: str, bool: (bool, type(field.default))}[field.type]
             if not isinstance(value, right) or isinstance(value, bool) and field.type is not bool:
                 raise UserError(f"{field.name}={value!r} must be of type {field.type.__name__}")
             if choices and value not in choices:

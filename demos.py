@@ -149,19 +149,22 @@ def loss(args):
     x0, tokenizer, loaded = open_text(args)
     x0, given = prepared(x0, loaded)
     model, config, L, uniform = loaded.model, loaded.config, len(x0), not loaded.config.objective_class.has_mask
-    objective = replace(config, time_sampling="uniform").make_objective(loaded.meta["vocab_size"])
+    kind = "mdlm" if config.objective == "bert" else config.objective  # bert has one rate, whatever t is
+    objective = replace(config, objective=kind, time_sampling="uniform").make_objective(loaded.meta["vocab_size"])
     _, v = uniforms(args.seed, 0, [0], 1, L, stratified=False)
     noise = objective.noise(torch.tensor([args.t], dtype=torch.float64), give_prefix(v, [given]))
     n, t, schedule = L - given, noise.t.double(), objective.schedule
     weight = noise.weight.item() * n / L  # of a nat in the bound on the whole text; nelbo divides by L
     xt = objective.corrupt(x0[None], noise[0])
     hit = noise.token[0] >= 0 if uniform else noise.mask[0]
-    alpha, dsigma = schedule.alpha(t).item(), (-schedule.dalpha(t) / schedule.alpha(t)).item()
-    meaning = (f"of one of T = {objective.T:,} steps" if objective.T else "dsigma/dt" if uniform else
-               "-alpha'(t)/(1 - alpha(t)) = r dsigma/dt, what a nat at a mask counts")
+    alpha = schedule.alpha(t).item()
+    dsigma = -schedule.dalpha(t).item() / alpha if alpha else math.inf
+    meaning = ((f"T, as one of T = {objective.T:,} steps is drawn" if objective.T else "dsigma/dt") if uniform else
+               (f"T (a_(s-1) - a_s)/(1 - a_s), with a_s = alpha(s/T) and T = {objective.T:,}" if objective.T else
+                "-alpha'(t)/(1 - alpha(t)) = odds dsigma/dt") + ": what a nat at a mask counts")
     print(f"t = {t.item():g}: noise hits a token with probability 1 - alpha = {1 - alpha:.4f}, {hit.sum()} of {n}\n"
           f"sigma = -log alpha = {schedule.sigma(t).item():.4f} nats, dsigma/dt = {dsigma:.4f}, "
-          f"r = alpha/(1 - alpha) = {alpha / (1 - alpha):.4f}\nweight = {weight:.4f}: {meaning}\n\n"
+          f"odds = alpha/(1 - alpha) = {alpha / (1 - alpha):.4f}\nweight = {weight:.4f}: {meaning}\n\n"
           f"  {shown(xt[0], tokenizer)}\n")
     terms = (uniform_terms if uniform else masked_terms)(objective, model(xt, noise.t)[0], x0, noise, weight)
     token, seen = ([repr(shown(ids[i:i + 1], tokenizer)) for i in range(L)] for ids in (x0, xt[0]))
@@ -174,10 +177,10 @@ def loss(args):
     print(f"\nin bits; the sum is {total:.2f}, {total / n:.4f} per token: one sample of the bound on -log2 p(TEXT)"
           + (f", with {prior:.2f} for the noise that is left at the end (uniform.prior_kl)" if prior > 0.005 else ""))
     say("Nothing shows which tokens are noise, so all of them cost something." if uniform else
-        """The scores are s = r q, and q sums to Z, not to 1. So score entropy is weight x CE and a penalty, weight x
-        (Z - 1 - log Z), which normalising q would save.""" if objective.normalised_twin else
-        """Visible tokens cost nothing: they are kept. SEDD's score entropy of the scores s = r p is the same number as
-        weight x CE, because p sums to 1""" + (", up to the size of a step." if objective.T else "."))
+        """The scores are S = odds f, and the prediction f sums to Z, not to 1. So score entropy is weight x CE and a
+        penalty, weight x (Z - 1 - log Z), which normalising f would save.""" if objective.normalised_twin else
+        """Visible tokens cost nothing: they are kept. SEDD's score entropy of the scores S = odds p is the same number
+        as weight x CE, because p sums to 1""" + (", up to the size of a step." if objective.T else "."))
     (u, v), (w, _) = (uniforms(args.seed, step, range(args.draws), args.draws, L, False) for step in (1, 2))
     print(f"\n{args.draws} other draws of time and noise, in bits per token:")
     ways = {"t uniform on (0, 1]": lambda u, v, w: objective.noise(u, v),
@@ -188,8 +191,8 @@ def loss(args):
         print(f"  {name:20}  mean {bits.mean():.3f}, standard deviation {bits.std():.3f}, from {bits.min():.3f} to "
               f"{bits.max():.3f}")
     say("Training draws the time anew for every text, so single losses jump, and their mean counts. "
-        + ("" if uniform else """At time t about t L tokens are masked and each counts some 1/t times: with small t one
-           hard token is a large number. evaluate.py draws the number of masks, k, and the weight is L/k."""))
+        + ("" if uniform else """A token counts as often as the weight says. The weight is large where few tokens are
+           masked: there one hard token is a large number. In the draws of evaluate.py k masks have the weight L/k."""))
 
 
 def noise(args):

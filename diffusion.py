@@ -74,7 +74,7 @@ def cosine():
 def loglinear(eps=1e-3):
     """alpha(t) = 1 - (1 - eps) t (SEDD, arXiv 2310.16834). sigma = -log(1 - (1 - eps) t), hence the name.
 
-    It is linear but for alpha(1) = eps: SEDD's networks see sigma, which has to be finite.
+    A straight line, too, but to eps and not to 0: SEDD's networks see sigma, which has to be finite.
     """
     return Schedule(lambda t: 1 - (1 - eps) * t, lambda t: (eps - 1) * torch.ones_like(t),
                     lambda a: ((1 - a) / (1 - eps)).clamp(max=1), lambda t: -torch.log1p((eps - 1) * t))
@@ -254,7 +254,7 @@ class Absorbing:
 
         and `nelbo` divides by L. The masked tokens are those with the k smallest v. The rate is the k-th smallest v, at
         which exactly these are masked, and the network is told its time. Its distribution is Beta(k, n - k + 1), which
-        is that of r given k masks under the weight 1/r. So the bound is the same for networks that see the time.
+        is that of r given k masks under the weight 1/r. So the mean is the bound for networks that see the time, too.
         """
         L, n = v.shape[1], n_free(v)
         k = torch.minimum(torch.ceil(u * n).clamp(min=1), n).long()
@@ -293,9 +293,10 @@ class D3PM(Absorbing):
     term, because alpha(1) = 0; with alpha(1) > 0 it would be infinite, so only the schedules in WHOLE are possible.
 
     lambda_ce adds the auxiliary loss of eq. 5: lambda_ce * CE at all positions, visible ones included, beside one term
-    of the sum over s (not the whole sum), as in the published code. With T = 1000 and nanoDD's lambda_ce = 0.05 it
-    weighs lambda_ce (T + 1)/2 = 25 times as much as the bound, per masked token on average (docs/maths.md, section 8):
-    training is then nearly on equal weights for all masks. The auxiliary loss is never reported.
+    of the sum over s (not the whole sum), as in the published code. With T = 1000, the linear schedule and nanoDD's
+    lambda_ce = 0.05 it weighs lambda_ce (T + 1)/2 = 25 times as much as the bound, per masked token on average
+    (docs/maths.md, section 8): training is then nearly on equal weights for all masks. The auxiliary loss is never
+    reported.
     """
 
     estimators = {"t_step": "t_step_uniform", "t_step_uniform": "t_step"} | Absorbing.estimators
@@ -358,9 +359,9 @@ class D3PM(Absorbing):
         return Noise(mask, (s / self.T).float(), L / mask.sum(1).float())
 
     def loss(self, model, x0, noise):
-        """The loss to minimise and the bound, as Absorbing.loss returns them. The bound is T times one random term of
-        the sum over s. The loss has this term itself, nelbo/T, as the paper has. Its size counts beside lambda_ce, and
-        for clipping."""
+        """The loss to minimise and the bound, as Absorbing.loss returns them. The loss has one random term of the sum
+        over s, nelbo/T, as in the paper. The bound is T times this term. The factor matters, because lambda_ce and the
+        clipping of gradients do not scale with it."""
         if not self.lambda_ce:
             nelbo = self.nelbo(model, x0, noise)
             return nelbo.mean() / self.T, nelbo.detach()
@@ -374,9 +375,9 @@ class MDLM(Absorbing):
 
         nelbo = integral over t in (0, 1] of -alpha'(t)/(1 - alpha(t)) * E[sum over masked positions of CE] dt / L
 
-    If alpha(1) > 0, this integral lacks the rates above 1 - alpha(1), so it is a little less than a bound. `noise`, for
-    training, estimates this integral. `exact_k` and `continuous` draw all rates, and tell the network t = 1 at those
-    above 1 - alpha(1).
+    This integral has the rates from 1 - alpha(0) to 1 - alpha(1) alone. If others are missing, it is a little less than
+    a bound. `noise`, for training, estimates this integral. `exact_k` and `continuous` draw all rates, and tell the
+    network t = 1 at those above 1 - alpha(1).
 
     For a network that does not see the time, the bound is the same for every schedule from alpha = 1 to alpha = 0; the
     variance of its estimate is not. time_sampling:
@@ -418,7 +419,7 @@ class MDLM(Absorbing):
 class SEDD(MDLM):
     """Score entropy (arXiv 2310.16834) with masks: the network's ratios of probabilities need not be normalised.
 
-    At each mask the network learns the scores S_y = p_t(xt with y here)/p_t(xt) of the tokens y (`scores`: their
+    At each mask the network learns the scores S_y = q_t(xt with y here)/q_t(xt) of the tokens y (`scores`: their
     logarithms). The true score is odds * p(x0 = y | visible tokens), where odds = alpha/(1 - alpha) = 1/(e^sigma - 1).
     The score entropy of a mask is
 

@@ -14,6 +14,7 @@ from cli import UserError, in_short
 from configs import CONFIGS, same_run
 from data.loader import prepare_command
 from likelihood import plus_minus
+from log import parse
 from storage import FORMAT, Hints, check_finite, check_fit, check_keys, config_of, digest, read, versions
 
 
@@ -32,7 +33,9 @@ def export(checkpoint, folder, results=(), hints=Hints(), dtype=torch.float32):
     with torch.device("meta"):  # shapes alone
         check_fit(config_of(payload).make_model(payload["meta"]["vocab_size"]), payload["ema"], checkpoint)
     weights = {key: value.to(dtype).contiguous().clone() for key, value in sorted(payload["ema"].items())}
-    check_finite(weights, checkpoint)
+    check_finite(payload["ema"], checkpoint)
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"the weights in {checkpoint} have numbers too large for {str(dtype)[6:]}: use --dtype float32")
     settings = {field: value for field, value in dataclasses.asdict(config_of(payload)).items()
                 if same_run(field) and field != "data_dir"}
     scored = digest({key: value.float() for key, value in sorted(payload["ema"].items())}) if results else None
@@ -68,23 +71,32 @@ def read_result(path, scored):
         if result["scored_sha256"] != scored:
             raise UserError(f"{path} has the score of other weights ({result['checkpoint']}, step {result['step']}, "
                             f"{result['weights']}): run `evaluate.py CKPT --json` on this checkpoint")
-        return {key: result[key] for key in ("bits_per_token", "bits_per_char", "stderr", "estimator", "dataset",
-                                             "split", "n_sequences", "seq_len", "n_tokens")}
+        found = {key: result[key] for key in ("bits_per_token", "bits_per_char", "stderr", "estimator", "dataset",
+                                              "split", "n_sequences", "seq_len", "n_tokens")}
+        row_of(found)
+        return found
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not the output of `evaluate.py CKPT --json`: run that again")
 
 
 def last_validation(path, step):
     """(bits, standard error, step) of the last validation up to a step in the log beside a checkpoint, or None."""
     try:
-        lines = ((path if path.is_dir() else path.parent) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        found = [line for line in map(json.loads, lines)
-                 if line.get("val_bits_per_token") is not None and line["step"] <= step]
-        return found[-1]["val_bits_per_token"], found[-1]["val_stderr"], found[-1]["step"]
-    except (OSError, ValueError, IndexError, KeyError):
+        entries, _ = parse((path if path.is_dir() else path.parent) / "log.jsonl")
+    except OSError:
         return None
+    found = [(line["val_bits_per_token"], line.get("val_stderr"), line["step"]) for line in entries
+             if type(line.get("val_bits_per_token")) is float and line["step"] <= step
+             and isinstance(line.get("val_stderr"), (float, type(None)))]
+    return found[-1] if found else None
+
+
+def row_of(r):
+    """The row of the card's table for the output of evaluate.py --json (dict)."""
+    return (f"| {r['bits_per_token']:.4f} {plus_minus(r['stderr'])} | {r['bits_per_char']:.4f} | "
+            f"{r['dataset']} {r['split'] or ''}, {r['n_sequences']:,} windows of {r['seq_len']}; {r['estimator']} |")
 
 
 def model_card(name, card, n_params, validation):
@@ -95,9 +107,7 @@ def model_card(name, card, n_params, validation):
     if validation:
         bits, error, step = validation
         rows.append(f"| {bits:.4f} {plus_minus(error)} |  | validation during training, step {step:,} |")
-    rows += [f"| {r['bits_per_token']:.4f} {plus_minus(r['stderr'])} | {r['bits_per_char']:.4f} | "
-             f"{r['dataset']} {r['split'] or ''}, {r['n_sequences']:,} windows of {r['seq_len']}; {r['estimator']} |"
-             for r in card["measured"]]
+    rows += map(row_of, card["measured"])
     again, source = training_commands(card), card["init_from"]
     began = f" Training began with the weights of `{source}`." if source else ""
     better = "." if source else (" from nothing. More steps (`--max_steps`) and a larger network (`--n_layer`, "

@@ -90,7 +90,8 @@ def draw(runs, out, x, log_x):
             axes.errorbar([row[column] for row in validation], [row[3] for row in validation],
                           [2 * row[4] for row in validation], color=color, marker="o", ms=3, lw=1, capsize=2,
                           label=f"{name}: {validation[-1][3]:.3f} {plus_minus(validation[-1][4] or None, 3)}")
-    axes.set(xlabel=AXES[x], ylabel="bits per token (a bound)", xscale="log" if log_x else "linear")
+    axes.set(xlabel=AXES[x], ylabel="bits per token (a bound; exact from left to right)",
+             xscale="log" if log_x else "linear")
     axes.set_title("line: training; points: validation of the averaged weights, ± 2 standard errors", fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(title="last validation" if any(validation for *_, validation in runs) else None)
@@ -141,6 +142,9 @@ def main():
     args = parse_args()
     check_place("--out", args.out, ".png")
     runs = [curves(path, args.from_step) for path in args.runs]
+    names = [name for name, *_ in runs]
+    if len(set(names)) < len(names):  # a/demo and b/demo
+        runs = [(str(path), *rest) for path, (_, *rest) in zip(args.runs, runs)]
     if len(datasets := {str(dataset) for _, dataset, *_ in runs}) > 1:
         note(f"these runs are of several data sets ({', '.join(sorted(datasets))}): bits per token compare only if "
              "their tokens are the same")

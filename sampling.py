@@ -24,8 +24,9 @@ All samplers take the same arguments, and then those of their own:
     xt         (B, L) long; objective.mask_id where a token is to be written
     objective  that of the model, whose `time` says what the network is told at a mask rate
     draw       categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
-    start      (B,) float64, the share of masks at first, below 1 if tokens are given: where the grid has the rate r,
-               the network is told the time of the rate start * r, because in training a rate was a share of all tokens
+    start      (B,) float64, the share of masks at first, below 1 if tokens are given. The grid begins at 1 all the
+               same. At its rate r a share start * r of all tokens are masks. In training a rate was such a share, so
+               the network is told the time of the rate start * r
     grid       (samplers with steps) mask rates, never rising; the first is 1 or the last of the schedule, the last 0
 
 Networks trained on uniform noise have samplers of their own, in uniform.py.
@@ -263,7 +264,7 @@ def analytic(model, xt, objective, draw, start, grid, chance=lambda schedule, r,
 def euler_chance(schedule, r, rho):
     """(t - tau) w(t), where r and rho are the rates at t and tau: what an Euler step has in place of 1 - rho/r.
 
-    The learned reverse rate from the mask to y is sigma' S_y = sigma' odds f_y = w(t) f_y (docs/maths.md, section 9).
+    The learned jump rate from the mask to y is sigma' S_y = sigma' odds f_y = w(t) f_y (docs/maths.md, section 9).
     """
     t, tau = schedule.times(r, rho)
     return ((t - tau) * schedule.weight(t)).item()

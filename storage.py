@@ -192,7 +192,7 @@ def read(path, hints=Hints()):
     payload, path = found.payload, found.path
     card = dict(found.settings) if found.settings.get("format") == FORMAT else {}  # of a folder that export() wrote
     version = payload.get("format") if isinstance(payload, dict) else None
-    version = str(version or found.settings.get("format"))
+    version = version if isinstance(version, str) else str(found.settings.get("format"))
     if version.startswith(FORMAT.rstrip("0123456789")) and version != FORMAT:
         raise UserError(f"{path} was written by another version of this project: its format is {version[:40]}, and "
                         f"this version reads {FORMAT}")
@@ -270,7 +270,11 @@ def check_fields(payload, path):
     """Raise a UserError that names missing fields, or the first one whose value is not what train.py writes."""
     check_keys(payload, list(FIELDS)[:5], path)
     for field, (fits, expected) in FIELDS.items():
-        if field in payload and not fits(payload[field]):
+        try:
+            good = field not in payload or fits(payload[field])
+        except RecursionError:
+            good = False
+        if not good:
             raise UserError(f"{path} cannot be used: its field {field!r} is not {expected}")
 
 

@@ -11,8 +11,8 @@ every token may change until the end.
 The network's softmax x_theta at position i estimates p(x0_i | xt without position i), not p(x0_i | xt): the bounds
 below have their minimum there. p(x0_i = j | xt) is proportional to x_theta[j] q(xt_i | x0_i = j).
 
-Names and conventions are those of diffusion.py. The canvases of samplers have mask_id = V at positions that are still
-to be written. No network of this kind ever sees mask_id.
+Names and conventions are those of diffusion.py. The texts that samplers fill have mask_id = V at positions that are
+still to be written. No network of this kind ever sees mask_id.
 """
 
 import math
@@ -77,7 +77,7 @@ def excess(d):
 class Uniform:
     """Uniform diffusion in continuous time: UDLM (arXiv 2412.10193), Duo (arXiv 2506.10892); with `score`, SEDD's.
 
-    All of them learn the scores S_y = p_t(xt with y here)/p_t(xt) at every position; z is the token of xt there. The
+    All of them learn the scores S_y = q_t(xt with y here)/q_t(xt) at every position; z is the token of xt there. The
     true score given x0 is c_y = q(y | x0)/q(z | x0). All minimise the same score entropy (SEDD, arXiv 2310.16834),
     which for scores computed from x_theta is the bound of UDLM and Duo. The forward jump rate between any two tokens is
     dsigma/dt / V, so
@@ -85,8 +85,8 @@ class Uniform:
         nelbo = integral over t of dsigma/dt * E[ sum_i 1/V sum_{y != z} (S_y - c_y log S_y + c_y (log c_y - 1)) ] / L.
 
     With `score` the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
-    added. Without it the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z). The
-    estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates above those
+    added. Without `score` the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z).
+    The estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates above those
     of the schedule the network is told t = 1, at rates below them t = 0. There is no reconstruction term, because the
     rates begin at 0, where xt = x0. `noise`, to train on, covers the rates of the schedule alone.
     """

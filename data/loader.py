@@ -47,10 +47,15 @@ def load_meta(name, data_dir):
         there = f" --data_dir {shlex.quote(str(data_dir))}" if data_dir else ""
         raise UserError(f"data set {name!r} is not prepared in {folder.parent}: run {prepare_command(name)}{there}, or "
                         "name the folder that has it with --data_dir")
-    except ValueError:
+    except (ValueError, RecursionError):
         meta = None
-    if not describes_tokens(meta) or meta.get("dtype") not in ("uint8", "uint16", "uint32") or not all(
-            isinstance(meta.get(key), dict) and meta[key].keys() == set(SPLITS) for key in ("sizes", "sha256")):
+
+    def of_splits(key, kind):
+        return isinstance(meta.get(key), dict) and meta[key].keys() == set(SPLITS) and all(
+            type(value) is kind for value in meta[key].values())
+
+    if not describes_tokens(meta) or meta.get("dtype") not in ("uint8", "uint16", "uint32") or not (
+            of_splits("sizes", int) and of_splits("sha256", str) and ("bytes" not in meta or of_splits("bytes", int))):
         raise UserError(f"{folder / 'meta.json'} is damaged: delete {folder} and prepare the data set again")
     return meta
 
@@ -102,7 +107,7 @@ def load_split(name, split, seq_len, data_dir):
     try:
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
     except (FileNotFoundError, ValueError):
-        raise UserError(f"{path} is missing or empty: delete {path.parent} and prepare the data set again")
+        raise UserError(f"{path} is missing, empty or cut off: delete {path.parent} and prepare the data set again")
     if len(tokens) != meta["sizes"][split]:
         raise UserError(f"{path} has {len(tokens):,} tokens and its meta.json says {meta['sizes'][split]:,}: "
                         f"delete {path.parent} and prepare the data set again")

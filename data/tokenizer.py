@@ -137,6 +137,9 @@ class HubTokenizer:
         try:
             self.tokenizer, parts = Tokenizer.from_str(definition), json.loads(definition)
             self.pieces = {i: piece for piece, i in self.tokenizer.get_vocab().items()}
+            most = max(self.pieces)
+            self.prefix = parts["model"].get("continuing_subword_prefix") or "##"
+            self.suffix = parts["model"].get("end_of_word_suffix")
             self.decoder = json.dumps(parts["decoder"])
             unknown = self.unknown_of(parts["model"])
             self.added = {token["id"] for token in parts["added_tokens"]}  # their pieces are their texts
@@ -144,11 +147,11 @@ class HubTokenizer:
                        if token["special"] and token["content"] != unknown}
         except Exception as error:  # a plain Exception of the library; or parts that are missing
             raise UserError(f"the definition of the tokenizer is damaged: {str(error).splitlines()[0][:100]}")
-        if max(self.pieces) > 10**7:
-            raise UserError(f"the tokenizer has a token number {max(self.pieces):,}, which is above ten million")
+        if most > 10**7:
+            raise UserError(f"the tokenizer has a token number {most:,}, which is above ten million")
         self.tokenizer.encode_special_tokens = True
         self.ids = sorted(self.pieces.keys() - (special if left_out is None else left_out))  # ours -> the tokenizer's
-        self.left_out = sorted(set(range(max(self.pieces) + 1)) - set(self.ids))
+        self.left_out = sorted(set(range(most + 1)) - set(self.ids))
         self.vocab_size, self.alphabet = len(self.ids), alphabet
 
     def unknown_of(self, model):
@@ -189,9 +192,12 @@ class HubTokenizer:
             pieces = [piece.encode() if i in self.added else bytes(alphabet[c] for c in piece if c in alphabet)
                       for i, piece in zip(self.ids, pieces)]
         elif "WordPiece" in self.decoder:
-            pieces = [piece[2:] if piece.startswith("##") else piece if len(piece) == 1 and not piece.isalnum()
-                      else " " + piece for piece in pieces]
+            pieces = [piece.removeprefix(self.prefix) if piece.startswith(self.prefix) else
+                      piece if len(piece) == 1 and not piece.isalnum() else " " + piece for piece in pieces]
             pieces = [piece.encode() for piece in pieces]
+        elif self.suffix:  # it ends a word, and stands for the space after it
+            pieces = [(piece.removesuffix(self.suffix) + " " if piece.endswith(self.suffix) else piece).encode()
+                      for piece in pieces]
         else:  # a mark stands for a space; <0x0A> is a byte
             pieces = [bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", piece)
                       else piece.replace("\u2581", " ").encode() for piece in pieces]
@@ -314,13 +320,14 @@ def describes_tokens(meta):
         return False
     size, kind, alphabet, pad, record = (meta.get(key) for key in ("vocab_size", "tokenizer", "alphabet", "pad",
                                                                    "record"))
-    if type(size) is not int or size > 10**7 or not isinstance(kind, str) or record is not None and (
-            type(record) is not int or not 1 <= record <= 10**7):
+    if type(size) is not int or size > 10**7 or not isinstance(kind, str) or "record" in meta and (
+            type(record) is not int or not 1 <= record <= 10**7) or not isinstance(meta.get("request", {}), dict):
         return False
     if kind == "char":
         return (isinstance(alphabet, str) and len(alphabet) == len(set(alphabet)) == size >= 1
                 and (pad is None or isinstance(pad, str) and len(pad) == 1 and pad in alphabet))
-    if kind == "hf" and not isinstance(meta.get("definition"), str):
+    if kind == "hf" and not isinstance(meta.get("definition"), str) or pad is not None or (
+            "alphabet" in meta and not isinstance(alphabet, str)):
         return False
     return size >= {"gpt2": 50257, "bert": 30521}.get(kind, 1) and isinstance(meta.get("characters", ""), str)
 
@@ -335,7 +342,11 @@ def make_tokenizer(meta):
         mask = {103} if meta["vocab_size"] == 30521 else set()  # MDLM's models lack [MASK], UDLM's have it
         return HubTokenizer(definition_of(from_hub(HUB["bert"])), left_out=mask)
     if meta["tokenizer"] == "hf":
-        return HubTokenizer(meta["definition"], alphabet=meta.get("characters"))
+        tokenizer = HubTokenizer(meta["definition"], alphabet=meta.get("characters"))
+        if tokenizer.vocab_size != meta["vocab_size"]:
+            raise UserError(f"the definition of the tokenizer has {tokenizer.vocab_size:,} tokens, and the vocabulary "
+                            f"beside it {meta['vocab_size']:,}: one of them is damaged")
+        return tokenizer
     raise UserError(f"unknown tokenizer {meta['tokenizer']!r}; this version knows char, gpt2, bert and hf")
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cli import UserError, note
 from data.loader import load_meta
 from data.tokenizer import KNOWN
-from foreign.files import BUFFERS, rename, tensors
+from foreign.files import BUFFERS, check_floats, rename, tensors
 
 NAMES = (
     (r"^vocab_embed\.embedding$", "embed.weight"),
@@ -210,6 +210,9 @@ def translate(found, name, hints):
     shapes = shapes_of(rows, D, C, n_layer, time, bias=name == "radd")
     check_names(state, shapes, path)
     raw = {key: state[key] for key in shapes}
+    average = averages(payload, raw, path)
+    for kind in (raw, average):
+        check_floats(kind, path)
 
     sizes = settings.get("model") if isinstance(settings.get("model"), dict) else settings
     frequencies = next((value for key, value in tensors(payload).items() if key.endswith("inv_freq")), None)
@@ -219,6 +222,8 @@ def translate(found, name, hints):
         raise UserError(f"{path} does not say its number of heads: put its config.json or config.yaml beside it")
     if sizes.get("n_heads", n_head) != n_head:
         raise UserError(f"{path} has rotary frequencies of {n_head} heads, and its settings say {sizes['n_heads']}")
+    if sizes.get("n_blocks", n_layer) != n_layer:
+        raise UserError(f"{path} has {n_layer} blocks, and its settings say {sizes['n_blocks']}: a part is missing")
     if not seq_len:
         raise UserError(f"{path} does not say its sequence length: use --override seq_len=N, such as seq_len=1024")
     process = process_of(name, settings, path)
@@ -228,7 +233,7 @@ def translate(found, name, hints):
     config = dict(dataset=meta["name"], seq_len=int(seq_len), n_layer=n_layer, n_head=int(n_head), n_embd=D, n_cond=C,
                   tied=False, head_bias=True, norm_bias=process["conditioning"] == "none",
                   T=int((settings.get("sampling") or {}).get("steps") or 1000)) | process
-    weights = [mask_last(rename(kind, NAMES), mask) for kind in (raw, averages(payload, raw, path))]
+    weights = [mask_last(rename(kind, NAMES), mask) for kind in (raw, average)]
     if process["conditioning"] == "none" and time:
         weights = [fold(kind, n_layer) for kind in weights]
     in_blocks = truth((settings.get("algo") or settings).get("cross_attn", True))  # else its attention is full

@@ -37,10 +37,23 @@ class Found(NamedTuple):
     path: Path      # of the file with the weights
 
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHARDS = "model.safetensors.index.json"  # names the files of weights that are in several
 WEIGHTS = ("ckpt.pt", "model.safetensors", SHARDS, "pytorch_model.bin", "checkpoints-meta/checkpoint.pth",
            "checkpoint.pth",
            "checkpoints/checkpoint.pth", "diffusion_model.pt", "checkpoints/last.ckpt", "last.ckpt")
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+
+
+def check_floats(state, path):
+    """Raise UserError for tensors that are not real numbers, such as quantised ones, which need their scales."""
+    wrong = [f"{key} ({value.dtype})" for key, value in state.items() if value.dtype not in FLOATS]
+    if wrong:
+        raise UserError(f"{path} has weights that are no real numbers, such as quantised ones: {', '.join(wrong[:3])}; "
+                        "use the file before quantisation")
 
 
 def from_hub(name):
@@ -89,7 +102,7 @@ def read_files(weights):
                 names = sorted({Path(name).name for name in shards})
             payload = {key: value for name in names for key, value in load_file(weights.parent / name).items()}
         except Exception as error:
-            raise UserError(f"{weights} cannot be read as safetensors: {str(error).splitlines()[0][:100]}")
+            raise UserError(f"{weights} cannot be read as safetensors: {first_line(error)}")
     else:
         payload = load(weights)
     ours = payload.get("format") if isinstance(payload, dict) else None
@@ -121,7 +134,7 @@ def read_settings(weights):
                 import yaml
                 found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except Exception as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0][:100]}")
+            raise UserError(f"{path} cannot be read: {first_line(error)}")
         if not isinstance(found, dict):
             raise UserError(f"{path} does not contain settings")
         inner = found.get("config")  # some projects save it one level down
@@ -189,7 +202,7 @@ def load(path):
             with torch.serialization.safe_globals(allowed):
                 return quietly(path)
         except Exception as error:
-            reason = f": {str(error).splitlines()[0][:100]}"
+            reason = f": {first_line(error)}"
     raise UserError(f"{path} cannot be read as a checkpoint: it is truncated, damaged or another kind of file{reason}")
 
 

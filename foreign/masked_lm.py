@@ -21,6 +21,7 @@ import torch.nn as nn
 
 from cli import UserError, note, require
 from data.tokenizer import HubTokenizer, definition_of, from_hub, hub_meta
+from foreign.files import check_floats, first_line
 from model import places
 
 SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
@@ -71,10 +72,6 @@ def build(settings):
                         f"these settings: {first_line(error)}")
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-
-
 def name_of(settings):
     return str(settings.get("model_type"))[:50]
 
@@ -92,7 +89,7 @@ def read_backbone(text):
                 and (found["first"] is None or type(found["first"]) is int and 0 <= found["first"] < 10**6)
                 and all(isinstance(name, str) for name in found["unused"])
                 and isinstance(found["autocast"], bool))
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         good = False
     if not good:
         raise UserError("backbone is not what --init_from makes of a model of transformers: leave out --backbone")
@@ -220,13 +217,20 @@ def translate(found, hints):
             kind = type(build(settings))
     except UserError as error:
         raise UserError(f"{found.path} cannot be used: {error}")
-    state = {key: value.float() for key, value in found.payload.items() if torch.is_tensor(value)}
+    state = {key: value for key, value in found.payload.items()
+             if torch.is_tensor(value) and value.dtype != torch.int64}  # without positions
+    check_floats(state, found.path)
+    state = {key: value.float() for key, value in state.items()}
     model, report = kind.from_pretrained(None, config=settings, state_dict=state, output_loading_info=True,
                                          ignore_mismatched_sizes=True)
     lacking = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if lacking:
         raise UserError(f"{found.path} lacks weights of {kind.__name__}, or has them in other shapes: "
                         f"{', '.join(sorted(lacking)[:3])}")
+    more = [key for key in report["unexpected_keys"] if re.search(r"\.\d+\.", key)]  # of layers
+    if more:
+        raise UserError(f"{found.path} has weights of layers that its config.json does not have: "
+                        f"{', '.join(sorted(more)[:3])}")
     tokenizer = from_hub(found.path.parent)
     if tokenizer.mask_token_id is None:
         raise UserError(f"the tokenizer of {found.path.parent} has no mask token")
@@ -291,8 +295,11 @@ def first_position(body, settings, ids):
 
 def frame_of(tokenizer):
     """The numbers of the special tokens that a tokenizer of transformers puts before and after a text."""
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
+    tokens = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    ids_of = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = next((text for text in ("a", *tokens) if ids_of(text)), "a")  # it may drop what it does not know
+    inner = ids_of(text)
+    whole = tokenizer(text)["input_ids"]
     for i in range(len(whole) - len(inner) + 1):
         if whole[i:i + len(inner)] == inner:
             return whole[:i], whole[i + len(inner):]

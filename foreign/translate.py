@@ -35,7 +35,7 @@ from configs import Config
 from data.tokenizer import KNOWN, CharTokenizer, characters
 from diffusion import Noise
 from foreign import ddit, gpt2, masked_lm
-from foreign.files import BUFFERS, plain_key, rename, tensors
+from foreign.files import BUFFERS, first_line, plain_key, rename, tensors
 from foreign.masked_lm import is_masked_lm
 from foreign.tiny_diffusion import our_weights
 
@@ -142,7 +142,7 @@ def translate(found, hints):
     """
     try:
         name = hints.format or detect(found)
-    except (AttributeError, TypeError):
+    except (AttributeError, RuntimeError, TypeError):  # RuntimeError: tensors among the settings
         raise UserError(f"{found.path} has settings of an unexpected form: put the original file of settings beside it")
     said = [key for key in hints.overrides if key not in UNSAID[name]]
     if said:
@@ -163,7 +163,7 @@ def translate(found, hints):
     except KeyError as error:
         raise UserError(f"{found.path} looks like a checkpoint of {name} but lacks {error}")
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{found.path} looks like a checkpoint of {name} but is damaged: {str(error).splitlines()[0]}")
+        raise UserError(f"{found.path} looks like a checkpoint of {name} but is damaged: {first_line(error)}")
     return payload | {"foreign": name}
 
 

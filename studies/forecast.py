@@ -107,7 +107,9 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
     """
     if cfg.fsdp:
         raise UserError("--estimate is for DDP, where each GPU has the whole model: leave out --fsdp")
-    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    if cfg.dtype == "float32":
+        raise UserError("--estimate knows the speed of GPUs in bfloat16 alone: leave out --dtype=float32")
+    dtype = torch.bfloat16
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu!r} is unknown: choose one of {', '.join(GPUS)}")
     peak, memory = GPUS[gpu][0] * 1e12, GPUS[gpu][1] * 1e9

@@ -200,6 +200,16 @@ def test_rows_that_are_no_tokens_are_cut(tmp_path):
     assert short["config"]["seq_len"] == 10 and len(short["ema"]["positions.weight"]) == 10
 
 
+def test_gpt2_in_other_words(tmp_path):
+    """Settings that are written out are those of the rule."""
+    folder, model = gpt2_folder(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    expected = checkpoint.load_model(folder, CPU)[0].state_dict()
+    (folder / "config.json").write_text(json.dumps(
+        settings | {"n_inner": 4 * settings["n_embd"], "activation_function": "gelu_pytorch_tanh"}))
+    torch.testing.assert_close(checkpoint.load_model(folder, CPU)[0].state_dict(), expected)
+
+
 @pytest.mark.parametrize("change", [{"n_inner": 32}, {"scale_attn_by_inverse_layer_idx": True},
                                     {"scale_attn_weights": False}, {"layer_norm_epsilon": 1e-12}])
 def test_variants_of_gpt2_are_refused(change, tmp_path, call):

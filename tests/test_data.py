@@ -20,7 +20,7 @@ import pytest
 from cli import UserError
 from commands import ROOT, assert_one_line
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
-from data.loader import (PIECE, gather, load_meta, load_split, prefetch, prepare_command, random_crops, recode, subset,
+from data.loader import (PIECE, SPLITS, gather, load_meta, load_split, prefetch, prepare_command, random_crops, recode, subset,
                          windows)
 from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import (
@@ -598,7 +598,9 @@ def test_missing_and_damaged_data_sets(small):
         load_split("small", "val", 2, small)
     meta = json.loads((small / "small" / "meta.json").read_text())
     for content in (b"{", b"[]", b"{}", b"\xff\xfe", b'{"vocab_size": 27}',
-                    json.dumps(meta | {"dtype": "float64"}).encode()):
+                    b"[" * 20_000, *(json.dumps(meta | change).encode() for change in (
+                        {"dtype": "float64"}, {"sizes": dict.fromkeys(SPLITS, "x")}, {"bytes": 5}, {"record": None},
+                        {"bytes": dict.fromkeys(SPLITS)}, {"request": 5}, {"tokenizer": "hf", "pad": "x"}))):
         (small / "small" / "meta.json").write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
             load_meta("small", small)

@@ -103,8 +103,10 @@ def test_a_card_has_its_own_validation(tmp_path):
     """That of the step of the weights, or the last one before: later ones are of other weights."""
     lines = [{"step": step, "val_bits_per_token": 4 - step / 100, "val_stderr": 0.1} for step in (20, 40, 60)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 0}, *lines]))
-    found = [last_validation(tmp_path / "ckpt_best.pt", step) for step in (10, 20, 50, 60)]
-    assert found == [None, (3.8, 0.1, 20), (3.6, 0.1, 40), (3.4, 0.1, 60)]
+    for damage in ("", "\0\0\nnull\n[1]\n" + "[" * 20_000 + "\n"):  # damaged lines are left out
+        (tmp_path / "log.jsonl").write_text(damage + (tmp_path / "log.jsonl").read_text())
+        found = [last_validation(tmp_path / "ckpt_best.pt", step) for step in (10, 20, 50, 60)]
+        assert found == [None, (3.8, 0.1, 20), (3.6, 0.1, 40), (3.4, 0.1, 60)]
 
 
 def test_nothing_is_written_over(call, trained, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import shutil
 import sys
 import warnings
 
@@ -16,6 +17,7 @@ from commands import assert_one_line
 from configs import replace
 from data.loader import load_split
 from data.tokenizer import HubTokenizer, definition_of, from_hub, make_tokenizer
+from foreign.masked_lm import frame_of
 from hub_models import SIZES, TEXT, byte_level, word_pieces
 from model import places
 
@@ -97,6 +99,37 @@ def test_weights_under_old_names_and_as_bin(saved, tmp_path):
     one, two = (checkpoint.load_model(path, CPU)[0] for path in (folder, tmp_path))
     for (name, a), b in zip(one.named_parameters(), two.parameters()):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_weights_that_are_not_its_own(saved, tmp_path):
+    """Quantised weights, and more layers than the settings have, are refused."""
+    from safetensors.torch import load_file, save_file
+    folder, model, tokenizer = saved("bert")
+    for name, change, words in (
+            ("int8", lambda state: {key: value.to(torch.int8) if "query.weight" in key else value
+                                    for key, value in state.items()}, "such as quantised ones"),
+            ("layers", lambda state: state, "has weights of layers that its config.json does not have")):
+        shutil.copytree(folder, tmp_path / name)
+        weights = tmp_path / name / "model.safetensors"
+        save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
+        if name == "layers":
+            settings = json.loads((tmp_path / name / "config.json").read_text())
+            (tmp_path / name / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+        with pytest.raises(storage.UserError, match=words):
+            checkpoint.load_model(tmp_path / name, CPU)
+
+
+def test_the_frame_of_a_tokenizer_without_the_letter_a():
+    """It drops what it does not know."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    tokens = Tokenizer(models.BPE({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "b": 3, "c": 4}, []))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, cls_token="[CLS]", sep_token="[SEP]",
+                                                     pad_token="[PAD]")
+    assert tokenizer("a", add_special_tokens=False)["input_ids"] == [] and frame_of(tokenizer) == ([1], [2])
 
 
 def test_weights_in_several_files_and_in_half_precision(saved, tmp_path):
@@ -192,6 +225,22 @@ def test_recomputation_and_flops(saved):
                   json.dumps(json.loads(config.backbone) | {"before": ["a"]})):
         with pytest.raises(storage.UserError, match="backbone is not what"):
             replace(config, backbone=wrong)
+
+
+def test_tokens_that_end_words():
+    """</w> is no text: it stands for the space after a word."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    found = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    found.pre_tokenizer, found.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder(suffix="</w>")
+    found.train_from_iterator(["the cat sat on the mat"], trainers.BpeTrainer(
+        vocab_size=40, end_of_word_suffix="</w>", show_progress=False))
+    tokenizer = HubTokenizer(found.to_str())
+    with pytest.raises(storage.UserError, match="the vocabulary beside it 7: one of them is damaged"):
+        make_tokenizer({"tokenizer": "hf", "definition": found.to_str(), "vocab_size": 7})
+    text = "the cat sat on the mat"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert [lengths[ids].sum() for lengths in tokenizer.lengths()] == [len(text) + 1] * 2  # with a last space
 
 
 @pytest.mark.parametrize("kind", ["unigram", "word_pieces"])
