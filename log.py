@@ -2,7 +2,7 @@
 
 log.jsonl has one JSON object per line. Each has "step". The other keys tell its kind:
 
-    run, config, processes, device, versions       a start, or a resumption
+    run, config, parameters, processes, ...        a start, or a resumption
     bits_per_token, lr, grad_norm, skipped, ...    training; bits_per_token is the mean since the last such line
     val_bits_per_token, val_stderr                 a validation of the averaged weights
     sample                                         a text from the averaged weights

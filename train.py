@@ -276,7 +276,7 @@ def main():
            + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if 0 < step < cfg.max_steps else "")
            + (f"\nall {step:,} steps are done already" if step == cfg.max_steps else ""),
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
-           optimizer_bytes=kept, versions=storage.versions())
+           parameters=n_params, optimizer_bytes=kept, versions=storage.versions())
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
     pace, stopped = Pace(step), 0

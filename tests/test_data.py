@@ -20,8 +20,8 @@ import pytest
 from cli import UserError
 from commands import ROOT, assert_one_line
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
-from data.loader import (PIECE, SPLITS, gather, load_meta, load_split, prefetch, prepare_command, random_crops, recode, subset,
-                         windows)
+from data.loader import (PIECE, SPLITS, gather, load_meta, load_split, prefetch, prepare_command, random_crops, recode,
+                         subset, windows)
 from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import (
     TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, HubTokenizer, byte_alphabet, characters, check_alphabet,
