@@ -135,10 +135,11 @@ def test_samplers(call):
     line = last_line(call("bench.py", "demo", "--samplers", "--samples=2", *SMALL[:-2], "--seq_len=16", "--repeats=1"))
     rows = {row["sampler"].split(",")[0]: row for row in line["samplers"]}
     assert line["batch_size"] == 2 and rows["first_hitting"]["nfe"] == 16 and rows["topk"]["nfe"] == 4
-    assert rows["naive"]["nfe"] == 1000 and rows["naive"]["drawing"] == 0 and rows["ancestral"]["nfe"] <= 16
+    assert rows["naive"]["nfe"] == 1000 and rows["naive"]["drawing"] is None and rows["ancestral"]["nfe"] <= 16
+    del rows["naive"]  # which has draws of its own
     for row in rows.values():
-        assert row["network"] + row["drawing"] + row["elsewhere"] == pytest.approx(1) and row["elsewhere"] > 0
-    assert all(row["drawing"] > 0 for name, row in rows.items() if name != "naive")
+        assert row["network"] + row["drawing"] + row["elsewhere"] == pytest.approx(1)
+        assert row["elsewhere"] > 0 and row["drawing"] > 0
 
 
 def test_scaling(call, tmp_path):
