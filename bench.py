@@ -343,10 +343,10 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
                                  denoiser.function.nfe * scale))
     medians = {way: [statistics.median(values) for values in zip(*found[1:])] for way, found in timings.items()}
     slowest = medians["naive, 1000 steps"][0]
+    if_ours = lambda way, share: None if ways[way] is textbook.sample else share  # that one draws by itself
     rows = [{"sampler": way, "nfe": nfe, "seconds": seconds, "ratio": None if first else seconds / slowest,
              "tokens_per_second": None if first else batch_size * cfg.seq_len / seconds, "network": network,
-             **({"drawing": None, "elsewhere": None} if ways[way] is textbook.sample else  # it draws by itself
-                {"drawing": drawing, "elsewhere": 1 - network - drawing})}
+             "drawing": if_ours(way, drawing), "elsewhere": if_ours(way, 1 - network - drawing)}
             for way, (seconds, network, drawing, nfe) in medians.items()]
     print(f"{name}: {batch_size} samples of {cfg.seq_len} tokens, {objective.mask_id:,} different ones, an untrained "
           f"network of {in_short(count_parameters(model))} parameters, {device_name(device)}, "

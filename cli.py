@@ -79,6 +79,11 @@ def note(text):
     print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr)
 
 
+def first_line(error):
+    """The first line of an error's message, or its name if it has none, as short text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+
+
 def in_short(n):
     """A number of parameters as short text: 5.3M, or 46K."""
     return f"{n / 1e6:.1f}M" if n >= 1e5 else f"{n / 1e3:.0f}K"

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 import parallel
-from cli import UserError, for_terminal, note
+from cli import UserError, first_line, for_terminal, note
 
 
 HINT = "fix the cause, then run the same command with --resume auto"
@@ -205,7 +205,7 @@ def start_wandb(name, config, run_id):
     except ValueError as error:  # of settings in the environment
         raise UserError(f"Weights & Biases: {' '.join(str(error).split())[:200]}")
     except wandb.Error as error:
-        note(f"Weights & Biases: {str(error).splitlines()[0]}; logging offline, upload the log later with `wandb sync "
+        note(f"Weights & Biases: {first_line(error)}; logging offline, upload the log later with `wandb sync "
              "wandb/offline-run-*`")
         run = wandb.init(**options, mode="offline")
     # A resumed run repeats some steps, and wandb's own step counter cannot go back.

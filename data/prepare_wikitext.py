@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, named, require, run
+from cli import UserError, first_line, named, require, run
 from data.loader import SPLITS
 from data.prepare import folder_of, is_prepared, named_files, parser, read_text, write_splits
 from data.prepare_textfile import encode
@@ -41,7 +41,7 @@ def texts(large, files):
             found = {"train": found["train"], "val": found["validation"], "test": found["test"]}
         return ["".join(filter(None, found[split]["text"])) for split in SPLITS]
     except (OSError, ConnectionError, DatasetGenerationError, KeyError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0][:150]
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({reason})"
                         + ("" if files else "; download its parquet files elsewhere and pass --file"))
 

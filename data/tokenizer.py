@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError, note, require
+from cli import UserError, first_line, note, require
 
 TEXT8_ALPHABET = " " + string.ascii_lowercase  # space 0, a 1, ..., z 26
 END = "<|endoftext|>"  # GPT-2's token between two texts, as decode() writes it
@@ -146,7 +146,7 @@ class HubTokenizer:
             special = {token["id"] for token in parts["added_tokens"]
                        if token["special"] and token["content"] != unknown}
         except Exception as error:  # a plain Exception of the library; or parts that are missing
-            raise UserError(f"the definition of the tokenizer is damaged: {str(error).splitlines()[0][:100]}")
+            raise UserError(f"the definition of the tokenizer is damaged: {first_line(error)}")
         if most > 10**7:
             raise UserError(f"the tokenizer has a token number {most:,}, which is above ten million")
         self.tokenizer.encode_special_tokens = True

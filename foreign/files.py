@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from cli import UserError, require
+from cli import UserError, first_line, require
 
 
 class CannotOpen(UserError):
@@ -42,10 +42,6 @@ SHARDS = "model.safetensors.index.json"  # names the files of weights that are i
 WEIGHTS = ("ckpt.pt", "model.safetensors", SHARDS, "pytorch_model.bin", "checkpoints-meta/checkpoint.pth",
            "checkpoint.pth",
            "checkpoints/checkpoint.pth", "diffusion_model.pt", "checkpoints/last.ckpt", "last.ckpt")
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def check_floats(state, path):

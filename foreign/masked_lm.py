@@ -19,9 +19,9 @@ import warnings
 import torch
 import torch.nn as nn
 
-from cli import UserError, note, require
+from cli import UserError, first_line, note, require
 from data.tokenizer import HubTokenizer, definition_of, from_hub, hub_meta
-from foreign.files import check_floats, first_line
+from foreign.files import check_floats
 from model import places
 
 SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}

@@ -30,12 +30,12 @@ import re
 import torch
 import torch.nn.functional as F
 
-from cli import UserError, note, number
+from cli import UserError, first_line, note, number
 from configs import Config
 from data.tokenizer import KNOWN, CharTokenizer, characters
 from diffusion import Noise
 from foreign import ddit, gpt2, masked_lm
-from foreign.files import BUFFERS, first_line, plain_key, rename, tensors
+from foreign.files import BUFFERS, plain_key, rename, tensors
 from foreign.masked_lm import is_masked_lm
 from foreign.tiny_diffusion import our_weights
 

@@ -17,7 +17,7 @@ import torch
 
 from categorical import Counted
 from checkpoint import load_model
-from cli import UserError, autocast, generator_on, note, progress, require, table, write_file
+from cli import UserError, autocast, first_line, generator_on, note, progress, require, table, write_file
 from data.loader import gather, windows
 from data.tokenizer import END, make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
@@ -108,7 +108,7 @@ class TransformersJudge:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
         except (OSError, ValueError) as error:
-            raise UserError(f"hf://{name} cannot be loaded as a causal language model: {str(error).splitlines()[0]}")
+            raise UserError(f"hf://{name} cannot be loaded as a causal language model: {first_line(error)}")
         config = self.model.config
         self.length = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", 1024)
         self.length -= 1  # for the start token

@@ -597,6 +597,12 @@ def test_readme_has_commands():
     assert folders("evaluate.py out/a --judge out/b/ckpt.pt".split()) == ({"out/a", "out/b"}, set())
 
 
+def test_progress_bars_need_no_semaphore():
+    """tqdm's own lock is one, and Python 3.14 reports it as lost at the end of every command."""
+    code = "import cli, tqdm.std; list(cli.progress([1])); assert not hasattr(tqdm.std.TqdmDefaultWriteLock, 'mp_lock')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("message", ["InvalidCxxCompiler: No working C++ compiler found", "TritonMissing: no Triton"])
 def test_no_compiler(message, monkeypatch, capsys):
     """A missing compiler is reported in one line. Other errors keep their traceback."""

@@ -68,6 +68,7 @@ def test_a_character_outside_the_alphabet_is_named():
 
 def test_lengths_of_characters():
     """One character each, and the bytes of UTF-8; the pad has none."""
+    assert (CharTokenizer("aé·", "·").unit, CharTokenizer("aé").unit) == ("token", "char")  # a pad is no character
     assert [x.tolist() for x in CharTokenizer("aé·", "·").lengths()] == [[1, 1, 0], [1, 2, 0]]
 
 

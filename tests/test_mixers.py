@@ -364,7 +364,7 @@ def test_study(table, data_dir, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mixer", ["gmlp", "mixer", "synth_dense"])
 def test_operations(mixer):
-    """Those that torch counts, if the logits of a few tokens are asked for."""
+    """The formula equals torch's count, if the logits of a few tokens are asked for."""
     from torch.utils.flop_counter import FlopCounterMode
     cfg = Config(architecture="mixers", mixer=mixer, n_layer=2, n_head=2, n_embd=64, seq_len=32, conditioning="none",
                  objective="mdlm")

@@ -380,7 +380,7 @@ def test_flops(conditioning):
 
 
 def test_dropout_of_a_layer():
-    """In training everything that a layer adds may be dropped, and nothing else is."""
+    """Everything that a layer adds may be dropped in training, and nothing else is."""
     block, x = Block(small(), 0), torch.randn(2, 8, small().n_embd)
     block.dropout = 1.0
     for layer in block.outputs():

@@ -176,7 +176,7 @@ def measured(monkeypatch):
 
 
 def test_real_text_is_as_long_as_the_samples(call, trained, data_dir, tmp_path, measured):
-    """As long as texts of a file are on average; and a prefix, which the model does not write, is not measured."""
+    """Real text is as long as the texts of a file are on average. A prefix, which no model writes, is not measured."""
     (tmp_path / "lines.txt").write_text("a" * 100 + "\n" + "b" * 60 + "\n")
     assert call("evaluate.py", trained, "--samples", tmp_path / "lines.txt", "--data_dir", data_dir, "--out_dir",
                 tmp_path).code == 0

@@ -191,7 +191,7 @@ def test_matmul_peak(monkeypatch):
 
 
 def test_gradients_are_freed():
-    """In one process the memory of gradients is free between steps."""
+    """The memory of gradients is free between steps, if there is one process."""
     model = small().make_model(27)
     model(torch.zeros(1, small().seq_len, dtype=torch.long), torch.ones(1)).sum().backward()
     parallel.clear_gradients(model, torch.optim.SGD(model.parameters()))
