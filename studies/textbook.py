@@ -16,10 +16,10 @@ def posterior(xt, p_x0, a, a_before, mask_id):
     """
     K = mask_id + 1
     is_mask = F.one_hot(torch.tensor(mask_id, device=xt.device), K).float()
-    stay, survive = (a / a_before)[:, None, None], a_before[:, None, None]
-    seen = F.one_hot(xt, K).float()
-    forward = torch.where(seen[..., mask_id:] > 0, 1 - stay + stay * is_mask, stay * seen)
-    before = survive * p_x0 + (1 - survive) * is_mask
+    a_before, kappa = a_before[:, None, None], (a / a_before)[:, None, None]  # kappa: survives step s
+    # q(x_s = xt | x_{s-1}), for each of the K states of x_{s-1}. A mask stays a mask: its probability is 1.
+    forward = torch.where(xt[..., None] == mask_id, 1 - kappa + kappa * is_mask, kappa * F.one_hot(xt, K))
+    before = a_before * p_x0 + (1 - a_before) * is_mask  # q(x_{s-1} | x_0)
     product = forward * before
     return product / product.sum(-1, keepdim=True)
 
@@ -32,7 +32,7 @@ def loss(model, x0, noise, T, mask_id):
     s = (noise.t * T).round()
     a, a_before = 1 - s / T, 1 - (s - 1) / T
     xt = torch.where(noise.mask, mask_id, x0)
-    p_x0 = F.pad(model(xt, noise.t).softmax(-1), (0, 1))
+    p_x0 = F.pad(model(xt, noise.t).softmax(-1), (0, 1))  # the mask, the last state, is never predicted
     true = posterior(xt, F.one_hot(x0, mask_id + 1).float(), a, a_before, mask_id)
     learned = posterior(xt, p_x0, a, a_before, mask_id)
     tiny = torch.finfo(torch.float32).tiny  # 0 log 0 = 0
