@@ -51,13 +51,14 @@ class Schedule(NamedTuple):
         return -self.dalpha(t) / (1 - self.alpha(t))
 
     def times(self, *rates):
-        """The times at which the noise rates 1 - alpha are these numbers: float64 tensors."""
+        """The times at which the noise rate 1 - alpha(t) has these values: float64 tensors."""
         return [self.inverse(torch.tensor(1 - rate, dtype=torch.float64)) for rate in rates]
 
 
 def linear():
     """alpha(t) = 1 - t."""
-    return Schedule(lambda t: 1 - t, lambda t: -torch.ones_like(t), lambda a: 1 - a, lambda t: -torch.log1p(-t))
+    return Schedule(alpha=lambda t: 1 - t, dalpha=lambda t: -torch.ones_like(t),
+                    inverse=lambda a: 1 - a, sigma=lambda t: -torch.log1p(-t))
 
 
 def cosine():
@@ -74,10 +75,10 @@ def cosine():
 def loglinear(eps=1e-3):
     """alpha(t) = 1 - (1 - eps) t (SEDD, arXiv 2310.16834). sigma = -log(1 - (1 - eps) t), hence the name.
 
-    A straight line, too, but to eps and not to 0: SEDD's networks see sigma, which has to be finite.
+    alpha is a straight line here, too, but ends at eps, not at 0: SEDD's networks see sigma, which must be finite.
     """
-    return Schedule(lambda t: 1 - (1 - eps) * t, lambda t: (eps - 1) * torch.ones_like(t),
-                    lambda a: ((1 - a) / (1 - eps)).clamp(max=1), lambda t: -torch.log1p((eps - 1) * t))
+    return Schedule(alpha=lambda t: 1 - (1 - eps) * t, dalpha=lambda t: (eps - 1) * torch.ones_like(t),
+                    inverse=lambda a: ((1 - a) / (1 - eps)).clamp(max=1), sigma=lambda t: -torch.log1p((eps - 1) * t))
 
 
 def geometric(sigma_min=1e-4, sigma_max=20.0):
@@ -86,13 +87,13 @@ def geometric(sigma_min=1e-4, sigma_max=20.0):
         raise ValueError("sigma must grow")
     ratio = math.log(sigma_max / sigma_min)
     sigma = lambda t: sigma_min * torch.exp(ratio * t)
-    return Schedule(lambda t: torch.exp(-sigma(t)), lambda t: -torch.exp(-sigma(t)) * sigma(t) * ratio,
-                    lambda a: (torch.log(-torch.log(a) / sigma_min) / ratio).clamp(0, 1), sigma)
+    return Schedule(alpha=lambda t: torch.exp(-sigma(t)), dalpha=lambda t: -torch.exp(-sigma(t)) * sigma(t) * ratio,
+                    inverse=lambda a: (torch.log(-torch.log(a) / sigma_min) / ratio).clamp(0, 1), sigma=sigma)
 
 
 SCHEDULES = {"linear": linear, "cosine": cosine, "loglinear": loglinear, "geometric": geometric}
-WHOLE = ("linear", "cosine")  # those with alpha(0) = 1 and alpha(1) = 0, between which a chain of T steps can run
-RANGES = {"loglinear": (1e-6, 0.5), "geometric": (1e-9, 30.0)}  # of their numbers; beyond, float32 does not reach
+WHOLE = ("linear", "cosine")  # those with alpha(0) = 1 and alpha(1) = 0, which a chain of T steps needs
+RANGES = {"loglinear": (1e-6, 0.5), "geometric": (1e-9, 30.0)}  # of their parameters: float32 cannot hold the others
 
 
 def make_schedule(name):
@@ -114,18 +115,18 @@ def to_device(x, device):
 
 
 class Noise(NamedTuple):
-    """Masks, times, and the factors of the cross-entropies at the masks in the bound.
+    """The masks, the times, and the weights of the masks in the bound.
 
-    t and weight are one number for a sequence (B,), or one for each of its tokens (B, L), as where blocks of a text
-    have times of their own.
+    t and weight have one number for each sequence (B,), or one for each token (B, L). Block diffusion needs the latter,
+    because each block of a text has its own time.
     """
 
     mask: torch.Tensor    # (B, L) bool, True where xt is the mask
     t: torch.Tensor       # (B,) or (B, L) float32, the time that the model is told
-    weight: torch.Tensor  # (B,) or (B, L) float32, the factor of each mask's CE in the bound. `nelbo` divides by L,
-                          # but the bound is per free token. So L/n is a part of it, if n of the L tokens are free
-    at: torch.Tensor = None  # (N,) long, the places of the N masks among all B L tokens; None: not yet searched.
-                             # Whoever replaces `mask` replaces it, too
+    weight: torch.Tensor  # (B,) or (B, L) float32, the factor of each mask's CE in the bound. The bound is per free
+                          # token, but `nelbo` divides by L. So with n free tokens the weight contains the factor L/n
+    at: torch.Tensor = None  # (N,) long, the indices of the N masks among all B L tokens, or None: not yet searched.
+                             # Code that replaces `mask` must replace `at`, too
 
     def located(self):
         """Return the noise with `at`. A search on a GPU waits for all work before it, so `split` does it on the CPU."""
@@ -151,17 +152,18 @@ def cross_entropy(logits, x0):
 
 
 class Absorbing:
-    """What the objectives of masked text share, and the facts that each objective states about itself.
+    """What the objectives of masked text share, and the class attributes by which an objective describes itself.
 
-    A new objective is one class, and one line in configs.OBJECTIVES. If it inherits from this class, it states what is
-    different. If not, as uniform.Uniform, it has the facts below, `mask_id`, `schedule`, and these methods:
+    A new objective is one class, and one line in configs.OBJECTIVES. A class that inherits from this one defines only
+    what is different. Any other class, such as uniform.Uniform, needs the attributes below, `mask_id`, `schedule`, and
+    these methods:
 
     from_config(config, vocab_size): the objective of a Config
     misfit(config): what of a Config does not go with this objective, in words, or None
     noise(u, v): the noise to train on, a NamedTuple with `t` and the methods `to` and `split` of Noise
     n_times(L): how many numbers u the noise of a text of L tokens needs; if more than one, u is (B, n_times)
-    cost(logits, x0, t): the cost of each position. If has_mask, the network's output must be used only here: where head
-        and cost are compiled together, it is the input of the head (parallel.compile_parts)
+    cost(logits, x0, t): the cost of each position. If has_mask, training must use the network's output only here:
+        parallel.compile_parts moves the output layer into the cost, so the output may not be logits outside of it
     loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
     nelbo(model, x0, noise): one estimate of the bound (B,), nats per token, from the noise of an estimator
     time(rate): the time that the network is told at a noise rate; samplers call it
@@ -181,9 +183,8 @@ class Absorbing:
     # {what --sampler calls a sampler: its name in sampling.SAMPLERS}. The first one is the default.
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
-    # {estimator of the bound: another one with the same mean, for --check}. Both are methods (u, v, pick) -> Noise with
-    # a finite variance. pick (B,) chooses the time that the network is told, where the masks leave it open. reported:
-    # the one that is used if no other is asked for
+    # {estimator of the bound: another one with the same mean, for --check}. Both are methods (u, v, pick) -> Noise.
+    # pick (B,): uniform numbers, by which `continuous` chooses the time that the network is told. reported: the default
     estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
 
     @classmethod
@@ -216,9 +217,9 @@ class Absorbing:
     def masked_ce(self, model, x0, noise):
         """The cross-entropy at masked positions, 0 at visible ones: x0 (B, L) -> nats (B, L)."""
         noise = noise.located()
-        at, t = noise.at, noise.t[:, None].expand(x0.shape) if noise.t.dim() == 1 else noise.t
-        ce = self.cost(self.predict(model, x0, noise), x0.flatten()[at], t.flatten()[at])
-        return ce.new_zeros(x0.numel()).scatter(0, at, ce).view(x0.shape)
+        t = noise.t if noise.t.dim() == 2 else noise.t[:, None].expand(x0.shape)
+        ce = self.cost(self.predict(model, x0, noise), x0.flatten()[noise.at], t.flatten()[noise.at])
+        return ce.new_zeros(x0.numel()).scatter(0, noise.at, ce).view(x0.shape)
 
     def log_prediction(self, logits, t):
         """The logarithms of the prediction of x0, (N, V) float32, from logits (N, V) at times t (N,)."""
@@ -246,15 +247,17 @@ class Absorbing:
     def exact_k(self, u, v, pick=None):
         """The continuous-time bound by exactly k = ceil(u n) masks, with weight L/k: u (B,), v (B, L) -> Noise.
 
-        The bound with independent masks, the integral over their rate r of (1/r) E[sum CE], is the mean over k, uniform
-        on 1 ... n, of (n/k) E[sum CE] with exactly k masks (ARDM, arXiv 2110.02037; RADD, arXiv 2406.03736). The bound
-        per free token is then
+        The bound for the n free tokens can be written with a rate r or with a number k of masks (ARDM, arXiv
+        2110.02037; RADD, arXiv 2406.03736):
 
-            (1/n) (n/k) sum CE = (1/L) (L/k) sum CE,
+            integral over r of (1/r) E[sum CE, each token masked with probability r]
+                = mean over k, uniform on 1 ... n, of (n/k) E[sum CE, exactly k masks].
 
-        and `nelbo` divides by L. The masked tokens are those with the k smallest v. The rate is the k-th smallest v, at
-        which exactly these are masked, and the network is told its time. Its distribution is Beta(k, n - k + 1), which
-        is that of r given k masks under the weight 1/r. So the mean is the bound for networks that see the time, too.
+        Per free token this is (1/n) (n/k) sum CE = (1/L) (L/k) sum CE, and `nelbo` divides by L.
+
+        The masked tokens are those with the k smallest v. The k-th smallest v is the rate r, and the network is told
+        the time of r. This r has the distribution Beta(k, n - k + 1), which is that of a rate given k masks under the
+        weight 1/r. So the mean is the bound for networks that see the time, too.
         """
         L, n = v.shape[1], n_free(v)
         k = torch.minimum(torch.ceil(u * n).clamp(min=1), n).long()
@@ -264,15 +267,16 @@ class Absorbing:
     def continuous(self, u, v, pick):
         """The continuous-time bound by independent masks at a uniform rate, u, without the large weights of small u.
 
-        u (B,), v (B, L), pick (B,) -> Noise. The weight 1/u has no finite variance. Its mean given k masks has one
-        (Rao-Blackwell). The rate given k is Beta(k + 1, n - k + 1) if it was uniform, and the mean of 1/u is (n + 1)/k.
-        With k = 0 there is no CE to weigh, and the weight is 0.
+        u (B,), v (B, L), pick (B,) -> Noise. With the weight 1/u the estimate has no finite variance. Its mean given
+        the masks has the same mean and a finite variance (Rao-Blackwell). Given k masks, the uniform rate u has the
+        distribution Beta(k + 1, n - k + 1), so the mean of 1/u is (n + 1)/k. If k = 0, there is no CE: the weight is 0.
 
-        A network that sees the time must be told the time of a rate from Beta(k, n - k + 1), as in exact_k: the k-th
-        smallest of n uniform numbers. There are n + 1 here, u and the v, and u is the (k + 1)-th smallest. (The sorted
-        numbers do not depend on which of them is u.) Leave one out at random, by pick: n uniform numbers remain. If the
-        one left out is below u, which has probability k/(n + 1), the k-th smallest of the rest is u. Otherwise it is
-        the largest v <= u.
+        A network that sees the time must be told the time of a rate from Beta(k, n - k + 1), as in exact_k. This is the
+        distribution of the k-th smallest of n uniform numbers. Here are n + 1 of them: the n numbers v and u, which is
+        the (k + 1)-th smallest. Leave one of the n + 1 out at random, by pick. Then the k-th smallest of the others is
+
+            u                   if the one left out is below u: probability k/(n + 1),
+            the largest v <= u  otherwise.
         """
         L, n = v.shape[1], n_free(v)
         mask = v <= u[:, None]
@@ -284,8 +288,8 @@ class Absorbing:
 class D3PM(Absorbing):
     """Absorbing D3PM with T steps (arXiv 2107.03006, eq. 1 and 5; closed form: MD4, arXiv 2406.04329, eq. 19).
 
-    Let a_s = alpha(s/T). A mask is revealed between s and s - 1 with probability (a_{s-1} - a_s)/(1 - a_s), by the true
-    reverse step and by the learned one alike. They differ in the token that they reveal. Hence
+    Let a_s = alpha(s/T). The true and the learned reverse step from s to s - 1 reveal a mask with the same probability,
+    (a_{s-1} - a_s)/(1 - a_s). They differ in the token that they reveal. Hence
 
         KL(q(x_{s-1} | x_s, x0) || p(x_{s-1} | x_s)) = (a_{s-1} - a_s)/(1 - a_s) * CE   at masks, else 0,
 
@@ -341,12 +345,14 @@ class D3PM(Absorbing):
     def t_step(self, u, v, pick=None):
         """The T-step bound from a better draw: one token i, chosen uniformly, is always masked. No weight is above L.
 
-            sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = L * E_s E_i E[CE_i | i masked],
+        Draw s with P(s) = a_{s-1} - a_s. Use E[masked_i CE_i] = (1 - a_s) E[CE_i | i masked]:
 
-        where P(s) = a_{s-1} - a_s, because E[masked_i CE_i] = (1 - a_s) E[CE_i | i masked]. Given the masks, i is each
-        of the k masked tokens with probability 1/k. So the mean of L CE_i over i is L/k times the sum of CE, and small
-        s have no large weights. Let f be the index of the first free token. Its number v_f, uniform on (0, 1], chooses
-        the token i = f + ceil(n v_f) - 1. Then v_f takes the value of v_i, and v_i becomes 0, so token i is masked.
+            sum_s (a_{s-1} - a_s)/(1 - a_s) sum_i E[masked_i CE_i] = sum_s P(s) sum_i E[CE_i | i masked]
+                                                                   = L * E_s E_i E[CE_i | i masked].
+
+        Given the masks, i is each of the k masked tokens with probability 1/k. So the mean of L CE_i over i is L/k
+        times the sum of CE, and small s have no large weights. The number v_f of the first free token f, uniform on
+        (0, 1], chooses i = f + ceil(n v_f) - 1. Then v_f takes the value of v_i, and v_i becomes 0: i is masked.
         """
         (B, L), n = v.shape, n_free(v)
         rows, first = torch.arange(B), (L - n).long()
@@ -359,9 +365,9 @@ class D3PM(Absorbing):
         return Noise(mask, (s / self.T).float(), L / mask.sum(1).float())
 
     def loss(self, model, x0, noise):
-        """The loss to minimise and the bound, as Absorbing.loss returns them. The loss has one random term of the sum
-        over s, nelbo/T, as in the paper. The bound is T times this term. The factor matters, because lambda_ce and the
-        clipping of gradients do not scale with it."""
+        """The loss to minimise and the bound, as Absorbing.loss returns them. As in the paper, the loss contains one
+        random term of the sum over s. It is nelbo/T, because the estimate of the whole sum is T times one term. The
+        factor 1/T matters: lambda_ce and the clipping of gradients do not scale with it."""
         if not self.lambda_ce:
             nelbo = self.nelbo(model, x0, noise)
             return nelbo.mean() / self.T, nelbo.detach()
@@ -375,15 +381,15 @@ class MDLM(Absorbing):
 
         nelbo = integral over t in (0, 1] of -alpha'(t)/(1 - alpha(t)) * E[sum over masked positions of CE] dt / L
 
-    This integral has the rates from 1 - alpha(0) to 1 - alpha(1) alone. If others are missing, it is a little less than
-    a bound. `noise`, for training, estimates this integral. `exact_k` and `continuous` draw all rates, and tell the
-    network t = 1 at those above 1 - alpha(1).
+    This integral covers only the rates from 1 - alpha(0) to 1 - alpha(1). If these are not all rates, it is a little
+    less than the bound. `noise`, for training, estimates this integral. `exact_k` and `continuous` draw all rates, and
+    tell the network t = 1 at rates above 1 - alpha(1).
 
     For a network that does not see the time, the bound is the same for every schedule from alpha = 1 to alpha = 0; the
     variance of its estimate is not. time_sampling:
-    'uniform', 'stratified': t from u, tokens masked independently. The weight is 1/t for the linear schedule; its
-        square has no finite mean, so this is for training and for matching papers, never for error bars.
-    'exact_k': exactly k tokens masked, see there.
+    'uniform', 'stratified': t = u, and tokens are masked independently. If alpha(0) = 1, the estimate has no finite
+        variance: use this for training and to match papers, never for error bars.
+    'exact_k': exactly k tokens are masked (the method exact_k).
 
     weighting 'simple' trains on 2 sum CE / L, the same weight for every masked token. For the linear schedule a term of
     the bound is (1/t) sum CE / L, so each is multiplied by 2t, which is 1 on average. This is not the bound, but it
