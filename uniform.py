@@ -44,22 +44,23 @@ def posterior(x, xt, r, rho):
     """Weights proportional to q(x_tau | x_t = xt), if x (..., V) are the probabilities of x0: xt (...) -> (..., V).
 
     r and rho < r are the noise rates at t and tau. UDLM, arXiv 2412.10193; D3PM, arXiv 2107.03006, eq. 3 and 4. With
-    kappa = (1 - r)/(1 - rho), the probability to survive from tau to t, it is
+    z = xt, and kappa = (1 - r)/(1 - rho), the probability to survive from tau to t, the weight of token y is
 
-        (r - rho) x + (1 - kappa) rho/V   everywhere, plus   V (1 - r) x_z + kappa rho   at z = xt.
+        (r - rho) x[y] + (1 - kappa) rho/V + [y = z] (V (1 - r) x[z] + kappa rho).
 
-    The sum is V (1 - r) x_z + r. The weights are linear in x, so x may be any weights that sum to one. The rates are
-    numbers or float64 tensors, because float32 would lose their difference.
+    The sum over y is V (1 - r) x[z] + r. The weights are linear in x, so x may be any weights that sum to one. The
+    rates are numbers or float64 tensors, because float32 would lose their difference.
     """
     V = x.shape[-1]
-    spread, rest, at_x, stays = (c.to(x) if torch.is_tensor(c) else c for c in (
-        r - rho, (r - rho) / (1 - rho) * rho / V, V * (1 - r), (1 - r) / (1 - rho) * rho))
-    at_z = at_x * x.gather(-1, xt[..., None]) + stays
-    return (spread * x + rest).scatter_add(-1, xt[..., None], at_z)
+    kappa, not_kappa = (1 - r) / (1 - rho), (r - rho) / (1 - rho)
+    factors = r - rho, not_kappa * rho / V, V * (1 - r), kappa * rho
+    of_x, everywhere, of_xz, at_z = (c.to(x) if torch.is_tensor(c) else c for c in factors)
+    more_at_z = of_xz * x.gather(-1, xt[..., None]) + at_z
+    return (of_x * x + everywhere).scatter_add(-1, xt[..., None], more_at_z)
 
 
 def positive(sigma):
-    """sigma in float32, at least 1e-30: at sigma = 0 there is no noise, and logarithms of the rate are infinite."""
+    """sigma in float32, at least 1e-30: at sigma = 0 there is no noise, and the logarithm of its rate is infinite."""
     return sigma.float().clamp(min=1e-30)
 
 
@@ -70,7 +71,7 @@ def prior_kl(sigma, V):
 
 
 def excess(d):
-    """e^d - 1 - d, never negative. KL(q || p) = sum of q excess(log p - log q), in which no terms cancel."""
+    """e^d - 1 - d, never negative. KL(q || p) = sum of q excess(log p - log q): no term of this sum cancels another."""
     return torch.expm1(d) - d
 
 
@@ -78,17 +79,18 @@ class Uniform:
     """Uniform diffusion in continuous time: UDLM (arXiv 2412.10193), Duo (arXiv 2506.10892); with `score`, SEDD's.
 
     All of them learn the scores S_y = q_t(xt with y here)/q_t(xt) at every position; z is the token of xt there. The
-    true score given x0 is c_y = q(y | x0)/q(z | x0). All minimise the same score entropy (SEDD, arXiv 2310.16834),
-    which for scores computed from x_theta is the bound of UDLM and Duo. The forward jump rate between any two tokens is
+    true score given x0 is c_y = q(y | x0)/q(z | x0). All minimise the score entropy (SEDD, arXiv 2310.16834). If the
+    scores are computed from x_theta, it is the bound of UDLM and Duo. The forward jump rate between any two tokens is
     dsigma/dt / V, so
 
         nelbo = integral over t of dsigma/dt * E[ sum_i 1/V sum_{y != z} (S_y - c_y log S_y + c_y (log c_y - 1)) ] / L.
 
     With `score` the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
-    added. Without `score` the logits are those of x_theta, and S_y = (V alpha x_theta[y] + 1 - alpha)/(the same at z).
-    The estimators then integrate over all rates 1 - alpha from 0 to 1, so the prior term is zero. At rates above those
-    of the schedule the network is told t = 1, at rates below them t = 0. There is no reconstruction term, because the
-    rates begin at 0, where xt = x0. `noise`, to train on, covers the rates of the schedule alone.
+    added. Without `score` the logits are those of x_theta. Then S_y = x_bar[y]/x_bar[z], where x_bar[y] =
+    V alpha x_theta[y] + 1 - alpha (UDLM's letter). The estimators then integrate over all rates 1 - alpha from 0 to 1,
+    so the prior term is zero. At rates above those of the schedule the network is told t = 1, at rates below them
+    t = 0. There is no reconstruction term, because the rates begin at 0, where xt = x0. `noise`, for training, covers
+    only the rates of the schedule.
     """
 
     description = "was trained with uniform noise"
@@ -138,11 +140,11 @@ class Uniform:
         return UniformNoise(self.tokens(1 - alpha, v), u.float(), weight.float(), positive(self.schedule.sigma(u)))
 
     def rates(self, u, v, pick=None, power=2.0):
-        """The bound by the noise rate u^power: u (B,), v (B, L) -> UniformNoise.
+        """The bound by the noise rate u^power, with weight dsigma/du: u (B,), v (B, L) -> UniformNoise.
 
-        Small rates come more often than under a uniform rate, because there each random token costs much. The estimate
-        by a uniform rate has no finite variance. With `score`, sigma is last_sigma u^power instead, because a
-        network's log S, unlike the true one, does not vanish at large sigma."""
+        At small rates each random token costs much, so they are drawn more often than by a uniform rate, whose estimate
+        has no finite variance. With `score`, sigma is last_sigma u^power instead, because a network's log S, unlike the
+        true one, does not vanish at large sigma."""
         if self.score:
             sigma = self.last_sigma * u**power
             rate, weight = -torch.expm1(-sigma), self.last_sigma * power * u ** (power - 1)
@@ -160,15 +162,15 @@ class Uniform:
         if self.score:
             return logits.float().scatter(-1, xt[..., None], 0.0)
         V, sigma = logits.shape[-1], sigma[..., None]
-        log_x_bar = torch.logaddexp(logits.float().log_softmax(-1) + math.log(V) - sigma,
-                                    torch.log(-torch.expm1(-sigma)))
+        log_x_bar = torch.logaddexp(logits.float().log_softmax(-1) + math.log(V) - sigma,  # log(V alpha x_theta
+                                    torch.log(-torch.expm1(-sigma)))                       #     + 1 - alpha)
         return log_x_bar - log_x_bar.gather(-1, xt[..., None])
 
     def prediction(self, logits, xt, sigma):
         """x_theta (..., V) float32, with sum 1. For scores that belong to no x_theta some entries are negative."""
         if not self.score:
             return logits.float().softmax(-1)
-        share = self.log_score(logits, xt, sigma).softmax(-1)
+        share = self.log_score(logits, xt, sigma).softmax(-1)  # x_bar/V = alpha x_theta + (1 - alpha)/V
         return (share + torch.expm1(-sigma[..., None]) / logits.shape[-1]) * torch.exp(sigma[..., None])
 
     def cost(self, logits, x0, xt, sigma):
@@ -242,20 +244,22 @@ class UniformD3PM(Uniform):
         return self.at_step(torch.ceil(u * self.T), v, torch.full_like(u, self.T))
 
     def t_step(self, u, v, pick=None):
-        """The T-step bound by s = ceil(u^2 T): small s, at which few tokens cost much, come more often."""
+        """The T-step bound by s = ceil(u^2 T), with weight 1/P(s). Small s, at which few tokens cost much, come more
+        often."""
         s = torch.ceil(u**2 * self.T).clamp(min=1)
         return self.at_step(s, v, 1 / ((s / self.T).sqrt() - ((s - 1) / self.T).sqrt()))
 
     def step_kl(self, logits, x0, xt, s):
         """KL(q(x_{s-1} | x_s = xt, x0) || p) at steps s (B,): logits (B, L, V) -> nats (B, L)."""
         steps = (s.cpu() if s.device.type == "mps" else s).double()[:, None, None]  # mps has no float64
-        r, rho = (1 - self.schedule.alpha(x / self.T) for x in (steps, steps - 1))
-        q, p = (posterior(x, xt, r, rho) for x in (F.one_hot(x0, logits.shape[-1]).float(),
-                                                      logits.float().softmax(-1)))
+        r, rho = 1 - self.schedule.alpha(steps / self.T), 1 - self.schedule.alpha((steps - 1) / self.T)
+        q = posterior(F.one_hot(x0, logits.shape[-1]).float(), xt, r, rho)
+        p = posterior(logits.float().softmax(-1), xt, r, rho)
         q, p = q / q.sum(-1, keepdim=True), (p / p.sum(-1, keepdim=True)).clamp(min=1e-30)
         possible = q > 0
-        # q (e^d - 1 - d) = p - q - q d is p where q = 0.
-        return torch.where(possible, q * excess(torch.where(possible, p.log() - q.log(), 0.0)), p).sum(-1)
+        # With d = log p - log q, a term q (e^d - 1 - d) = p - q - q d of the sum is p where q = 0.
+        d = torch.where(possible, p.log() - q.log(), 0.0)
+        return torch.where(possible, q * excess(d), p).sum(-1)
 
     def position_costs(self, logits, x0, noise):
         return self.step_kl(logits, x0, self.corrupt(x0, noise.token), (noise.t * self.T).round())
@@ -278,11 +282,10 @@ def uniform_chain(model, xt, objective, draw, grid, step):
     """Draw random tokens in place of the masks of xt (B, L), and draw them anew in each step, from noise rate r to rho.
 
     step: (x (N, V), logits (N, V), tokens (N,), r, rho) -> weights (N, V) to draw the new tokens from, where x is the
-    network's prediction. Tokens that are not masks in xt never change. Yields States. Their p is the probability that
-    the network gives the token as that of the clean text. With z = xt, and q(z | x0 = y) = (1 - r) [y = z] + r/V, this
-    is by Bayes
+    network's prediction. Tokens that are not masks in xt never change. Yields States. Their p is the network's
+    probability that the new token y is the clean one. With z = xt and q(z | x0 = y) = (1 - r) [y = z] + r/V, Bayes says
 
-        p(x0 = y | xt) = x[y] q(z | y) / sum over all tokens of the same
+        p(x0 = y | xt) = x[y] q(z | y) / sum over j of x[j] q(z | j)
                        = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
     """
     free = xt == objective.mask_id
@@ -295,18 +298,19 @@ def uniform_chain(model, xt, objective, draw, grid, step):
             logits, tokens, p = in_pieces(model(state.xt, t, where=free)), [], []
             for piece, z in zip(logits, now.split([len(piece) for piece in logits])):
                 x = objective.prediction(piece, z, noise_at(r, z)).clamp(min=0)
-                tokens.append(draw.pick(step(x, piece, z, r, rho)))
-                at = [x.gather(-1, i[:, None]).squeeze(-1) for i in (tokens[-1], z)]
+                y = draw.pick(step(x, piece, z, r, rho))
+                x_y, x_z = (x.gather(-1, token[:, None]).squeeze(-1) for token in (y, z))
                 extra = x.shape[-1] * (1 - r)
-                p.append((at[0] * r + at[1] * extra * (tokens[-1] == z)) / (x.sum(-1) * r + at[1] * extra))
+                tokens.append(y)
+                p.append((x_y * r + x_z * extra * (y == z)) / (x.sum(-1) * r + x_z * extra))
             state = State(state.xt.masked_scatter(free, torch.cat(tokens)), state.p.masked_scatter(free, torch.cat(p)))
         yield state
 
 
 def uniform_ancestral(model, xt, objective, draw, start, grid):
-    """The reverse chain of uniform noise: each token from the posterior (uniform.posterior) given what the network
-    predicts (UDLM, arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor, and negative
-    probabilities count as 0. Rates above the last one that a score network knows are left out."""
+    """The reverse chain of uniform noise: draw each token from the posterior given the network's prediction (UDLM,
+    arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor, and negative probabilities count as 0.
+    Rates above the last one that a score network knows are left out."""
     most = -math.expm1(-objective.last_sigma)
     cut = draw.temperature != 1 or draw.top_p < 1 or draw.top_k
 
@@ -323,8 +327,9 @@ def uniform_ancestral(model, xt, objective, draw, start, grid):
 
 
 def uniform_euler(model, xt, objective, draw, start, grid):
-    """SEDD's Euler predictor with uniform noise: from time t to tau a token z becomes y with probability
-    (t - tau) dsigma/dt S_y / V, S_y the score, and stays with what is left. Then noise removal, as in `euler`."""
+    """SEDD's Euler predictor with uniform noise. From time t to tau a token z becomes y != z with probability
+    (t - tau) dsigma/dt S_y / V, where S_y is the score. Otherwise it stays. The last step removes the noise, as in
+    `euler`."""
     def step(x, logits, now, r, rho):
         if rho == 0:
             return posterior(objective.prediction(logits, now, noise_at(r, now)), now, r, 0.0).clamp(min=0)
