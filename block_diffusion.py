@@ -4,9 +4,9 @@ A text of L tokens is cut into L/n blocks of n tokens. By the chain rule over bl
 
     -log p(x) = sum_b -log p(x^b | x^{<b}) <= sum_b E_t [weight(t) * sum over masks of block b of CE given x^{<b}].
 
-The blocks before are clean. So n = L is MDLM, whose only block has nothing before it. And n = 1 is an autoregressive
-model: if the network is not told the time, the bound of one token is its CE, and that of the text the likelihood
-itself. Each block has a time of its own.
+The blocks before are clean, and each block has its own time t. With n = L there is one block, with nothing before it:
+this is MDLM. With n = 1 it is an autoregressive model. If such a network is not told the time, the bound of a token is
+its CE, and the bound of the text is exactly -log p(x).
 
     here        meaning                                    BD3-LM
     n           block_size: tokens of a block              L'
@@ -59,11 +59,14 @@ class BlockDiffusion(MDLM):
     intervals are in the order of the blocks, so that early blocks get early times.)
 
     rate_range (low, high): training draws the mask rate r from [low, high] only, and the loss keeps its weights 1/r.
-    These are the paper's clipped schedules, which it uses for less variance. Masks are still independent. So every
-    number of masks k = 0 ... n has a probability p(k) > 0, also k = n, where sampling begins. So the bound over the
-    full range can be estimated from the same draws. It is the sum over k = 1 ... n of 1/k * E[sum over masks of CE,
-    with k masks], and the weight 1/(k p(k)) estimates it without bias (if the network does not see the time). At low =
-    0 and high = 1 this is the weight (n + 1)/k of Absorbing.continuous. Where p(k) is small, the estimate varies much.
+    These are the paper's clipped schedules, which reduce the variance. Masks are still independent. So every number of
+    masks k = 0 ... n has a probability P(k) > 0, also k = n, where sampling begins. Therefore the same draws can
+    estimate the bound over the full range, without bias if the network does not see the time:
+
+        sum_k 1/k * E[sum CE, k masks] = sum_k P(k) * weight * E[sum CE, k masks]        with weight = 1/(k P(k)).
+
+    At low = 0 and high = 1 this is the weight (n + 1)/k of Absorbing.continuous. Where P(k) is small, the estimate
+    varies much.
     """
 
     description = "writes block after block, from left to right"
@@ -106,7 +109,7 @@ class BlockDiffusion(MDLM):
         return L // self.block_size
 
     def in_each_block(self, draw, u, v, *pick):
-        """The Noise (B, L) of draw(u, v, *pick) for blocks as if they were texts: u, pick (B, L/n), v (B, L)."""
+        """Call draw(u, v, *pick) with blocks as if they were texts: u, pick (B, L/n), v (B, L) -> Noise (B, L)."""
         n = self.block_size
         found = draw(u.reshape(-1), v.reshape(-1, n), *(x.reshape(-1) for x in pick))
         t, weight = (x.repeat_interleave(n).view(v.shape) for x in (found.t, found.weight))
@@ -137,7 +140,7 @@ class BlockDiffusion(MDLM):
         if not self.clipped or self.weighting == "simple":
             return super().loss(model, x0, noise)
         ce = self.masked_ce(model, x0, noise)
-        return self.weighted(ce, 1 / noise.t).mean(), self.weighted(ce, noise.weight).detach()
+        return self.weighted(ce, 1 / noise.t).mean(), self.weighted(ce, noise.weight).detach()  # linear: t is the rate
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class Tokens(NamedTuple):
 
 
 class Rereader:
-    """A network without a memory: it reads all blocks before again in every call (`sample.py --no_cache`)."""
+    """A network without a cache: every call reads all earlier blocks again (`sample.py --no_cache`)."""
 
     def __init__(self, model):
         self.model = model
@@ -173,12 +176,12 @@ class Rereader:
 def in_blocks(settings, objective, model, xt, generator, end=None):
     """Fill the masks of xt (B, L) block after block, each by the sampler of `settings`. Yields States of all L tokens.
 
-    The network runs on one block at a time. Of the blocks before it has the keys and values, which model.remember()
-    returns once per block, after its last mask is filled. Nothing is kept inside the network. This is exact: the clean
+    The network runs on one block at a time. It gets the keys and values of the blocks before, `past`. model.remember()
+    computes those of a block when its last mask is filled. Nothing is kept inside the network. This is exact: the clean
     blocks see neither noise nor later blocks.
 
-    The given tokens may end inside a block, and at another place in each text. The last block may be short. It is then
-    filled as a whole block, and cut: the network was trained on whole blocks.
+    The given tokens may end inside a block, and at a different place in each text. The last block may be short. It is
+    then filled as a whole block, and cut: the network was trained on whole blocks.
 
     end: the id of the token that ends a text, or None. Once a block has it after the given tokens, that text is
     finished: its masks are filled with `end`, without the network.
@@ -197,7 +200,7 @@ def in_blocks(settings, objective, model, xt, generator, end=None):
                              past=past):
             new = [torch.cat((whole[:, :a], piece[:, :width], whole[:, a + n:]), 1)
                    for whole, piece in ((state.xt, part.xt), (state.p, part.p))]
-            if last is not None:
+            if last is not None:  # a State is yielded when the next one is there: the last one is finished first
                 yield last
             last = State(*new, part.steps)
         state = last
@@ -213,7 +216,7 @@ def finish(xt, given, end, mask_id):
 
 
 def cut(tokens, start, end):
-    """The tokens of a text before the first `end` that was written into the masks of `start`; both are lists of ids."""
+    """Cut a text before the first `end` that was written into a mask of `start`; both are lists of ids."""
     for i, token in enumerate(tokens):
         if token == end and start[i] != end:
             return tokens[:i]
