@@ -23,8 +23,8 @@ def mean_and_error(values, by_stratum=None):
 
     by_stratum: a permutation that sorts the values by stratum, if one value was drawn from each stratum. Then a trend
     over the strata adds nothing to the variance of the mean, but the formula for independent values counts it as noise.
-    So the squared difference of two neighbours estimates the sum of their variances (collapsed strata: Cochran,
-    Sampling Techniques, 1977, section 5A.12). The trend within a pair makes the error a little too large.
+    So this case uses pairs of neighbours: their squared difference estimates the sum of their two variances (collapsed
+    strata: Cochran, Sampling Techniques, 1977, section 5A.12). The trend within a pair makes the error a bit too large.
     """
     n = len(values)
     if n < 2:
@@ -67,7 +67,7 @@ class Windows(NamedTuple):
 def by_rate(n, seed=0, repeats=1, n_times=1):
     """The order that sorts bound()'s values by the mask rate of their windows, for mean_and_error.
 
-    None if a window has several rates, from all over (0, 1]: then the values have no such trend.
+    None if each window has several rates, spread over (0, 1]: then the values have no trend with the rate.
     """
     return torch.from_numpy(strata(seed, n)).argsort() if repeats == n_times == 1 else None
 
@@ -109,9 +109,9 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
 def reveal(model, objective, x0, order, all_at=()):
     """Reveal x0 (B, L) token by token, with one network call for each. Yields (position, masked, ce) before each token.
 
-    position: (B,), the position that is revealed next. masked: (B, L), the positions masked until now.
-    ce: (B, L), -log p of the clean token given the visible ones. It is computed at all masked positions if their number
-        is in `all_at`, or if the order is 'confidence', and else at the next position only. It is 0 elsewhere.
+    position: (B,), the position that is revealed next. masked: (B, L) bool, the positions that are still masked.
+    ce: (B, L), -log p of the clean token given the visible ones, at the next position, and 0 elsewhere. It is computed
+        at all masked positions if their number is in `all_at`, or if the order is 'confidence'.
 
     order: (B, L) positions, or 'confidence': the next position is the masked one with the largest max p(token).
     """
@@ -145,18 +145,19 @@ def chain_rule(model, objective, x0, order, v=None):
         -log p(x) = sum over m of -log p(x[order[m]] | x[order[0]], ..., x[order[m - 1]])
 
     This is not a bound but the exact negative log-likelihood. Every order defines another model (DUEL, arXiv
-    2603.01367). Orders: 'l2r'; 'random', sorted by v (B, L); 'confidence'. The order 'confidence' depends on visible
-    tokens alone, so the probabilities of all sequences still sum to one.
+    2603.01367). Orders: 'l2r'; 'random', the positions sorted by v (B, L); 'confidence', as in reveal. 'confidence'
+    depends on visible tokens alone, so the probabilities of all sequences still sum to one.
 
-    Block diffusion reveals the tokens of each block in this order, given the clean blocks before: all blocks at once.
+    Block diffusion reveals the tokens of each block in this order, given the clean blocks before. All blocks are
+    computed at once: a call reveals one token in each.
     """
     return nats_of_blocks(model, objective, x0, order, v).sum(1) / x0.shape[1]
 
 
 def nats_of_blocks(model, objective, x0, order, v):
-    """chain_rule in nats of each block of the texts (B, L/n); a text without blocks is one block: (B, 1)."""
+    """chain_rule, but in nats of each block: (B, L/n). A text without blocks is one block: (B, 1)."""
     if n := objective.block_size:
-        def blocks_beside_clean(xt, t, where):  # of (B L/n, n)
+        def blocks_beside_clean(xt, t, where):  # as if each block were a text: xt, where (B L/n, n), t (B L/n,)
             return model(xt.view(x0.shape), t.repeat_interleave(n).view(x0.shape), where=where.view(x0.shape), clean=x0)
 
         v = v if v is None else v.reshape(-1, n)
@@ -193,9 +194,9 @@ def chain_rule_of(model, objective, data, order, seed=0):
 
 
 def along_orders(model, objective, x0, v):
-    """log p of each block of x0, revealed in K random orders: x0 (B, L), v (B, K, L) -> (B, blocks, K) float64, nats.
+    """log p of each block of x0, revealed in K random orders: x0 (B, L), v (B, K, L) -> l (B, blocks, K) float64, nats.
 
-    The model that reveals tokens in random order has p(x) = E exp l(order), with the mean over all orders.
+    The model that reveals tokens in random order has p(x) = E exp l(order), the mean over all orders (log_mean).
     """
     B, K, L = v.shape
     nats = nats_of_blocks(model, objective, x0.repeat_interleave(K, 0), "random", v.flatten(0, 1))
@@ -206,7 +207,7 @@ def along_orders(model, objective, x0, v):
 def draw_with_orders(model, objective, v, draws, device):
     """Draw texts, revealing one token per call: v, draws (B, L) -> x0 (B, L) long, l (B, blocks) along the orders of v.
 
-    Each order is sorted by v, as in chain_rule, block after block. draws: uniform numbers, one to draw each token by.
+    The positions are sorted by v, as in chain_rule, block after block. draws: uniform numbers, one for each token.
     """
     B, L = v.shape
     n = objective.block_size or L
