@@ -49,8 +49,8 @@ ESTIMATORS = {
 }
 LIMIT = 4         # standard errors by which two estimates of one number may differ
 LEAST = 30        # windows that --check needs, because standard errors come from the differences of windows
-DRAWS = 256       # draws of noise that it needs: of correct estimates by 64 draws, 1 in 100 to 200 differ by LIMIT
-ROUNDING = 1e-4   # bits by which they may always differ
+DRAWS = 256       # draws of noise that --check needs: with 64, 1 in 100 to 200 correct estimates differ by LIMIT
+ROUNDING = 1e-4   # bits by which two estimates may always differ
 
 
 def several_steps(text):
@@ -169,8 +169,8 @@ def pick_estimator(subject, args):
 
 
 def pick_estimators(one, two, args):
-    """The estimators for a comparison: the models' own. If one of two models of masks has T steps, both get the bound
-    in continuous time."""
+    """The estimators to compare two models by: each one's own. But if only one of two models of masks has T steps, both
+    get the bound in continuous time."""
     estimators = [pick_estimator(subject, args) for subject in (one, two)]
     if set(estimators) == {"t_step", "exact_k"} and all("exact_k" in s.objective().estimators for s in (one, two)):
         return ["exact_k", "exact_k"]
@@ -217,7 +217,7 @@ def likelihood(subject, estimator, args):
                  for i, c in zip(data.starts, given))
     n_tokens = int(counts.sum())
     n_chars, n_bytes = (int(counts @ lengths) for lengths in subject.tokenizer.lengths())
-    if subject.n_bytes is not None:  # of the whole text itself, of which the scored tokens are a share
+    if subject.n_bytes is not None:  # bytes of the whole text. Tokens may lose some: the scored ones get a share
         of_all = count_tokens(data.tokens, subject.meta["vocab_size"]) @ subject.tokenizer.lengths()[1]
         n_bytes = n_bytes * (subject.n_bytes / of_all)
     perplexity = 2**bits if bits < 1024 else None  # beyond 1024 a float overflows
@@ -240,7 +240,7 @@ def likelihood(subject, estimator, args):
 
 
 def agree(mean, error):
-    """Tell whether two estimates of one number agree: the mean difference, in bits, is within its error or rounding."""
+    """Tell whether two estimates agree: their mean difference, in bits, is at most LIMIT errors, or is rounding."""
     return abs(mean) <= LIMIT * error or abs(mean) < ROUNDING
 
 
@@ -300,7 +300,8 @@ def compare(one, two, args, out):
     """Compare two checkpoints on the same windows, and on the same masks if both have masks."""
     estimators = [args.order] * 2 if args.order else pick_estimators(one, two, args)
     scored = [likelihood(subject, estimator, args) for subject, estimator in zip((one, two), estimators)]
-    by_stratum = next((found for found in (strata_of(one, args), strata_of(two, args)) if found is not None), None)
+    strata = [strata_of(subject, args) for subject in (one, two)]
+    by_stratum = strata[0] if strata[0] is not None else strata[1]  # a trend of one model is one of the difference
     mean, error = difference(scored[1][0], scored[0][0], by_stratum)
     for subject, (_, line, _) in zip((one, two), scored):
         print(f"{subject.path}: {line}", file=out)
@@ -312,11 +313,10 @@ def compare(one, two, args, out):
 def comparison(result, unit):
     """A text: the model among the reference points, worst first, and a sentence that says which of them it beats."""
     bits, error, baselines = result["bits_per_token"], result["stderr"] or math.nan, result["baselines"]
-    name = "this model (a bound)" if "bound" in result["estimator"] else "this model"
-    rows = [(name, value, "") for name, value in baselines.items()] + [(name, bits, " " + plus_minus(error))]
-    error = result["stderr"] or 0
+    model = "this model (a bound)" if "bound" in result["estimator"] else "this model"
+    rows = [(name, value, "") for name, value in baselines.items()] + [(model, bits, " " + plus_minus(error))]
     lines = [f"  {name:24}{value:8.4f}{extra}" for name, value, extra in sorted(rows, key=lambda row: -row[1])]
-    beaten = [name for name, value in baselines.items() if bits + error < value]
+    beaten = [name for name, value in baselines.items() if bits + (result["stderr"] or 0) < value]
     unbeaten = [name for name in baselines if name not in beaten]
     return "\n".join([f"bits per {unit}, same split, reference points fitted on the train split:", *lines,
                       f"The model beats {', '.join(beaten) or 'none of them'}"
@@ -330,9 +330,10 @@ def ways(subject, args):
     names, found = args.sampler or [None], []
     samplers = subject.config.objective_class.samplers
     knows = {name: SAMPLERS[samplers.get(name or next(iter(samplers)), name)].flags for name in names}
+    known = set().union(*knows.values())
     for name, steps in itertools.product(names, args.steps or [None]):
         flags = {flag: value for flag, value in given_flags(args, steps).items()
-                 if flag in knows[name] or not any(flag in known for known in knows.values())}
+                 if flag in knows[name] or flag not in known}
         if "k" in flags and len(names) > 1:  # with --k, the steps are for the other samplers
             flags = {"k": flags["k"]}
         way = settings_of(args, subject.config, subject.path, subject.model, name, flags)
