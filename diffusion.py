@@ -93,7 +93,7 @@ def geometric(sigma_min=1e-4, sigma_max=20.0):
 
 SCHEDULES = {"linear": linear, "cosine": cosine, "loglinear": loglinear, "geometric": geometric}
 WHOLE = ("linear", "cosine")  # those with alpha(0) = 1 and alpha(1) = 0, which a chain of T steps needs
-RANGES = {"loglinear": (1e-6, 0.5), "geometric": (1e-9, 30.0)}  # of their parameters: float32 cannot hold the others
+RANGES = {"loglinear": (1e-6, 0.5), "geometric": (1e-9, 30.0)}  # of their parameters, as far as float32 reaches
 
 
 def make_schedule(name):

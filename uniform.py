@@ -162,8 +162,9 @@ class Uniform:
         if self.score:
             return logits.float().scatter(-1, xt[..., None], 0.0)
         V, sigma = logits.shape[-1], sigma[..., None]
-        log_x_bar = torch.logaddexp(logits.float().log_softmax(-1) + math.log(V) - sigma,  # log(V alpha x_theta
-                                    torch.log(-torch.expm1(-sigma)))                       #     + 1 - alpha)
+        # x_bar = V alpha x_theta + (1 - alpha)
+        log_x_bar = torch.logaddexp(logits.float().log_softmax(-1) + math.log(V) - sigma,
+                                    torch.log(-torch.expm1(-sigma)))
         return log_x_bar - log_x_bar.gather(-1, xt[..., None])
 
     def prediction(self, logits, xt, sigma):
