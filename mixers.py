@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import attend
-from model import DiT, LayerNorm, at_positions, modulate, places, rotary_tables, rotate, token_shift
+from model import DiT, LayerNorm, at_places, modulate, places, rotary_tables, rotate, token_shift
 
 TINY = 64   # width of the attention head in amlp's gate
 RANK = 8    # of A and B of synth_factorised
@@ -220,7 +220,7 @@ class MLP(nn.Module):
         self.inner, self.out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
     def forward(self, x, known, at=None):
-        x, = at_positions(at, *x.shape[:2], x)
+        x, = at_places(at, *x.shape[:2], x)
         return self.out(F.gelu(self.inner(x), approximate="tanh"))
 
     def mixing(self, L, D):
@@ -248,7 +248,7 @@ class GMLP(nn.Module):
         if self.tiny is not None:
             q, k, values = (part[:, None] for part in self.tiny(x).chunk(3, -1))
             gate = gate + self.tiny_out(attend(q, k, values, None, False)[:, 0])
-        return self.out(*at_positions(at, B, n, u * gate))
+        return self.out(*at_places(at, B, n, u * gate))
 
     def mixing(self, L, D):
         return 3 * L * D + 2 * L * TINY * (self.tiny is not None)
@@ -315,7 +315,7 @@ class Residual(nn.Module):
         h = modulate(self.norm(x), shift, scale)
         y = self.layer(token_shift(h) if self.shift_tokens else h, known, *([] if at is None else [at]))
         y = F.dropout(y, self.dropout, self.training)
-        x, *gates = at_positions(at, B, L, x, *gates)
+        x, *gates = at_places(at, B, L, x, *gates)
         gate = gates[0] if gates else self.gate
         return x + (y if gate is None else gate * y)
 
@@ -387,7 +387,7 @@ class MixerDiT(DiT):
                  else block(*inputs))
         x = self.norm(x)
         if self.modulation is not None:
-            x = modulate(x, *at_positions(at, B, L, *self.modulation(c).chunk(2, dim=-1)))
+            x = modulate(x, *at_places(at, B, L, *self.modulation(c).chunk(2, dim=-1)))
         return x
 
     def forward(self, xt, t, where=None):

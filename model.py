@@ -1,8 +1,11 @@
 """The denoiser: a bidirectional transformer with adaLN-Zero conditioning on time (DiT, arXiv 2212.09748).
 
-It maps noisy tokens xt (B, L) and their time t to logits over clean tokens. The objective and the sampler say what the
-logits mean. For the network the mask is one more token, and the time one more input. What else it knows of its task is
-which tokens a token sees: all, those on its left (`causal`), or blocks (`block_size`, `clean`).
+It maps noisy tokens xt (B, L) and their time t to logits (B, L, V) over clean tokens. The objective and the sampler say
+what the logits mean. For the network the mask is one more token, and the time one more input. The network also knows
+which tokens each token sees: all, those on its left (`causal`), or its block and those before (`block_size`, `clean`).
+
+Shapes: B sequences of L tokens, V kinds of tokens, D = n_embd channels. A *position* is the index of a token in its
+text. A *place* is its index among all B L tokens of a batch: token l of sequence b has place b L + l.
 """
 
 import math
@@ -28,7 +31,7 @@ class LayerNorm(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """Return x * (1 + scale) + shift in float32: in bfloat16 1 + scale would lose a small scale. None: x itself."""
+    """Return x * (1 + scale) + shift in float32: in bfloat16 1 + scale would lose a small scale. Without scale: x."""
     return x if scale is None else x * (1 + scale.float()) + shift
 
 
@@ -64,20 +67,21 @@ class TimeEmbedding(nn.Module):
 
 
 def token_shift(x, left_only=False, before=None, first=None, last=None):
-    """Take a quarter of the channels of x (B, L, D) from the token on the left, a quarter from the one on the right.
+    """Take the first quarter of the channels of x (B, L, D) from the left neighbour, the second from the right one.
 
-    left_only: the second quarter comes from the second token to the left instead.
-    before (B, L or 1, D/4): the left neighbours' quarter for the tokens at which first (L,) is True. With left_only it
-        is (B, 2, D/2): both quarters of the last two tokens of the past.
+    A token without that neighbour gets zeros. left_only: take the second quarter from the second token to the left.
+    before (B, L or 1, D/4): the first quarter for the tokens whose left neighbour is in the past; first (L,) is True
+        for these. With left_only it is (B, 2, D/2): both quarters of the last two tokens of the past.
     last (L,): True for the tokens that have no neighbour on the right.
 
     This is RWKV's token shift (arXiv 2305.13048) in both directions and without parameters. It shows each token its
     neighbours at no cost; small networks need long training to find them by attention.
     """
-    left, right, here = x.split([x.shape[-1] // 4, x.shape[-1] // 4, x.shape[-1] - x.shape[-1] // 4 * 2], dim=-1)
+    quarter = x.shape[-1] // 4
+    left, right, here = x.split([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
     if left_only and before is not None:
         left, right = (torch.cat(pair, 1) for pair in zip(before.chunk(2, dim=-1), (left, right)))
-        return torch.cat((left[:, 1:-1], right[:, :-2], here), dim=-1)
+        return torch.cat((left[:, 1:-1], right[:, :-2], here), dim=-1)  # both have two tokens more than x in front
     left = F.pad(left, (0, 0, 1, 0))[:, :-1]
     right = F.pad(right, (0, 0, 2, 0))[:, :-2] if left_only else F.pad(right, (0, 0, 0, 1))[:, 1:]
     if before is not None:
@@ -87,18 +91,18 @@ def token_shift(x, left_only=False, before=None, first=None, last=None):
     return torch.cat((left, right, here), dim=-1)
 
 
-def at_positions(at, B, L, *features):
-    """Pick each of the features (B or 1, L or 1, D) at positions `at` (N,) of all B L: (N, D). at=None: unchanged."""
+def at_places(at, B, L, *features):
+    """Pick each of the features (B or 1, L or 1, D) at the places `at` (N,): (N, D). at=None: unchanged."""
     if at is None:
         return features
     return [x if x is None else x.expand(B, L, -1).flatten(0, 1).index_select(0, at) for x in features]
 
 
 def padded_linear(x, weight, bias, multiple):
-    """Compute F.linear(x, weight, bias), (..., V), by a product whose number of outputs is a multiple of `multiple`.
+    """Compute F.linear(x, weight, bias), (..., V), with the number of outputs rounded up to a multiple of `multiple`.
 
     On CUDA V = 50,257 outputs take five to seven times as long as 50,304, a multiple of 64. So rows of zeros are added
-    to the weight (V, D), and their outputs left out."""
+    to the weight (V, D), and their outputs are cut off."""
     V = weight.shape[0]
     more = -V % multiple
     if not more:
@@ -107,11 +111,11 @@ def padded_linear(x, weight, bias, multiple):
 
 
 def places(where):
-    """Return the places (N,) of the True elements of `where` (B, L) among all B L. Places and None stay as they are."""
+    """Return the places (N,) of the True elements of `where` (B, L). Places and None stay as they are."""
     return where if where is None or where.dim() == 1 else where.flatten().nonzero().squeeze(1)
 
 
-GATE_INPUTS = 12  # channels of a token that its head gates depend on; all of them help no more (LOG.md)
+GATE_INPUTS = 12  # the head gates of a token depend on its first 12 channels; all channels help no more (LOG.md)
 
 
 class Block(nn.Module):
@@ -119,7 +123,7 @@ class Block(nn.Module):
 
         x <- x + gate attention(norm(x) (1 + scale) + shift),   and the same with the MLP.
 
-    Shift, scale and gate are linear in c, with weights that are 0 at first. Without c they are 0, 0 and 1.
+    Shift, scale and gate are linear in c (TimeEmbedding), with weights that are 0 at first. Without c: 0, 0 and 1.
     """
 
     def __init__(self, config, n_cond):
@@ -138,13 +142,15 @@ class Block(nn.Module):
         self.modulation = nn.Linear(n_cond, 6 * D) if n_cond else None
 
     def neighbours(self, h, layout, before):
-        """token_shift of h (B, L, D), if the block has it. before: what Past keeps of the tokens before, or None."""
+        """Return token_shift(h) of h (B, L, D), or h if token shift is off. before: a Past's to_attention or to_mlp."""
         if not self.shift_tokens:
             return h
         if before is not None and self.shift_left:
-            before = F.pad(before, (0, 0, 2, 0))[:, -2:]
+            before = F.pad(before, (0, 0, 2, 0))[:, -2:]  # the last two tokens; zeros if there are fewer
+        elif before is not None and layout.beside_clean:
+            before = F.pad(before, (0, 0, 1, 0))[:, :-1]  # for token i, clean token i - 1
         elif before is not None:
-            before = F.pad(before, (0, 0, 1, 0))[:, :-1] if layout.beside_clean else before[:, -1:]
+            before = before[:, -1:]
         return token_shift(h, self.shift_left, before, layout.first, layout.last)
 
     def heads(self, h, cos, sin):
@@ -157,20 +163,21 @@ class Block(nn.Module):
     def attention(self, q, k, v, sees=None, gates=None):
         """The output (B, L, D) of attention to keys and values of the past and these tokens.
 
-        gates: (B, L, heads), factors of what each head found (gated attention, arXiv 2505.06708), or None.
+        gates: (B, L, heads), a factor for the output of each head (gated attention, arXiv 2505.06708), or None.
         """
-        x = attend(q, k, v, sees, self.causal).transpose(1, 2)
-        return self.attn_out((x if gates is None else x * gates[..., None]).flatten(2))
+        x = attend(q, k, v, sees, self.causal).transpose(1, 2)  # (B, L, heads, D/heads)
+        x = x if gates is None else x * gates[..., None]
+        return self.attn_out(x.flatten(2))
 
     def mlp(self, x):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
     def forward(self, x, c, cos, sin, layout=Layout(), at=None, past=None, keep=False):
-        """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D), or (N, D) at positions `at` (N,) of all B L.
+        """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D), or (N, D) at the places `at` (N,).
 
-        With `at`, the MLP, two thirds of a block's weights, runs at these positions alone. It is for the last block:
-        nothing reads its output at other positions. past: Past of the tokens before. keep: also return Past of the
-        past and these tokens; if `at` is empty, as little as possible is computed for it.
+        at: the MLP, two thirds of the weights, runs at these places alone. In the last block nothing reads the rest.
+        past: the Past of the tokens before these, or None.
+        keep: also return the Past of the past and these tokens. If `at` is empty, only what it needs is computed.
         """
         B, L, D = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (
@@ -188,16 +195,16 @@ class Block(nn.Module):
         x = x + (y if gate1 is None else gate1 * y)
         h2 = modulate(self.norm2(x), shift2, scale2)
         near = self.neighbours(h2, layout, past and past.to_mlp)
-        x, near, gate2 = at_positions(at, B, L, x, near, gate2)
+        x, near, gate2 = at_places(at, B, L, x, near, gate2)
         y = F.dropout(self.mlp(near), self.dropout, self.training)
         x = x + (y if gate2 is None else gate2 * y)
         if not keep:
             return x
         if not self.shift_tokens:
             return x, Past(k, v)
-        shifted = [h[..., :D // 4 * (2 if self.shift_left else 1)] for h in (h1, h2)]
+        shifted = [h[..., :D // 4 * (2 if self.shift_left else 1)] for h in (h1, h2)]  # what token_shift moves right
         if past is not None:
-            shifted = [torch.cat(pair, 1) for pair in zip(past[2:], shifted)]
+            shifted = [torch.cat(pair, 1) for pair in zip((past.to_attention, past.to_mlp), shifted)]
         return x, Past(k, v, *shifted)
 
     def matrices(self):
@@ -209,10 +216,10 @@ class Block(nn.Module):
         return [self.attn_out, self.mlp_out] if self.modulation is None else [self.modulation]
 
     def flops(self, seen, predicted=1.0, attends=True):
-        """Floating-point operations of a training step per token: 2 per weight forward, 4 backward, and attention's.
+        """Floating-point operations of a training step per token: those of attention, and 6 per weight (4 backward).
 
         seen: keys per token. predicted: the share of tokens that the MLP runs on. attends: False if only keys and
-        values are needed; the queries are then computed with them, in one product."""
+        values are needed; the queries are computed all the same, in one product with them."""
         qkv, attn_out, mlp_in, mlp_out = (weight.numel() for weight in self.matrices())
         attn_out += 0 if self.head_gate is None else self.head_gate.numel()
         return 6 * (qkv + attends * attn_out + predicted * (mlp_in + mlp_out)) + (
@@ -220,15 +227,15 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Denoiser over V = vocab_size tokens and, if the noise has masks, the mask (id V). config: configs.Config.
+    """Denoiser over V = vocab_size tokens and, if the noise has masks, the mask (id V). It reads from configs.Config:
 
-    config.clock maps t to the input of the time embedding. Without it this is a plain pre-norm transformer. tied: the
-    head's weights are the tokens' embeddings; else the head has its own weights, zero at first. head_bias, norm_bias:
-    biases that other projects' networks have. shift_tokens: see token_shift. block_size: a token sees the tokens of its
-    block and of the blocks before (for block diffusion); 0: all tokens. No weight depends on it. predict_next: the
-    output at a token predicts the token on its right. The mask stands before the text, as in the autoregressive
-    baseline, so that the first token is predicted, too. With it shift_tokens looks to the left only. In the
-    autoregressive baseline no token sees those on its right.
+    clock: maps t to the input of the time embedding. Without it this is a plain pre-norm transformer.
+    tied: the head's weights are the tokens' embeddings; else the head has its own weights, zero at first.
+    head_bias, norm_bias: biases that other projects' networks have.
+    block_size: a token sees its block and the blocks before (block diffusion); 0: all tokens. No weight depends on it.
+    predict_next: the output at a token predicts the token on its right. The mask stands before the text, as in the
+        autoregressive baseline, so that the first token is predicted, too.
+    shift_tokens: see token_shift. With predict_next, and in the autoregressive baseline, it looks to the left only.
     """
 
     block = Block   # the class of the blocks
@@ -287,13 +294,12 @@ class DiT(nn.Module):
             self.modulation.weight.zero_()
 
     def layout(self, L, past=None, sees=None, beside_clean=False):
-        """The Layout of L tokens after the past. Raises ValueError if token_shift would need, for the last token of the
-        past, the token on its right."""
+        """The Layout of L tokens after the past. Raises ValueError as forward does."""
         P, device = 0 if past is None else past[0].keys.shape[2], self.cos.device
         assert P + L <= self.seq_len + self.predict_next, f"{P + L} tokens, but the model was built for {self.seq_len}"
         if self.block_size:
             assert sees is None, "with blocks, what a token sees follows from them"
-            # FlexAttention skips tiles of 128 x 128 pairs that see nothing, and takes no heads smaller than 16.
+            # FlexAttention skips tiles of 128 x 128 pairs in which nothing is seen, and takes no heads smaller than 16.
             flex = device.type == "cuda" and L >= 128 and self.head_dim >= 16
             return (layout_beside_clean(L, self.block_size, device, flex) if beside_clean
                     else layout_of_blocks(L, P, self.block_size, device, flex))
@@ -312,11 +318,13 @@ class DiT(nn.Module):
         return self.embed(xt).float()
 
     def trunk(self, xt, t, layout=None, at=None, past=None, keep=False):
-        """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L.
+        """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the places `at` (N,).
 
-        keep: return also the Past of each layer, of the past and these tokens. If `at` is empty, features are None."""
-        (B, L), layout = xt.shape, layout or self.layout(xt.shape[1], past)
-        x, (cos, sin) = self.embedded(xt, layout.positions), self.angles(layout.positions)
+        past: a list with the Past of each block, or None. keep: return (features, such a list that includes these
+        tokens). Without token shift the features are None if `at` is empty."""
+        layout = layout or self.layout(xt.shape[1], past)
+        x = self.embedded(xt, layout.positions)
+        cos, sin = self.angles(layout.positions)
         c = None if self.time_embed is None else self.time_embed(t)
         pasts = []
         for i, block in enumerate(self.blocks):
@@ -330,7 +338,7 @@ class DiT(nn.Module):
             return None, pasts
         x = self.norm(x)
         if self.modulation is not None:
-            x = modulate(x, *at_positions(at, B, L, *self.modulation(c).chunk(2, dim=-1)))
+            x = modulate(x, *at_places(at, *xt.shape, *self.modulation(c).chunk(2, dim=-1)))
         return (x, pasts) if keep else x
 
     def head(self, x):
@@ -341,24 +349,24 @@ class DiT(nn.Module):
     def forward(self, xt, t, where=None, sees=None, past=None, clean=None, keep=False):
         """Map xt (B, L) long in [0, V], t (B,) or (B, L) in [0, 1], to logits (B, L, V).
 
-        where: (B, L) bool, or the places (N,) long of its True elements among all B L, which saves a search on a GPU.
-            Returns logits (N, V) at these positions only, in row-major order. With a vocabulary of 50,000 the head is a
-            third of the work, and nothing reads its logits at visible tokens.
-        sees: as in Layout. With block_size it follows from the blocks. With predict_next it is of L + 1 tokens: the
-            mask comes first.
+        where: (B, L) bool, or the places (N,) long of its True elements, which saves a search on a GPU. Returns logits
+            (N, V) at these places only, in their order. With a vocabulary of 50,000 the head is a third of the work,
+            and nothing reads the logits at visible tokens.
+        sees: as in Layout, but None with block_size. With predict_next it is of L + 1 tokens: the mask comes first.
         past: what remember() returned for the P tokens before these.
         clean: (B, L) long, with block_size: the text of which xt is the noisy version. Every block of xt sees the clean
             blocks before it, so one call scores all blocks.
-        keep: return (logits, past), where this past is that of the past and these tokens, as remember() returns it.
-        Raises ValueError with shift_tokens and a past, unless the network is causal or has blocks: the shift mixes
-        tokens on both sides of the border.
+        keep: return (logits, past) with the past for the tokens that follow, as remember() returns it.
+        Raises ValueError with shift_tokens and a past, unless the network is causal or has blocks: the last token of
+        the past would have channels of the first token after it.
         """
         at = places(where)
         if self.predict_next:  # the output before a token predicts it, and the last output predicts nothing
-            at = at if at is None else at + at // xt.shape[1]  # a row has one token more
+            at = at if at is None else at + at // xt.shape[1]  # each sequence before has one token more
             xt = F.pad(xt, (1, 0), value=self.vocab_size)
         if clean is not None and xt.shape[1] > self.block_size:
-            t0, nowhere = torch.zeros_like(t if t.dim() == 1 else t[:, 0]), xt.new_empty(0)  # as in remember()
+            # Not self.remember(): at its end FSDP would free the parameters, in the middle of this call.
+            t0, nowhere = torch.zeros_like(t if t.dim() == 1 else t[:, 0]), xt.new_empty(0)
             past = self.trunk(clean, t0, self.layout(xt.shape[1]), nowhere, None, True)[1]
             layout = self.layout(xt.shape[1], beside_clean=True)
         else:
@@ -369,10 +377,10 @@ class DiT(nn.Module):
         return self.head(x[:, :-1] if self.predict_next and where is None else x)
 
     def remember(self, xt, t, past=None):
-        """Keys and values of the past and of tokens xt (B, L) after it: the `past` for calls on the tokens that follow.
+        """Read tokens xt (B, L) after a past, and return the `past` for calls on the tokens that follow.
 
-        Returns a list with the Past of each layer. They equal those of one call on all tokens, provided that these
-        tokens see none of those that follow. The last layer computes keys and values only (unless shift_tokens).
+        It is a list with the Past of each block. They equal those of one call on all tokens, provided that these tokens
+        see none of those that follow. The last block computes keys and values only (unless shift_tokens).
         """
         return self.trunk(xt, t, self.layout(xt.shape[1], past), xt.new_empty(0), past, True)[1]
 
@@ -389,8 +397,8 @@ class DiT(nn.Module):
         """Floating-point operations of a training step per token.
 
         predicted: the share of tokens that the head and the last MLP run on. Recomputed activations do not count (PaLM,
-        arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either. Without blocks of
-        text, attention counts as if every token saw all tokens, in a causal network, too (PaLM does so).
+        arXiv 2204.02311, appendix B). Normalisation and time embedding do not count either. Without blocks of text,
+        attention counts as if every token saw all tokens, even in a causal network (PaLM does so).
         """
         *others, last = self.blocks
         blocks = 0 < self.block_size < seq_len  # then the clean text is read, too; tokens see half a text on average
