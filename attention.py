@@ -1,7 +1,7 @@
 """Visibility for model.py: which tokens a token sees, in blocks, and in a past that is kept as keys and values.
 
-Without blocks, past and annealing a token sees all tokens, or in a causal network itself and those on its left. Block
-diffusion (block_diffusion.py) uses blocks and a past. A causal network that writes token after token uses a past
+By default a token sees all tokens, or in a causal network itself and those on its left. Block diffusion
+(block_diffusion.py) uses blocks and a past. A causal network that writes token after token uses a past
 (sampling.left_to_right). A causal network that becomes a diffusion model uses `annealed` (train.py).
 """
 
@@ -16,13 +16,12 @@ from randomness import rng
 
 
 class Past(NamedTuple):
-    """Keys and values of P tokens in one transformer layer, and with token_shift some channels of its inputs: all that
-    the layer keeps of them for the tokens that follow."""
+    """What one block keeps of P tokens for the tokens that follow: keys, values, and the channels for token_shift."""
 
     keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
     values: torch.Tensor           # (B, heads, P, head_dim)
-    to_attention: torch.Tensor = None  # the channels of the attention's input that token_shift takes from a left
-                                       # neighbour, (B, P, D/4), or (B, P, D/2) if it takes them from the left only
+    to_attention: torch.Tensor = None  # the channels of the attention's input that token_shift takes from the left:
+                                       # (B, P, D/4), or (B, P, D/2) with left_only; None without token_shift
     to_mlp: torch.Tensor = None        # those of the MLP's input
 
     def of_rows(self, rows):
@@ -33,12 +32,12 @@ class Past(NamedTuple):
 class Layout(NamedTuple):
     """The positions of L tokens, and which tokens each of them sees.
 
-    sees: (L, P + L) or (B, 1, L, P + L) bool, True where the token of a row sees the token of a column: first the P
-        tokens of the past, then these L. Or Tiles or FlexAttention's BlockMask for the same. None: all tokens, or with
-        a causal network those on the left.
+    sees: (L, P + L) or (B, 1, L, P + L) bool: sees[i, j] is True if token i sees token j, where the P tokens of the
+        past come first, then these L. Or Tiles, or FlexAttention's BlockMask, for the same. None: a token sees all
+        tokens, or in a causal network itself and those on its left.
     positions: (L,) long, the tokens' positions in the text.
-    first, last: for token_shift, (L,) bool: the tokens whose left neighbour is of the past, and those without a right
-        neighbour.
+    first: (L,) bool, for token_shift: True for tokens whose left neighbour is in the past.
+    last: (L,) bool, for token_shift: True for tokens without a right neighbour.
     beside_clean: the past is the clean text of these same tokens. Then the left neighbour of a token in `first`, at
         position i, is token i - 1 of the past. Otherwise it is the last token of the past.
     """
@@ -51,28 +50,29 @@ class Layout(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """A visibility in square tiles: attention of a row of tiles leaves out the tiles in which nothing is seen."""
+    """A visibility cut into square tiles. Attention skips the tiles in which nothing is seen."""
 
     width: int    # tokens
     seen: tuple   # for each row of tiles, the numbers of the tiles that it sees
-    masks: tuple  # for each row of tiles, (width, width * len(seen)) bool
+    masks: tuple  # for each row of tiles, the visibility in these tiles, (width, width * len(seen)) bool
 
 
 def in_tiles(sees):
-    """The Tiles of a bool (L, n), in four rows, or the bool itself where that saves little or cannot be."""
+    """Cut a visibility (L, n) bool into four rows of Tiles. Return it uncut if it does not fit, or little is saved."""
     (L, n), rows = sees.shape, 4
     width = L // rows
     if width < 16 or L % rows or n % width:
         return sees
-    tiles = sees.view(rows, width, n // width, width)
+    tiles = sees.view(rows, width, n // width, width)  # (row of tiles, row in it, column of tiles, column in it)
     seen = [row.nonzero().flatten().tolist() for row in tiles.any(3).any(1)]
     if sum(map(len, seen)) > 0.9 * rows * n // width:
         return sees
-    return Tiles(width, tuple(map(tuple, seen)), tuple(tile[:, row].flatten(1) for tile, row in zip(tiles, seen)))
+    masks = tuple(tile_row[:, numbers].flatten(1) for tile_row, numbers in zip(tiles, seen))
+    return Tiles(width, tuple(map(tuple, seen)), masks)
 
 
 def visibility(rule, L, n, device, flex):
-    """The bool (L, n) of a function rule(row, column), or Tiles, or, with flex, FlexAttention's BlockMask for it."""
+    """Layout's `sees` for L tokens among n, where rule(i, j) tells whether i sees j. flex: return a BlockMask."""
     if flex:
         return create_block_mask(lambda batch, head, row, column: rule(row, column), None, None, L, n, device=device)
     return in_tiles(rule(torch.arange(L, device=device)[:, None], torch.arange(n, device=device)))
@@ -85,7 +85,7 @@ def layout_of_blocks(L, P, size, device, flex=False):
     The neighbour on the left may be of the block before. The neighbour on the right may not be of the block after.
     """
     sees, here = None, P + torch.arange(L, device=device)
-    if P % size + L > size:
+    if P % size + L > size:  # otherwise all L tokens are in one block, and see everything
         sees = visibility(lambda i, j: j // size <= (P + i) // size, L, P + L, device, flex)
     return Layout(sees, here, here == P, here % size == size - 1)
 
@@ -97,7 +97,7 @@ def layout_beside_clean(L, size, device, flex=False):
     A token sees the noisy tokens of its own block, and the clean tokens of the blocks before (BD3-LM, arXiv
     2503.09573, appendix B.6).
     """
-    def rule(i, j):
+    def rule(i, j):  # j < L are the clean tokens, j >= L the noisy ones
         return torch.where(j < L, j // size < i // size, (j - L) // size == i // size)
 
     here = torch.arange(L, device=device)
@@ -122,7 +122,7 @@ def compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
-MOST_PRODUCTS = 512  # keys up to which attend_by_products is faster; a forecast for GPUs sets it to 0
+MOST_PRODUCTS = 512  # up to so many keys attend_by_products is faster; studies/forecast.py sets 0, as on a GPU
 
 
 def attend(q, k, v, sees, causal):
@@ -132,15 +132,18 @@ def attend(q, k, v, sees, causal):
         return flex(q, k, v, block_mask=sees)
     if isinstance(sees, Tiles):
         q, k, v = (x.split(sees.width, 2) for x in (q, k, v))
-        return torch.cat([attend(queries, *(torch.cat([x[i] for i in seen], 2) for x in (k, v)), mask, False)
-                          for queries, seen, mask in zip(q, sees.seen, sees.masks)], 2)
+        found = []
+        for queries, seen, mask in zip(q, sees.seen, sees.masks):
+            keys, values = (torch.cat([x[i] for i in seen], 2) for x in (k, v))
+            found.append(attend(queries, keys, values, mask, False))
+        return torch.cat(found, 2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= MOST_PRODUCTS:
         return attend_by_products(q, k, v, sees, causal)
     return F.scaled_dot_product_attention(q, k, v, sees, is_causal=causal and sees is None)
 
 
 def attend_by_products(q, k, v, sees, causal):
-    """attend with the scores as a tensor (B heads, L, P + L), softmax(q k^T / sqrt(head_dim)) v.
+    """Compute attend() as softmax(q k^T / sqrt(head_dim)) v, two products, and keep the scores (B heads, L, P + L).
 
     In bfloat16 on CPUs, training with up to 512 keys is two to five times as fast as with PyTorch's own function, which
     keeps no scores and computes them again for the gradient. The softmax is computed in float32, kept in bfloat16.
