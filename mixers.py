@@ -1,7 +1,7 @@
 """Networks that mix tokens by other means than attention (`--architecture=mixers --mixer=NAME`).
 
-A block is attention, or what stands in its place, and an MLP, as in model.DiT; gMLP is one layer in place of both. With
-x (B, L, D) after the norm, heads h of d = D/heads channels, and matrices that are learned:
+As in model.DiT, a block is attention and an MLP. Another mixer stands in the place of attention, and gMLP in the place
+of both. With x (B, L, D) after the norm, heads h of d = D/heads channels, and learned matrices:
 
     name               tokens become                                      source
     attention          softmax(q k^T / sqrt d) v                          Transformer, 1706.03762; rotary positions
@@ -15,13 +15,13 @@ x (B, L, D) after the norm, heads h of d = D/heads channels, and matrices that a
     container_conv     as container, S a convolution over 5 tokens        the same, as its authors' code has it
 
 One head (`--n_head=1`) gives the single-head form of each. In mixer, gmlp, amlp, synth_random and container W1, W2, W,
-R and S are static maps: they weigh positions, not contents. A map has a number for each pair of positions
-(static_map=full), or for each distance (toeplitz). It belongs to the trained length. A shorter text of n tokens has
-positions 0 to n - 1 of it.
+R and S are static maps, (L, L) for each head: they weigh positions, not contents. A map has a number for each pair of
+positions (static_map=full), or for each distance (toeplitz). L is the length of the training texts. A shorter text of
+n tokens uses the first n rows and columns.
 
-mask_aware: masked tokens do not enter where tokens are mixed without attention. In a static map the others count
-n/(their number) times as much. In a softmax the weights of the others sum to 1. A convolution only leaves the masked
-tokens out. If all tokens are masked, nothing enters.
+mask_aware: where tokens are mixed without attention, masked tokens are left out. A static map scales the others up by
+n/(their number). In a softmax the weights of the others sum to 1. A convolution does not scale them. If all tokens are
+masked, the sum over tokens is 0.
 """
 
 import functools
@@ -44,7 +44,7 @@ TAPS = 5    # tokens of container_conv's convolution
 
 
 class Map(nn.Module):
-    """A matrix (n, n) for each head, which a text of n <= L tokens is multiplied by."""
+    """A static map: for each head a matrix (n, n), by which a text of n <= L tokens is multiplied."""
 
     def __init__(self, n_head, L, kind, init):
         super().__init__()
@@ -53,7 +53,7 @@ class Map(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw the weights. init: 'orthogonal', or a standard deviation: '0.004', or '0.02/L' for 0.02 divided by L."""
+        """Draw the weights. init: 'orthogonal', or a standard deviation such as '0.004', or '0.02/L' (divided by L)."""
         if self.init == "orthogonal":
             for matrix in self.weight:
                 nn.init.orthogonal_(matrix)
@@ -65,11 +65,11 @@ class Map(nn.Module):
         if self.kind == "full":
             return self.weight[:, :n, :n]
         i = torch.arange(n, device=self.weight.device)
-        return self.weight[:, i[:, None] - i + self.L - 1]
+        return self.weight[:, i[:, None] - i + self.L - 1]  # entry (i, j) is the number of distance i - j
 
 
 def std_of(init, L):
-    """The standard deviation that 'orthogonal', '0.004' or '0.02/L' means. Raises ValueError if it is none of these."""
+    """The standard deviation that '0.004' or '0.02/L' means; None for 'orthogonal'. Raises ValueError otherwise."""
     if init == "orthogonal":
         return None
     number, slash, letter = init.partition("/")
@@ -88,7 +88,7 @@ def join_heads(x):
 
 
 def without_masks(x, known):
-    """x (B, heads, L, d) without its masked tokens, the others scaled up. known (B, L) bool, or None: x itself."""
+    """Set the masked tokens of x (B, heads, L, d) to 0, and scale the others up. known=None: return x."""
     if known is None:
         return x
     share = known.float().mean(1).clamp(min=1 / known.shape[1])
@@ -100,12 +100,16 @@ def average(weights, v, known):
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
     if known is None:
         return weights.softmax(-1).to(v.dtype) @ v
-    some = known.any(1)  # a softmax over nothing would have nan as its gradient
-    weights = weights.masked_fill(~(known | ~some[:, None])[:, None, None], -torch.inf).softmax(-1)
-    return (weights * some[:, None, None, None]).to(v.dtype) @ v
+    any_known = known.any(1)  # a text of masks keeps all its tokens: a softmax over nothing would have nan as gradient
+    counted = known | ~any_known[:, None]
+    weights = weights.masked_fill(~counted[:, None, None], -torch.inf).softmax(-1)
+    return (weights * any_known[:, None, None, None]).to(v.dtype) @ v  # 0 for a text of masks
 
 
 # ---- layers: x (B, L, D), known (B, L) or None -> (B, L, D) ----------------------------------------------------------
+#
+# known: True for tokens that are not masked; None without mask_aware. mixing(L, D) counts the multiplications per token
+# that no nn.Linear does.
 
 
 class Attention(nn.Module):
@@ -146,7 +150,8 @@ class Mixer(nn.Module):
 
 
 class Synthesizer(nn.Module):
-    """Weights of positions, from a table (random), from two thin tables (factorised), or from the token (dense)."""
+    """softmax(weights) v. The weights are a table (random), a product of two thin tables (factorised), or a function of
+    the token (dense)."""
 
     def __init__(self, D, n_head, L, kind, init, form):
         super().__init__()
@@ -175,7 +180,7 @@ class Synthesizer(nn.Module):
 
 
 class Container(Attention):
-    """Attention and a static map of the values, each with a learned weight per head, 1 and 1 at first."""
+    """The sum of attention and a static map of the values, each times a learned number per head, 1 at first."""
 
     def __init__(self, D, n_head, L, kind, init):
         super().__init__(D, n_head, L, kind, init)
@@ -193,7 +198,7 @@ class Container(Attention):
 
 
 class ContainerConv(Attention):
-    """Attention and a depthwise convolution of the values, in shares 1 - sigmoid(w) and sigmoid(w) per head, w = 0."""
+    """(1 - s) attention + s (depthwise convolution of the values), with s = sigmoid(w) per head and w = 0 at first."""
 
     def __init__(self, D, n_head, L, kind, init):
         super().__init__(D, n_head, L, kind, init)
@@ -228,11 +233,11 @@ class MLP(nn.Module):
 
 
 class GMLP(nn.Module):
-    """gMLP's layer, which mixes channels and tokens. Its width is 6 D. u and v have 3 D channels, 3 D/heads a head."""
+    """gMLP's layer, which mixes channels and tokens. Its width is 6 D: u and v have 3 D channels each."""
 
     def __init__(self, D, n_head, L, kind, init, gate_bias, tiny=False):
         super().__init__()
-        self.n_head, width = n_head, 3 * D  # of u, and of v
+        self.n_head, width = n_head, 3 * D
         self.inner, self.out = nn.Linear(D, 2 * width), nn.Linear(width, D)
         self.norm, self.map = LayerNorm(width, bias=True), Map(n_head, L, kind, init or f"{1e-3 / 3 ** 0.5}/L")
         self.bias = nn.Parameter(torch.full((n_head * L,), float(gate_bias)))  # a vector has no weight decay
@@ -254,7 +259,7 @@ class GMLP(nn.Module):
         return 3 * L * D + 2 * L * TINY * (self.tiny is not None)
 
 
-# What makes the layer that mixes tokens, by its name.
+# {name: the class of the layer that mixes tokens}
 MIXERS = {"attention": Attention, "mixer": Mixer, "gmlp": GMLP, "amlp": functools.partial(GMLP, tiny=True),
           "synth_random": functools.partial(Synthesizer, form="random"),
           "synth_factorised": functools.partial(Synthesizer, form="factorised"),
@@ -277,10 +282,10 @@ RESIDUALS = ("zero", "rezero", "plain")
 
 
 class Residual(nn.Module):
-    """x + gate * layer(norm(x)), where a time, if there is one, shifts and scales the input of the layer.
+    """Compute x + gate * layer(norm(x)). With time conditioning, the time shifts and scales the input of the layer.
 
-    zero: the branch begins at zero. With a time, its gate is a function of the time (adaLN-Zero, arXiv 2212.09748);
-        without, the weights of the layer's output are zero.
+    zero: the branch is zero at first. With time conditioning the gate depends on the time (adaLN-Zero, arXiv
+        2212.09748), and is 0 at first. Without, the weights of the layer's output are 0 at first.
     rezero: the gate is one learned number, 0 at first (ReZero, arXiv 2003.04887).
     plain: there is no gate.
     """
@@ -313,7 +318,8 @@ class Residual(nn.Module):
         B, L, D = x.shape
         shift, scale, *gates = (None, None) if self.modulation is None else self.modulation(c).split(D, -1)
         h = modulate(self.norm(x), shift, scale)
-        y = self.layer(token_shift(h) if self.shift_tokens else h, known, *([] if at is None else [at]))
+        h = token_shift(h) if self.shift_tokens else h
+        y = self.layer(h, known) if at is None else self.layer(h, known, at)
         y = F.dropout(y, self.dropout, self.training)
         x, *gates = at_places(at, B, L, x, *gates)
         gate = gates[0] if gates else self.gate
@@ -375,12 +381,11 @@ class MixerDiT(DiT):
                 branch.init_weights()
 
     def trunk(self, xt, t, at=None):
-        """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the positions `at` (N,) of all B L."""
+        """Tokens -> the head's input, features (B, L, D) float32, or (N, D) at the places `at` (N,)."""
         (B, L), x = xt.shape, self.embed(xt).float()
         assert L <= self.seq_len, f"{L} tokens, but the model was built for {self.seq_len}"
-        c, known = None if self.time_embed is None else self.time_embed(t), None
-        if self.mask_aware:
-            known = xt != self.vocab_size
+        c = None if self.time_embed is None else self.time_embed(t)
+        known = xt != self.vocab_size if self.mask_aware else None
         for block in self.blocks:
             inputs = (x, c, known, at if block is self.blocks[-1] else None)
             x = (checkpoint(block, *inputs, use_reentrant=False) if self.checkpoint_blocks and self.training
