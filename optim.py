@@ -58,10 +58,10 @@ def clip_gradients(model, cfg):
 @torch.no_grad()
 def clip_adaptively(p, limit, by_unit):
     """Clip the gradient of a parameter by the rule of agc (by_unit) or agc_tensor."""
-    units = tuple(range(1, p.dim())) if by_unit and p.dim() > 1 else None
-    size = lambda x: torch.linalg.vector_norm(x, dim=units, keepdim=True)
-    allowed = limit * size(p).clamp(min=1e-3)
-    p.grad.mul_((allowed / size(p.grad).clamp(min=1e-6)).clamp(max=1))
+    dims = tuple(range(1, p.dim())) if by_unit and p.dim() > 1 else None  # all but the first; None: all
+    norm = lambda x: torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    allowed = limit * norm(p).clamp(min=1e-3)
+    p.grad.mul_((allowed / norm(p.grad).clamp(min=1e-6)).clamp(max=1))
 
 
 def parse_clip(text):
@@ -99,7 +99,7 @@ class AdamW(torch.optim.AdamW):
             self.step()
 
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of orthogonalise, by Keller Jordan: steep at 0, and flat around 1
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # Keller Jordan's a, b, c: a v + b v^3 + c v^5 is steep at 0, flat around 1
 
 
 def orthogonalise(g):
@@ -174,7 +174,12 @@ class Muon(torch.optim.Optimizer):
                 self.step_together([p for p in group["params"] if p.shape == shape], group, ~bad)
 
     def step_together(self, params, group, good):
-        """Step all of params, matrices of one shape, at once."""
+        """Step all of params, N matrices of one shape, at once.
+
+        With FSDP a process has some rows of each matrix: all_rows collects whole ones, and own_rows picks its rows of
+        the results. shared_out lets each process orthogonalise some of the N matrices, and gives all the results to
+        all processes. With one process only self.orthogonalise is called.
+        """
         like = params[0]
         for p in params:
             if not self.state[p]:
@@ -196,7 +201,7 @@ def directions(grads, momenta, good, momentum, dtype):
 
 
 def add(params, steps, scale, decay):
-    """params <- decay params + scale steps, with steps (N, m, n), and tensors for scale and decay."""
+    """Set params to decay params + scale steps, with steps (N, m, n), and tensors for scale and decay."""
     torch._foreach_mul_(params, decay)
     torch._foreach_add_(params, list(steps.to(params[0].dtype) * scale))
 
@@ -206,10 +211,11 @@ class SM3(torch.optim.Optimizer):
 
     Every row and every column r keeps one number, mu_r. For entry i of the gradient g, in one step:
 
-        nu_i = min over the r with i of mu_r  +  g_i^2,     u_i = g_i / sqrt(nu_i),     mu_r = max over i in r of nu_i.
+        nu_i = g_i^2 + min of mu_r over the r with i,     u_i = g_i / sqrt(nu_i),     mu_r = max of nu_i over i in r.
 
-    nu_i is never less than the sum of the squares of all g_i so far, which AdaGrad has. A vector has a number for each
-    entry: that is AdaGrad itself. So the state is the momentum and, of an m x n matrix, m + n numbers.
+    AdaGrad divides by the root of the sum of the squares of all g_i so far; nu_i is never less than this sum. A vector
+    has a number for each entry: that is AdaGrad itself. So the state is the momentum and, of an m x n matrix, m + n
+    numbers.
 
     nesterov=False: m = beta m + (1 - beta) u, and the step is m, as in the authors' code.
     nesterov=True: m = beta m + u, and the step is beta m + u. Steps are 1/(1 - beta) times as long.
@@ -241,11 +247,12 @@ class SM3(torch.optim.Optimizer):
         if not state:
             for key, shape in self.state_shapes(p.shape).items():
                 state[key] = torch.zeros(shape, device=p.device)
-        sums, g = [state[f"max_{i}"] for i in range(max(1, p.dim()))], p.grad.where(good, 0)
-        nu = functools.reduce(torch.minimum, sums) + g * g
-        for i, numbers in enumerate(sums):
+        g = p.grad.where(good, 0)
+        maxima = [state[f"max_{i}"] for i in range(max(1, p.dim()))]  # of a matrix mu of the rows, and of the columns
+        nu = functools.reduce(torch.minimum, maxima) + g * g
+        for i, mu in enumerate(maxima):
             others = [j for j in range(p.dim()) if j != i]
-            numbers.copy_((nu.amax(others, keepdim=True) if others else nu).where(good, numbers))
+            mu.copy_((nu.amax(others, keepdim=True) if others else nu).where(good, mu))
         u = g * nu.clamp(min=1e-30).rsqrt()
         m = state["momentum"]
         new = beta * m + (u if group["nesterov"] else (1 - beta) * u)
@@ -286,8 +293,7 @@ def make_optimizers(model, cfg, device, dtype):
 class EMA:
     """Exponential moving average of a model's weights with warm-up: step n has decay min(decay, (1+n)/(10+n)).
 
-    of: the weights that are averaged, if not the model's own (the anchor of local_sgd.py).
-    """
+    of: the weights to average, if not the model's own (local_sgd.py averages its anchor)."""
 
     def __init__(self, model, decay, of=None):
         self.model, self.decay, self.updates = model, decay, 0
