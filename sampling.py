@@ -2,7 +2,7 @@
 
 A sampler is an iterator over the states on the way from xt (B, L), which has masks and maybe given tokens, to text. The
 given tokens never change. `ancestral` and `topk` count the steps in which nothing happens (State.steps), and do not
-walk through them. So what they cost follows from the number of tokens, however many steps there are.
+walk through them. So the number of tokens limits what they cost, however many steps there are.
 
     sampler          reveals                                                      distribution of the texts
     ancestral        each mask by chance, on a grid of mask rates                 that of the chain on this grid
@@ -14,9 +14,9 @@ walk through them. So what they cost follows from the number of tokens, however 
     analytic, euler  each mask by chance, by scores that need not be normalised   those of SEDD's two predictors
     left_to_right    (causal networks) one position after another                 that of the model, exactly
 
-Only `temperature`, `top_k` and `top_p` other than their defaults change what a token is drawn from. Grids are made of
-mask rates, not of times. From rate r to rate rho < r a mask is revealed with probability 1 - rho/r, whatever the
-schedule is. The schedule says only what time the network is told at a rate (diffusion.Absorbing.time).
+A token is drawn from the network's prediction. Only `temperature`, `top_k` and `top_p` change this distribution. Grids
+are made of mask rates, not of times. From rate r to rate rho < r a mask is revealed with probability 1 - rho/r,
+whatever the schedule is. The schedule says only what time the network is told at a rate (diffusion.Absorbing.time).
 
 All samplers take the same arguments, and then those of their own:
 
@@ -24,14 +24,15 @@ All samplers take the same arguments, and then those of their own:
     xt         (B, L) long; objective.mask_id where a token is to be written
     objective  that of the model, whose `time` says what the network is told at a mask rate
     draw       categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
-    start      (B,) float64, the share of masks at first, below 1 if tokens are given. The grid begins at 1 all the
-               same. At its rate r a share start * r of all tokens are masks. In training a rate was such a share, so
-               the network is told the time of the rate start * r
-    grid       (samplers with steps) mask rates, never rising; the first is 1 or the last of the schedule, the last 0
+    start      (B,) float64, the share of masks among all tokens at first: below 1 if tokens are given. The grid begins
+               at 1 all the same: at its rate r the share is start * r. In training the mask rate was the share of masks
+               among all tokens, so the network is told the time of the rate start * r
+    grid       (samplers with steps) mask rates, never rising: from 1, or the schedule's rate at t = 1, to 0
 
 Networks trained on uniform noise have samplers of their own, in uniform.py.
 """
 
+import math
 from typing import Callable, NamedTuple
 
 import torch
@@ -50,7 +51,9 @@ def of_rows(model, past=None):
     past: of all B sequences, what model.remember() returned for the tokens before (model.DiT)."""
     def denoiser(xt, t, where):
         rows = where.any(1).nonzero().squeeze(1)
-        more = {} if past is None else {"past": past if len(rows) == len(where) else [b.of_rows(rows) for b in past]}
+        more = {}
+        if past is not None:
+            more["past"] = past if len(rows) == len(where) else [block_past.of_rows(rows) for block_past in past]
         return model(xt[rows], t[rows], where=where[rows], **more)
 
     return denoiser
@@ -65,8 +68,8 @@ def fill(model, state, where, objective, rate, draw):
 
 
 def propose(model, state, masked, objective, rate, draw, by_entropy=False):
-    """Draw all masks. Returns that State, and how sure the network is of each (B, L), -inf where nothing is masked: the
-    probability of the token drawn, or minus the entropy of all tokens there."""
+    """Draw a token for every mask. Returns that State, and how sure the network is (B, L): the probability of the token
+    drawn or, by_entropy, minus the entropy of all tokens there; -inf where nothing is masked."""
     logits = model(state.xt, objective.time(rate).to(masked.device), where=masked)
     tokens, p, *entropies = draw(logits, by_entropy)
     proposed = State(state.xt.masked_scatter(masked, tokens), state.p.masked_scatter(masked, p))
@@ -75,7 +78,7 @@ def propose(model, state, masked, objective, rate, draw, by_entropy=False):
 
 
 def accept(state, proposed, sure, n):
-    """Take the n (B,) surest proposals of each sequence, the one on the left among equals."""
+    """Take the n (B,) surest proposals of each sequence. Of equals, the left one comes first."""
     rank = sure.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     taken = (rank < n[:, None]) & sure.isfinite()
     return State(torch.where(taken, proposed.xt, state.xt), torch.where(taken, proposed.p, state.p))
@@ -108,8 +111,9 @@ def ancestral(model, xt, objective, draw, start, grid):
     step_of = n_steps - torch.searchsorted(rates.flip(0).to(reveal_rate.device), reveal_rate, right=True)
     step_of = step_of.to(xt.device).masked_fill(~masked, n_steps)  # (B, L), 0 ... n_steps - 1; given tokens: n_steps
     ordered, order = step_of.sort(dim=1)
-    turn = torch.zeros_like(step_of).scatter(1, order, F.pad(ordered.diff(dim=1) > 0, (1, 0)).cumsum(1))
-    last = torch.full((len(xt),), -1, device=xt.device)  # the step of each sequence before this one
+    is_new = F.pad(ordered.diff(dim=1) > 0, (1, 0))
+    turn = torch.zeros_like(step_of).scatter(1, order, is_new.cumsum(1))  # j, if the token is in the j-th such step
+    last = torch.full((len(xt),), -1, device=xt.device)  # the last step of each sequence so far
     for j in range(int(turn[masked].max()) + 1 if masked.any() else 0):
         where = masked & (turn == j)
         step = torch.where(where, step_of, last[:, None]).amax(1)
@@ -138,13 +142,13 @@ def first_hitting(model, xt, objective, draw, start):
 
 
 def rate_left(start, left, n):
-    """The mask rate of sequences of which `left` of n masks are left: (B,) float64."""
+    """The mask rate of sequences with `left` of their n masks: (B,) float64."""
     return start * left.cpu().double() / n.cpu().clamp(min=1)
 
 
 @torch.no_grad()
 def topk(model, xt, objective, draw, start, grid=None, k=1):
-    """The surest tokens first, a number fixed beforehand in each step (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
+    """Reveal the surest tokens first, a fixed number in each step (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
 
     A token is drawn for every mask; those that the network (at temperature 1) finds likeliest stay. On a grid of mask
     rates a share r_i/r_0 of the masks, rounded down, is left after step i; without one, each step reveals k tokens.
@@ -152,8 +156,11 @@ def topk(model, xt, objective, draw, start, grid=None, k=1):
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1).cpu()
     left, steps = n, 0  # steps: since the last State
-    for i in range(len(grid) - 1 if grid else -(-int(n.max()) // k)):
-        kept = (n.double() * (grid[i + 1] / grid[0]) + 1e-9).floor().long() if grid else (left - k).clamp(min=0)
+    for i in range(len(grid) - 1 if grid else math.ceil(int(n.max()) / k)):
+        if grid:
+            kept = (n.double() * (grid[i + 1] / grid[0]) + 1e-9).floor().long()  # the masks after this step
+        else:
+            kept = (left - k).clamp(min=0)
         steps += 1
         if (kept < left).any():
             masked = state.xt == objective.mask_id
@@ -167,7 +174,7 @@ def topk(model, xt, objective, draw, start, grid=None, k=1):
 
 @torch.no_grad()
 def threshold(model, xt, objective, draw, start, threshold=0.9):
-    """All tokens to which the network gives at least `threshold`, and always the surest one (Fast-dLLM, arXiv
+    """Reveal all tokens to which the network gives at least `threshold`, and always the surest one (Fast-dLLM, arXiv
     2505.22618). A token is drawn for every mask, as in topk. Texts do not have the distribution of the model."""
     state, n = begin(xt), (xt == objective.mask_id).sum(1)
     while (masked := state.xt == objective.mask_id).any():
@@ -178,10 +185,10 @@ def threshold(model, xt, objective, draw, start, threshold=0.9):
 
 @torch.no_grad()
 def entropy_bound(model, xt, objective, draw, start, gamma=0.1):
-    """The tokens of least entropy, as many as have (sum of their entropies - the largest of them) <= gamma, in nats
+    """Reveal the tokens of least entropy, as many as have (sum of their entropies - the largest of them) <= gamma nats
     (EB-Sampler, arXiv 2505.24857).
 
-    To draw tokens i independently costs sum_i H_i - H(all) nats, because it loses what they say about each other. As
+    Drawing tokens i independently costs sum_i H_i - H(all) nats, because it loses what they say about each other. As
     H(all) >= max_i H_i, that is at most sum_i H_i - max_i H_i. gamma = 0: one at a time, unless more are certain. The
     order by entropy is not that of the model's chain, so texts do not have its distribution.
     """
@@ -200,19 +207,19 @@ DEFAULT_ETA = {"cap": 0.02, "rescale": 0.05, "conf": 1.0, "loop": 0.02}  # {rule
 
 @torch.no_grad()
 def remdm(model, xt, objective, draw, start, grid, remask="cap", eta=None):
-    """ancestral, where revealed tokens become masks again with probability g, so that mistakes can be mended; the more
-    steps, the more often (ReMDM, arXiv 2503.00307, eq. 7, which calls g sigma_t).
+    """ancestral, but revealed tokens may become masks again, so that mistakes can be mended (ReMDM, arXiv 2503.00307,
+    eq. 7, which calls g sigma_t).
 
-    From rate r to rho a mask is revealed with probability h, and a revealed token becomes a mask with probability g.
+    In the step from rate r to rho a mask is revealed with probability h, a revealed token becomes a mask with g.
     The share of visible tokens must become 1 - rho, as in the chain that the network was trained for:
 
         (1 - r)(1 - g) + r h = 1 - rho,   so   h = 1 - rho/r + g (1 - r)/r,   and h <= 1 if g <= rho/(1 - r).
 
     remask: the rule for g, with limit = min(1, rho/(1 - r)):
     cap: min(eta, limit).    rescale: eta * limit.
-    conf: eta * limit * softmax(-p) over the revealed tokens, p what the network gave them. Masks are revealed with
-        1 - rho/r, as if g were 0, so the mask rate stays a little above the grid.
-    loop: as cap where the grid stands still (loop_grid), else 0.
+    conf: eta * limit * softmax(-p) over the revealed tokens, where p is the network's probability of each. Masks are
+        revealed with 1 - rho/r, as if g were 0, so the mask rate stays a little above the grid.
+    loop: as cap where the grid stands still (loop_grid: r = rho, so h = g (1 - r)/r), else 0.
     Given tokens are never masked.
     """
     eta = DEFAULT_ETA[remask] if eta is None else eta
@@ -262,7 +269,7 @@ def analytic(model, xt, objective, draw, start, grid, chance=lambda schedule, r,
 
 
 def euler_chance(schedule, r, rho):
-    """(t - tau) w(t), where r and rho are the rates at t and tau: what an Euler step has in place of 1 - rho/r.
+    """(t - tau) w(t), where r and rho are the rates at t and tau. An Euler step has it in place of 1 - rho/r.
 
     The learned jump rate from the mask to y is sigma' S_y = sigma' odds f_y = w(t) f_y (docs/maths.md, section 9).
     """
@@ -271,8 +278,8 @@ def euler_chance(schedule, r, rho):
 
 
 def euler(model, xt, objective, draw, start, grid):
-    """SEDD's Euler predictor (arXiv 2310.16834), with masks: as analytic, with euler_chance. For linear and
-    log-linear noise that is the same number.
+    """SEDD's Euler predictor (arXiv 2310.16834), with masks: analytic with euler_chance in place of 1 - rho/r. For
+    linear and log-linear noise the two numbers are equal.
 
     As in that project the chain ends just before t = 0, and a step of noise removal follows.
     """
@@ -283,16 +290,16 @@ def euler(model, xt, objective, draw, start, grid):
 def left_to_right(model, xt, objective, draw, start):
     """Fill the masks from left to right with a causal network (diffusion.AutoRegressive), and yield a State for each.
 
-    Given tokens stay, but only those on their right know of them. The network runs once for each position where a token
-    is missing: on the tokens that it has not read yet, after the keys and values of those before.
+    Given tokens stay, but only the tokens on their right see them. The network runs once for each position where a
+    token is missing. It reads the tokens that it has not read yet, and has the keys and values of those before.
     """
     state, past, n_read, t = begin(xt), None, 0, torch.ones(len(xt), device=xt.device)
     for i in range(xt.shape[1]):
         here = torch.zeros_like(xt, dtype=torch.bool)
         here[:, i] = xt[:, i] == objective.mask_id
         if here.any():
-            unread = F.pad(state.xt[:, :i], (1, 0), value=objective.mask_id)[:, n_read:]
-            logits, past = model(unread, t, where=here[:, n_read:i + 1], past=past, keep=True)
+            inputs = F.pad(state.xt[:, :i], (1, 0), value=objective.mask_id)  # the output at input i is for token i
+            logits, past = model(inputs[:, n_read:], t, where=here[:, n_read:i + 1], past=past, keep=True)
             n_read, (tokens, p) = i + 1, draw(logits)
             state = State(state.xt.masked_scatter(here, tokens), state.p.masked_scatter(here, p))
             yield state
@@ -305,9 +312,9 @@ class Sampler(NamedTuple):
     """A sampler, and what sampler_settings.py and Settings must know of it."""
 
     function: Callable
-    flags: tuple = ()            # of the command line that it knows
+    flags: tuple = ()            # the flags of the command line that it uses
     draws_tokens: bool = True    # from a distribution that temperature, top_p and top_k change
-    keeps_past: bool = False     # it calls the network on the same sequences each time, with the past of all
+    keeps_past: bool = False     # it calls the network on all sequences each time, with a past of its own
 
 
 # A new sampler is named here, and by the objectives whose networks it is for (diffusion.Absorbing.samplers).
@@ -344,7 +351,7 @@ class Settings(NamedTuple):
     def __call__(self, objective, model, xt, generator, size=None, past=None):
         """An iterator over the States from xt (B, L) on.
 
-        size: (B,), the tokens of each sequence that noise can hit; its mask rate is its masks / size. Default: all.
+        size: (B,), the tokens of each sequence that noise can hit. Its mask rate is its masks / size. Default: all L.
         past: what model.remember() returned for the tokens before xt.
         """
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
