@@ -20,8 +20,8 @@ def begin(xt):
 
 
 def with_denoising(grid):
-    """A grid with one more rate before the last one, 0: 1e-5, or half of the rate before it if that is less. The step
-    from it to 0 is the removal of noise."""
+    """Insert one more rate before the 0 at the end of a grid: 1e-5, or half of the last rate if that is less. The step
+    from it to 0 removes the noise that is left."""
     return [*grid[:-1], min(1e-5, grid[-2] / 2), 0.0]
 
 
@@ -48,7 +48,7 @@ class Counted:
 def in_pieces(logits):
     """Split the rows of logits (N, V) into pieces, so that the computations on them take little memory.
 
-    A piece of float32 has 8 MB on a CPU, to fit its caches, and half a gigabyte on a GPU."""
+    In float32 a piece has 8 MB on a CPU, to fit into its caches, and half a gigabyte on a GPU."""
     size = 2**21 if logits.device.type == "cpu" else 2**27
     return logits.split(max(1, size // logits.shape[-1]))
 
@@ -71,14 +71,15 @@ def inverse_cdf(p, u):
         total = weights.double().cumsum(-1)
         y = u * total[:, -1:]  # less than the total even after rounding, because u is at most 1 - 2^-53
         i = torch.searchsorted(total, y, right=True)
-        return i, ((y - (total - weights).gather(1, i)) / weights.double().gather(1, i)).clamp(0, 1 - 2**-53)
+        share = (y - (total - weights).gather(1, i)) / weights.double().gather(1, i)  # the part of weight i below y
+        return i, share.clamp(0, 1 - 2**-53)
 
     N, V = p.shape
     width = int(V**0.5)
     whole = V // width * width
     sums = p[:, :whole].view(N, -1, width).sum(-1)
-    block, u = find(torch.cat((sums, p[:, whole:].sum(-1, keepdim=True)), 1), u)
-    tokens = block * width + torch.arange(width, device=p.device)
+    group, u = find(torch.cat((sums, p[:, whole:].sum(-1, keepdim=True)), 1), u)  # the last group has the other tokens
+    tokens = group * width + torch.arange(width, device=p.device)
     within, _ = find(p.gather(1, tokens.clamp(max=V - 1)) * (tokens < V), u)
     return tokens.gather(1, within).squeeze(1)
 
@@ -88,10 +89,10 @@ class Draw:
 
     The cut by top_p is nucleus sampling (arXiv 1904.09751). temperature 0: the likeliest token.
 
-    The noise is float64. Float32 uniforms are multiples of 2^-24, so Gumbel noise made of them never exceeds 16.64.
-    With it, beside one other token, a token of probability 1e-7 is drawn 0.73 times as often as it should be, and one
-    of 1e-8 0.015 times (the tests compute this): in effect the temperature is lower (arXiv 2409.02908). mps has no
-    float64, so there the generator is on the CPU, and tokens are drawn on the CPU.
+    Uniform numbers are float64. Those of float32 are multiples of 2^-24, so the Gumbel noise that other code makes of
+    them never exceeds 16.64. It then draws a token of probability 1e-7, beside one other token, 0.73 times as often as
+    it should, and one of 1e-8 0.015 times (the tests compute this): in effect the temperature is lower (arXiv
+    2409.02908). mps has no float64, so there the generator is on the CPU, and tokens are drawn on the CPU.
     """
 
     def __init__(self, generator, temperature=1.0, top_p=1.0, top_k=0):
@@ -117,7 +118,7 @@ class Draw:
 
     def piece(self, logits, entropies):
         p = logits.softmax(-1)
-        if self.temperature == 0 and not p.sum().isfinite():  # otherwise inverse_cdf looks
+        if self.temperature == 0 and not p.sum().isfinite():  # otherwise inverse_cdf checks this
             raise UserError(NOT_FINITE)
         tokens = logits.argmax(-1) if self.temperature == 0 else self.pick(self.cut(logits, p))
         return tokens, p.gather(-1, tokens[:, None]).squeeze(-1), *([entropy(logits, p)] if entropies else [])
@@ -130,7 +131,8 @@ class Draw:
         if self.temperature != 1:
             q = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
         if 0 < self.top_k < q.shape[-1]:
-            q = torch.zeros_like(q).scatter(-1, *q.topk(self.top_k)[::-1])
+            values, tokens = q.topk(self.top_k)
+            q = torch.zeros_like(q).scatter(-1, tokens, values)
         if self.top_p < 1:
             sorted_q, order = q.sort(dim=-1, descending=True, stable=True)
             before = sorted_q.cumsum(-1) - sorted_q
@@ -148,7 +150,7 @@ def entropy(logits, p):
     """Entropy of p = softmax(logits), (N, V) float32 -> (N,) nats, with an error below 1e-5.
 
     log Z - sum of p logits takes half the work of - sum of p log p. The largest logit is made 0 first, because sums of
-    smaller numbers have smaller rounding errors."""
+    smaller numbers have smaller rounding errors. Then the largest p is exp(0)/Z, so log Z is minus its logarithm."""
     logits = logits - logits.amax(-1, keepdim=True)
     with torch.autocast(p.device.type, enabled=False):  # which would compute vecdot in bfloat16
         mean = torch.linalg.vecdot(p, logits.clamp(min=-1e30))  # 0 times -inf would be nan
