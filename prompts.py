@@ -45,7 +45,7 @@ def template(text, tokenizer, mask_id, name="--template"):
 
 
 def before_blank(text, tokenizer):
-    """The text before a blank, less a space at its end if the first token of a word in the blank brings it along."""
+    """Remove the last space of a text before a blank, if a token includes the space before it: the model writes it."""
     return text.removesuffix(" ") if tokenizer.space_first else text
 
 
@@ -101,7 +101,7 @@ def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
 
 
 def windows_of(length, seq_len, context):
-    """Windows (a, b) that cover 0 ... length. Each begins `context` tokens before the end of the one before."""
+    """Windows (a, b) that cover 0 ... length. Each begins `context` tokens before the end of the previous one."""
     found = [(0, min(length, seq_len))]
     while found[-1][1] < length:
         a = found[-1][1] - context
@@ -131,7 +131,7 @@ def denoise(settings, objective, model, canvas, config, context, generator, end=
     Yields the State of the whole canvas after each step. The time that a network is told follows from the share of
     masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens of the
     window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not None.
-    A further window of it begins with whole blocks: context must be a multiple of the block size.
+    There context must be a multiple of the block size, so that each window begins with whole blocks.
     """
     given, size = canvas != objective.mask_id, None
     state = begin(canvas)
@@ -141,11 +141,12 @@ def denoise(settings, objective, model, canvas, config, context, generator, end=
             continue
         if config.prefix != "none":
             size = (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
-        for part in (in_blocks(settings, objective, model, xt, generator, end) if objective.block_size
-                     else settings(objective, model, xt, generator, size)):
-            joined = [torch.cat((whole[:, :a], piece, whole[:, b:]), 1) for whole, piece in (
-                (state.xt, part.xt), (state.p, torch.where(part.p.isnan(), p, part.p)))]
-            state = State(*joined, part.steps)
+        parts = (in_blocks(settings, objective, model, xt, generator, end) if objective.block_size
+                 else settings(objective, model, xt, generator, size))
+        for part in parts:
+            part_p = torch.where(part.p.isnan(), p, part.p)  # p: what an earlier window drew
+            state = State(torch.cat((state.xt[:, :a], part.xt, state.xt[:, b:]), 1),
+                          torch.cat((state.p[:, :a], part_p, state.p[:, b:]), 1), part.steps)
             yield state
         if objective.block_size and end is not None and b < canvas.shape[1]:
             state = state._replace(xt=finish(state.xt, given, end, objective.mask_id), steps=0)

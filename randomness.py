@@ -1,9 +1,10 @@
-"""Every random number of a run is a pure function of (seed, purpose, step, index in the global batch).
+"""Random numbers of training and of bounds: each is a function of (seed, purpose, step, index in the global batch).
 
 Philox is a counter-based generator (Salmon et al., SC 2011): its state is a position in one long stream. So the numbers
 of sequence 17 of step 1,000 are found by a jump to their position. They do not depend on the number of processes, the
 micro-batch size or interruptions of the run, and two models can be compared on the same noise. Dropout is the
-exception: its noise is drawn on the device, and depends on the process and the micro-batch, too.
+exception: its noise is drawn on the device, and depends on the process and the micro-batch, too. Samplers draw from one
+torch.Generator for the whole batch (categorical.Draw), so the same seed gives other texts with another batch size.
 """
 
 import numpy as np
@@ -19,12 +20,12 @@ def rng(seed, purpose, step, index=0):
 
 
 def uniforms(seed, step, indices, batch_size, seq_len, stratified, n_times=1):
-    """The noise of some sequences of a batch: u (N,), or (N, n_times) if n_times > 1, and v (N, L), float64 in (0, 1].
+    """The noise of N sequences of a batch: u (N,), or (N, n_times) if n_times > 1, and v (N, L), float64 in (0, 1].
 
-    u says how much of a sequence is masked, v which of its tokens. With `stratified`, each interval
-    ((i - 1)/batch_size, i/batch_size] has one u of the whole batch, in random order. (The batch has batch_size
-    sequences; this returns the N in `indices`.) Every single u is still uniform, so estimates stay unbiased, but their
-    mean over the batch varies less. With several times per sequence there are batch_size * n_times intervals.
+    indices (N,): which of the batch_size sequences. u says how much of a sequence is masked, v which of its tokens.
+    With `stratified`, each interval ((i - 1)/batch_size, i/batch_size] has one u of the whole batch, in random order.
+    Every single u is still uniform, so estimates stay unbiased, but their mean over the batch varies less. With several
+    times per sequence there are batch_size * n_times intervals.
     """
     u, v = np.empty((len(indices), n_times)), np.empty((len(indices), seq_len))
     for row, index in enumerate(indices):
@@ -38,9 +39,9 @@ def uniforms(seed, step, indices, batch_size, seq_len, stratified, n_times=1):
 
 
 def strata(seed, n, number=0):
-    """A permutation of 0 ... n - 1, (n,): entry i is the interval, of n equal ones, in which the i-th u lies.
+    """A permutation of 0 ... n - 1, (n,): entry i says in which of n equal intervals the i-th u lies.
 
-    number: of a step or a repeat; it tells permutations of one seed apart."""
+    number: of the step or the repeat; each has a permutation of its own."""
     return rng(seed, "strata", number).permutation(n)
 
 
@@ -56,11 +57,11 @@ def repeated_uniforms(seed, indices, n, repeats, seq_len, n_times=1):
     u, pick = np.empty((2, len(indices), repeats, n_times))
     v = np.empty((len(indices), repeats, seq_len))
     for row, index in enumerate(indices):
-        generator, place = rng(seed, "noise", 0, index), stratum[index]
+        generator, interval = rng(seed, "noise", 0, index), stratum[index]
         if n_times == 1:  # one of the larger intervals for each repeat, and in it one of n small ones
             large = generator.permutation(repeats)
-            place = (large * n + place[large, 0])[:, None]
-        u[row] = (place + 1 - generator.random((repeats, n_times))) / (n * (repeats if n_times == 1 else n_times))
+            interval = (large * n + interval[large, 0])[:, None]
+        u[row] = (interval + 1 - generator.random((repeats, n_times))) / (n * (repeats if n_times == 1 else n_times))
         v[row], pick[row] = 1 - generator.random((repeats, seq_len)), 1 - generator.random((repeats, n_times))
     if n_times == 1:
         u, pick = u[..., 0], pick[..., 0]

@@ -114,13 +114,16 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     if "remask" in given:
         given.setdefault("eta", DEFAULT_ETA[given["remask"]])
     steps, grid = given.pop("steps", None), given.pop("grid", None)
-    name = grid or ("auto" if steps == "auto" else "loop" if given.get("remask") == "loop" else "")
+    if isinstance(grid, list):
+        name = ",".join(map(str, grid))
+    else:
+        name = grid or ("auto" if steps == "auto" else "loop" if given.get("remask") == "loop" else "")
     if "k" in given:
         if steps or grid:
             raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
     elif "steps" in known:
         given["grid"] = make_grid(steps, grid, config, checkpoint, model, given.get("remask"), args.raw)
-    return Settings(sampler, given, ",".join(map(str, name)) if isinstance(name, list) else name, **cut)
+    return Settings(sampler, given, name, **cut)
 
 
 def make_grid(steps, grid, config, checkpoint, model, remask, raw):
@@ -149,10 +152,10 @@ def make_grid(steps, grid, config, checkpoint, model, remask, raw):
 def read_curve(checkpoint, model, raw=False):
     """(mask rates, cross-entropies) of curve.json beside a checkpoint. Raises UserError if it is of other weights.
 
-    raw: the weights are not their moving average.
+    raw: the model has the raw weights, not their moving average.
 
-    Given that a token is a mask, each of the other L - 1 tokens is one with probability r. So the cross-entropy with k
-    masks stands for the rate r = (k - 1)/(L - 1).
+    At rate r, beside a token that is a mask, each of the other L - 1 tokens is a mask with probability r. So the
+    cross-entropy with k masks stands for the rate r = (k - 1)/(L - 1).
     """
     if checkpoint.startswith("hf://"):
         raise UserError(f"auto needs curve.json beside the checkpoint: download {checkpoint} into a folder first")
@@ -188,7 +191,7 @@ def schedule_grid(schedule, steps):
 
 
 def loop_grid(steps, hold=0.1):
-    """ReMDM-loop: 45 % of the steps down to the mask rate `hold`, half of them there, the rest to 0. steps >= 3."""
+    """ReMDM-loop: 45 % of the steps go down to the mask rate `hold`, 50 % stay there, the rest go to 0. steps >= 3."""
     down, still = max(1, round(0.45 * steps)), max(1, round(0.5 * steps))
     down = min(down, steps - 2)
     still = min(still, steps - 1 - down)
@@ -197,25 +200,25 @@ def loop_grid(steps, hold=0.1):
 
 
 def bound_on_grid(rates, ce, grid):
-    """The bound of a chain on this grid, in the unit of ce: sum of (r - rho) CE(r), with CE interpolated at r."""
+    """The bound of a chain on this grid, in the unit of ce: the sum of (r - rho) CE(r), with CE interpolated at r."""
     return sum((r - rho) * c for r, rho, c in zip(grid, grid[1:], np.interp(grid, rates, ce)))
 
 
 def best_grid(rates, ce, steps, n_points=256):
-    """The grid of n steps, of the mask rates i/n_points, on which bound_on_grid() is least.
+    """The grid of n steps, made of mask rates i/n_points, on which bound_on_grid() is least.
 
-    To reveal tokens in parallel costs the area between a staircase and the curve of the cross-entropy CE by mask rate.
-    So steps belong where the curve rises. This is the optimal schedule of arXiv 2510.25544, whose information profile
-    is this curve. Dynamic programming finds it exactly:
+    bound_on_grid() is the area under a staircase above the curve CE(r). The area between the two is the cost of
+    revealing tokens in parallel. So steps belong where the curve rises. This is the optimal schedule of arXiv
+    2510.25544, whose information profile is this curve. Dynamic programming finds it exactly:
 
         cost(rho, n steps) = min over r of cost(r, n - 1 steps) + (r - rho) CE(r).
     """
     points = np.linspace(0, 1, n_points + 1)
-    step = (points[:, None] - points) * np.interp(points, rates, ce)[:, None]  # [r, rho]
-    step[points[:, None] <= points] = np.inf
+    step_cost = (points[:, None] - points) * np.interp(points, rates, ce)[:, None]  # [r, rho]
+    step_cost[points[:, None] <= points] = np.inf
     cost, came_from = np.where(points == 1, 0, np.inf), []
     for _ in range(steps):
-        total = cost[:, None] + step
+        total = cost[:, None] + step_cost
         came_from.append(total.argmin(0))
         cost = total.min(0)
     i, grid = 0, [0.0]
