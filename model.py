@@ -147,10 +147,8 @@ class Block(nn.Module):
             return h
         if before is not None and self.shift_left:
             before = F.pad(before, (0, 0, 2, 0))[:, -2:]  # the last two tokens; zeros if there are fewer
-        elif before is not None and layout.beside_clean:
-            before = F.pad(before, (0, 0, 1, 0))[:, :-1]  # for token i, clean token i - 1
-        elif before is not None:
-            before = before[:, -1:]
+        elif before is not None:  # beside clean text, clean token i - 1 for token i; else the last token of the past
+            before = F.pad(before, (0, 0, 1, 0))[:, :-1] if layout.beside_clean else before[:, -1:]
         return token_shift(h, self.shift_left, before, layout.first, layout.last)
 
     def heads(self, h, cos, sin):
@@ -322,7 +320,8 @@ class DiT(nn.Module):
 
         past: a list with the Past of each block, or None. keep: return (features, such a list that includes these
         tokens). Without token shift the features are None if `at` is empty."""
-        layout = layout or self.layout(xt.shape[1], past)
+        B, L = xt.shape
+        layout = layout or self.layout(L, past)
         x = self.embedded(xt, layout.positions)
         cos, sin = self.angles(layout.positions)
         c = None if self.time_embed is None else self.time_embed(t)
@@ -338,7 +337,7 @@ class DiT(nn.Module):
             return None, pasts
         x = self.norm(x)
         if self.modulation is not None:
-            x = modulate(x, *at_places(at, *xt.shape, *self.modulation(c).chunk(2, dim=-1)))
+            x = modulate(x, *at_places(at, B, L, *self.modulation(c).chunk(2, dim=-1)))
         return (x, pasts) if keep else x
 
     def head(self, x):
