@@ -24,8 +24,8 @@ on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.env
 is_main = rank == 0
 
 # Processes that train one copy of the weights are a team. All are one team, unless form_teams is called.
-team, team_size = None, world
-leaders, n_teams = None, 1  # leaders: the group of the first processes of all teams
+team, team_size = None, world  # team: the process group of this process's team; None: of all processes
+leaders, n_teams = None, 1  # leaders: the process group of the first processes of all teams
 
 
 def join(timeout_minutes):
@@ -40,8 +40,8 @@ def join(timeout_minutes):
     # Small values (errors, signals, validation losses) are sent between CPUs, and do not wait for a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
                             world_size=world, timeout=timeout)
-    # The last reference to a group ends it, and waits for gloo's threads, which may wait for Python's global lock.
-    # main() would hold that lock. So a reference is kept until cli.run ends the process by os._exit.
+    # When nothing refers to a group any more, PyTorch ends it and waits for gloo's threads. These may wait for Python's
+    # global lock, which main() holds: a deadlock. So this reference stays until cli.run ends the process by os._exit.
     global everyone
     everyone = dist.group.WORLD
 
@@ -142,15 +142,15 @@ def largest(x):
     return x
 
 
-LOST_PARENT = 1000  # used like the number of a signal, and above all of these
+LOST_PARENT = 1000  # stands for a signal; it is larger than their numbers, so agreed() prefers it
 
 
 class StopSignals:
     """Remember SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM), so that all processes stop after the same step.
 
     The end of torchrun counts as such a signal. If torchrun is killed without warning, for example by the kernel when
-    memory is short, its workers go on in sessions of their own, and would lock the folder for ever. They notice it by
-    their new parent process.
+    memory is short, its workers go on in sessions of their own, and would lock the folder for ever. A worker notices
+    that torchrun is gone because it then has another parent process.
     """
 
     def __init__(self):
@@ -186,26 +186,26 @@ def compiles(cfg, device):
     return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 
-MANY_TOKENS = 1000  # the vocabulary from which on it pays to compile the head and the cost (LOG.md)
+MANY_TOKENS = 1000  # with a vocabulary of this size or more, compiling the head and the cost pays (LOG.md)
 
 
 def compile_parts(model, objective):
-    """Compile the trunk as one graph, and with a large vocabulary also the head and the objective's cost.
+    """Compile the trunk, and with a large vocabulary also the head (the output layer) and the objective's cost.
 
-    These two then need no copy of the logits in float32. With a small vocabulary they are as fast without. With masks
-    they are one graph where gradients are computed, which needs no copy of the logits' gradient either: there
-    model.head returns its input, and objective.cost takes it in place of the logits. In several processes
-    DistributedDataParallel cuts the trunk's graph at its buckets of gradients.
+    The trunk is one graph. In several processes DistributedDataParallel cuts it at its buckets of gradients.
+    Compiled, head and cost need no copy of the logits in float32. With a small vocabulary they are as fast uncompiled.
+    With masks, head and cost become one graph in training, which needs no copy of the logits' gradient either. Then
+    model.head returns its input unchanged, and objective.cost computes the logits from it, and the cost from these.
     """
     trunk = torch.compile(model.trunk)
 
-    def for_any_masks(*inputs, **more):
+    def trunk_for_any_masks(*inputs, **more):
         for x in inputs:
             if torch.is_tensor(x) and x.dim() == 1 and not x.is_floating_point():  # the places of the masks
                 torch._dynamo.maybe_mark_dynamic(x, 0)  # else the next step, with other masks, would compile again
         return trunk(*inputs, **more)
 
-    model.trunk = for_any_masks
+    model.trunk = trunk_for_any_masks
     if model.vocab_size < MANY_TOKENS:
         return
     head, cost = model.head, objective.cost
@@ -214,21 +214,21 @@ def compile_parts(model, objective):
         return
     model.head = compiled_head = torch.compile(head)
     if objective.has_mask:
-        both = torch.compile(lambda x, *more: cost(head(x), *more))
-        model.head = lambda x: x if torch.is_grad_enabled() else compiled_head(x)
-        objective.cost = lambda x, *more: (both if torch.is_grad_enabled() else compiled_cost)(x, *more)
+        head_and_cost = torch.compile(lambda x, *more: cost(head(x), *more))
+        training = torch.is_grad_enabled
+        model.head = lambda x: x if training() else compiled_head(x)
+        objective.cost = lambda x, *more: head_and_cost(x, *more) if training() else compiled_cost(x, *more)
 
 
 def spread(model, objective, device, fsdp, compiled):
     """Put the model on the device, compile it if `compiled`, and wrap it to average gradients over the processes.
 
-    objective: its cost may be compiled, too (compile_parts).
-    With fsdp every process keeps a share of each parameter, and collects the parameters of a block when they are needed
-    (FSDP, arXiv 2304.11277), and only blocks and the cost are compiled. Otherwise every process has the whole model
-    (DDP).
+    With fsdp every process keeps a share of each parameter, and collects the whole parameters of a block when they are
+    needed (FSDP, arXiv 2304.11277). Then each block is compiled alone, and with a large vocabulary the objective's
+    cost. Without fsdp every process has the whole model (DDP), and compile_parts says what is compiled.
     """
-    if compiled:
-        torch._dynamo.config.recompile_limit = 64  # training, validation, both texts of block diffusion, last batches
+    if compiled:  # training, validation, both texts of block diffusion, and smaller last batches: a graph for each
+        torch._dynamo.config.recompile_limit = 64
     if fsdp:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -239,7 +239,8 @@ def spread(model, objective, device, fsdp, compiled):
             if compiled:
                 block.compile()
             fully_shard(block, mesh=mesh)
-        # Otherwise the outer parameters would stay whole after a forward pass without a backward one, and become stale.
+        # Without reshard_after_forward the parameters outside the blocks would stay whole after a validation, and miss
+        # later updates.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         if compiled and model.vocab_size >= MANY_TOKENS:
             objective.cost = torch.compile(objective.cost)
@@ -258,12 +259,12 @@ def spread(model, objective, device, fsdp, compiled):
 
 
 def bare(net):
-    """The model in what spread() returned."""
+    """The model without the wrapper that spread() may have put around it."""
     return net.module if isinstance(net, DistributedDataParallel) else net
 
 
-def average_gradients(net, wanted):
-    """Set whether the next backward pass averages gradients over the processes: once per step is enough.
+def average_in_next_backward(net, wanted):
+    """Say whether the next backward pass averages the gradients over the processes. DDP needs it once per step.
 
     FSDP averages in every backward pass, because otherwise every process would have to keep all gradients.
     """
@@ -279,15 +280,16 @@ def clear_gradients(net, optimizer):
 
 
 def shared_out(function, x):
-    """function(x), for x (n, ...) whose n parts it treats one by one: each process of the team computes some of them.
+    """Compute function(x), of the shape of x (n, ...), together: each process of the team does some of the n parts.
 
-    All processes have the same x, and get the whole result, which has the shape of x.
+    The function treats the parts one by one. All processes have the same x, and get the whole result.
     """
     if team_size == 1:
         return function(x)
     each = -(-len(x) // team_size)
+    first = rank % team_size * each
+    mine = x[first:first + each]  # the last processes may have fewer than `each`, or none
     own = x.new_zeros(each, *x.shape[1:])
-    mine = x[rank % team_size * each:][:each]  # the last processes may have fewer, or none
     if len(mine):
         own[:len(mine)] = function(mine)
     found = x.new_empty(team_size * each, *x.shape[1:])
@@ -297,9 +299,9 @@ def shared_out(function, x):
 
 
 def all_rows(x, like):
-    """Collect whole matrices (N, m, n) of which x has this process's rows: FSDP splits the parameter `like` by rows.
+    """Return N whole matrices (N, m, n), of which x has this process's rows. FSDP splits the parameter `like` by rows.
 
-    If `like` is not split, x is whole already. Else every process has all of them for a moment."""
+    If `like` is not split, x is whole already. Otherwise every process has all rows for a moment."""
     if not hasattr(like, "device_mesh"):
         return x
     from torch.distributed.tensor import DTensor, Shard
@@ -317,7 +319,8 @@ def own_rows(x, like):
 
 def local(tensors):
     """This process's share of each tensor, as a view without gradient."""
-    return [x.to_local() if hasattr(x, "to_local") else x for x in (x.detach() for x in tensors)]
+    detached = [x.detach() for x in tensors]
+    return [x.to_local() if hasattr(x, "to_local") else x for x in detached]
 
 
 def whole(x):
@@ -330,7 +333,7 @@ def whole(x):
 
 @torch.no_grad()
 def copy_from_main(target, source):
-    """Copy source, a whole tensor of the main process (ignored in others), into target, which may be shared out."""
+    """Copy a whole tensor of the main process, source, into target, which may be shared out. Others pass any source."""
     if dist.is_initialized():
         # contiguous, because numbers are sent as they lie in memory: GPT-2's matrices are transposed views
         source = source.to(target.device, target.dtype).contiguous() if is_main else torch.empty(
@@ -346,18 +349,19 @@ def copy_from_main(target, source):
 
 
 class Average:
-    """The average of lists of tensors over all teams, while it is under way.
+    """An average of lists of tensors over all teams, which is computed while training goes on, until wait().
 
-    messages: one list for each worker of this process; train.py has one worker. The processes of a team have the same.
-    dtype: in which the numbers are sent and added up. The leaders of the teams add up, and tell their teams.
+    messages: one list for each worker of this process; train.py has one. The processes of a team have equal messages.
+    dtype: number format in which they are sent and added up.
+    The first process of each team takes part in the sum, and wait() sends the result to the rest of its team.
     """
 
     def __init__(self, messages, dtype):
         self.like, self.n = messages[0], n_teams * len(messages)
         flat = [torch.cat([x.flatten() for x in message]).to(dtype) for message in messages]
-        self.sum = functools.reduce(torch.add, flat)
-        self.work = dist.all_reduce(self.sum, group=leaders, async_op=True) if (
-            n_teams > 1 and rank % team_size == 0) else None
+        self.sum, self.work = functools.reduce(torch.add, flat), None
+        if n_teams > 1 and rank % team_size == 0:
+            self.work = dist.all_reduce(self.sum, group=leaders, async_op=True)
 
     def wait(self):
         """The averages, as a list like the messages."""
@@ -365,13 +369,14 @@ class Average:
             self.work.wait()
             self.work = None
         if n_teams > 1 and team_size > 1:
-            dist.broadcast(self.sum, rank // team_size * team_size, group=team)
+            leader = rank // team_size * team_size
+            dist.broadcast(self.sum, leader, group=team)
         mean = self.sum.to(self.like[0].dtype) / self.n
         return [x.view(y.shape) for x, y in zip(mean.split([y.numel() for y in self.like]), self.like)]
 
 
 def gather_from_teams(x):
-    """Gather [x of the first process of each team] in the main process; None elsewhere.
+    """Return the list of x of the first process of each team in the main process, and None in the others.
 
     One team sends after the other."""
     found = [x]

@@ -41,9 +41,11 @@ from sampler_settings import default_settings
 
 
 def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, pad=None):
-    """Yield for each step the sequences `indices` of its batch as a list of (x0, noise), `micro` sequences each.
+    """Yield for each step this process's share of the batch: a list of micro-batches (x0, noise).
 
-    record, pad: the length and the pad from records()."""
+    indices: the places in the batch of this process's sequences. micro: number of sequences in a micro-batch.
+    pin: put them in pinned memory, for the copy to a GPU. record, pad: from data.loader.records.
+    """
     for step in range(first_step, cfg.max_steps):
         x0 = random_crops(tokens, cfg.seq_len, cfg.seed, step, indices, record)
         if cfg.padding == "random" and pad is not None:  # bench.py trains on random tokens, without pads
@@ -60,18 +62,19 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, p
 def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambda part: None, sees=None):
     """Take one optimiser step on `parts`, this process's share of the batch.
 
+    mark: called with the name of each part when it is done, for the timing of bench.py.
     sees: which tokens each token sees in this step (attention.annealed). None: all.
 
-    Returns, for the whole batch (of a worker, with local_steps), the bound in nats per token, the gradient norm, and
-    whether one of the two is not finite. If so, weights and optimiser state stay as they were. All three are tensors.
+    Returns three tensors (nats, norm, bad): the bound in nats per token, the gradient norm before clipping, and whether
+    one of the two is not finite. If so, weights and optimiser state stay as they were. All three are of the whole
+    batch, or with local_steps of the worker's part of it.
     Without `sees`, and with the networks of model.py and mixers.py, nothing in a step waits for a GPU.
-    mark: called with the name of each part when it is done, for the timing of bench.py.
     """
     nats, denoiser = torch.zeros((), device=device), net
     if sees is not None:
         denoiser = functools.partial(net, sees=to_device(sees, device))
     for i, (x0, noise) in enumerate(parts):
-        parallel.average_gradients(net, i == len(parts) - 1)
+        parallel.average_in_next_backward(net, i == len(parts) - 1)
         with autocast(device, dtype):
             loss, nelbo = objective.loss(denoiser, to_device(x0, device), noise.to(device))
         mark("loss")
@@ -136,8 +139,8 @@ def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, s
 
     Returns (net, optimizers, ema, exchange, (step, best_val, tally, wandb_id, init_from), lock).
 
-    net is the model on its device, wrapped for training. The checkpoint's memory is freed on return. The caller keeps
-    the lock of out_dir."""
+    net is the model on its device, wrapped for training. The caller keeps the lock of out_dir until the run ends. The
+    memory of the checkpoint is free on return."""
     payload, source, lock = together(lambda: checkpoint.open_run(
         out_dir, args.resume, args.init_from, cfg, meta, model, stop) if parallel.is_main else (None, None, None))
     resumed, copied = on_main(lambda: (payload is not None, source is not None))
@@ -146,9 +149,8 @@ def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, s
     if copied:
         for key, p in model.named_parameters():
             parallel.copy_from_main(p, source and source[key])
-    optimizers, exchange = make_optimizers(model, cfg, device, dtype), EveryStep()
-    if cfg.local_steps:
-        exchange = AmongProcesses(model, cfg)
+    optimizers = make_optimizers(model, cfg, device, dtype)
+    exchange = AmongProcesses(model, cfg) if cfg.local_steps else EveryStep()
     ema = EMA(model, cfg.ema_decay, list(exchange.anchor.values()))
     step, best_val, tally, wandb_id, init_from = 0, math.inf, torch.zeros(5), None, args.init_from
     if resumed:
@@ -161,22 +163,23 @@ def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, s
 
 
 def validate(model, objective, ema, data, cfg):
-    """Bits per token of the averaged weights on fixed windows with fixed noise, and the standard error.
+    """Score the averaged weights on fixed windows with fixed noise. Returns (bits per token, standard error).
 
     All processes call it, and score equally many windows, because with FSDP each call of the network needs all
     processes. So some windows may be scored twice.
     """
     n, world = data.n, parallel.world
-    mine = [i % n for i in range(parallel.rank, n + -n % world, world)]
-    nats = torch.zeros(2, n, dtype=torch.float64)
+    n_scores = n + -n % world  # n, rounded up to a multiple of the number of processes
+    mine = [i % n for i in range(parallel.rank, n_scores, world)]
+    sums = torch.zeros(2, n, dtype=torch.float64)  # for each window: nats, and how often it was scored
     if cfg.eager:  # the workers' anchors, and so their averages, differ a little: all validate the main one's
         for average in ema.average:
             parallel.copy_from_main(average, average)
     with ema.applied():
-        nats[0, mine] = bound(model, objective, data, mine, prefix_range=cfg.prefix_range)
-    nats[1, mine] = 1
-    total, scored = parallel.total(nats)
-    return mean_and_error(total / scored / math.log(2), by_rate(n, n_times=objective.n_times(cfg.seq_len)))
+        sums[0, mine] = bound(model, objective, data, mine, prefix_range=cfg.prefix_range)
+    sums[1, mine] = 1
+    nats, times_scored = parallel.total(sums)
+    return mean_and_error(nats / times_scored / math.log(2), by_rate(n, n_times=objective.n_times(cfg.seq_len)))
 
 
 def main():
@@ -211,17 +214,17 @@ def main():
     for needed, where in ((weight_bytes(cfg, meta["vocab_size"]), torch.device("cpu")),
                           (training_bytes(cfg, meta["vocab_size"], local, micro, world if cfg.fsdp else 1), device)):
         if where.type == "cpu":
-            needed *= parallel.on_this_machine
+            needed *= parallel.on_this_machine  # its processes share the memory
         together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
     torch.manual_seed(cfg.seed)
     model = cfg.make_model(meta["vocab_size"])  # made on the CPU: equal weights on every device and in every process
-    deal([name for name, _ in model.named_parameters()], cfg.fragments)  # checks that it can be done
-    n_params, kept = count_parameters(model), 4 * numbers_kept(model, cfg)
+    deal([name for name, _ in model.named_parameters()], cfg.fragments)  # raises UserError if it cannot be done
+    n_params, optimizer_bytes = count_parameters(model), 4 * numbers_kept(model, cfg)
     flops = flops_per_token(model, objective, cfg)
     net, optimizers, ema, exchange, (step, best_val, tally, wandb_id, init_from), lock = start_or_resume(
         cfg, args, out_dir, meta, model, objective, device, dtype, stop)
-    peak = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
-    peak = parallel.total(torch.tensor(peak, dtype=torch.float64)).item()
+    peak_of_device = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
+    peak = parallel.total(torch.tensor(peak_of_device, dtype=torch.float64)).item()
 
     # ---- what is done besides training ------------------------------------------------------------------------------
     bar = progress(total=cfg.max_steps, initial=step, desc=name, unit="step", show=is_main)
@@ -267,16 +270,17 @@ def main():
         on_main(write)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
-    report(f"{name}: {in_short(n_params)} parameters, {cfg.batch_size} x {cfg.seq_len} tokens per step, "
-           f"{world} x {device.type}{', sharded' if cfg.fsdp else ''}"
-           f"{f', {parallel.n_teams} workers that exchange every {cfg.local_steps} steps' if cfg.local_steps else ''}"
-           f", {str(dtype).removeprefix('torch.')}"
-           f"{', compiled' if parallel.compiles(cfg, device) else ''}, peak {peak / 1e12:.3g} TFLOP/s, "
-           f"optimiser state {kept / 1e6:,.1f} MB, writing to {out_dir}"
+    facts = [f"{in_short(n_params)} parameters", f"{cfg.batch_size} x {cfg.seq_len} tokens per step",
+             f"{world} x {device.type}", "sharded" if cfg.fsdp else "",
+             f"{parallel.n_teams} workers that exchange every {cfg.local_steps} steps" if cfg.local_steps else "",
+             str(dtype).removeprefix("torch."), "compiled" if parallel.compiles(cfg, device) else "",
+             f"peak {peak / 1e12:.3g} TFLOP/s", f"optimiser state {optimizer_bytes / 1e6:,.1f} MB",
+             f"writing to {out_dir}"]
+    report(f"{name}: {', '.join(fact for fact in facts if fact)}"
            + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if 0 < step < cfg.max_steps else "")
            + (f"\nall {step:,} steps are done already" if step == cfg.max_steps else ""),
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
-           parameters=n_params, optimizer_bytes=kept, versions=storage.versions())
+           parameters=n_params, optimizer_bytes=optimizer_bytes, versions=storage.versions())
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
     pace, stopped = Pace(step), 0
@@ -291,14 +295,16 @@ def main():
         tally = tally.count(nats, bad)
         step += 1
         bar.update()
-        taken = exchange.after(step)  # 1, or with --local_steps the steps of the round that ends here
+        taken = exchange.after(step)  # 1; with --local_steps the steps of the round that ends here, or 0 within a round
         if not taken:
             continue  # within a round a worker hears nothing of the others
-        due = lambda interval: step == cfg.max_steps or step // interval > (step - taken) // interval  # since then
+        # Is this the last step, or was a multiple of the interval among the steps just taken?
+        due = lambda interval: step == cfg.max_steps or step // interval > (step - taken) // interval
         ema.update(taken)
 
         if due(cfg.log_interval):
-            counted, tally = tally.of_all().numbers(), tally.next_line()  # waits for the GPU, so the pace is right
+            counted = tally.of_all().numbers()  # waits for the GPU, so the pace is right
+            tally = tally.next_line()
             rate = pace.lap(step) * cfg.batch_size * cfg.seq_len
             left = pace.left(cfg.max_steps - step)
             bits = counted.nats / counted.steps / math.log(2) if counted.steps else math.nan
@@ -328,7 +334,7 @@ def main():
             if cfg.sample_interval and due(cfg.sample_interval):
                 text = sample()
                 report(f"step {step:,}  sample  {text}", sample=text)
-        stopped, stopped_by = stop.agreed()  # not in a pause, because a fast process waits here for the others
+        stopped, stopped_by = stop.agreed()  # a fast process waits here for the others: this counts, and is no pause
         with pace.paused():
             if due(cfg.checkpoint_interval) or stopped:
                 save("ckpt.pt", to_resume=True)

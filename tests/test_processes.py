@@ -161,7 +161,7 @@ net, optimizer = parallel.spread(model, None, torch.device("cpu"), False, False)
 for step in range(3):
     for i in range(2):
         kept = [p.grad is not None and p.grad.data_ptr() for p in model.parameters()]
-        parallel.average_gradients(net, i == 1)
+        parallel.average_in_next_backward(net, i == 1)
         net(torch.zeros(1, 16, dtype=torch.long), torch.ones(1)).sum().backward()
         if step == 2:  # DDP has arranged its buckets
             assert kept == [p.grad.data_ptr() for p in model.parameters()]
