@@ -22,10 +22,10 @@ fragments: the blocks are dealt out to P fragments (blocks i, i + P, ... to frag
     Each fragment has its own turn, h / P steps after another, so that less is sent at a time.
 eager: the part of the mean that a worker knows, its own difference, is used at once; see EagerFragment.
 
-At the last step of a run everything is exchanged, and nothing stays under way. In a round only weights are exchanged.
-Losses, signals and files wait for its end. Overlap Local-SGD is without its anchor's momentum here, and the first pull
-is in the second round. Streaming DiLoCo's authors send numbers of 4 bits and add them up in float32. Here they are
-added up in the format in which they are sent.
+A round is the h steps between two exchanges. In a round only weights are exchanged: losses, signals and files wait for
+its end. At the last step of a run everything is exchanged, and no mean stays under way. Two methods differ from their
+papers. Overlap Local-SGD has no momentum of the anchor here, and its first pull is in the second round. Streaming
+DiLoCo's authors send numbers of 4 bits and add them up in float32. Here they are added up in the format that is sent.
 """
 
 import re
@@ -75,7 +75,7 @@ def outer_step(anchor, mean, momentum, lr, mu):
 class Fragment:
     """Some of the weights of a worker, with their anchor and the momentum of the outer step: lists of tensors."""
 
-    kept = ("anchor", "momentum")  # the state of a run, beside the weights
+    kept = ("anchor", "momentum")  # the lists that a checkpoint has, beside the weights
 
     def __init__(self, names, params, cfg, n_workers):
         self.names, self.cfg, self.n_workers = names, cfg, n_workers
@@ -104,16 +104,14 @@ class Fragment:
 class EagerFragment(Fragment):
     """A fragment whose worker does not wait for the mean (arXiv 2502.12996, algorithm 2).
 
-    Each worker has an anchor of its own.
+    Let d_k = anchor - weights of worker k in this round, and d the mean over the workers. d'_k and d' are those of the
+    round before. When the round ends, d' has arrived, but d is still under way. So the outer step takes as gradient
 
-    Let d_k be the difference, anchor - weights, of worker k in this round, and d'_k, with mean d', that of the round
-    before. The mean d is still under way, but d' has arrived. So the outer step takes, for the gradient,
+        d_k / K + (d' - d'_k / K),
 
-        d_k / K + (d' - d'_k / K):
-
-    its own share of this round, and the others' share of the last. Every difference is applied once in all: the share
-    of the others comes one round later. The anchors of two workers differ by the latest shares, and because the
-    momentum met the shares in another order. That of the first worker is validated and saved.
+    the worker's own share of this round and the others' share of the round before. In the end every share is applied
+    once. Each worker has an anchor of its own: two anchors differ by the latest shares, and by the momentum, which gets
+    the shares in another order. The anchor of the first worker is validated and saved.
     """
 
     kept = ("anchor", "momentum", "own", "late")
@@ -124,8 +122,9 @@ class EagerFragment(Fragment):
         self.late = [torch.zeros_like(p) for p in self.params]  # d' - d'_k / K, or zero if it is still under way
 
     def send(self):
-        self.own = [x.to(getattr(torch, self.cfg.send_dtype)).to(x.dtype) if self.cfg.send_dtype != "float32" else x
-                    for x in torch._foreach_sub(self.anchor, self.params)]
+        self.own = torch._foreach_sub(self.anchor, self.params)
+        if self.cfg.send_dtype != "float32":  # the worker uses its own share as the others get it, rounded
+            self.own = [x.to(getattr(torch, self.cfg.send_dtype)).to(x.dtype) for x in self.own]
         gradient = torch._foreach_add(self.late, self.own, alpha=1 / self.n_workers)
         outer_step(self.anchor, torch._foreach_sub(self.anchor, gradient), self.momentum, self.cfg.outer_lr,
                    self.cfg.outer_momentum)
@@ -177,33 +176,35 @@ class Worker:
 class Exchange:
     """The exchange of the workers of this process with all others. train.py has one worker in each process.
 
-    average: a function of lists of tensors, one of each worker here. It starts to average them over all workers, and
-        returns an object whose wait() gives the result (parallel.Average).
+    average: a function of messages, one list of tensors from each worker of this process. It starts to average them
+        over all workers, and returns an object whose wait() gives the mean (parallel.Average).
     """
 
     def __init__(self, workers, cfg, average):
         self.workers, self.cfg, self.average = workers, cfg, average
-        self.under_way = [None] * cfg.fragments  # of each fragment: the average that has not been used yet
+        self.under_way = [None] * cfg.fragments  # for each fragment: what average() returned and nobody has used yet
 
     def last_sent(self, i, step):
-        """The last step, up to this one, after which fragment i is sent: h n - i h / P with an integer n."""
+        """The last step, at most this one, after which fragment i is sent: h n - i h / P for some integer n."""
         h = self.cfg.local_steps
         shift = i * h // self.cfg.fragments
         return (step + shift) // h * h - shift
 
     def arrive(self, i):
+        """Wait for the mean of fragment i, and use it in all workers of this process."""
         mean, self.under_way[i] = self.under_way[i].wait(), None
         for worker in self.workers:
             worker.fragments[i].receive(mean)
 
     def after(self, step):
-        """Do what is due after a training step. Returns the number of steps of the round that ends with it, or 0."""
+        """Do what is due after a training step. Returns the number of steps of the round if one ends here, else 0."""
         last = step == self.cfg.max_steps
         for i in range(self.cfg.fragments):
             sent = self.last_sent(i, step)
-            if self.under_way[i] and (step >= sent + self.cfg.delay or sent == step or last):
+            is_turn = sent == step or last
+            if self.under_way[i] and (step >= sent + self.cfg.delay or is_turn):  # a mean that was sent before
                 self.arrive(i)
-            if sent == step or last:
+            if is_turn:
                 self.under_way[i] = self.average([worker.fragments[i].send() for worker in self.workers])
                 if not self.cfg.delay or last:
                     self.arrive(i)
@@ -216,7 +217,7 @@ class Exchange:
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def state(self, k=0):
-        """{kind: {name: tensor}} of worker k of those here, with the means that are under way."""
+        """{kind: {name: tensor}} of worker k of this process. "mean" has the means under way: it waits for them."""
         worker, state = self.workers[k], {}
         state["weights"] = dict(worker.params)
         for key in worker.fragments[0].kept:
@@ -228,7 +229,7 @@ class Exchange:
         return state
 
     def restore(self, state, k=0):
-        """Copy what state(k) returned back."""
+        """Copy what state(k) returned back into worker k."""
         worker = self.workers[k]
         with torch.no_grad():
             for name, p in worker.params.items():
@@ -245,7 +246,7 @@ class Exchange:
 
 
 class EveryStep:
-    """The exchange of a run without local_steps, whose gradients are averaged in every step: there is none."""
+    """The exchange of a run without local_steps. It does nothing, because gradients are averaged in every step."""
 
     anchor = {}  # the weights are the model's own
 
@@ -269,13 +270,14 @@ class AmongProcesses(Exchange):
         self.anchor = self.workers[0].tensors("anchor")  # {name: tensor}
 
     def checkpoint(self, moments, tally):
-        """In the main process {"workers": the states of all workers with those of their optimisers}, else {}.
+        """Return {"workers": [state of each worker, with its optimiser's and its tally]} in the main process, else {}.
 
-        moments: {parameter: its state}. tally: the counts of log.Tally of this worker.
+        moments: {parameter: its state in the optimiser}. tally: the log.Tally of this worker.
         """
-        params = self.workers[0].params
-        workers = parallel.gather_from_teams(to_cpu(self.state() | {
-            "optimizer": {name: moments[p] for name, p in params.items()}, "tally": {"tally": torch.stack(tally)}}))
+        own = self.state()
+        own["optimizer"] = {name: moments[p] for name, p in self.workers[0].params.items()}
+        own["tally"] = {"tally": torch.stack(tally)}
+        workers = parallel.gather_from_teams(to_cpu(own))
         return {"workers": [shared(worker, workers[0]) for worker in workers]} if workers else {}
 
     def resume(self, payload, moments, tally):
@@ -305,7 +307,7 @@ def to_cpu(x):
 
 
 def shared(x, first):
-    """The tree x with the tensors of `first` in place of equal ones, such as anchors: torch.save writes these once."""
+    """Return the tree x with tensors of `first` for equal ones, such as anchors: torch.save writes these once."""
     if isinstance(x, dict):
         return {key: shared(value, first[key]) if key in first else value for key, value in x.items()}
     return first if x.shape == first.shape and x.dtype == first.dtype and torch.equal(x, first) else x
