@@ -1,13 +1,16 @@
 """The log of a run: on the terminal, in log.jsonl, and with --wandb in Weights & Biases.
 
-log.jsonl has one JSON object per line. Each has "step". The other keys tell its kind:
+log.jsonl has one JSON object per line. Each has "step", and "tokens", those of training so far. The other keys tell its
+kind:
 
-    run, config, parameters, processes, ...        a start, or a resumption
-    bits_per_token, lr, grad_norm, skipped, ...    training; bits_per_token is the mean since the last such line
-    val_bits_per_token, val_stderr                 a validation of the averaged weights
-    sample                                         a text from the averaged weights
-    saved                                          the name of a checkpoint that was written
-    stopped                                        the signal after which the run ended
+    run, config, parameters, processes, ...    a start, or a resumption
+    bits_per_token, lr, grad_norm, skipped,    training: bits_per_token is the mean since the last such line, lr and
+    epochs, tokens_per_second, mfu,            grad_norm (before clipping) are those of the last step, and skipped is
+    memory_bytes, seconds_left                 the number of steps of the run that were skipped as not finite
+    val_bits_per_token, val_stderr             a validation of the averaged weights
+    sample                                     a text from the averaged weights
+    saved                                      the name of a checkpoint that was written
+    stopped                                    the signal after which the run ended
 """
 
 import contextlib
@@ -80,7 +83,7 @@ class Pace:
         return done / elapsed
 
     def left(self, steps):
-        """The seconds that so many more steps will take."""
+        """The seconds that `steps` more steps will take, at the mean speed since the start."""
         return steps * self.seconds / (self.last - self.first)
 
     @contextlib.contextmanager
@@ -107,11 +110,12 @@ class Tally(NamedTuple):
                      torch.maximum(self.most_in_a_row, in_a_row))
 
     def of_all(self):
-        """The tally of all workers together (local_sgd.py): sums, but of in_a_row and most_in_a_row the largest."""
+        """The tally of all workers together (local_sgd.py): the sums, but the largest in_a_row and most_in_a_row."""
         if parallel.n_teams == 1:
             return self
-        sums = parallel.total(torch.stack(self[:3])) / parallel.team_size  # a team's processes have equal tallies
-        return Tally(*sums, *parallel.largest(torch.stack(self[3:])))
+        counts, runs = torch.stack(self[:3]), torch.stack(self[3:])
+        sums = parallel.total(counts) / parallel.team_size  # a team's processes have equal tallies
+        return Tally(*sums, *parallel.largest(runs))
 
     def next_line(self):
         """The tally after a log line."""
@@ -124,7 +128,7 @@ class Tally(NamedTuple):
 
 
 class Log:
-    """The log of a run that continues at a step. Lines of later steps are removed from log.jsonl: they come again.
+    """The log of a run that continues at `step`. Lines of later steps are removed: the run will write them again.
 
     wandb_id: the id of the Weights & Biases run to continue. None: a new run, whose id is then in self.wandb_id.
     Raises UserError if log.jsonl cannot be read or written.
@@ -173,7 +177,7 @@ class Log:
             raise UserError(f"cannot write {self.path}: {error.strerror}; {HINT}")
 
     def write(self, line, **values):
-        """Show a line, and record the values, which include the step."""
+        """Show a line, record the values, which include the step, and log them to Weights & Biases if wanted."""
         self.show(line)
         self.record(**values)
         if self.wandb and "config" not in values:
