@@ -36,10 +36,10 @@ OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # English data sets of f
 
 
 def with_sizes_of_source(cfg, resume, init_from, out_dir):
-    """The Config, where settings in its network's `of_source` are those of the checkpoint that the run begins with.
+    """Return the Config with the sizes of the checkpoint that the run begins with: its network's settings `of_source`.
 
-    So `--init_from` of any size needs no flags for the size. For the main process. Raises UserError if the checkpoint
-    cannot be read or has another kind of network.
+    So `--init_from` of any size needs no flags for the size. Only the main process calls it. Raises UserError if the
+    checkpoint cannot be read or has another kind of network.
     """
     if not cfg.network.of_source or cfg.backbone:
         return cfg
@@ -67,10 +67,10 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
 def open_run(out_dir, resume, init_from, cfg, meta, model, stop):
     """Open what a run begins with: (checkpoint to continue, weights to start from, lock of out_dir). Each may be None.
 
-    For the main process. Raises UserError if out_dir is in use or holds another run, and if the checkpoint asked for is
-    missing, damaged, of another config or of other data.
+    Only the main process calls it. Raises UserError if out_dir is in use or holds another run, and if the checkpoint
+    asked for is missing, damaged, of another config or of other data.
     """
-    # At most half of the time that the other processes wait for this one.
+    # Seconds to wait for the lock: at most half of timeout_minutes, the time that the other processes wait for this one
     patience = min(storage.PATIENCE, 30 * cfg.timeout_minutes) if resume else 0
     lock = claim(out_dir, patience, stop) if out_dir.is_dir() else None
     last = out_dir / "ckpt.pt"
@@ -104,14 +104,14 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop):
 def check_nothing_is_lost(out_dir, cfg):
     """Check a run that has no checkpoint. Raises UserError if it has come so far that it must have had one.
 
-    Otherwise, as after a crash before its first checkpoint, a line on stderr says that it begins again."""
+    Otherwise it crashed before its first checkpoint, and a line on stderr says that it begins again."""
     log, best = out_dir / "log.jsonl", out_dir / "ckpt_best.pt"
     entries = parse(log)[0] if log.is_file() else []
     came_to = max((entry["step"] for entry in entries), default=0)
     with contextlib.suppress(UserError):  # the step of a damaged ckpt_best.pt is unknown
         came_to = max(came_to, read(best)["step"])
     configs = [entry["config"] for entry in entries if isinstance(entry.get("config"), dict)]
-    first = max(map(first_save, [dataclasses.asdict(cfg), *configs]))
+    first = max(map(first_save, [dataclasses.asdict(cfg), *configs]))  # checkpoint_interval may have changed
     if came_to > first or any(entry.get("saved") == "ckpt.pt" for entry in entries):
         start = f" and --init_from={best} (the best validation)" if best.exists() else ""
         raise UserError(f"the run in {out_dir} reached step {came_to:,}, but its ckpt.pt and ckpt_prev.pt are missing: "

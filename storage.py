@@ -1,17 +1,23 @@
 """The checkpoint format: one file of plain tensors and plain types, written atomically, read with weights_only=True.
 
     format     "discrete-diffusion-2"
-    config     the fields of Config              meta    the data set's meta.json: sampling needs no data set
-    model      raw weights                       ema     their moving average, which evaluate.py and sample.py use
-    optimizer  its tensors by parameter name     name    the name of the config function
-    step, best_val, tally, wandb_id              the state from which a resumed run continues
+    config     the fields of Config
+    name       the name of the config function
+    meta       the data set's meta.json: sampling needs no data set
+    model      raw weights
+    ema        their moving average, which evaluate.py and sample.py use
+    optimizer  its tensors by parameter name
+    step       number of steps done
+    best_val, tally, wandb_id      what else a resumed run continues from (train.py, log.py)
     init_from  the checkpoint whose weights the run began with (train.py --init_from), or None
     workers    with local_steps only: the state of each worker (local_sgd.py)
-    versions   of torch, numpy and Python        sha256  of all of the above
+    versions   of torch, numpy and Python
+    sha256     of all of the above
+
+No state of random generators is stored, because all draws follow from the seed and the step (randomness.py).
 
 The folder of a run has ckpt.pt, the last checkpoint; ckpt_prev.pt, the one before; and ckpt_best.pt, that of the best
-validation, without optimizer. At every instant ckpt.pt or ckpt_prev.pt is whole on the disk. checkpoint.py has the
-functions that use checkpoints.
+validation, without optimizer. At every instant ckpt.pt or ckpt_prev.pt is whole on the disk. See also checkpoint.py.
 """
 
 import dataclasses
@@ -31,7 +37,7 @@ from data.tokenizer import describes_tokens
 from foreign import files, translate
 
 FORMAT = "discrete-diffusion-2"
-MOST = 10**6  # values of a payload; a model of 100 blocks has some 10,000
+MOST = 10**6  # limit for the number of values in a payload; a model of 100 blocks has some 10,000
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -41,9 +47,8 @@ def digest(payload):
     """SHA-256 of the contents of a payload: keys, plain values, and every tensor's type, shape and bytes.
 
     torch.load does not notice flipped bits. A hash of the contents, unlike a hash of the file, can be in the file.
-
-    Raises ValueError for what train.py does not write: more than MOST values, as of lists that contain each other, and
-    tensors that claim to be larger than what is stored of them.
+    Raises ValueError for more than MOST values, as of lists that contain each other, and for tensors that claim to be
+    larger than what is stored of them. train.py writes neither.
     """
     sha, left = hashlib.sha256(), [MOST]
 
@@ -175,7 +180,7 @@ def hints_of(args):
 def read(path, hints=Hints()):
     """The payload at path: a file, a folder, or hf://owner/name. Other projects' files are translated (foreign/).
 
-    Raises UserError if path holds no checkpoint, or a damaged one.
+    A payload is a dict with the fields above. Raises UserError if path holds no checkpoint, or a damaged one.
     """
     path = files.from_hub(path) if str(path).startswith("hf://") else Path(path)
     if path.is_dir() and not (path / "ckpt.pt").exists() and previous(path / "ckpt.pt").exists():
@@ -190,13 +195,14 @@ def read(path, hints=Hints()):
                         "writes out/CONFIG/ckpt.pt")
     found = files.read_files(weights)
     payload, path = found.payload, found.path
-    card = dict(found.settings) if found.settings.get("format") == FORMAT else {}  # of a folder that export() wrote
+    card = dict(found.settings) if found.settings.get("format") == FORMAT else {}  # config.json that export() wrote
     version = payload.get("format") if isinstance(payload, dict) else None
     version = version if isinstance(version, str) else str(found.settings.get("format"))
     if version.startswith(FORMAT.rstrip("0123456789")) and version != FORMAT:
         raise UserError(f"{path} was written by another version of this project: its format is {version[:40]}, and "
                         f"this version reads {FORMAT}")
-    if hints.format or not card and (not isinstance(payload, dict) or payload.get("format") != FORMAT):
+    is_ours = card or isinstance(payload, dict) and payload.get("format") == FORMAT
+    if hints.format or not is_ours:
         payload = translate.translate(found, hints)
         check_fields(payload, path)
         return payload
@@ -218,7 +224,7 @@ def read(path, hints=Hints()):
 
 
 def is_floats(x):
-    """Tell whether x is a tensor of real numbers in one of the usual types."""
+    """Tell whether x is a tensor of real numbers of a usual type."""
     return torch.is_tensor(x) and x.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
