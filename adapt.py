@@ -7,8 +7,8 @@ noise, the time conditioning and the order of the text may change:
     python train.py demo --init_from out/ar_demo --predict_next --anneal_steps=500           left to right -> diffusion
     python train.py roberta_wikitext --init_from hf://FacebookAI/roberta-base                BERT -> diffusion
 
-What a network computes at first does not change because of a new tensor: a new bias is zero, a new head has the
-weights of the embeddings, new head gates are 1, and a new time conditioning has gates of 1, shifts and scales of 0.
+A new tensor does not change what the network computes at first: a new bias is zero, a new head has the weights of the
+embeddings, new head gates are 1, and a new time conditioning has gates of 1, and shifts and scales of 0.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ import torch
 from cli import UserError, note
 from storage import check_finite, check_fit, config_of
 
-# what may be new
+# parameters of the model that the other model may lack
 NEW = re.compile(r"^time_embed\.|(^|\.)modulation\.|^head_weight$|^head_bias$|head_gate$|norm\d?\.bias$")
 POSITIONS = "positions.weight"  # the table of learned positions, one row for each
 
 
 def adapt(model, source, cfg, path):
-    """The weights that a new run begins with: {name: tensor} for all parameters of the model.
+    """Return the weights that a new run begins with: {name: tensor} for all parameters of the model.
 
-    source: the payload of another model, whose averaged weights are taken. A line on stderr says what was taken,
-    resized and new. Raises UserError if the rest of the tensors do not fit, or the networks differ otherwise.
+    source: the payload of the other model, whose averaged weights are taken. A line on stderr says what was taken as it
+    is, resized, or is new. Raises UserError if other tensors do not fit, or the networks differ in another way.
     """
     notes = check_same_network(source, cfg, path)
     weights, ours = dict(source["ema"]), dict(model.named_parameters())
@@ -74,22 +74,23 @@ def first_value(name, drawn, weights):
 
 
 def check_same_network(source, cfg, path):
-    """Raise UserError if weights of the right shapes are of another network. Returns lines on their other changes."""
+    """Raise UserError if the networks differ, even where their shapes are equal. Returns lines on other settings."""
     before, now = dataclasses.asdict(config_of(source)), dataclasses.asdict(cfg)
     differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
+    gates = ["head_gates"] if before["head_gates"] else []  # they may be new, but not be left out
     other = differ(("architecture", "n_layer", "n_embd", "n_head", "shift_tokens", "mixer", "residual", "mask_aware",
-                    *(["head_gates"] if before["head_gates"] else [])))  # they may be new, but not be left out
+                    *gates))
     if other:
         raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
-    notes, clock = [], {"sigma": ["schedule"], "step": ["T"]}.get(cfg.conditioning, [])
+    clock = {"sigma": ["schedule"], "step": ["T"]}.get(cfg.conditioning, [])  # what the time conditioning depends on
     scale = ["scale_by_sigma"] if cfg.objective == before["objective"] == "sedd" else []
     other = differ(("objective", "noise", "block_size", "conditioning", *clock, *scale))
-    if other:
-        notes.append(f"the weights in {path} were trained with other settings: {'; '.join(other)}")
+    notes = [f"the weights in {path} were trained with other settings: {'; '.join(other)}"] if other else []
+    causal = cfg.objective_class.causal
     predicted_next = config_of(source).objective_class.causal or before["predict_next"]
-    if predicted_next != (cfg.objective_class.causal or now["predict_next"]):
-        keep = "--predict_next" if predicted_next else "--no-predict_next"
-        notes.append(f"the outputs of {path} predict {'the next token' if predicted_next else 'the token itself'}"
-                     + (f": {keep} would keep that" if now["predict_next"] or not (
-                         cfg.block_size or cfg.objective_class.causal) else ""))
+    if predicted_next != (causal or now["predict_next"]):
+        meaning, keep = (("the next token", "--predict_next") if predicted_next else
+                         ("the token itself", "--no-predict_next"))
+        can_keep = now["predict_next"] or not (cfg.block_size or causal)
+        notes.append(f"the outputs of {path} predict {meaning}" + (f": {keep} would keep that" if can_keep else ""))
     return notes
