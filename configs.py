@@ -34,15 +34,16 @@ NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion, "gpt2": GPT2, "nanogpt"
 
 
 def setting(default, help, choices=None, same_run=True):
-    """A field of Config. same_run: whether two parts of one run must agree on it (see train.py --resume)."""
+    """A field of Config. same_run: --resume refuses a run in which this setting was another one."""
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, same_run=same_run))
 
 
+# Numbers of these fields are at least 1. Numbers of other fields are at least 0.
 COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size", "micro_batch_size", "max_steps",
           "eval_interval", "eval_sequences", "checkpoint_interval", "log_interval",
-          "max_skipped", "local_group", "fragments"}  # these are at least 1; other numbers are at least 0
-MOST = {"seq_len": 10**7, "n_layer": 1000, "n_head": 10**4, "n_embd": 10**6, "n_cond": 10**6,
-        "T": 10**7}  # T: float32 cannot tell more steps apart
+          "max_skipped", "local_group", "fragments"}
+# The largest numbers. T: float32 cannot tell more steps apart.
+MOST = {"seq_len": 10**7, "n_layer": 1000, "n_head": 10**4, "n_embd": 10**6, "n_cond": 10**6, "T": 10**7}
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,19 @@ class Config:
     dataset: str = setting("text8", "name of the data set: a folder in data_dir that data/prepare_*.py made")
     data_dir: str = setting("", "folder that has the data sets; empty: data/ of this repository", same_run=False)
     seq_len: int = setting(256, "tokens per sequence")
-    unique_tokens: int = setting(0, "tokens of the training split to train on, always the same ones, evenly spread; 0: "
-                                 "all")
+    unique_tokens: int = setting(0, "number of tokens of the training split to train on, evenly spread over it; 0: all")
     prefix: str = setting("none", "number of first tokens that are given and not in the loss: none, fixed:64, or "
                          "uniform:0:128 (random)")
-    padding: str = setting("end", "place of the pads of an item (such as a name) in training: at the end, or all "
-                           "together at a random place in the text", ("end", "random"))
+    padding: str = setting("end", "where the pads of an item (such as a name) are in training: at the end, or all "
+                           "together at a random place in its text", ("end", "random"))
     # model
     architecture: str = setting("dit", "network: dit (model.py), mixers (mixers.py), or one of foreign/: masked_lm is "
                                 "BERT, RoBERTa and others of transformers", tuple(NETWORKS))
     mixer: str = setting("attention", "what mixes the tokens; architecture=mixers only", tuple(MIXERS))
     residual: str = setting("zero", "branches of a block: zero at first (adaLN-Zero), with one learned gate (rezero), "
                             "or plain; architecture=mixers only", RESIDUALS)
-    static_map: str = setting("full", "static maps have a number for each pair of positions, or for each distance; "
-                              "architecture=mixers only", ("full", "toeplitz"))
+    static_map: str = setting("full", "weights of static maps: one for each pair of positions (full), or for each "
+                              "distance (toeplitz); architecture=mixers only", ("full", "toeplitz"))
     map_init: str = setting("", "first weights of static maps: orthogonal, or their standard deviation, as 0.004 or "
                             "0.02/L; empty: the mixer's own; architecture=mixers only")
     mask_aware: bool = setting(False, "leave masked tokens out where tokens are mixed without attention; "
@@ -138,7 +138,7 @@ class Config:
                           "only")
     delay: int = setting(0, "steps from sending weights to using the mean; local_steps only")
     fragments: int = setting(1, "number of parts of the weights that are exchanged in turn; local_steps only")
-    eager: bool = setting(False, "use one's own part of the mean at once; needs delay as large as local_steps")
+    eager: bool = setting(False, "a worker uses its own part of the mean at once; needs delay=local_steps and pull=1")
     send_dtype: str = setting("float32", "number format of what is sent; local_steps only", ("float32", "bfloat16"))
     ema_decay: float = setting(0.9999, "decay per step of the moving average (EMA) of the weights, used to evaluate")
     seed: int = setting(1, "random seed of the weights, data order, noise and dropout")
@@ -167,8 +167,8 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata["choices"]
-            right = {int: int, float: (int, float), str: str, bool: (bool, type(field.default))}[field.type]
-            if not isinstance(value, right) or isinstance(value, bool) and field.type is not bool:
+            types = {int: int, float: (int, float), str: str, bool: (bool, type(field.default))}[field.type]
+            if not isinstance(value, types) or isinstance(value, bool) and field.type is not bool:  # a bool is an int
                 raise UserError(f"{field.name}={value!r} must be of type {field.type.__name__}")
             if choices and value not in choices:
                 raise UserError(f"{field.name}={value!r} is unknown: choose one of {', '.join(choices)}")
@@ -303,7 +303,7 @@ def d3pm_openwebtext_8gpu():
 
 
 def mdlm_twin(config):
-    """The same data, size and optimisation in continuous time: no time conditioning or auxiliary loss, exactly k masks.
+    """MDLM with the data, size and optimisation of a D3PM: no time conditioning or auxiliary loss, exactly k masks.
 
     time_sampling=stratified is closer to the paper, but its weights 1/t make losses and gradients jump. The weight of a
     token, averaged over the draws (0 where it is visible), is 1 in this loss, and 1/T + lambda_ce/2 = 0.026 in that of
@@ -347,7 +347,7 @@ def d3pm_mini():
 
 
 def fast_twin(config, **settings):
-    """The same data and width, with what made short runs learn more from equally many tokens (RESULTS.md).
+    """The same data and width, with changes by which short runs learn more from the same number of tokens (RESULTS.md).
 
     It is mdlm_twin with equal weights for all masked tokens, token shift, head gates, Muon, a linear decay of the
     learning rate, and no dropout.
@@ -477,7 +477,7 @@ CONFIGS = {function.__name__: function for function in (
 
 
 def same_run(name):
-    """Tell whether two parts of one run must agree on this field."""
+    """Tell whether --resume refuses a run in which this field of Config was another one."""
     return Config.__dataclass_fields__[name].metadata["same_run"]
 
 
@@ -494,7 +494,7 @@ def from_command_line(script, description, add_arguments, several=False):
 
     Returns (config name, Config, all arguments), or, with several, ([(config name, Config), ...], all arguments).
     """
-    chosen = next((CONFIGS[word]() for word in sys.argv[1:] if word in CONFIGS), Config())
+    chosen = next((CONFIGS[word]() for word in sys.argv[1:] if word in CONFIGS), Config())  # --help shows its values
     listing = "configs:\n" + "\n".join(f"  {name:26} {inspect.getdoc(CONFIGS[name])}" for name in CONFIGS)
     p = ArgumentParser(usage=f"python {script} CONFIG [--key=value ...]", description=description, epilog=listing)
     p.add_argument("config", nargs="*", metavar="CONFIG", help="one of the configs below")

@@ -16,7 +16,7 @@ def count_parameters(model):
 
 
 def numbers_kept(model, cfg):
-    """Return how many numbers of state the optimisers keep."""
+    """Return how many numbers of state the optimisers keep, in all."""
     return sum(math.prod(shape) for kind, parameters in optim.shares(model, cfg) for p in parameters
                for shape in kind.state_shapes(p.shape).values() if shape)
 
@@ -49,22 +49,22 @@ def weight_bytes(cfg, vocab_size):
 def training_bytes(cfg, vocab_size, local, micro, shares=1):
     """Bytes that one process of a run needs at least on its device.
 
-    These are weights, gradients, averages and moments, all divided by `shares`; with local_steps an anchor, a momentum
-    and a message; the tables; the input of every block in a micro-batch; the tokens and noise of a step.
-    local, micro: sequences per process and step, and per micro-step.
+    local, micro: sequences per process and step, and per micro-step. shares: number of processes that share the state.
     """
     n_params, kept, tables = sizes(cfg, vocab_size)
-    state = 4 * ((6 if cfg.local_steps else 3) * n_params + kept) / shares
-    inputs = 4 * cfg.n_layer * micro * cfg.seq_len * cfg.n_embd
-    return state + tables + inputs + 16 * local * cfg.seq_len + 8 * cfg.batch_size
+    copies = 6 if cfg.local_steps else 3  # weights, gradients and averages; with local_steps anchor, momentum, message
+    state = 4 * (copies * n_params + kept) / shares
+    inputs = 4 * cfg.n_layer * micro * cfg.seq_len * cfg.n_embd  # of every block, in a micro-batch
+    tokens_and_noise = 16 * local * cfg.seq_len + 8 * cfg.batch_size  # of a step
+    return state + tables + inputs + tokens_and_noise
 
 
 def check_fits(needed, device, what, remedy):
     """Raise UserError if `needed` bytes are more than the total memory of the device."""
-    there = memory_of(device)
-    if there and needed > there:
+    total = memory_of(device)
+    if total and needed > total:
         raise UserError(f"{what} needs at least {needed / 1e9:,.1f} GB of memory, and {device.type} has "
-                        f"{there / 1e9:,.1f} GB: {remedy}")
+                        f"{total / 1e9:,.1f} GB: {remedy}")
 
 
 def flops_per_token(model, objective, cfg):
