@@ -33,7 +33,7 @@ from show import History, Screen, gif, html, joined, png
 from storage import add_hints, hints_of
 from studies.baselines import known_word_share, words_of
 
-OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".yaml")
+OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".yaml")  # endings of file names
 RECORD = 100  # least bytes that the record of a token takes (show.History)
 AT_ONCE = 32  # most sequences in a network call, unless --batch_size asks for more
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "prose"
@@ -101,6 +101,7 @@ def fill_all(prompts, n, mask_id, fill, bar, screen, by_step):
     Prompts of equal length are filled together. fill: canvas (B, N) -> an iterator over States. The screen, or None,
     shows the first sample. The bar counts the masks that are filled, or, with by_step, the States.
     """
+    # Prompts of the first one's length come first, so that the screen shows the first sample.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) != len(prompts[0]), len(prompts[i])))
     histories = []
     for batch in batches(order, prompts, max(1, AT_ONCE // n)):
@@ -174,12 +175,11 @@ def main():
     if config.prefix.startswith("fixed") and not args.prefix and not args.template and not args.infill:
         note(f"{args.checkpoint} was trained to continue text ({config.prefix}): without --prefix its text is worse")
     if args.known_words:
-        data_dir = args.data_dir or config.data_dir  # not the model's tokenizer, which may have another alphabet
+        data_dir = args.data_dir or config.data_dir  # the data's own tokenizer: the model's may have another alphabet
         known = words_of(load_split(config.dataset, "train", 1, data_dir),
                          make_tokenizer(load_meta(config.dataset, data_dir)))
-
     watching = args.show or args.show_intermediate
-    uniform = not objective.has_mask  # then no masks of a canvas are left after the first step
+    uniform = not objective.has_mask  # with uniform noise, a canvas has no masks left after the first step
     every = args.show_intermediate
     if uniform and not every and not sys.stderr.isatty():
         every = -(-settings.steps // 10)  # with masks, Screen itself chooses the states

@@ -31,7 +31,7 @@ FRAME_SECONDS = 1 / 25
 class History:
     """The record of the denoising of B samples, kept as changes.
 
-    steps: number of steps. taken: B numbers of steps, of each sample; they differ on the way.
+    taken: B numbers of steps, one for each sample; they differ on the way. steps: the largest of them.
     start: B lists of the N ids before the first step, masks and given tokens.
     events: for each sample a list of (step, position, token, p), sorted by step; steps count from 1. The token may be
         the mask, since some samplers mask tokens again. p is the probability that the network gave the token when it
@@ -80,13 +80,12 @@ class History:
 
 
 def joined(histories, order):
-    """One History of the samples of several histories; its sample i is sample order[i] of all of them together."""
-    whole = copy.copy(histories[0])
-    whole.taken = [taken for history in histories for taken in history.taken]
+    """Merge histories into one. order: the numbers of its samples, which are counted through all of the histories."""
+    taken = [steps for history in histories for steps in history.taken]
     starts = [start for history in histories for start in history.start]
     events = [sample for history in histories for sample in history.events]
-    whole.start, whole.events = [starts[i] for i in order], [events[i] for i in order]
-    whole.taken = [whole.taken[i] for i in order]
+    whole = copy.copy(histories[0])
+    whole.taken, whole.start, whole.events = ([values[i] for i in order] for values in (taken, starts, events))
     return whole
 
 
@@ -155,7 +154,7 @@ class Screen:
     def __init__(self, mask_id, tokenizer, every=None):
         self.mask_id, self.tokenizer, self.every = mask_id, tokenizer, every
         self.live = every is None and sys.stderr.isatty()
-        self.taken = None  # the last state, (step, ids)
+        self.latest = None  # the last state that was passed to show(), (step, ids)
         self.step, self.ids = None, None  # of the state that was shown last
         self.height, self.drawn = 0, -math.inf  # the number of lines on the terminal, and the time when they were drawn
 
@@ -164,18 +163,18 @@ class Screen:
 
         The first call is for step 0. The last state is passed again, with last=True. Steps without a call changed
         nothing."""
-        if self.every and self.taken:
-            before, same = self.taken
-            for unchanged in range((before // self.every + 1) * self.every, step, self.every):
-                self.print(unchanged, same)
-        self.taken = step, ids
+        if self.every and self.latest:
+            last_step, last_ids = self.latest
+            for unchanged in range((last_step // self.every + 1) * self.every, step, self.every):
+                self.print(unchanged, last_ids)
+        self.latest = step, ids
         left = ids.count(self.mask_id)
         if self.ids is None:
             self.stride, self.due = left / (250 if self.live else 10), left
         due = step % self.every == 0 if self.every else left <= self.due and ids != self.ids
         if self.live:
-            late = time.monotonic() - self.drawn >= FRAME_SECONDS
-            if last or due or late and ids != self.ids:
+            idle = time.monotonic() - self.drawn >= FRAME_SECONDS
+            if last or due or (idle and ids != self.ids):
                 self.redraw(step, ids, last)
         elif (last or due) and (step != self.step or ids != self.ids):
             self.print(step, ids)
@@ -190,15 +189,18 @@ class Screen:
         self.step, self.ids = step, ids
 
     def redraw(self, step, ids, last):
-        """Draw a frame over the last one, 1/25 s after it: the lines that fit, around new tokens, and status()."""
+        """Draw a frame over the last one, not sooner than 1/25 s after it: the lines that fit, and status().
+
+        If not all lines fit, the last line with new tokens is near the middle. Without new tokens the end is shown."""
         time.sleep(max(0, self.drawn + FRAME_SECONDS - time.monotonic()))
         width, rows = terminal_size()
         width = max(min(80, width) - 1, 2)  # the last column stays free: some terminals wrap there
         lines = draw(ids, self.ids or ids, self.mask_id, self.tokenizer, width, color=not last)
         n = max(rows - 2, 1)
+        end = max(len(lines) - n, 0)
         new = [i for i, line in enumerate(lines) if HIGHLIGHT in line]
-        top = min(max(new[-1] - n // 2, 0), len(lines) - n) if new and len(lines) > n else -n
-        lines = lines[top:][:n] + [status(step, ids, self.mask_id)[:width]]
+        top = min(max(new[-1] - n // 2, 0), end) if new else end
+        lines = lines[top:top + n] + [status(step, ids, self.mask_id)[:width]]
         back = f"\x1b[{self.height}A" if self.height else ""
         sys.stderr.write(back + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
         sys.stderr.flush()
@@ -212,9 +214,10 @@ def html(history, tokenizer, title):
     """A web page (str) that plays the denoising of all samples, and loads no other file.
 
     It is player.html with the data in it. The data is the only text from outside, and the page's script inserts it as
-    text, not as HTML. The page plays when it is opened; page.html#12 waits at step 12. Arrow keys step, space plays. In
-    the page an event stores the one that it replaced, so a step back costs as little as a step forward. A token has its
-    probability --p and the time --t of its reveal, both in [0, 1], and CSS computes its colour from them.
+    text, not as HTML. The page plays when it is opened; page.html#12 waits at step 12. Arrow keys step, space plays.
+    Each event in the page stores the event that it replaced, so a step back costs as little as a step forward. The
+    element of a token has the CSS variables --p, its probability, and --t, the time of its reveal, both in [0, 1]: its
+    colour follows from them.
     """
     mask_id = history.mask_id
     used = {mask_id, *itertools.chain(*history.start), *(event[2] for events in history.events for event in events)}
@@ -266,7 +269,7 @@ def milestones(events, n):
 class Sheet:
     """The places of a sample's tokens in a picture. The final text is laid out once, by characters, so no token moves.
 
-    A mask fills the cells of the final token of its position. Another token there before is cut or padded to them.
+    A position has the cells of its final token. A mask fills them, and an earlier token is cut or padded to them.
     """
 
     def __init__(self, history, tokenizer, font):
