@@ -50,7 +50,7 @@ from train import batches, train_step
 
 def add_arguments(parser):
     parser.add_argument("--repeats", type=number(int, 1),
-                        help="number of timed optimiser steps, or of timed draws of --samplers (default 10)")
+                        help="number of timed optimiser steps, or of timed batches of --samplers (default 10)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--compare", choices=("naive",), help="also time a simple implementation of D3PM (float32, "
                       "not compiled, with full posteriors); sets lambda_ce=0")
@@ -59,7 +59,7 @@ def add_arguments(parser):
     mode.add_argument("--samplers", action="store_true", help="time the samplers")
     mode.add_argument("--estimate", action="store_true", help="predict the memory and the days of a run")
     parser.add_argument("--samples", type=number(int, 1), help="texts in a batch of --samplers (default 8)")
-    parser.add_argument("--first", type=number(int, 1), help="steps to run of each of --samplers (default: all)")
+    parser.add_argument("--first", type=number(int, 1), help="number of steps of each of --samplers (default: all)")
     parser.add_argument("--gpu", type=named, help=f"GPU of --estimate: {', '.join(GPUS)} (default h100)")
     parser.add_argument("--gpus", type=number(int, 1), help="number of GPUs of --estimate (default: from the config's "
                         "name, else 1)")
@@ -131,7 +131,7 @@ def timed(function, device):
 def split(training):
     """Shares of one step's time: {data, forward, loss, backward, optimiser}. Waits for the device after each part.
 
-    Where the head is compiled with the cost (parallel.compile_parts), its time is that of the loss."""
+    If head and cost are compiled together (parallel.compile_parts), the time of the head counts as loss."""
     seconds, last = Counter(), time.perf_counter()
 
     def mark(part):
@@ -151,7 +151,7 @@ def split(training):
 
 @contextlib.contextmanager
 def without_stderr():
-    """A context without stderr, to which torch's profiler writes from C++ at every log level."""
+    """A context in which stderr is lost: torch's profiler writes to it from C++ at every log level."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -166,8 +166,8 @@ def without_stderr():
 def measured_bytes(training):
     """Peak memory of a step in bytes, besides weights, averages and moments; None on mps.
 
-    It is the median of three steps, which have different masks. The peak is at the beginning of the backward pass.
-    Gradients of logits are there then, and hardly any of parameters."""
+    It is the median of three steps, which have different masks. The peak is at the beginning of the backward pass, when
+    there are gradients of logits and hardly any of parameters."""
     if training.device.type == "mps":
         return None
     return statistics.median(peak_of_step(training) for _ in range(3))
@@ -343,7 +343,7 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
                                  denoiser.function.nfe * scale))
     medians = {way: [statistics.median(values) for values in zip(*found[1:])] for way, found in timings.items()}
     slowest = medians["naive, 1000 steps"][0]
-    if_ours = lambda way, share: None if ways[way] is textbook.sample else share  # that one draws by itself
+    if_ours = lambda way, share: None if ways[way] is textbook.sample else share  # the naive one draws without Draw
     rows = [{"sampler": way, "nfe": nfe, "seconds": seconds, "ratio": None if first else seconds / slowest,
              "tokens_per_second": None if first else batch_size * cfg.seq_len / seconds, "network": network,
              "drawing": if_ours(way, drawing), "elsewhere": if_ours(way, 1 - network - drawing)}
@@ -360,8 +360,8 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
 
 
 def data_set(cfg):
-    """Facts about the config's data set: its meta.json if it is prepared, else KNOWN, else the N of NAME_bpeN. Else 27
-    symbols are a guess."""
+    """Facts about the config's data set: its meta.json if it is prepared, else those in KNOWN, else its size N from the
+    name NAME_bpeN, else a guess: 27 symbols."""
     try:
         return load_meta(cfg.dataset, cfg.data_dir)
     except UserError:

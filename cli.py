@@ -18,14 +18,13 @@ from pathlib import Path
 # torch is loaded, so the commands import this file before torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-# A daemon may start a command without stdout or stderr. What it prints there is lost, and the next file that is opened
-# does not take the place of the stream.
+# A daemon may start a command without stdout or stderr. Then what is printed is dropped. Without /dev/null here, the
+# next file that is opened would take the stream's place and get what is printed.
 for stream in ("stdout", "stderr"):
     if getattr(sys, stream) is None:
         setattr(sys, stream, open(os.devnull, "w"))
 
-# Until run() begins, Ctrl-C ends a command of this project at once. Python's own way would be a traceback from inside
-# torch.
+# Until run() begins, Ctrl-C ends a command of this project at once. Python itself would print a traceback of torch.
 ROOT, command = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
 if (command.is_file() and command.parent in (ROOT, ROOT / "data", ROOT / "studies")
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
@@ -42,7 +41,7 @@ except ImportError:  # Windows
 
 
 class UserError(Exception):
-    """An error that the user can mend. The message is one line: what is wrong, and what to do."""
+    """An error that the user can fix. The message is one line: what is wrong, and what to do."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -63,7 +62,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def did_you_mean(word, known):
-    """", did you mean X?" for the X of the known words that is most like this one; "" if none is like it."""
+    """Return ", did you mean X?" with X the known word that is most like `word`, or "" if none is like it."""
     return "".join(f", did you mean {guess}?" for guess in difflib.get_close_matches(word, known, n=1))
 
 
@@ -94,7 +93,7 @@ def for_terminal(text, stream):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "·", text) if stream.isatty() else text
 
 
-NO_COMPILER = "InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler"  # how torch.compile says so
+NO_COMPILER = "InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler"  # in the errors of torch.compile
 
 
 def ended(number, frame):
@@ -153,7 +152,7 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # its reader is gone, or the disk is full: Python shall not report it again at exit
+        except OSError:  # nothing reads it, or the disk is full: so that Python does not report this again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if rank is not None:
         # Exit at once: an ordinary exit can wait for a process that is gone, and gloo's threads can crash it (pytorch's
@@ -191,7 +190,7 @@ def numbers(kind, low, high=10**15):
 
 
 def pick_device(name):
-    """torch.device by name; 'auto' is the first there is of cuda, mps, cpu. Raises UserError if there is none."""
+    """torch.device by name; 'auto': the first of cuda, mps, cpu that is here. Raises UserError if it is not here."""
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         name = next(kind for kind in count if count[kind])
@@ -289,17 +288,17 @@ def generator_on(device, seed):
 
 def table(rows, columns, out):
     """Print rows (dicts) under the columns {key: (title, format)}. The cell of a missing value or nan is empty."""
+    empty = lambda value: value is None or value != value  # nan is not equal to itself
     cells = [[title for title, _ in columns.values()]]
-    empty = lambda value: value is None or value != value
-    cells += [["" if empty(row.get(key)) else format(row[key], how) for key, (_, how) in columns.items()]
-              for row in rows]
+    for row in rows:
+        cells.append(["" if empty(row.get(key)) else format(row[key], how) for key, (_, how) in columns.items()])
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), file=out)
 
 
 def check_place(flag, path, ending):
-    """Raise UserError if the file that a flag names cannot be written, or has another ending (devices have none)."""
+    """Raise UserError if the file that a flag names cannot be written, or lacks this ending. Devices need no ending."""
     special = path.exists() and not path.is_file()
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")
@@ -315,7 +314,7 @@ def write_file(path, content):
     A link stays a link. A path that is not a regular file (a pipe, /dev/null) is written to and not replaced.
     """
     special = path.exists() and not path.is_file()
-    if not special:  # /dev/stdout would become the name of a pipe that nobody can open
+    if not special:  # resolve() would turn /dev/stdout into the name of a pipe, which cannot be opened
         path = path.resolve()
     temporary = path.with_name(f".{path.name}.tmp")
     try:

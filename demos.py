@@ -99,7 +99,7 @@ def perturb(args):
 
 
 def prepared(x0, loaded):
-    """Ids (L,) padded as in the checkpoint's training data, (L',), and how many are given. Raises UserError."""
+    """(x0 (L,) padded as in training, number of given tokens). Raises UserError if the model cannot score the text."""
     if not loaded:
         raise UserError("the demo loss needs a network: name a checkpoint with -m CKPT")
     config, meta, given = loaded.config, loaded.meta, loaded.config.prefix_range[0]
@@ -154,7 +154,7 @@ def loss(args):
     _, v = uniforms(args.seed, 0, [0], 1, L, stratified=False)
     noise = objective.noise(torch.tensor([args.t], dtype=torch.float64), give_prefix(v, [given]))
     n, t, schedule = L - given, noise.t.double(), objective.schedule
-    weight = noise.weight.item() * n / L  # of a nat in the bound on the whole text; nelbo divides by L
+    weight = noise.weight.item() * n / L  # of one nat in the bound on the text, n nelbo; nelbo is a mean over L
     xt = objective.corrupt(x0[None], noise[0])
     hit = noise.token[0] >= 0 if uniform else noise.mask[0]
     alpha = schedule.alpha(t).item()

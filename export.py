@@ -36,8 +36,7 @@ def export(checkpoint, folder, results=(), hints=Hints(), dtype=torch.float32):
     check_finite(payload["ema"], checkpoint)
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"the weights in {checkpoint} have numbers too large for {str(dtype)[6:]}: use --dtype float32")
-    settings = {field: value for field, value in dataclasses.asdict(config_of(payload)).items()
-                if same_run(field) and field != "data_dir"}
+    settings = {field: value for field, value in dataclasses.asdict(config_of(payload)).items() if same_run(field)}
     scored = digest({key: value.float() for key, value in sorted(payload["ema"].items())}) if results else None
     measured = [read_result(path, scored) for path in results]
     card = {"format": FORMAT, "name": payload["name"], "step": payload["step"], "config": settings,
@@ -65,7 +64,7 @@ def export(checkpoint, folder, results=(), hints=Hints(), dtype=torch.float32):
 
 def read_result(path, scored):
     """The fields for the card from a file with the output of evaluate.py --json. Raises UserError if it is no such
-    file, or if the weights that were scored have another SHA-256 than these averaged ones (scored)."""
+    file, or has the score of other weights: scored is the SHA-256 of these averaged weights."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         if result["scored_sha256"] != scored:
@@ -127,8 +126,8 @@ def model_card(name, card, n_params, validation):
 
 
 def training_commands(card):
-    """The commands that prepare the data and train with these settings. There are none if the model is another
-    project's, or had several workers (local_steps), whose number no checkpoint of the best validation knows."""
+    """The commands that prepare the data and train with these settings. There are none for another project's model, and
+    none for local_steps, because ckpt_best.pt does not say how many workers there were."""
     if card["name"] not in CONFIGS or card["config"]["local_steps"]:
         return []
     usual = dataclasses.asdict(CONFIGS[card["name"]]())
