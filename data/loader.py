@@ -31,11 +31,14 @@ def prepare_command(name, meta={}):
         return " ".join([f"python data/prepare_{script}", *flags])
     if "record" in meta:
         return f"python data/prepare_names.py --file FILE --name {shlex.quote(name)}"
-    asked = meta.get("request", {})
-    flags = [f" --{key} {shlex.quote(asked[key])}" for key, usual in (("tokenizer", "char"), ("alphabet", "own"))
-             if asked.get(key, usual) != usual]
-    return (f"python data/prepare_textfile.py FILE --name {shlex.quote(name)}{''.join(flags)}"
-            + (" --val FILE --test FILE" if asked.get("val and test") else ""))
+    request = meta.get("request", {})
+    words = ["python data/prepare_textfile.py FILE --name", shlex.quote(name)]
+    for key, default in (("tokenizer", "char"), ("alphabet", "own")):
+        if request.get(key, default) != default:
+            words += [f"--{key}", shlex.quote(request[key])]
+    if request.get("val and test"):
+        words.append("--val FILE --test FILE")
+    return " ".join(words)
 
 
 def load_meta(name, data_dir):

@@ -51,19 +51,22 @@ def folder_of(args, name, usual):
 
 
 def in_words(value):
-    """A part of a request, as messages have it."""
-    return ", ".join(value or ["none"]) if value is None or isinstance(value, list) else value
+    """Return the value of a request (a str, a list of str, or None) as a str for messages."""
+    if value is None or value == []:
+        return "none"
+    return ", ".join(value) if isinstance(value, list) else value
 
 
 def named_files(files, hashed=True):
-    """Return names, sizes and the beginning of the SHA-256 of files: a later call knows them by these.
+    """Return the name, the size and the beginning of the SHA-256 of each file, by which a later call recognises it.
 
-    hashed=False: without the SHA-256, which takes long for hundreds of gigabytes. Raises UserError if it cannot be
-    computed. A pipe has a name only, because it can be read once."""
+    hashed=False: without the SHA-256, which takes long for hundreds of gigabytes. Raises UserError if a file cannot be
+    read."""
     def named(path):
         if path.is_file() and not hashed:
             return f"{path.name} ({path.stat().st_size:,} bytes)"
-        if not hashed or path.exists() and not path.is_dir() and not path.is_file():
+        is_pipe = path.exists() and not path.is_dir() and not path.is_file()  # it can be read only once, later
+        if not hashed or is_pipe:
             return path.name
         content = read_bytes(path)
         return f"{path.name} ({len(content):,} bytes, SHA-256 {hashlib.sha256(content).hexdigest()[:12]})"

@@ -80,7 +80,7 @@ def main():
 
 
 def whole_lines(train, val, test):
-    """The same splits, with the beginnings of val and test moved to that of a line or word, so that no token is cut."""
+    """Move the beginnings of val and test to the beginning of a line or a word, so that no token is cut."""
     moved = next_start(test)
     val, test = val + test[:moved], test[moved:]
     moved = next_start(val)
@@ -88,7 +88,7 @@ def whole_lines(train, val, test):
 
 
 def next_start(text):
-    """The place where the second line of a text begins, if it is in the first half; else that of the first space."""
+    """Return the place of the second line of a text, or of its first space; 0 if neither is in the first half."""
     half = len(text) // 2
     return text.find("\n", 0, half) + 1 or max(text.find(" ", 0, half), 0)
 

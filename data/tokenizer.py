@@ -13,7 +13,6 @@ from cli import UserError, first_line, note, require
 TEXT8_ALPHABET = " " + string.ascii_lowercase  # space 0, a 1, ..., z 26
 END = "<|endoftext|>"  # GPT-2's token between two texts, as decode() writes it
 
-# Vocabularies of other projects' checkpoints, which do not say themselves what they were trained on (KNOWN).
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 
 
@@ -21,6 +20,7 @@ def characters(alphabet):
     return {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet)}
 
 
+# Vocabularies by name. Other projects' checkpoints do not contain theirs.
 KNOWN = {
     "text8": characters(TEXT8_ALPHABET),
     "openwebtext": {"tokenizer": "gpt2", "vocab_size": 50257},
@@ -271,7 +271,8 @@ def size_of_bpe(name):
 
 
 def short_words(text):
-    """A text in parts whose words have at most 1,000 characters: train_bpe takes the square of a word's length."""
+    """Cut a text into parts whose words have at most 1,000 characters, because the time of train_bpe is proportional to
+    the square of a word's length."""
     return re.findall(r"\s*\S{1,1000}|\s+", text) if re.search(r"\S{1001}", text) else [text]
 
 
@@ -318,16 +319,18 @@ def describes_tokens(meta):
     """Tell whether the meta of a data set or checkpoint has all that make_tokenizer needs, with the right types."""
     if not isinstance(meta, dict):
         return False
-    size, kind, alphabet, pad, record = (meta.get(key) for key in ("vocab_size", "tokenizer", "alphabet", "pad",
-                                                                   "record"))
-    if type(size) is not int or size > 10**7 or not isinstance(kind, str) or "record" in meta and (
-            type(record) is not int or not 1 <= record <= 10**7) or not isinstance(meta.get("request", {}), dict):
+    size, kind, alphabet, pad = (meta.get(key) for key in ("vocab_size", "tokenizer", "alphabet", "pad"))
+    record = meta.get("record", 1)
+    if type(size) is not int or size > 10**7 or not isinstance(kind, str):
+        return False
+    if type(record) is not int or not 1 <= record <= 10**7 or not isinstance(meta.get("request", {}), dict):
         return False
     if kind == "char":
         return (isinstance(alphabet, str) and len(alphabet) == len(set(alphabet)) == size >= 1
                 and (pad is None or isinstance(pad, str) and len(pad) == 1 and pad in alphabet))
-    if kind == "hf" and not isinstance(meta.get("definition"), str) or pad is not None or (
-            "alphabet" in meta and not isinstance(alphabet, str)):
+    if pad is not None or not isinstance(meta.get("alphabet", ""), str):
+        return False
+    if kind == "hf" and not isinstance(meta.get("definition"), str):
         return False
     return size >= {"gpt2": 50257, "bert": 30521}.get(kind, 1) and isinstance(meta.get("characters", ""), str)
 

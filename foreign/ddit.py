@@ -129,7 +129,8 @@ def vocabulary(rows, table, uniform, hints, path):
     UserError if `table` lacks the number of rows, and the user names no data set, or one with another number of tokens.
     """
     dataset = hints.dataset
-    known, mask = table.get(rows, (None, None if uniform else rows - 1))
+    last = None if uniform else rows - 1
+    known, mask = table.get(rows, (None, last))
     V, theirs = rows - (not uniform), None
     if dataset and (dataset not in KNOWN or not known):
         meta = load_meta(dataset, hints.data_dir) | {"name": dataset}
@@ -139,8 +140,9 @@ def vocabulary(rows, table, uniform, hints, path):
         meta = dict(KNOWN[known], name=DATA_OF.get(known, known))
         same = theirs and theirs["tokenizer"] == meta["tokenizer"] and (
             set(theirs.get("alphabet", "")) <= set(meta.get("alphabet", "")))
-        return (theirs, None if uniform else rows - 1) if theirs and theirs["vocab_size"] == V and not same else (
-            meta, mask)
+        if theirs and theirs["vocab_size"] == V and not same:
+            return theirs, last
+        return meta, mask
     if not theirs:
         raise UserError(f"{path} has {V:,} tokens, and does not say which: name the prepared data set that it was "
                         "trained on with --dataset")

@@ -40,8 +40,7 @@ class Found(NamedTuple):
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHARDS = "model.safetensors.index.json"  # names the files of weights that are in several
 WEIGHTS = ("ckpt.pt", "model.safetensors", SHARDS, "pytorch_model.bin", "checkpoints-meta/checkpoint.pth",
-           "checkpoint.pth",
-           "checkpoints/checkpoint.pth", "diffusion_model.pt", "checkpoints/last.ckpt", "last.ckpt")
+           "checkpoint.pth", "checkpoints/checkpoint.pth", "diffusion_model.pt", "checkpoints/last.ckpt", "last.ckpt")
 
 
 def check_floats(state, path):
@@ -248,8 +247,8 @@ MOST = 100_000  # objects in settings; those of the projects have some hundreds
 def settings(node):
     """Convert omegaconf's objects into dicts, lists and values, and resolve references such as ${model.length}.
 
-    Returns {} if they are no dict. Raises UserError for more than MOST objects, each counted once per path to it, or
-    more than 50 levels.
+    Returns {} if the result is no dict. Raises UserError for more than MOST objects or more than 50 levels. An object
+    that is referred to twice counts twice.
     """
     left = [MOST]
 

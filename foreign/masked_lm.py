@@ -1,7 +1,7 @@
 """BERT, RoBERTa, ModernBERT and most other masked language models of transformers, as denoisers.
 
 Masked language modelling is absorbing diffusion at one mask rate (docs/adaptation.md). So these networks predict masked
-tokens at every mask rate, if not well, and fine-tuning improves that. The differences to model.DiT are here:
+tokens at every mask rate, though not well. Fine-tuning improves that. The differences from model.DiT:
 
 tokens     Ours are the tokens of texts, then the mask. Theirs are in another order, with special tokens among them.
            A table translates ours, and picks those of the head's outputs that are ours: special tokens are no output.

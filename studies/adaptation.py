@@ -12,7 +12,7 @@
 
 All are one network of 0.8M parameters (mdlm_mini_fast without token shift, so that it is a plain transformer encoder),
 on the same windows and seeds. B has a learning rate of 3e-3, the others have 6e-3 (LOG.md). Every run is one of
-train.py, every number one of evaluate.py. What is there is not run again. The study writes adaptation.json,
+train.py, every number one of evaluate.py. Finished runs are not repeated. The study writes adaptation.json,
 mask_rates.png and steps.png.
 """
 

@@ -9,8 +9,8 @@ for the mean of all. model(xt, t) -> log p (n, L, V): the logarithms of the prob
 with masks (model.mask_id) at times t (n,). rng is a torch.Generator. The audit calls it on all texts of some worlds
 with several denoisers, very often. It compares the means with numbers that come from summing over all texts and orders:
 
-    Kraft     The sum over all texts x of exp(-claim(x)) is at most 1. For if claim(x) >= -log p(x), each term is at
-              most p(x), whatever the model is.
+    Kraft     The sum over all texts x of exp(-claim(x)) is at most 1. Reason: if claim(x) >= -log p(x), each term is
+              at most p(x), and the p(x) sum to 1. This holds for every model.
     model     claim(x) >= -log p(x) for the model's own p. It reveals the tokens one by one in random order, or, with
               --steps T, in T steps, each of them several at a time.
     entropy   The mean claim over the world's texts is at least their entropy, with any model.

@@ -16,7 +16,7 @@ where the smallest budget of left to right brings fewer bits already. Small budg
 begin low. The slope says what ten times the operations bring: it is that of a line of bits against log10 C, fitted to
 the last three points. Ratio and slope are computed for each seed, too.
 
-It writes frontier.json and frontier.png. What is there is not run again.
+It writes frontier.json and frontier.png. Finished runs are not repeated.
 """
 
 import functools

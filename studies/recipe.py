@@ -11,7 +11,7 @@ batch, and the averaged weights look back on as many characters. All runs see eq
 
 It prints two tables. The first has bits per character of the test split, bounds in continuous time, for both recipes.
 The second has the validation of each choice, less that of the recipe with the same seed. Errors are over seeds. It
-writes recipe.json, with the sizes and seeds of the last call. What is there is not run again.
+writes recipe.json, with the sizes and seeds of the last call. Finished runs are not repeated.
 """
 
 import json

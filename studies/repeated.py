@@ -11,7 +11,7 @@ which the lines cross, have the best of all runs of up to so many epochs, chosen
 
 Each is tuned on its own, by its validations: learning rate, dropout and weight decay with 16 epochs and one seed;
 dropout and weight decay once more with 64 epochs, for the runs of 32 epochs and more. It prints the tables and the
-number of epochs at which the lines cross, and writes repeated.json and repeated.png. What is there is not run again.
+number of epochs at which the lines cross, and writes repeated.json and repeated.png. Finished runs are not repeated.
 """
 
 import itertools

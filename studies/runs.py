@@ -1,6 +1,6 @@
 """Runs of train.py and scores of evaluate.py, each done once and kept: what studies of many runs share.
 
-A study that is interrupted continues with the same command: what is there is not run again.
+A study that is interrupted continues with the same command. It repeats no finished run.
 """
 
 import json
@@ -195,7 +195,8 @@ def tuned(kinds, measure, jobs):
             val = {rate: found[(*kind, rate, 1)]["val"] for rate in sorted(tried[kind])}
             best[kind] = rate = min(val, key=val.get)
             ends = {min(val): rate / 2, max(val): 2 * rate}
-            if rate in ends and sorted(val.values())[0] < sorted(val.values())[1]:
+            lowest, second, *_ = sorted(val.values())
+            if rate in ends and lowest < second:  # not if both are infinite
                 tried[kind].add(ends[rate])
     return best, found
 

@@ -21,7 +21,7 @@ bits of the worst one that has learnt something.
 All see the same number of tokens. The learning rates of the servers are chosen first, by the validation of one seed on
 moderately different machines. It prints bits per character on the test split, the same windows and masks for all, the
 differences from diloco by seed, and the correlation of drift with that difference over the algorithms and machines of
-each seed. What is there is not run again. It writes slow_links.json, slow_links.png and hours.png.
+each seed. Finished runs are not repeated. It writes slow_links.json, slow_links.png and hours.png.
 """
 
 import json

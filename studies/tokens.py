@@ -11,7 +11,7 @@ The learning rate of each kind is tuned by factors of 2, by the validation of se
 
 It prints bits per byte of the test split, what characters cost (characters less tokens), and how much more they cost
 diffusion, with errors over seeds. Diffusion has a bound, left to right its exact likelihood. It writes tokens.json.
-What is there is not run again.
+Finished runs are not repeated.
 """
 
 import itertools
