@@ -196,7 +196,7 @@ def tuned(kinds, measure, jobs):
             best[kind] = rate = min(val, key=val.get)
             ends = {min(val): rate / 2, max(val): 2 * rate}
             lowest, second, *_ = sorted(val.values())
-            if rate in ends and lowest < second:  # not if both are infinite
+            if rate in ends and lowest < second:  # equal ones, such as two infinite ones, say nothing
                 tried[kind].add(ends[rate])
     return best, found
 
