@@ -391,16 +391,6 @@ def test_settings_before_the_first_run_can_change(monkeypatch, tmp_path):
         runs.make_folder(tmp_path / "study", args)
 
 
-def test_only_infinite_numbers_are_let_through():
-    def fail(message):
-        raise UserError(message)
-
-    assert runs.unless_infinite(lambda: 3) == 3
-    assert runs.unless_infinite(lambda: fail("train.py failed: the weights are not finite after step 7")) is None
-    with pytest.raises(UserError, match="no such data"):
-        runs.unless_infinite(lambda: fail("no such data"))
-
-
 def test_tuned():
     """The search goes on while the best rate is an end, and not after runs that are equal or all diverged."""
     val = {"large": lambda rate: abs(math.log2(rate / 0.024)), "small": lambda rate: abs(math.log2(rate / 4e-4)),

@@ -286,6 +286,7 @@ def test_edges():
 
 
 def test_noise_depends_on_seed_and_index_alone():
+    """The noise of each sequence is the same alone as in a batch."""
     u, v = uniforms(3, 7, range(4), 4, 16, stratified=True)
     objective = Uniform(27)
     whole = objective.noise(u, v)
