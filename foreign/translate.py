@@ -19,8 +19,8 @@ files.py reads the checkpoints. ddit.py translates the network that most of them
                     github.com/karpathy/nanoGPT
     masked_lm       all ...ForMaskedLM of transformers           themselves (masked_lm.py)
 
-Sizes are read from the file. Defaults stand in only for the seq_len of nanoDD, if the file lacks it, and for the n_head
-and seq_len of tiny-diffusion. The mask becomes the last token and is never predicted.
+Sizes are read from the file. Only two formats lack some: nanoDD may lack its seq_len, and tiny-diffusion lacks its
+n_head and seq_len. These get defaults. The mask becomes the last token and is never predicted.
 """
 
 import argparse

@@ -6,8 +6,8 @@
     A      trained as BERT is: 15 % of the tokens are predicted (foreign/bert.py), S steps
     B n    A, then n steps at all mask rates
     C      all S steps at all mask rates (MDLM), and once more with 2 S steps, as many as B S has had
-    D n    a left-to-right network of S steps, then n steps at all mask rates and with full attention; it predicts the
-           next token
+    D n    AR, a left-to-right network of S steps, then n steps at all mask rates and with full attention. It still
+           predicts the next token
     E n    as D n, but attention grows from causal to full in the first half of the n steps
 
 All are one network of 0.8M parameters (mdlm_mini_fast without token shift, so that it is a plain transformer encoder),

@@ -1,8 +1,8 @@
 """Test models of names (data/prepare_names.py): are samples valid, new, and of the right lengths?
 
 It also tests whether a gap in the middle can hold fewer letters than it has tokens, which is the purpose of
---padding=random. `python demos.py names CKPT` prints the results. An item is a str: a name of the data set with its
-pads, `record` tokens in all.
+--padding=random. `python demos.py names CKPT` prints the results. An item is a str of `record` tokens: a name with its
+pads.
 """
 
 import math

@@ -12,7 +12,7 @@ rounds of 50 local steps, on machines that are equal, or slightly, moderately or
     halos      two regions with a server each, delayed Nesterov, dynamic local steps
     plain, lookahead    one worker with all four batches, without and with an outer step every 50 steps
 
-At last 16 machines in 4 regions (studies/machines/halos.txt) do the same, with the times of a network of 70M
+Then 16 machines in 4 regions (studies/machines/halos.txt) do the same, with the times of a network of 70M
 parameters: 281.7 MB and 0.238 s a step, as in the HALoS paper. Each takes a quarter of the steps, in rounds of half the
 length, so the number of tokens is that of four machines. The asynchronous servers' learning rates are chosen once more,
 from those of four machines down to a sixteenth of them. There the study reports each algorithm's hours to the final

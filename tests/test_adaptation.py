@@ -201,7 +201,7 @@ def test_rows_that_are_no_tokens_are_cut(tmp_path):
 
 
 def test_gpt2_in_other_words(tmp_path):
-    """Settings that are written out are those of the rule."""
+    """A config.json that writes the usual settings out in other words is read as the usual one."""
     folder, model = gpt2_folder(tmp_path)
     settings = json.loads((folder / "config.json").read_text())
     expected = checkpoint.load_model(folder, CPU)[0].state_dict()
@@ -277,7 +277,8 @@ def test_our_left_to_right_model_as_diffusion(shift_tokens):
 
 
 def test_gpt2_as_diffusion(tmp_path, capsys):
-    """Also with a row more for the positions than the file has, since the start of the text is an input."""
+    """GPT-2 becomes a diffusion model of 23 tokens, and of 24, which needs one more row of positions than the file has,
+    because the start of the text is an input."""
     pytest.importorskip("transformers")
     network, config = opened(gpt2_folder(tmp_path)[0])
     assert config.seq_len == 24
@@ -377,7 +378,8 @@ def test_new_tensors_do_not_change_the_function(new, capsys):
 
 @pytest.mark.parametrize("noise", ["mask", "uniform"])
 def test_another_noise(noise, capsys):
-    """The row of the mask goes, or comes as the mean of the others. The rest stays."""
+    """For uniform noise the embedding of the mask is cut off. For masks it is added, the mean of the others. All other
+    weights stay."""
     before = Config(n_layer=1, n_head=2, n_embd=32, n_cond=8, seq_len=12, objective="mdlm", noise=noise)
     now = replace(before, noise="uniform" if noise == "mask" else "mask")
     network, other = before.make_model(11), now.make_model(11)

@@ -18,7 +18,7 @@ BROKEN = {"pooled_mean": "model", "divided_by_masks": "Kraft, entropy, model", "
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_known_claims(name):
-    """Each mistake breaks the rules that its docstring leads one to expect, and the correct bounds break none."""
+    """Each known mistake breaks exactly the rules listed for it. A correct bound breaks none."""
     said = verdict(audit(CLAIMS[name]))
     if name in RIGHT:
         assert RIGHT[name] in said and "NO BOUND" not in said
@@ -78,7 +78,7 @@ def test_claims_that_are_odd():
 
 
 def test_bytes(tmp_path, call):
-    """The record of 1.1465 bits per byte at an assumed 4.3 bytes per token, where there are 2.442, is 2.02."""
+    """With 2.442 bytes per token, 1.1465 bits per byte at an assumed 4.3 bytes per token are in truth 2.02."""
     true, factor = audit_bytes(b"x" * 2442, 1000, 4.3)
     assert true == 2.442 and 1.1465 * factor == pytest.approx(2.02, abs=0.01)
     (tmp_path / "book.txt").write_bytes(b"x" * 2442)
@@ -87,7 +87,7 @@ def test_bytes(tmp_path, call):
 
 
 def test_command(tmp_path, call):
-    """One's own function, from a file; its table; and what is no function."""
+    """The command audits a function of a file and prints its table. What is no such function is refused."""
     (tmp_path / "mine.py").write_text("def half(model, x0, rng):\n    import torch\n    t = torch.rand(len(x0))\n"
                                       "    model(x0, t)\n    return 0.5 * torch.ones(len(x0))\n")
     result = call("studies/audit.py", f"{tmp_path}/mine.py:half", "--draws=1000")

@@ -185,7 +185,7 @@ def test_activations_are_extrapolated_exactly(config, dtype):
 
 
 def test_logits_of_as_many_masks_as_asked_for():
-    """Twice the masks have twice the logits, in float32 for the softmax; nothing is left to chance."""
+    """kept_bytes is the same in each call, and twice the masks keep the logits of twice as many tokens, in float32."""
     cfg = replace(CONFIGS["sedd_text8"](), n_layer=1, n_embd=32, n_head=2, seq_len=64)
     kept = [forecast.kept_bytes(cfg, 5000, 4, CPU, torch.float32, masked) for masked in (0.5, 0.5, 1.0)]
     assert kept[0] == kept[1] and kept[2] - kept[0] >= 128 * 5000 * 4

@@ -252,19 +252,19 @@ def test_more_than_the_machine_has(call, trained, data_dir, tmp_path, monkeypatc
 @pytest.mark.parametrize("setting, value", [("n_layer", 10**9), ("n_embd", 10**12), ("T", 10**12), ("seq_len", 10**9),
                                             ("n_cond", 10**9)])
 def test_settings_have_limits(call, tmp_path, setting, value):
-    """No model is built, and no list of steps, of what nobody can have meant."""
+    """A setting that is absurdly large is refused before a model or a list of steps is built."""
     assert_one_line(call("train.py", "demo", f"--{setting}={value}", f"--out_dir={tmp_path / 'x'}"),
                     f"{setting}={value:,} is above the limit of")
 
 
 def test_more_samples_than_memory(call, trained):
-    """The record of what was revealed when takes memory for every token."""
+    """Samples that need more memory than the machine has are refused: each token takes some for its history."""
     assert_one_line(call("sample.py", trained, "--batch_size=100000", "--length=1000000", "--context=4"),
                     "--batch_size=100000 x 1,000,000 tokens needs at least", "GB")
 
 
 def test_where_the_sizes_come_from(monkeypatch, capsys):
-    """A run takes them from what it continues, else from what it begins with."""
+    """The sizes of a network come from the run that is resumed, or else from the checkpoint of --init_from."""
     def of(n_layer):
         return {"config": asdict(Config(architecture="nanogpt", n_layer=n_layer, objective="ar", conditioning="none"))}
 

@@ -136,7 +136,7 @@ def test_estimators(call, data_dir, trained):
 
 
 def test_every_error_leaves_out_the_trend(call, data_dir, trained, monkeypatch):
-    """The values of one model, of a difference of two and of a check are sorted by their mask rates."""
+    """The errors of a model, of a difference of two, and of a check are computed from values sorted by mask rate."""
     orders, real = [], likelihood.mean_and_error
 
     def spy(values, by_stratum=None):

@@ -310,7 +310,7 @@ def test_a_data_set_on_another_disk(monkeypatch, tmp_path):
 
 
 def test_another_command_was_faster(tmp_path):
-    """A data set that was made meanwhile stays, and nothing else does."""
+    """If another command makes the data set in the meantime, that one stays, and no temporary file is left."""
     with pytest.raises(UserError, match="perhaps because another command made it meanwhile"):
         with DatasetWriter(tmp_path / "mine", characters("ab")) as writer:
             for split in ("train", "val", "test"):
@@ -476,7 +476,7 @@ def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
 
 
 def test_openwebtext_of_odd_names(call, monkeypatch, tmp_path, gpt2):
-    """A file's name is no pattern."""
+    """Brackets in a file's name are not read as a pattern of names."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     for name, word in (("a1.txt", "other"), ("a[1].txt", "mine")):
         (tmp_path / name).write_text("".join(f"{word} {i}\n" for i in range(60)))

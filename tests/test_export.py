@@ -100,7 +100,7 @@ def test_a_card_names_the_weights_that_training_began_with(call, trained, data_d
 
 
 def test_a_card_has_its_own_validation(tmp_path):
-    """That of the step of the weights, or the last one before: later ones are of other weights."""
+    """The validation on a card is the last one up to the step of the weights, not a later one."""
     lines = [{"step": step, "val_bits_per_token": 4 - step / 100, "val_stderr": 0.1} for step in (20, 40, 60)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 0}, *lines]))
     for damage in ("", "\0\0\nnull\n[1]\n" + "[" * 20_000 + "\n"):  # damaged lines are left out

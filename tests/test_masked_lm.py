@@ -120,7 +120,7 @@ def test_weights_that_are_not_its_own(saved, tmp_path):
 
 
 def test_the_frame_of_a_tokenizer_without_the_letter_a():
-    """It drops what it does not know."""
+    """frame_of uses another text than "a" if the tokenizer makes no tokens of "a"."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     tokens = Tokenizer(models.BPE({"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "b": 3, "c": 4}, []))

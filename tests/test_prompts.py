@@ -193,7 +193,7 @@ def test_left_to_right_continues_a_prefix(sample, call, data_dir, tmp_path):
 
 
 def test_greedy(sample):
-    """At temperature 0 the seed decides nothing; topk of one at a time asks once per token."""
+    """At temperature 0 all seeds give the same text. topk with k = 1 makes one network call for each token."""
     a, b = (sample("--sampler=topk", "--k=1", "--temperature=0", f"--seed={seed}") for seed in (1, 2))
     assert a["samples"] == b["samples"] and a["nfe"] == 32
     assert sorted(a["samples"][0]["steps"]) == list(range(1, 33))

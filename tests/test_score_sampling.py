@@ -242,7 +242,7 @@ def test_uniform_euler_follows_its_steps(score):
 
 
 def test_rates_that_a_score_network_does_not_know():
-    """Those above its last one cost no call, and are not told."""
+    """Steps between mask rates above the last one of the schedule call no network. The network is told no such rate."""
     objective, told = UniformSEDD(V, "loglinear:0.01"), []
 
     def model(xt, t, where):
@@ -273,7 +273,7 @@ def test_uniform_infilling():
 
 
 def test_temperature_of_uniform_noise():
-    """The cut is of the prediction.
+    """Temperature changes the prediction, not the probabilities of a step.
 
     At temperature 0 the last step draws the likeliest token where it draws one anew, and at 0.5 from the softmax of
     twice the logits.

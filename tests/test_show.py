@@ -205,7 +205,7 @@ def test_screen_waits_for_the_viewer_but_not_for_ever(monkeypatch, n, steps):
 
 
 def test_screen_of_a_sampler_that_masks_again(monkeypatch):
-    """No end of remasking costs time."""
+    """A sampler that masks tokens again and again does not make the display wait."""
     terminal = Terminal(monkeypatch, 80, 24)
     screen = Screen(MASK, LETTERS)
     for step in range(10_000):

@@ -292,7 +292,7 @@ def test_averaged_gradients_are_those_of_micro_batches(call, data_dir, tmp_path)
 
 
 def test_halos_of_one_region_is_async(data_dir, tmp_path):
-    """If the global server takes over each difference at once, and gives back the same weights."""
+    """HALoS is async if the global server applies each difference at once, and returns the same weights."""
     flags = [*RUN, "--dynamic_steps", "--local_steps=3", "--batch_size=6", "--micro_batch_size=2"]
     one_place = UNEVEN.replace("there", "here").replace("link here here 100\n" * 2, "").replace("0.01 50", "1e9 0")
     one = simulate(tmp_path, data_dir, one_place, *flags, "--algorithm=async", "--buffer=3", name="async")

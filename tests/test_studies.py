@@ -360,7 +360,7 @@ def test_a_study_that_is_ended_ends_its_runs(monkeypatch, tmp_path):
 
 
 def test_slope():
-    """It is that of the finite points."""
+    """The slope is that of the finite points; nan if there are fewer than two."""
     points = [(1e12, 3.0, None), (1e13, 2.5, None), (1e14, math.inf, None)]
     assert frontier.slope(points) == pytest.approx(-0.5) and math.isnan(frontier.slope(points[1:]))
 
@@ -428,7 +428,7 @@ def test_other_settings_are_other_runs(answers, monkeypatch, tmp_path):
 
 
 def test_a_wrong_data_set_leaves_nothing(monkeypatch, tmp_path):
-    """It is no setting of the folder: the same command with the right one works."""
+    """A data set that does not exist is refused before the folder is made, so that the right one can still be named."""
     for module in (frontier, repeated, slow_links, tokens):
         with pytest.raises(UserError, match="'nothing' is not prepared"):
             go(module, monkeypatch, tmp_path / "study", "--dataset", "nothing")
