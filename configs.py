@@ -15,7 +15,7 @@ import torch
 import local_sgd
 from block_diffusion import BlockDiffusion
 from cli import ArgumentParser, UserError, did_you_mean
-from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, make_schedule
+from diffusion import D3PM, MDLM, SCHEDULES, SEDD, AutoRegressive, make_schedule
 from foreign.bert import BERT
 from foreign.gpt2 import GPT2, NanoGPT
 from foreign.masked_lm import MaskedLM
@@ -181,11 +181,10 @@ class Config:
         if not 0 < self.timeout_minutes <= 1e6:
             raise UserError("timeout_minutes must be above 0 and at most a million")
         try:
-            make_schedule(self.schedule)
-        except ValueError:
-            raise UserError(f"schedule={self.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}, or give "
-                            "parameters, as in loglinear:0.001 or geometric:0.0001:20")
-        if self.schedule in WHOLE and self.conditioning == "sigma":
+            whole = make_schedule(self.schedule).whole
+        except ValueError as error:
+            raise UserError(f"schedule={error}")
+        if whole and self.conditioning == "sigma":
             raise UserError(f"conditioning=sigma needs a finite sigma, and schedule={self.schedule} ends at an "
                             "infinite one: use loglinear or geometric")
         if self.seed >= 2**63:

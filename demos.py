@@ -222,9 +222,8 @@ def schedule(text):
     """An argparse type: the name of a schedule."""
     try:
         make_schedule(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose one of {', '.join(SCHEDULES)}, or give "
-                                         "parameters, as in geometric:0.0001:20")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error))
     return text
 
 

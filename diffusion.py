@@ -50,6 +50,13 @@ class Schedule(NamedTuple):
         of t that a mask is revealed in reverse time."""
         return -self.dalpha(t) / (1 - self.alpha(t))
 
+    @property
+    def whole(self):
+        """Whether alpha goes from 1 to 0, up to rounding. Only then a chain of T steps is possible, and sigma(1) is
+        infinite."""
+        first, last = self.alpha(torch.tensor((0.0, 1.0), dtype=torch.float64, device="cpu")).tolist()
+        return max(1 - first, last) < 1e-15
+
     def times(self, *rates):
         """The times at which the noise rate 1 - alpha(t) has these values: float64 tensors."""
         return [self.inverse(torch.tensor(1 - rate, dtype=torch.float64)) for rate in rates]
@@ -77,14 +84,16 @@ def loglinear(eps=1e-3):
 
     alpha is a straight line here, too, but ends at eps, not at 0: SEDD's networks see sigma, which must be finite.
     """
+    if not 1e-6 <= eps <= 0.5:  # float32 does not reach further
+        raise ValueError("eps must be from 1e-6 to 0.5")
     return Schedule(alpha=lambda t: 1 - (1 - eps) * t, dalpha=lambda t: (eps - 1) * torch.ones_like(t),
                     inverse=lambda a: ((1 - a) / (1 - eps)).clamp(max=1), sigma=lambda t: -torch.log1p((eps - 1) * t))
 
 
 def geometric(sigma_min=1e-4, sigma_max=20.0):
     """sigma(t) = sigma_min^(1 - t) sigma_max^t, SEDD's schedule for uniform noise. It is not quite clean at t = 0."""
-    if sigma_min >= sigma_max:
-        raise ValueError("sigma must grow")
+    if not 1e-9 <= sigma_min < sigma_max <= 30:  # float32 does not reach further
+        raise ValueError("sigma must grow between 1e-9 and 30")
     ratio = math.log(sigma_max / sigma_min)
     sigma = lambda t: sigma_min * torch.exp(ratio * t)
     return Schedule(alpha=lambda t: torch.exp(-sigma(t)), dalpha=lambda t: -torch.exp(-sigma(t)) * sigma(t) * ratio,
@@ -92,21 +101,28 @@ def geometric(sigma_min=1e-4, sigma_max=20.0):
 
 
 SCHEDULES = {"linear": linear, "cosine": cosine, "loglinear": loglinear, "geometric": geometric}
-WHOLE = ("linear", "cosine")  # those with alpha(0) = 1 and alpha(1) = 0, which a chain of T steps needs
-RANGES = {"loglinear": (1e-6, 0.5), "geometric": (1e-9, 30.0)}  # of their parameters, as far as float32 reaches
 
 
 def make_schedule(name):
     """'linear' or 'geometric:0.0001:20' -> Schedule. Raises ValueError if the name is not a schedule."""
     kind, *numbers = name.split(":")
-    numbers = [float(number) for number in numbers]
-    low, high = RANGES.get(kind, (0, 0))
-    if kind not in SCHEDULES or not all(low <= n <= high for n in numbers):
-        raise ValueError(name)
+    if kind not in SCHEDULES:
+        raise ValueError(f"{name!r} is unknown: choose one of {', '.join(SCHEDULES)}, or give numbers, as in "
+                         "loglinear:0.001 or geometric:0.0001:20")
     try:
-        return SCHEDULES[kind](*numbers)
-    except TypeError:
-        raise ValueError(name)
+        return SCHEDULES[kind](*map(float, numbers))
+    except (TypeError, ValueError) as error:  # TypeError: too many numbers
+        raise ValueError(f"{name!r} is not valid: {error}")
+
+
+WHOLE = [name for name in SCHEDULES if make_schedule(name).whole]
+
+
+def misfit_of_steps(schedule):
+    """A message if a chain of T steps cannot run on the schedule with this name, or None."""
+    if not make_schedule(schedule).whole:
+        return (f"objective=d3pm needs a schedule from alpha = 1 to 0, which schedule={schedule} is not: use "
+                f"{' or '.join(WHOLE)}")
 
 
 def to_device(x, device):
@@ -294,7 +310,7 @@ class D3PM(Absorbing):
         KL(q(x_{s-1} | x_s, x0) || p(x_{s-1} | x_s)) = (a_{s-1} - a_s)/(1 - a_s) * CE   at masks, else 0,
 
     which is CE/s for the linear schedule. Drawing one s of T uniformly multiplies the weight by T. There is no prior
-    term, because alpha(1) = 0; with alpha(1) > 0 it would be infinite, so only the schedules in WHOLE are possible.
+    term, because alpha(1) = 0. With alpha(1) > 0 it would be infinite, so the schedule must be whole.
 
     lambda_ce adds the auxiliary loss of eq. 5: lambda_ce * CE at all positions, visible ones included, beside one term
     of the sum over s (not the whole sum), as in the published code. With T = 1000, the linear schedule and nanoDD's
@@ -317,9 +333,8 @@ class D3PM(Absorbing):
 
     @classmethod
     def misfit(cls, config):
-        if config.schedule not in WHOLE:
-            return (f"objective=d3pm needs a schedule from alpha = 1 to 0, which schedule={config.schedule} is not: "
-                    f"use {' or '.join(WHOLE)}")
+        if wrong := misfit_of_steps(config.schedule):
+            return wrong
         if config.time_sampling == "exact_k":
             return "time_sampling=exact_k is for the continuous-time bound: use it with objective=mdlm"
         if config.prefix != "none" and config.lambda_ce:
@@ -455,7 +470,7 @@ class SEDD(MDLM):
 
     @classmethod
     def misfit(cls, config):
-        if config.schedule in WHOLE and not config.scale_by_sigma:
+        if make_schedule(config.schedule).whole and not config.scale_by_sigma:
             return (f"scale_by_sigma=False needs a finite sigma, and schedule={config.schedule} ends at an infinite "
                     "one: use loglinear or geometric")
         return super().misfit(config)

@@ -26,7 +26,7 @@ import numpy as np
 
 from cli import ArgumentParser, UserError, named, number, numbers, pick_device, pick_dtype, require, run
 from data.loader import SPLITS
-from diffusion import WHOLE
+from diffusion import make_schedule
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
 from log import finite
 from randomness import prefix_lengths
@@ -156,7 +156,7 @@ def pick_estimator(subject, args):
         if objective.block_size:
             raise UserError(f"the T-step bound is for whole texts, and {subject.path} {objective.description}: leave "
                             "out --T and --estimator")
-        if subject.config.schedule not in WHOLE:
+        if not make_schedule(subject.config.schedule).whole:
             raise UserError(f"the T-step bound needs a schedule from alpha = 1 to 0, which schedule="
                             f"{subject.config.schedule} of {subject.path} is not: leave out --T and --estimator")
         if objective.normalised_twin:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from categorical import State, begin, in_pieces, with_denoising
-from diffusion import D3PM, WHOLE, Absorbing, Noise, make_schedule
+from diffusion import D3PM, Absorbing, Noise, make_schedule, misfit_of_steps
 
 
 class UniformNoise(NamedTuple):
@@ -205,7 +205,7 @@ class UniformSEDD(Uniform):
 
     @classmethod
     def misfit(cls, config):
-        if config.schedule in WHOLE:
+        if make_schedule(config.schedule).whole:
             return (f"objective=sedd needs a finite sigma, and schedule={config.schedule} ends at an infinite one: use "
                     "loglinear or geometric")
         return super().misfit(config)
@@ -230,10 +230,7 @@ class UniformD3PM(Uniform):
 
     @classmethod
     def misfit(cls, config):
-        if config.schedule not in WHOLE:
-            return (f"objective=d3pm needs a schedule from alpha = 1 to 0, which schedule={config.schedule} is not: "
-                    f"use {' or '.join(WHOLE)}")
-        return super().misfit(config)
+        return misfit_of_steps(config.schedule) or super().misfit(config)
 
     def at_step(self, s, v, weight):
         rate = 1 - self.schedule.alpha(s / self.T)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import world
+from cli import UserError
 from configs import OBJECTIVES, Config
-from diffusion import D3PM, MDLM, SEDD, WHOLE, AutoRegressive, Noise, make_schedule
+from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, Noise, Schedule, make_schedule
 from foreign.bert import BERT
 from likelihood import ORDERS
 from networks import network
@@ -63,16 +64,18 @@ def quadrature(n=40):
 # ---- the forward process --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule, ends", [("linear", (1, 0)), ("cosine", (1, 0)), ("loglinear", (1, 1e-3)),
-                                            ("loglinear:0.2", (1, 0.2)),
-                                            ("geometric", (math.exp(-1e-4), math.exp(-20))),
-                                            ("geometric:0.1:3", (math.exp(-0.1), math.exp(-3)))])
-def test_schedule_is_consistent(schedule, ends):
+ENDS = {"linear": (1, 0), "cosine": (1, 0), "loglinear": (1, 1e-3), "loglinear:0.2": (1, 0.2),
+        "geometric": (math.exp(-1e-4), math.exp(-20)), "geometric:0.1:3": (math.exp(-0.1), math.exp(-3))}
+
+
+@pytest.mark.parametrize("schedule", ENDS | SCHEDULES)
+def test_schedule_is_consistent(schedule):
     """alpha falls between its ends, dalpha is its derivative, inverse its inverse, and stays in [0, 1] beyond them."""
     s = make_schedule(schedule)
     t = torch.linspace(0, 1, 1001, dtype=torch.float64, requires_grad=True)
     alpha = s.alpha(t)
-    torch.testing.assert_close(alpha[[0, -1]], torch.tensor(ends, dtype=torch.float64))
+    if schedule in ENDS:
+        torch.testing.assert_close(alpha[[0, -1]], torch.tensor(ENDS[schedule], dtype=torch.float64))
     assert (alpha.diff() < 0).all()
     (gradient,) = torch.autograd.grad(alpha.sum(), t)
     torch.testing.assert_close(s.dalpha(t.detach()), gradient)
@@ -91,6 +94,21 @@ def test_schedule_is_consistent(schedule, ends):
 def test_no_schedule(wrong):
     with pytest.raises(ValueError):
         make_schedule(wrong)
+
+
+def test_whole_schedules(monkeypatch):
+    """Whether alpha goes from 1 to 0 follows from alpha, also of a schedule with a number: D3PM takes it, and sigma is
+    no input of the network. A message says which number is wrong."""
+    power = lambda p=2.0: Schedule(lambda t: 1 - t**p, lambda t: -p * t ** (p - 1), lambda a: (1 - a) ** (1 / p),
+                                   lambda t: -torch.log1p(-t**p))
+    monkeypatch.setitem(SCHEDULES, "power", power)
+    whole = {name: make_schedule(name).whole for name in (*SCHEDULES, "power:3", "loglinear:1e-6", "geometric:1e-9:30")}
+    assert [name for name in whole if whole[name]] == ["linear", "cosine", "power", "power:3"]
+    assert Config(schedule="power:3").make_objective(5).schedule.alpha(torch.tensor(0.5)) == 1 - 0.5**3
+    with pytest.raises(UserError, match="schedule=power:3 ends at an infinite one"):
+        Config(schedule="power:3", conditioning="sigma")
+    with pytest.raises(UserError, match="schedule='loglinear:2' is not valid: eps must be from 1e-6 to 0.5"):
+        Config(schedule="loglinear:2")
 
 
 @pytest.mark.parametrize("schedule", WHOLE)
@@ -504,8 +522,8 @@ def test_facts_of_an_objective(key):
     assert loss.dim() == 0 and nelbo.shape == (3,) and asked == [objective.everywhere]
     if objective.normalised_twin:
         assert (objective.normalised_twin, "mask") in OBJECTIVES
-    assert (objective.block_twin, noise_kind) in OBJECTIVES if name in ("mdlm", "block") and noise_kind == "mask" else (
-        objective.block_twin is None)
+    if objective.block_twin:
+        assert OBJECTIVES[objective.block_twin, noise_kind].block_twin == objective.block_twin
 
 
 @pytest.mark.parametrize("objective", [MDLM(MASK), SEDD(MASK), SEDD(MASK, scaled=False), D3PM(MASK, 10)],
