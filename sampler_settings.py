@@ -17,7 +17,7 @@ from storage import digest
 
 NAMES = list(dict.fromkeys(name for objective in OBJECTIVES.values() if not objective.causal
                            for name in objective.samplers))  # for --sampler; causal networks have no choice
-FLAGS = ("grid", "k", "threshold", "gamma", "remask", "eta")
+FLAGS = list(dict.fromkeys(flag for sampler in SAMPLERS.values() for flag in sampler.flags if flag != "steps"))
 DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "remask": "cap"}
 CUTS = ("temperature", "top_p", "top_k")
 
