@@ -22,7 +22,7 @@ from foreign.masked_lm import MaskedLM
 from foreign.tiny_diffusion import TinyDiffusion
 from mixers import MIXERS, RESIDUALS, MixerDiT
 from model import DiT
-from optim import parse_clip
+from optim import OPTIMIZERS, parse_clip
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
 # A new objective or network gets a name here and a file of its own (diffusion.Absorbing lists what it must have).
@@ -117,7 +117,7 @@ class Config:
     max_steps: int = setting(500_000, "number of optimiser steps")
     optimizer: str = setting("adamw", "adamw for all weights; muon for the matrices of the blocks; sm3 or "
                              "sm3_nesterov for all weights, with about half of adamw's state (optim.py)",
-                             ("adamw", "muon", "sm3", "sm3_nesterov"))
+                             tuple(OPTIMIZERS))
     lr: float = setting(1e-3, "peak learning rate")
     min_lr: float = setting(1e-5, "learning rate at max_steps")
     lr_decay: str = setting("cosine", "shape of the decay of the learning rate to min_lr", ("cosine", "linear"))
@@ -199,7 +199,7 @@ class Config:
         if (self.objective, self.noise) not in OBJECTIVES:
             others = " or ".join(name for name, noise in OBJECTIVES if noise == self.noise)
             raise UserError(f"noise={self.noise} does not work with objective={self.objective}: use {others}")
-        if self.optimizer not in ("adamw", "muon") and self.fsdp:
+        if self.fsdp and not OPTIMIZERS[self.optimizer].takes_shares:
             raise UserError(f"optimizer={self.optimizer} needs whole tensors, and --fsdp splits them: leave out one of "
                             "the two")
         try:

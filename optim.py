@@ -78,7 +78,17 @@ def parse_clip(text):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which can skip a step without waiting for the device."""
+    """torch's AdamW, which can skip a step without waiting for the device.
+
+    Every optimiser has what this one has: state_shapes, flops, from_config, step_unless and takes_shares.
+    """
+
+    takes_shares = True  # it can step the shares of tensors that --fsdp leaves to a process
+
+    @classmethod
+    def from_config(cls, groups, cfg, device, dtype):
+        """The optimiser of a run. groups: of parameters, as torch's optimisers take them. dtype: of matrix products."""
+        return cls(groups, cfg.lr, (cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
 
     @staticmethod
     def state_shapes(shape):
@@ -148,6 +158,12 @@ class Muon(torch.optim.Optimizer):
 
     compiled: compile the functions that a step consists of, which then read and write each number less often.
     """
+
+    takes_shares = True
+
+    @classmethod
+    def from_config(cls, groups, cfg, device, dtype):
+        return cls(groups, cfg.lr, dtype=dtype, compiled=parallel.compiles(cfg, device))
 
     @staticmethod
     def state_shapes(shape):
@@ -222,6 +238,12 @@ class SM3(torch.optim.Optimizer):
     Weight decay is decoupled, as AdamW's.
     """
 
+    takes_shares = False
+
+    @classmethod
+    def from_config(cls, groups, cfg, device, dtype):
+        return cls(groups, cfg.lr, cfg.beta1, nesterov=cfg.optimizer == "sm3_nesterov")
+
     @staticmethod
     def state_shapes(shape):
         return {"momentum": shape} | {f"max_{i}": tuple(n if i == j else 1 for j, n in enumerate(shape))
@@ -261,30 +283,25 @@ class SM3(torch.optim.Optimizer):
         p.mul_(1 - lr * group["weight_decay"] * good).sub_(step, alpha=lr)
 
 
+OPTIMIZERS = {"adamw": AdamW, "muon": Muon, "sm3": SM3, "sm3_nesterov": SM3}
+
+
 def shares(model, cfg):
     """Return [(optimiser class, its parameters)], each parameter of the model once. Muon has the blocks' matrices."""
-    if cfg.optimizer.startswith("sm3"):
-        return [(SM3, list(model.parameters()))]
-    matrices = model.matrices() if cfg.optimizer == "muon" else []
+    if OPTIMIZERS[cfg.optimizer] is not Muon:
+        return [(OPTIMIZERS[cfg.optimizer], list(model.parameters()))]
+    matrices = model.matrices()
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     return [(AdamW, rest), (Muon, matrices)] if matrices else [(AdamW, rest)]
 
 
 def make_optimizers(model, cfg, device, dtype):
     """Return the optimisers of a run. Tensors of two or more dimensions have weight decay."""
-    optimizers = []
-    for kind, parameters in shares(model, cfg):
-        groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-                  {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-        if kind is Muon:
-            optimizer = Muon(parameters, cfg.lr, weight_decay=cfg.weight_decay, dtype=dtype,
-                             compiled=parallel.compiles(cfg, device))
-        elif kind is SM3:
-            optimizer = SM3(groups, cfg.lr, cfg.beta1, nesterov=cfg.optimizer == "sm3_nesterov")
-        else:
-            optimizer = AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), fused=device.type in ("cuda", "cpu"))
-        optimizers.append(optimizer)
-    return optimizers
+    def groups(parameters):
+        return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+                {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+
+    return [kind.from_config(groups(parameters), cfg, device, dtype) for kind, parameters in shares(model, cfg)]
 
 
 # ---- the moving average ----------------------------------------------------------------------------------------------

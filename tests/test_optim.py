@@ -11,7 +11,7 @@ import optim
 from cli import UserError
 from commands import assert_one_line, assert_resumes_exactly, losses, train
 from configs import Config, replace
-from optim import COEFFICIENTS, SM3, Muon, clip_gradients, make_optimizers, orthogonalise
+from optim import COEFFICIENTS, OPTIMIZERS, SM3, Muon, clip_gradients, make_optimizers, orthogonalise
 from train import states
 
 CFG = Config(n_layer=2, n_head=2, n_embd=16, n_cond=8, seq_len=8, optimizer="muon", lr=0.01)
@@ -142,9 +142,9 @@ def test_precision():
     assert steps[1].dtype == torch.float32 and 1e-4 < (steps[0] - steps[1]).norm() / steps[0].norm() < 0.2
 
 
-@pytest.mark.parametrize("kind", [Muon, SM3])
+@pytest.mark.parametrize("kind", dict.fromkeys(OPTIMIZERS.values()))
 def test_a_bad_step_does_nothing(kind):
-    """A gradient of nans moves neither weights nor state. A good step moves both."""
+    """A gradient of nans moves neither weights nor state. A good step moves both. The state has its shapes."""
     p = torch.nn.Parameter(torch.randn(4, 8))
     optimizer = kind([p], lr=0.1, weight_decay=0.1)
     for bad in (True, False, True):
@@ -153,6 +153,7 @@ def test_a_bad_step_does_nothing(kind):
         optimizer.step_unless(torch.tensor(bad))
         for key, x in (optimizer.state[p] | {"weights": p.detach()}).items():
             assert torch.equal(x, before.get(key, torch.zeros_like(x))) == bad, key
+    assert {key: x.shape for key, x in optimizer.state[p].items()} == kind.state_shapes(p.shape)
 
 
 def test_who_steps_what():
@@ -165,7 +166,7 @@ def test_who_steps_what():
     mine = [names[p] for group in muon.param_groups for p in group["params"]]
     kinds = ("qkv", "attn_out", "mlp_in", "mlp_out")
     assert sorted(mine) == sorted(f"blocks.{i}.{kind}.weight" for i in range(2) for kind in kinds)
-    assert [group["weight_decay"] for group in muon.param_groups] == [CFG.weight_decay] != [0]
+    assert [group["weight_decay"] for group in muon.param_groups if group["params"]] == [CFG.weight_decay] != [0]
     rest = [names[p] for group in adamw.param_groups for p in group["params"]]
     assert sorted(mine + rest) == sorted(names.values()) and states([adamw, muon]).keys() == names.keys()
     for name in ("sm3", "sm3_nesterov"):
