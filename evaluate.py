@@ -232,7 +232,7 @@ def likelihood(subject, estimator, args):
         "scored_sha256": digest(dict(sorted(subject.model.named_parameters()))) if args.json else None,
         "seconds": time.perf_counter() - start,
     }
-    also = "" if unit == "char" else f", {result['bits_per_byte']:.4f} bits per byte"
+    also = f", {result['bits_per_byte']:.4f} bits per byte" if unit == "token" else ""
     line = (f"{bits:.4f} {plus_minus(error)} bits per {unit} on {subject.where} ({data.n:,} windows of "
             f"{data.seq_len}; {method}; step {subject.step:,}; "
             f"perplexity {'above 1e308' if perplexity is None else format(perplexity, ',.2f')}{also})")

@@ -156,11 +156,13 @@ class DatasetWriter:
     """Write a data set into a temporary folder beside its place; leaving the `with` block renames the folder.
 
     append(split, ids, n_bytes) may be called any number of times and keeps no ids in memory. n_bytes: of the text, in
-    UTF-8, without tokens that are no text. After an exception nothing is left.
+    UTF-8, without tokens that are no text. meta.json has `meta`, the folder's name as "name", and what was counted.
+    After an exception nothing is left.
     """
 
     def __init__(self, folder, meta):
-        self.folder, self.meta = Path(os.path.realpath(folder)), meta  # the folder may be a link to another disk
+        self.folder = Path(os.path.realpath(folder))  # the folder may be a link to another disk
+        self.meta = {"name": Path(folder).name} | meta
         self.dtype = id_type(meta["vocab_size"])
 
     def __enter__(self):

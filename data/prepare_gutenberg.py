@@ -120,8 +120,7 @@ def main():
         args.tokenizer, lambda: [text for book, text in zip(books, load()) if book["split"] == "train"])
     if args.tokenizer.startswith("bpe:"):
         tokens["characters"] = TEXT8_ALPHABET
-    meta = tokens | {"name": folder.name, "source": ", ".join(sorted({book["repo"] for book in books})),
-                     "request": request}
+    meta = tokens | {"source": ", ".join(sorted({book["repo"] for book in books})), "request": request}
     tokenizer, texts, different = make_tokenizer(meta), load(), []
     with DatasetWriter(folder, meta) as writer, progress(total=len(books), desc="encoding", unit="book") as bar:
         for book, text in zip(books, texts):

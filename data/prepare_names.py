@@ -55,7 +55,7 @@ def main():
                         "and three splits need at least 20")
     random.Random(1).shuffle(names)
     alphabet = "".join(sorted(set().union(*names))) + PAD
-    meta = characters(alphabet) | {"pad": PAD, "record": RECORD, "name": args.name, "request": request,
+    meta = characters(alphabet) | {"pad": PAD, "record": RECORD, "request": request,
                                    "source": Path(args.file).name if args.file else URL}
     encode = CharTokenizer(alphabet).encode
     with DatasetWriter(folder, meta) as writer:

@@ -96,8 +96,7 @@ def main():
         return
     documents = load_documents(args.file)
     GPT2Tokenizer()  # fails here, in one line, if there is no vocabulary; else fills the cache for the workers
-    meta = dict(KNOWN["openwebtext"], name="openwebtext", source=", ".join(args.file) if args.file else SOURCE,
-                request=request)
+    meta = dict(KNOWN["openwebtext"], source=", ".join(args.file) if args.file else SOURCE, request=request)
     pool = ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("spawn"), start_worker, (args.held_out,))
     with DatasetWriter(folder, meta) as writer, pool, progress(total=len(documents), unit="doc") as bar:
         batches = (batch["text"] for batch in documents.iter(BATCH))

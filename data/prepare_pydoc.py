@@ -78,7 +78,7 @@ def main():
     folder = folder_of(args, "pydoc", "char")
     if is_prepared(folder):
         return
-    meta = dict(KNOWN["text8" if args.tokenizer == "char" else "openwebtext"], name=folder.name,
+    meta = dict(KNOWN["text8" if args.tokenizer == "char" else "openwebtext"],
                 source=f"documentation strings of Python {platform.python_version()}")
     tokenizer = make_tokenizer(meta)
     with DatasetWriter(folder, meta) as writer:

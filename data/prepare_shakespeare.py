@@ -31,7 +31,7 @@ def main():
     alphabet = "".join(sorted(set(text)))
     if args.alphabet == "text8":
         text, alphabet = " ".join(text8_words(text)), KNOWN["text8"]["alphabet"]
-    meta = characters(alphabet) | {"name": name, "source": URL}
+    meta = characters(alphabet) | {"source": URL}
     write_splits(folder, meta, cut(text, train=0.9, val=0.05), CharTokenizer(alphabet).encode)
 
 

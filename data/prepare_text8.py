@@ -27,7 +27,7 @@ def main():
         return
     with zipfile.ZipFile(io.BytesIO(fetch(URL, SHA256, args.file))) as archive:
         text = archive.read("text8").decode("ascii")
-    meta = dict(KNOWN["text8"], name="text8", source=URL)
+    meta = dict(KNOWN["text8"], source=URL)
     write_splits(folder, meta, cut(text, train=0.9, val=0.05), CharTokenizer(meta["alphabet"]).encode)
 
 

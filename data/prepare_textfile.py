@@ -74,7 +74,7 @@ def main():
             raise UserError(f"the text has {len(alphabet):,} different characters, more than 65,536: "
                             "use --tokenizer gpt2")
         meta = characters(alphabet)
-    meta |= {"name": args.name, "source": ", ".join(Path(file).name for file in args.files), "request": request}
+    meta |= {"source": ", ".join(Path(file).name for file in args.files), "request": request}
     tokenizer = make_tokenizer(meta)
     write_splits(folder, meta, splits, lambda text: encode(text, tokenizer))
 

@@ -62,7 +62,7 @@ def main():
     if args.file:
         load()  # local files are read before a tokenizer is downloaded
     meta = tokens_of(args.tokenizer, lambda: [load()["train"]])
-    meta |= {"name": folder.name, "source": ", ".join(args.file or [SOURCE]), "request": request}
+    meta |= {"source": ", ".join(args.file or [SOURCE]), "request": request}
     tokenizer = make_tokenizer(meta)
     write_splits(folder, meta, load(), lambda text: encode(text, tokenizer))
 

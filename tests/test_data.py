@@ -544,6 +544,10 @@ def small(tmp_path):
     return tmp_path
 
 
+def test_a_data_set_has_the_name_of_its_folder(small):
+    assert load_meta("small", small)["name"] == "small"
+
+
 def test_crops_reach_every_position(small):
     """Crops are consecutive tokens, start everywhere, reach the last window and depend on (seed, step, index) alone."""
     tokens = load_split("small", "train", 8, small)
