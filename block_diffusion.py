@@ -71,6 +71,7 @@ class BlockDiffusion(MDLM):
 
     description = "writes block after block, from left to right"
     any_order = both_sides = False
+    own = (*MDLM.own, "block_size", "rate_range")
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm")}
 
     def __init__(self, mask_id, block_size, schedule="linear", time_sampling="exact_k", weighting="nelbo",

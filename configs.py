@@ -38,6 +38,16 @@ def setting(default, help, choices=None, same_run=True):
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, same_run=same_run))
 
 
+def default_of(key):
+    return Config.__dataclass_fields__[key].default
+
+
+def settings_of_objectives():
+    """{setting: names of the objectives that have it}, for settings that not all have."""
+    keys = dict.fromkeys(key for objective in OBJECTIVES.values() for key in objective.own)
+    return {key: [name for (name, _), objective in OBJECTIVES.items() if key in objective.own] for key in keys}
+
+
 # Numbers of these fields are at least 1. Numbers of other fields are at least 0.
 COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size", "micro_batch_size", "max_steps",
           "eval_interval", "eval_sequences", "checkpoint_interval", "log_interval",
@@ -209,15 +219,22 @@ class Config:
                             "agc_tensor:0.003")
         if self.clip != "norm" and self.fsdp:
             raise UserError(f"clip={self.clip} needs whole tensors, and --fsdp splits them: leave out one of the two")
-        if self.objective != "block" and (self.block_size or self.rate_range != "0:1"):
-            raise UserError("block_size and rate_range need objective=block")
         for name, network in NETWORKS.items():
             for key in network.own:
-                if key not in self.network.own and getattr(self, key) != Config.__dataclass_fields__[key].default:
+                if key not in self.network.own and getattr(self, key) != default_of(key):
                     raise UserError(f"{key} needs architecture={name}")
         for part in (self.network, self.objective_class, local_sgd):
             if misfit := part.misfit(self):
                 raise UserError(misfit)
+        for key, names in settings_of_objectives().items():
+            if self.objective not in names and getattr(self, key) != default_of(key):
+                raise UserError(f"{key}={getattr(self, key)} is only for objective={' and '.join(names)}: use "
+                                f"{key}={default_of(key)}")
+
+    def with_objective(self, name, **settings):
+        """This Config with another objective, without the settings that this one does not have."""
+        others = {key: default_of(key) for key, names in settings_of_objectives().items() if name not in names}
+        return replace(self, objective=name, **others, **settings)
 
     @property
     def objective_class(self):

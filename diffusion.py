@@ -195,7 +195,7 @@ class Absorbing:
     block_size = 0      # tokens of a block, if blocks are predicted from left to right (block_diffusion.py)
     block_twin = None   # the name of the objective that predicts masks in the same way within blocks, or None
     normalised_twin = None  # if the predictions f need not sum to 1: the name of the objective that scores f/sum(f)
-    loss_settings = ()  # which of lambda_ce and weighting it has
+    own = ()  # settings of Config that some other objectives do not have: they refuse all values but the default
     # {what --sampler calls a sampler: its name in sampling.SAMPLERS}. The first one is the default.
     samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
                                         "analytic", "euler")}
@@ -205,10 +205,7 @@ class Absorbing:
 
     @classmethod
     def misfit(cls, config):
-        if config.lambda_ce and "lambda_ce" not in cls.loss_settings:
-            return "lambda_ce is only for objective=d3pm: use lambda_ce=0"
-        if config.weighting == "simple" and "weighting" not in cls.loss_settings:
-            return "weighting=simple is only for objective=mdlm and block: use weighting=nelbo"
+        return None
 
     def __init__(self, mask_id, schedule="linear"):
         self.mask_id = mask_id
@@ -321,7 +318,7 @@ class D3PM(Absorbing):
 
     estimators = {"t_step": "t_step_uniform", "t_step_uniform": "t_step"} | Absorbing.estimators
     reported = "t_step"
-    loss_settings = ("lambda_ce",)
+    own = ("lambda_ce",)
 
     def __init__(self, mask_id, T=1000, schedule="linear", lambda_ce=0.0):
         super().__init__(mask_id, schedule)
@@ -412,7 +409,7 @@ class MDLM(Absorbing):
     """
 
     block_twin = "block"
-    loss_settings = ("weighting",)
+    own = ("weighting",)
 
     def __init__(self, mask_id, schedule="linear", time_sampling="stratified", weighting="nelbo"):
         super().__init__(mask_id, schedule)
@@ -458,7 +455,7 @@ class SEDD(MDLM):
     normalised.
     """
 
-    normalised_twin, block_twin, loss_settings = "mdlm", None, ()
+    normalised_twin, block_twin, own = "mdlm", None, ()
 
     def __init__(self, mask_id, schedule="loglinear", time_sampling="stratified", scaled=True):
         super().__init__(mask_id, schedule, time_sampling)

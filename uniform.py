@@ -98,7 +98,7 @@ class Uniform:
     has_mask = causal = any_order = False
     both_sides = everywhere = True
     T = block_twin = normalised_twin = None
-    block_size = 0
+    block_size, own = 0, ()
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
     time, n_times, loss = Absorbing.time, Absorbing.n_times, Absorbing.loss

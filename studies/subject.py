@@ -1,7 +1,6 @@
 """A checkpoint and the windows of a text that a command scores it on, for evaluate.py and the studies."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +62,7 @@ class Subject(NamedTuple):
     def objective(self, estimator=None, T=None):
         config = self.config
         if estimator in ("t_step", "t_step_uniform"):
-            config = replace(config, objective="d3pm", T=T or config.T, weighting="nelbo", time_sampling="uniform")
+            config = config.with_objective("d3pm", T=T or config.T, time_sampling="uniform")
         return config.make_objective(self.meta["vocab_size"])
 
 
@@ -117,7 +116,7 @@ def config_to_score(config, path, seq_len, normalised, block_size):
     if normalised:
         if not config.objective_class.normalised_twin:
             raise UserError(f"--normalised is only for score entropy with masks, and {path} has another objective")
-        config = replace(config, objective=config.objective_class.normalised_twin)
+        config = config.with_objective(config.objective_class.normalised_twin)
     size = block_size or config.block_size
     if size and seq_len % size:
         raise UserError(f"windows of {seq_len} tokens are no multiple of blocks of {size}: choose another --seq_len"
@@ -129,7 +128,7 @@ def config_to_score(config, path, seq_len, normalised, block_size):
                         f"objective={config.objective} with noise={config.noise}")
     if config.prefix != "none":
         raise UserError(f"{path} needs a prefix ({config.prefix}), and --block_size scores whole windows")
-    return replace(config, objective=config.objective_class.block_twin, block_size=block_size, seq_len=seq_len)
+    return config.with_objective(config.objective_class.block_twin, block_size=block_size, seq_len=seq_len)
 
 
 def read_tokens(file, tokenizer, seq_len, spelled=False):

@@ -349,7 +349,8 @@ def test_help_lists_every_setting(call):
     (["demo", "--dataset=nothing"], ["not prepared", "prepare_textfile.py"]),
     (["d3pm_text8", "--data_dir=/nonexistent"], ["run python data/prepare_text8.py"]),
     (["d3pm_text8", "--time_sampling=exact_k"], ["continuous-time bound"]),
-    (["demo", "--lambda_ce=1"], ["lambda_ce is only for objective=d3pm"]),
+    (["demo", "--lambda_ce=1"], ["lambda_ce=1.0 is only for objective=d3pm: use lambda_ce=0.0"]),
+    (["demo", "--block_size=4"], ["block_size=4 is only for objective=block: use block_size=0"]),
 ])
 def test_bad_train_arguments(call, tmp_path, monkeypatch, arguments, words):
     """One line that says what is wrong, exit code 2, and no output folder."""

@@ -520,6 +520,7 @@ def test_facts_of_an_objective(key):
 
     loss, nelbo = objective.loss(network, torch.randint(5, (3, 4)), noise)
     assert loss.dim() == 0 and nelbo.shape == (3,) and asked == [objective.everywhere]
+    assert objective.own == () or set(objective.own) <= Config.__dataclass_fields__.keys()
     if objective.normalised_twin:
         assert (objective.normalised_twin, "mask") in OBJECTIVES
     if objective.block_twin:
