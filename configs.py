@@ -227,7 +227,7 @@ class Config:
             if misfit := part.misfit(self):
                 raise UserError(misfit)
         for key, names in settings_of_objectives().items():
-            if self.objective not in names and getattr(self, key) != default_of(key):
+            if key not in self.objective_class.own and getattr(self, key) != default_of(key):
                 raise UserError(f"{key}={getattr(self, key)} is only for objective={' and '.join(names)}: use "
                                 f"{key}={default_of(key)}")
 

@@ -25,6 +25,30 @@ def batch(B=3):
     return torch.randint(0, 6, (B, 16), generator=g), torch.rand(B, generator=g)
 
 
+@pytest.mark.parametrize("name", sorted(set(configs.NETWORKS) - {"masked_lm"}))  # that one: test_masked_lm.py
+def test_facts_of_a_network(name):
+    """Each has what the README asks for: its settings, logits of all tokens or of those at `where`, which are places or
+    True, without the mask; trunk and head, which --compile takes; matrices, output layer and operations."""
+    conditioning = "step" if name == "tiny_diffusion" else "none"
+    model, (xt, t) = network(5, architecture=name, conditioning=conditioning), batch()
+    assert {*model.own, *model.of_source} <= configs.Config.__dataclass_fields__.keys() and model.vocab_size == 5
+    where = torch.rand(xt.shape) < 0.4
+    logits = model(xt, t)
+    assert logits.shape == (3, 16, 5)
+    for chosen in (where, places(where)):
+        torch.testing.assert_close(model(xt, t, where=chosen), logits[where], atol=1e-4, rtol=1e-4)
+    if hasattr(model, "trunk"):
+        torch.testing.assert_close(model.head(model.trunk(xt, t)), logits)
+        called, trunk = [], model.trunk
+        model.trunk = lambda *x, **more: called.append(1) or trunk(*x, **more)
+        model(xt, t)
+        assert called, "forward must call trunk, which --compile replaces"
+    gradients = torch.autograd.grad(logits.square().sum(), model.parameters(), allow_unused=True)
+    learns = {id(p) for p, gradient in zip(model.parameters(), gradients) if gradient is not None}
+    assert learns >= {id(p) for p in model.matrices()} and learns >= {id(p) for p in model.output_layer()}
+    assert all(p.dim() == 2 for p in model.matrices()) and 0 < model.flops(16, 0.5) < model.flops(16)
+
+
 @pytest.mark.parametrize("conditioning, shift", [("none", True), ("none", False), ("time", True), ("step", False)])
 def test_where_selects(conditioning, shift):
     """Logits at `where` are those rows of all logits, in row-major order, and so are all gradients; none of the mask.
