@@ -493,9 +493,9 @@ def test_score_entropy_of_the_optimum_is_the_entropy():
 
 
 @pytest.mark.parametrize("key", OBJECTIVES, ids=" ".join)
-def test_facts_of_an_objective(key):
-    """Each has all facts, and they hold: estimators come in pairs and are methods or orders, the reported one is one of
-    them, the samplers exist, and the network has as many tokens as it says."""
+def test_attributes_of_an_objective(key):
+    """Each has all attributes, and they hold: estimators come in pairs and are methods or orders, the reported one is
+    one of them, the samplers exist, and the network has as many tokens as it says."""
     name, noise_kind = key
     config = Config(n_layer=1, n_head=1, n_embd=4, n_cond=4, seq_len=4, conditioning="none", objective=name,
                     noise=noise_kind, schedule="loglinear" if name == "sedd" else "cosine",

@@ -26,7 +26,7 @@ def batch(B=3):
 
 
 @pytest.mark.parametrize("name", sorted(set(configs.NETWORKS) - {"masked_lm"}))  # that one: test_masked_lm.py
-def test_facts_of_a_network(name):
+def test_what_a_network_has(name):
     """Each has what the README asks for: its settings, logits of all tokens or of those at `where`, which are places or
     True, without the mask; trunk and head, which --compile takes; matrices, output layer and operations."""
     conditioning = "step" if name == "tiny_diffusion" else "none"
