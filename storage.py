@@ -290,6 +290,17 @@ def check_keys(payload, keys, path):
         raise UserError(f"{path} lacks {', '.join(missing)}: it was written by another version of this project")
 
 
+def is_damaged(path):
+    """Tell whether a checkpoint is damaged. Raises UserError if the system does not let it be read."""
+    try:
+        read(path)
+    except files.CannotOpen:
+        raise  # it may be whole
+    except UserError:
+        return True
+    return False
+
+
 def read_latest(out_dir):
     """(path, payload) of a run's last whole checkpoint, or (None, None) if it has none.
 

@@ -114,9 +114,12 @@ def test_every_kind_of_change_changes_the_hash():
         storage.digest({"x": torch.zeros(1).expand(2)})
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_resume_auto_takes_the_previous_checkpoint(call, data_dir, tmp_path, capfd, damage):
-    """A damaged last checkpoint is reported by name and kept aside, the one before is used, and the end is the same."""
+@pytest.mark.parametrize("damage, resume", [("truncated", "auto"), ("flipped", "auto"), ("missing", "auto"),
+                                            ("flipped", "out/ckpt_prev.pt")])
+def test_a_run_continues_from_its_previous_checkpoint(call, data_dir, tmp_path, monkeypatch, damage, resume):
+    """A damaged last checkpoint is reported by name and kept aside, the one before is used, and the end is the same.
+    The user may also name the one before."""
+    monkeypatch.chdir(tmp_path)
     options = ["--max_steps=8", "--checkpoint_interval=3"]
     for out in ("whole", "out"):
         assert train(call, "mdlm_text8", data_dir, tmp_path / out, *options).code == 0
@@ -129,10 +132,11 @@ def test_resume_auto_takes_the_previous_checkpoint(call, data_dir, tmp_path, cap
         path.write_bytes(content[:-1000] if damage == "truncated" else content)
         assert_one_line(call("sample.py", tmp_path / "out"), "ckpt.pt")
         assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "out", *options, f"--resume={path}"), "ckpt.pt")
-    result = train(call, "mdlm_text8", data_dir, tmp_path / "out", *options, "--resume=auto")
+    result = train(call, "mdlm_text8", data_dir, tmp_path / "out", *options, f"--resume={resume}")
     assert result.code == 0 and "continuing at step 6" in result.out
-    if damage != "missing":
+    if resume == "auto" and damage != "missing":
         assert f"{path} " in result.err and "continuing from" in result.err and result.err.count("\n") == 1
+    if damage != "missing":
         assert (tmp_path / "out" / "ckpt_damaged.pt").exists()
     assert_identical(tmp_path / "whole", tmp_path / "out")
     assert storage.read(tmp_path / "out" / "ckpt_prev.pt")["step"] == 6
