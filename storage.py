@@ -134,7 +134,8 @@ def claim(out_dir, patience=0, stop=None):
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / ".lock", "a")
     except OSError as error:
-        raise UserError(f"cannot use the folder {out_dir}: {error.strerror}")
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror  # strerror: "File exists"
+        raise UserError(f"cannot use the folder {out_dir}: {reason}")
     deadline = None
     while True:
         try:

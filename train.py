@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
-from cli import (UserError, autocast, device_name, generator_on, in_short, matmul_peak, memory_used, named, pick_dtype,
-                 progress, require, run)
+from cli import (UserError, autocast, device_name, generator_on, in_short, matmul_peak, memory_used, named, note,
+                 pick_dtype, progress, require, run)
 
 import torch
 
@@ -281,6 +281,9 @@ def main():
            + (f"\nall {step:,} steps are done already" if step == cfg.max_steps else ""),
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
            parameters=n_params, optimizer_bytes=optimizer_bytes, versions=storage.versions())
+    if is_main and cfg.warmup_steps >= cfg.max_steps:  # easily so in a short trial of a long config
+        note(f"the learning rate rises until the end, to {learning_rate(cfg.max_steps - 1, cfg):.2g}: set "
+             f"--warmup_steps={cfg.warmup_steps} below --max_steps={cfg.max_steps} if it should decay")
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
     pace, stopped = Pace(step), 0

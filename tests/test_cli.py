@@ -456,7 +456,8 @@ def test_bad_training_starts(call, data_dir, trained, tmp_path):
     out = tmp_path / "out"
     go = lambda *a: train(call, "mdlm_text8", data_dir, out, *a)
     (tmp_path / "file").write_text("in the way")
-    assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "file"), "cannot use the folder")
+    assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "file"),
+                    f"cannot use the folder {tmp_path / 'file'}: it is a file")
     assert_one_line(train(call, "mdlm_text8", data_dir, "x" * 300), "File name too long")
     assert_one_line(go("--seq_len=100000"), "fewer than one sequence of 100,000", "--seq_len=")
     assert_one_line(go(f"--resume={tmp_path}"), "no checkpoint at")

@@ -69,11 +69,13 @@ def test_fine_tuning(call, data_dir, trained, tmp_path):
 
 
 def test_every_optimizer_warms_up(call, data_dir, tmp_path):
-    """The first step of nine of warm-up is a ninth of one without, of AdamW's parameters and of Muon's."""
+    """The first step of nine of warm-up is a ninth of one without, of AdamW's parameters and of Muon's. A line says
+    that a run ends within the warm-up."""
     steps = {}
     for warmup in (0, 9):
         options = ["--max_steps=1", f"--warmup_steps={warmup}", "--optimizer=muon", "--weight_decay=0", "--lr=0.01"]
-        assert train(call, "mdlm_text8", data_dir, tmp_path / str(warmup), *options).code == 0
+        result = train(call, "mdlm_text8", data_dir, tmp_path / str(warmup), *options)
+        assert result.code == 0 and ("rises until the end, to 0.0011:" in result.err) == (warmup == 9)
         payload = storage.read(tmp_path / str(warmup))
         config = Config(**payload["config"])
         torch.manual_seed(config.seed)
