@@ -63,6 +63,9 @@ def parse_args():
                    help=r"fill the blanks of TEXT: ____ is four tokens, {12} is twelve; write _ { } \ and a new line "
                    r"as \_ \{ \} \\ \n")
     q.add_argument("--infill", type=named, metavar="FILE", help="fill the templates in FILE, one per line")
+    q.add_argument("--guidance", type=number(float, 0, 100), default=0.0, metavar="W",
+                   help="follow the prompt more closely: draw from p(x|prompt)^(1+W) / p(x)^W, with two network calls "
+                   "for one (default 0: p(x|prompt))")
     q = p.add_argument_group("output")
     q.add_argument("--show", action="store_true", help="show the denoising of the first sample as it happens")
     q.add_argument("--show_intermediate", type=number(int, 1), nargs="?", const=1, metavar="N",
@@ -151,6 +154,12 @@ def check(args, config):
         n_blocks = min(-(-args.context // config.block_size), config.seq_len // config.block_size - 1)
         raise UserError(f"--context {args.context} is no multiple of the block size of {args.checkpoint}: use "
                         f"{n_blocks * config.block_size}")
+    if args.guidance:
+        if not (objective.has_mask and objective.any_order) or args.sampler in ("analytic", "euler"):
+            raise UserError("--guidance needs a model of masks in whole texts, and a sampler that normalises its "
+                            "prediction, such as ancestral: leave it out")
+        if not (args.prefix or args.suffix or args.template or args.infill):
+            raise UserError("--guidance strengthens a prompt: add --prefix, --suffix, --template or --infill")
     if args.no_cache and not config.block_size:
         raise UserError("--no_cache is for block diffusion, and no other model has a cache: leave it out")
     if args.known_words and (args.prefix or args.suffix or args.template or args.infill):
@@ -169,6 +178,7 @@ def main():
     tokenizer = make_tokenizer(meta)
     objective = config.make_objective(meta["vocab_size"])
     settings = settings_of(args, config, args.checkpoint, model, args.sampler, given_flags(args, args.steps))
+    settings = settings._replace(guidance=args.guidance)
     prompts = canvases(args, config.seq_len, tokenizer, objective.mask_id, config.block_size)
     check_fits(RECORD * args.batch_size * sum(map(len, prompts)), torch.device("cpu"),
                f"--batch_size={args.batch_size} x {sum(map(len, prompts)):,} tokens", "ask for fewer tokens at a time")
@@ -211,7 +221,8 @@ def main():
                             for b, (text, tokens) in enumerate(zip(texts, samples))],
                 "sampler": settings.sampler, "steps": history.steps, **options,
                 "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
-                "context": args.context, "nfe": denoiser.nfe, "tokens_read": denoiser.tokens, "seconds": seconds,
+                "guidance": settings.guidance, "context": args.context, "nfe": denoiser.nfe,
+                "tokens_read": denoiser.tokens, "seconds": seconds,
                 "tokens_per_second": n_masks / seconds, "seed": args.seed, "checkpoint": args.checkpoint}), flush=True)
         else:
             print(for_terminal("\n\n".join(texts), sys.stdout), flush=True)

@@ -248,6 +248,8 @@ def test_bad_requests(call, trained, tmp_path):
             (["--prefix", "a" * 40], "or use a larger --length and a --context"),
             (["--prefix", "a" * 32], "leaves nothing of 32"),
             (["--prefix=the cat", "--length=7"], "a larger --length\n"),
+            (["--guidance=1"], "strengthens a prompt"),
+            (["--prefix=the", "--guidance=1", "--sampler=euler"], "a sampler that normalises its prediction"),
             (["--prefix=the", "--known_words"], "counts the words of whole samples"),
             (["--temperature=0", "--top_k=3"], "leave out --top_p and --top_k"),
             (["--length=100"], "such as 8\n"), (["--template", "{40}"], "the model writes 32"),

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import configs
 import world
@@ -331,6 +332,26 @@ def test_entropy_bound_by_hand():
 
 
 # ---- what all of them promise ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w", [0.0, 1.5])
+def test_guidance_follows_its_formula(w):
+    """One token is given. Each next token x follows p(x | all)^(1 + w) / p(x | all but the given one)^w."""
+    xt = torch.tensor([[1, MASK, MASK]])
+    def next_token(at, xt):
+        where = torch.arange(L)[None] == at
+        c, u = (world.oracle(x, where=where)[0].softmax(-1) for x in (xt, torch.where(torch.arange(L) == 0, MASK, xt)))
+        q = c ** (1 + w) / u**w
+        return q / q.sum()
+
+    expected = torch.zeros(V, V)
+    for first, second in ((1, 2), (2, 1)):  # both orders are equally likely
+        for token, p in enumerate(next_token(first, xt)):
+            q = p / 2 * next_token(second, torch.where(torch.arange(L) == first, token, xt))
+            expected += (q * F.one_hot(torch.tensor(token), V)[:, None] if first == 1
+                         else q[:, None] * F.one_hot(torch.tensor(token), V))
+    *_, state = Settings("first_hitting", guidance=w)(MDLM(MASK), world.oracle, xt.expand(30_000, L), generator())
+    assert chi_square_excess(counts_of(state.xt)[V**2:2 * V**2], expected.flatten().double()) < 4
 
 
 ALL = [Settings("ancestral", {"grid": schedule_grid("cosine", 6)}), Settings("first_hitting"),
