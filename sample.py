@@ -160,6 +160,9 @@ def check(args, config):
                             "prediction, such as ancestral: leave it out")
         if not (args.prefix or args.suffix or args.template or args.infill):
             raise UserError("--guidance strengthens a prompt: add --prefix, --suffix, --template or --infill")
+        if config.prefix_range[0]:
+            raise UserError(f"--guidance compares with the text without its prompt, and {args.checkpoint} needs a "
+                            "prefix: leave it out")
     if args.no_cache and not config.block_size:
         raise UserError("--no_cache is for block diffusion, and no other model has a cache: leave it out")
     if args.known_words and (args.prefix or args.suffix or args.template or args.infill):
