@@ -22,13 +22,15 @@ from foreign.masked_lm import MaskedLM
 from foreign.tiny_diffusion import TinyDiffusion
 from mixers import MIXERS, RESIDUALS, MixerDiT
 from model import DiT
-from optim import OPTIMIZERS, parse_clip
+from optim import OPTIMIZERS, TAKE_SHARES, parse_clip
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
 # A new objective or network gets a name here and a file of its own (diffusion.Absorbing lists what it must have).
 OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): SEDD,
               ("block", "mask"): BlockDiffusion, ("bert", "mask"): BERT, ("ar", "mask"): AutoRegressive,
               ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD}
+OWNERS = {key: [name for (name, _), one in OBJECTIVES.items() if key in one.own]  # of a setting that not all have
+          for objective in OBJECTIVES.values() for key in objective.own}
 NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion, "gpt2": GPT2, "nanogpt": NanoGPT,
             "masked_lm": MaskedLM, "mixers": MixerDiT}
 
@@ -40,12 +42,6 @@ def setting(default, help, choices=None, same_run=True):
 
 def default_of(key):
     return Config.__dataclass_fields__[key].default
-
-
-def settings_of_objectives():
-    """{setting: names of the objectives that have it}, for settings that not all have."""
-    keys = dict.fromkeys(key for objective in OBJECTIVES.values() for key in objective.own)
-    return {key: [name for (name, _), objective in OBJECTIVES.items() if key in objective.own] for key in keys}
 
 
 # Numbers of these fields are at least 1. Numbers of other fields are at least 0.
@@ -209,7 +205,7 @@ class Config:
         if (self.objective, self.noise) not in OBJECTIVES:
             others = " or ".join(name for name, noise in OBJECTIVES if noise == self.noise)
             raise UserError(f"noise={self.noise} does not work with objective={self.objective}: use {others}")
-        if self.fsdp and not OPTIMIZERS[self.optimizer].takes_shares:
+        if self.fsdp and OPTIMIZERS[self.optimizer] not in TAKE_SHARES:
             raise UserError(f"optimizer={self.optimizer} needs whole tensors, and --fsdp splits them: leave out one of "
                             "the two")
         try:
@@ -226,14 +222,14 @@ class Config:
         for part in (self.network, self.objective_class, local_sgd):
             if misfit := part.misfit(self):
                 raise UserError(misfit)
-        for key, names in settings_of_objectives().items():
+        for key, names in OWNERS.items():
             if key not in self.objective_class.own and getattr(self, key) != default_of(key):
                 raise UserError(f"{key}={getattr(self, key)} is only for objective={' and '.join(names)}: use "
                                 f"{key}={default_of(key)}")
 
     def with_objective(self, name, **settings):
         """This Config with another objective, without the settings that this one does not have."""
-        others = {key: default_of(key) for key, names in settings_of_objectives().items() if name not in names}
+        others = {key: default_of(key) for key, names in OWNERS.items() if name not in names}
         return replace(self, objective=name, **others, **settings)
 
     @property

@@ -80,10 +80,8 @@ def parse_clip(text):
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, which can skip a step without waiting for the device.
 
-    Every optimiser has what this one has: state_shapes, flops, from_config, step_unless and takes_shares.
+    Every optimiser here has state_shapes, flops, from_config and step_unless.
     """
-
-    takes_shares = True  # it can step the shares of tensors that --fsdp leaves to a process
 
     @classmethod
     def from_config(cls, groups, cfg, device, dtype):
@@ -158,8 +156,6 @@ class Muon(torch.optim.Optimizer):
 
     compiled: compile the functions that a step consists of, which then read and write each number less often.
     """
-
-    takes_shares = True
 
     @classmethod
     def from_config(cls, groups, cfg, device, dtype):
@@ -238,8 +234,6 @@ class SM3(torch.optim.Optimizer):
     Weight decay is decoupled, as AdamW's.
     """
 
-    takes_shares = False
-
     @classmethod
     def from_config(cls, groups, cfg, device, dtype):
         return cls(groups, cfg.lr, cfg.beta1, nesterov=cfg.optimizer == "sm3_nesterov")
@@ -284,6 +278,7 @@ class SM3(torch.optim.Optimizer):
 
 
 OPTIMIZERS = {"adamw": AdamW, "muon": Muon, "sm3": SM3, "sm3_nesterov": SM3}
+TAKE_SHARES = (AdamW, Muon)  # these can step the shares of tensors that --fsdp leaves to a process
 
 
 def shares(model, cfg):

@@ -717,7 +717,7 @@ def test_commands(call, data_dir, tmp_path):
     for flags, words in (
             (("--objective=block",), "a block_size that divides"),
             (("--objective=block", "--block_size=5"), "5 does not"),
-            (("--block_size=4",), "need objective=block"),
+            (("--block_size=4",), "is only for objective=block"),
             ((*BLOCK, "--noise=uniform"), "noise=uniform does not work with"),
             ((*BLOCK, "--prefix=fixed:8"), "use prefix=none"),
             ((*BLOCK, *CLIPPED, "--conditioning=time"), "rate_range needs"),

@@ -102,8 +102,8 @@ def test_whole_schedules(monkeypatch):
     power = lambda p=2.0: Schedule(lambda t: 1 - t**p, lambda t: -p * t ** (p - 1), lambda a: (1 - a) ** (1 / p),
                                    lambda t: -torch.log1p(-t**p))
     monkeypatch.setitem(SCHEDULES, "power", power)
-    whole = {name: make_schedule(name).whole for name in (*SCHEDULES, "power:3", "loglinear:1e-6", "geometric:1e-9:30")}
-    assert [name for name in whole if whole[name]] == ["linear", "cosine", "power", "power:3"]
+    assert all(make_schedule(name).whole for name in ("linear", "cosine", "power", "power:3"))
+    assert not any(make_schedule(name).whole for name in ("loglinear:1e-6", "geometric", "geometric:1e-9:30"))
     assert Config(schedule="power:3").make_objective(5).schedule.alpha(torch.tensor(0.5)) == 1 - 0.5**3
     with pytest.raises(UserError, match="schedule=power:3 ends at an infinite one"):
         Config(schedule="power:3", conditioning="sigma")
