@@ -1,4 +1,4 @@
-"""Use checkpoints: continue a run, start from its weights, load its model, export it.
+"""Use checkpoints: collect and restore the state of a run, start from its weights, load its model, export it.
 
     python checkpoint.py export out/demo demo-model --results test.json     a folder to share, also on the Hub
 
@@ -17,6 +17,7 @@ from cli import ArgumentParser, UserError, named, note, run
 import torch
 
 import optim
+import parallel
 import storage
 from adapt import adapt
 from configs import Config, same_run
@@ -25,11 +26,48 @@ from data.loader import check_same_data, check_same_tokens
 from data.tokenizer import make_tokenizer
 from export import export
 from foreign import translate
+from local_sgd import EveryStep
 from log import parse
 from storage import (Hints, add_hints, check_finite, check_fit, check_keys, claim, config_of, hints_of, load_weights,
                      read, read_latest)
 
 OF_ENGLISH = ("text8", "openwebtext", "lm1b", "ascii")  # English data sets of foreign checkpoints
+
+
+# ---- the state of a run --------------------------------------------------------------------------------------------
+
+
+def states(optimizers):
+    """{parameter: its state} of all optimizers. With Muon, each parameter belongs either to Muon or to AdamW."""
+    return {p: optimizer.state[p] for optimizer in optimizers for group in optimizer.param_groups
+            for p in group["params"]}
+
+
+def state_of(model, ema, optimizers=(), exchange=EveryStep(), tally=None):
+    """Collect weights, averages and optimiser state for a checkpoint in the main process. All processes call it."""
+    parameters = dict(model.named_parameters())
+    state = {"model": {name: parallel.whole(p) for name, p in (exchange.anchor or parameters).items()},
+             "ema": {name: parallel.whole(average) for name, average in zip(parameters, ema.average)}}
+    if optimizers:
+        moments = states(optimizers)
+        state["optimizer"] = {name: {key: parallel.whole(value) for key, value in moments[p].items()}
+                              for name, p in parameters.items()}
+        state |= exchange.checkpoint(moments, tally)
+    return state
+
+
+def restore(state, model, ema, optimizers):
+    """Copy the state that state_of collected, and that only the main process has, back into all processes."""
+    shapes = parallel.on_main(lambda: {name: {key: value.shape for key, value in entries.items()}
+                              for name, entries in state["optimizer"].items()})
+    moments = states(optimizers)
+    for (name, p), average in zip(model.named_parameters(), ema.average):
+        parallel.copy_from_main(p, state and state["model"][name])
+        parallel.copy_from_main(average, state and state["ema"][name])
+        for key, shape in shapes[name].items():  # moments have the shape and the sharding of their parameter
+            value = torch.zeros_like(p) if shape == p.shape else torch.zeros(shape, device=p.device)
+            parallel.copy_from_main(value, state and state["optimizer"][name][key])
+            moments[p][key] = value
 
 
 # ---- continuing a run ----------------------------------------------------------------------------------------------

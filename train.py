@@ -90,40 +90,7 @@ def train_step(net, objective, parts, optimizers, cfg, device, dtype, mark=lambd
     return nats, norm, bad
 
 
-# ---- a run's state -------------------------------------------------------------------------------------------------
-
-
-def states(optimizers):
-    """{parameter: its state} of all optimizers. With Muon, each parameter belongs either to Muon or to AdamW."""
-    return {p: optimizer.state[p] for optimizer in optimizers for group in optimizer.param_groups
-            for p in group["params"]}
-
-
-def state_of(model, ema, optimizers=(), exchange=EveryStep(), tally=None):
-    """Collect weights, averages and optimiser state for a checkpoint in the main process. All processes call it."""
-    parameters = dict(model.named_parameters())
-    state = {"model": {name: parallel.whole(p) for name, p in (exchange.anchor or parameters).items()},
-             "ema": {name: parallel.whole(average) for name, average in zip(parameters, ema.average)}}
-    if optimizers:
-        moments = states(optimizers)
-        state["optimizer"] = {name: {key: parallel.whole(value) for key, value in moments[p].items()}
-                              for name, p in parameters.items()}
-        state |= exchange.checkpoint(moments, tally)
-    return state
-
-
-def restore(state, model, ema, optimizers):
-    """Copy the state that state_of collected, and that only the main process has, back into all processes."""
-    shapes = on_main(lambda: {name: {key: value.shape for key, value in entries.items()}
-                              for name, entries in state["optimizer"].items()})
-    moments = states(optimizers)
-    for (name, p), average in zip(model.named_parameters(), ema.average):
-        parallel.copy_from_main(p, state and state["model"][name])
-        parallel.copy_from_main(average, state and state["ema"][name])
-        for key, shape in shapes[name].items():  # moments have the shape and the sharding of their parameter
-            value = torch.zeros_like(p) if shape == p.shape else torch.zeros(shape, device=p.device)
-            parallel.copy_from_main(value, state and state["optimizer"][name][key])
-            moments[p][key] = value
+# ---- the run ------------------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser):
@@ -156,8 +123,8 @@ def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, s
     if resumed:
         step, best_val, tally, wandb_id, init_from = on_main(
             lambda: [payload.get(key) for key in ("step", "best_val", "tally", "wandb_id", "init_from")])
-        restore(payload, model, ema, optimizers)
-        tally = exchange.resume(payload, states(optimizers), tally)
+        checkpoint.restore(payload, model, ema, optimizers)
+        tally = exchange.resume(payload, checkpoint.states(optimizers), tally)
         ema.updates = step
     return net, optimizers, ema, exchange, (step, best_val, Tally(*tally.to(device)), wandb_id, init_from), lock
 
@@ -256,7 +223,7 @@ def main():
                             f"checkpoint in {out_dir} is unchanged; try a smaller --lr in a new run")
 
     def save(filename, to_resume):
-        state = state_of(model, ema, optimizers if to_resume else (), exchange, tally)
+        state = checkpoint.state_of(model, ema, optimizers if to_resume else (), exchange, tally)
 
         def write():
             refuse_infinite([*state["model"].values(), *state["ema"].values()])

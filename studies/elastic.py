@@ -34,9 +34,10 @@ import torch
 import configs
 import parallel
 import storage
+from checkpoint import restore, state_of
 from data.loader import open_data
 from optim import EMA, learning_rate, make_optimizers, set_learning_rate
-from train import batches, restore, state_of, train_step
+from train import batches, train_step
 
 
 def check(cfg):

@@ -53,6 +53,7 @@ import configs
 import local_sgd
 import storage
 from adapt import adapt
+from checkpoint import states
 from configs import replace
 from data.loader import check_same_data, check_same_tokens, open_data, windows
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
@@ -65,7 +66,7 @@ from plot import picture
 from randomness import rng
 from studies.clock import Clock, Rounds, asynchronous, read_machines
 from studies.servers import RegionalServer, Server, cosine, fill_lists, lists, norm
-from train import batches, states, train_step
+from train import batches, train_step
 
 SUMS = ("staleness", "drift", "cosine")
 HALOS = dict(merge_every=8, merge_weight=0.25, carry=False, global_lr=0.3, global_momentum=0.5, global_buffer=2)

@@ -14,13 +14,13 @@ import checkpoint
 import costs
 import parallel
 import storage
+from checkpoint import states
 from cli import UserError, memory_of
 from commands import assert_one_line, train
 from configs import CONFIGS, Config, replace
 from conftest import TRAINED
 from optim import make_optimizers
 from studies import forecast
-from train import states
 
 NEVER = object()  # the change of a field that is left out
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import torch
 
 import costs
 import optim
+from checkpoint import states
 from cli import UserError
 from commands import assert_one_line, assert_resumes_exactly, losses, train
 from configs import Config, replace
 from optim import COEFFICIENTS, OPTIMIZERS, SM3, Muon, clip_gradients, make_optimizers, orthogonalise
-from train import states
 
 CFG = Config(n_layer=2, n_head=2, n_embd=16, n_cond=8, seq_len=8, optimizer="muon", lr=0.01)
 GOOD = torch.tensor(False)  # the argument `bad` of a step that is taken
