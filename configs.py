@@ -29,7 +29,8 @@ from uniform import Uniform, UniformD3PM, UniformSEDD
 OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): SEDD,
               ("block", "mask"): BlockDiffusion, ("bert", "mask"): BERT, ("ar", "mask"): AutoRegressive,
               ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD}
-OWNERS = {key: [name for (name, _), one in OBJECTIVES.items() if key in one.own]  # of a setting that not all have
+# {a setting that some objectives do not have: the names of those that have it}
+OWNERS = {key: [name for (name, _), other in OBJECTIVES.items() if key in other.own]
           for objective in OBJECTIVES.values() for key in objective.own}
 NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion, "gpt2": GPT2, "nanogpt": NanoGPT,
             "masked_lm": MaskedLM, "mixers": MixerDiT}
@@ -52,9 +53,14 @@ COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size",
 MOST = {"seq_len": 10**7, "n_layer": 1000, "n_head": 10**4, "n_embd": 10**6, "n_cond": 10**6, "T": 10**7}
 
 
+# {first field of a group: title of the group in --help}
+GROUPS = {"dataset": "data", "architecture": "network", "mixer": "network, for architecture=mixers (mixers.py)",
+          "objective": "objective and noise", "batch_size": "optimisation",
+          "local_steps": "workers that exchange weights from time to time (local_sgd.py)", "eval_interval": "run"}
+
+
 @dataclass(frozen=True)
 class Config:
-    # data
     dataset: str = setting("text8", "name of the data set: a folder in data_dir that data/prepare_*.py made")
     data_dir: str = setting("", "folder that has the data sets; empty: data/ of this repository", same_run=False)
     seq_len: int = setting(256, "tokens per sequence")
@@ -63,19 +69,9 @@ class Config:
                          "uniform:0:128 (random)")
     padding: str = setting("end", "where the pads of an item (such as a name) are in training: at the end, or all "
                            "together at a random place in its text", ("end", "random"))
-    # model
+
     architecture: str = setting("dit", "network: dit (model.py), mixers (mixers.py), or one of foreign/: masked_lm is "
                                 "BERT, RoBERTa and others of transformers", tuple(NETWORKS))
-    mixer: str = setting("attention", "what mixes the tokens; architecture=mixers only", tuple(MIXERS))
-    residual: str = setting("zero", "branches of a block: zero at first (adaLN-Zero), with one learned gate (rezero), "
-                            "or plain; architecture=mixers only", RESIDUALS)
-    static_map: str = setting("full", "weights of static maps: one for each pair of positions (full), or for each "
-                              "distance (toeplitz); architecture=mixers only", ("full", "toeplitz"))
-    map_init: str = setting("", "first weights of static maps: orthogonal, or their standard deviation, as 0.004 or "
-                            "0.02/L; empty: the mixer's own; architecture=mixers only")
-    mask_aware: bool = setting(False, "leave masked tokens out where tokens are mixed without attention; "
-                               "architecture=mixers only")
-    gate_bias: float = setting(1.0, "first bias of the gate of mixer=gmlp and amlp; architecture=mixers only")
     backbone: str = setting("", "settings of architecture=masked_lm, as JSON; empty: those of --init_from or --resume")
     n_layer: int = setting(12, "number of transformer blocks")
     n_head: int = setting(12, "number of attention heads")
@@ -95,7 +91,17 @@ class Config:
                                  "were trained from left to right; shift_tokens then takes features from the left only")
     checkpoint_blocks: bool = setting(False, "recompute activations in the backward pass: less memory, a third slower",
                                       same_run=False)
-    # objective
+
+    mixer: str = setting("attention", "what mixes the tokens", tuple(MIXERS))
+    residual: str = setting("zero", "branches of a block: zero at first (adaLN-Zero), with one learned gate (rezero), "
+                            "or plain", RESIDUALS)
+    static_map: str = setting("full", "weights of static maps: one for each pair of positions (full), or for each "
+                              "distance (toeplitz)", ("full", "toeplitz"))
+    map_init: str = setting("", "first weights of static maps: orthogonal, or their standard deviation, as 0.004 or "
+                            "0.02/L; empty: the mixer's own")
+    mask_aware: bool = setting(False, "leave masked tokens out where tokens are mixed without attention")
+    gate_bias: float = setting(1.0, "first bias of the gate of mixer=gmlp and amlp")
+
     objective: str = setting("d3pm", "training objective: d3pm (T steps), mdlm (continuous time), sedd (score entropy),"
                              " block (mdlm in blocks, from left to right), bert (mask rate 0.15 alone) or ar "
                              "(autoregressive)",
@@ -116,7 +122,7 @@ class Config:
                              ("nelbo", "simple"))
     anneal_steps: int = setting(0, "steps in which attention grows from causal to full, at random places; 0: full at "
                                 "once")
-    # optimisation
+
     batch_size: int = setting(1024, "sequences per optimiser step, on all GPUs together")
     micro_batch_size: int = setting(256, "maximum number of sequences in a pass of one GPU; gradients are accumulated",
                                     same_run=False)
@@ -135,20 +141,20 @@ class Config:
                         "agc:0.01 for each output, agc_tensor:0.003 for whole tensors")
     grad_clip: float = setting(0.1, "maximum gradient norm of clip=norm; larger gradients are scaled down; 0: no "
                                "clipping")
-    local_steps: int = setting(0, "steps that each worker takes alone between two exchanges of weights (local_sgd.py); "
-                               "0: gradients are averaged in every step")
-    local_group: int = setting(1, "number of processes of a worker; local_steps only", same_run=False)
-    outer_lr: float = setting(0.7, "learning rate of an exchange; local_steps only")
-    outer_momentum: float = setting(0.9, "Nesterov's momentum of an exchange; local_steps only")
-    pull: float = setting(1.0, "share of the way to the common weights that a worker goes in an exchange; local_steps "
-                          "only")
-    delay: int = setting(0, "steps from sending weights to using the mean; local_steps only")
-    fragments: int = setting(1, "number of parts of the weights that are exchanged in turn; local_steps only")
-    eager: bool = setting(False, "a worker uses its own part of the mean at once; needs delay=local_steps and pull=1")
-    send_dtype: str = setting("float32", "number format of what is sent; local_steps only", ("float32", "bfloat16"))
     ema_decay: float = setting(0.9999, "decay per step of the moving average (EMA) of the weights, used to evaluate")
     seed: int = setting(1, "random seed of the weights, data order, noise and dropout")
-    # run
+
+    local_steps: int = setting(0, "steps that each worker takes alone between two exchanges of weights (local_sgd.py); "
+                               "0: gradients are averaged in every step")
+    local_group: int = setting(1, "number of processes of a worker", same_run=False)
+    outer_lr: float = setting(0.7, "learning rate of an exchange")
+    outer_momentum: float = setting(0.9, "Nesterov's momentum of an exchange")
+    pull: float = setting(1.0, "share of the way to the common weights that a worker goes in an exchange")
+    delay: int = setting(0, "steps from sending weights to using the mean")
+    fragments: int = setting(1, "number of parts of the weights that are exchanged in turn")
+    eager: bool = setting(False, "a worker uses its own part of the mean at once; needs delay=local_steps and pull=1")
+    send_dtype: str = setting("float32", "number format of what is sent", ("float32", "bfloat16"))
+
     eval_interval: int = setting(2500, "steps between validations", same_run=False)
     eval_sequences: int = setting(2048, "maximum number of validation sequences, spread evenly over the split",
                                   same_run=False)
@@ -224,7 +230,7 @@ class Config:
                 raise UserError(misfit)
         for key, names in OWNERS.items():
             if key not in self.objective_class.own and getattr(self, key) != default_of(key):
-                raise UserError(f"{key}={getattr(self, key)} is only for objective={' and '.join(names)}: use "
+                raise UserError(f"{key}={getattr(self, key)} is only for objective={' or '.join(names)}: use "
                                 f"{key}={default_of(key)}")
 
     def with_objective(self, name, **settings):
@@ -512,12 +518,14 @@ def from_command_line(script, description, add_arguments, several=False):
     p.add_argument("config", nargs="*", metavar="CONFIG", help="one of the configs below")
     add_arguments(p)
     for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            group = p.add_argument_group(GROUPS[field.name])
         kind, choices = field.type.__name__, field.metadata["choices"]
         text = f"{field.metadata['help']} [{'|'.join(choices) if choices else kind}: {getattr(chosen, field.name)!r}]"
         options = dict(type=boolean, nargs="?", const=True) if field.type is bool else dict(type=field.type)
-        p.add_argument(f"--{field.name}", metavar=kind.upper(), help=text, default=argparse.SUPPRESS, **options)
+        group.add_argument(f"--{field.name}", metavar=kind.upper(), help=text, default=argparse.SUPPRESS, **options)
         if field.type is bool:
-            p.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", default=argparse.SUPPRESS,
+            group.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", default=argparse.SUPPRESS,
                            help=argparse.SUPPRESS)
     if len(sys.argv) == 1:
         print(f"usage: {p.usage}, --help lists the keys\n\n{listing}")

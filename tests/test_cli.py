@@ -315,8 +315,10 @@ def test_gpt2_tokens(call, gpt2, data_dir, tmp_path):
 
 
 def test_help_lists_every_setting(call):
-    """--help shows every field with type and default, of the config where one is named; bare train.py lists configs."""
+    """--help shows every field with type and default, of the config where one is named, in groups; bare train.py lists
+    configs."""
     text = call("train.py", "d3pm_openwebtext_8gpu", "--help").out
+    assert all(f"\n{title}:\n  --{field} " in text for field, title in configs.GROUPS.items())
     assert all(f"--{field} " in text for field in configs.Config.__dataclass_fields__)
     assert re.search(r"--lr FLOAT\s+peak learning rate \[float: 0.0006\]", text)
     bare = call("train.py")
