@@ -30,7 +30,7 @@ from diffusion import make_schedule
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
 from log import finite
 from randomness import prefix_lengths
-from sampler_settings import NAMES, add_arguments, cuts, given_flags, settings_of, steps_flag
+from sampler_settings import NAMES, add_arguments, common_flags, given_flags, settings_of, steps_flag
 from sampling import SAMPLERS
 from storage import add_hints, digest
 from studies.baselines import reference_points
@@ -345,7 +345,7 @@ def ways(subject, args):
 def quality(subject, args, out):
     """Measure the quality of samples: the mode --samples."""
     drawn = isinstance(args.samples, int)
-    if not drawn and (args.sampler or given_flags(args, args.steps) or cuts(args)):
+    if not drawn and (args.sampler or given_flags(args, args.steps) or common_flags(args)):
         raise UserError("--samples FILE draws no samples: leave out the flags of samplers")
     texts = args.samples if drawn else read_samples(args.samples)
     settings = ways(subject, args) if drawn else []
@@ -366,7 +366,7 @@ def main():
         raise UserError("--samples compares with as many windows as there are samples: leave out --n_tokens")
     if mode == "samples" and args.text:
         raise UserError("--samples compares with the data set: leave out --text")
-    if mode != "samples" and (args.judge or args.sampler or given_flags(args, args.steps) or cuts(args)):
+    if mode != "samples" and (args.judge or args.sampler or given_flags(args, args.steps) or common_flags(args)):
         raise UserError("--judge and the flags of samplers need --samples")
     if args.out_dir and mode in (None, "orders"):
         raise UserError("--out_dir needs --curve, --curse, --context or --samples, which write files: leave it out")

@@ -210,7 +210,8 @@ def main():
     seconds = time.perf_counter() - began
     samples = [history.state(b, history.steps) for b in range(len(history.start))]
     texts = [text_of(tokens, start, end, tokenizer) for tokens, start in zip(samples, history.start)]
-    steps = f"{settings.steps} steps, " if settings.steps else ""
+    each = f" for each {settings.block_length} tokens" if settings.block_length else ""
+    steps = f"{settings.steps} steps{each}, " if settings.steps else ""
     title = f"{args.checkpoint}: {settings.sampler}, {steps}{denoiser.nfe} network calls"
     files = ((args.out, lambda: "".join(text + "\n" for text in texts)),
              (args.html, lambda: html(history, tokenizer, title)),
@@ -224,8 +225,8 @@ def main():
                             for b, (text, tokens) in enumerate(zip(texts, samples))],
                 "sampler": settings.sampler, "steps": history.steps, **options,
                 "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
-                "guidance": settings.guidance, "context": args.context, "nfe": denoiser.nfe,
-                "tokens_read": denoiser.tokens, "seconds": seconds,
+                "guidance": settings.guidance, "block_length": args.block_length, "context": args.context,
+                "nfe": denoiser.nfe, "tokens_read": denoiser.tokens, "seconds": seconds,
                 "tokens_per_second": n_masks / seconds, "seed": args.seed, "checkpoint": args.checkpoint}), flush=True)
         else:
             print(for_terminal("\n\n".join(texts), sys.stdout), flush=True)

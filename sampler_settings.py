@@ -19,7 +19,7 @@ NAMES = list(dict.fromkeys(name for objective in OBJECTIVES.values() if not obje
                            for name in objective.samplers))  # for --sampler; causal networks have no choice
 FLAGS = list(dict.fromkeys(flag for sampler in SAMPLERS.values() for flag in sampler.flags if flag != "steps"))
 DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "remask": "cap"}
-CUTS = ("temperature", "top_p", "top_k")
+COMMON = ("temperature", "top_p", "top_k", "block_length")  # flags for all samplers, which are fields of Settings
 
 
 def grid_flag(text):
@@ -65,6 +65,9 @@ def add_arguments(parser):
     p.add_argument("--remask", choices=DEFAULT_ETA, help="rule by which remdm masks tokens again (default cap)")
     p.add_argument("--eta", type=number(float, 0, 1), help="strength of the remasking of remdm (default: "
                    + ", ".join(f"{rule} {eta}" for rule, eta in DEFAULT_ETA.items()) + ")")
+    p.add_argument("--block_length", type=number(int, 1), metavar="N",
+                   help="fill the masks from left to right, N at a time, each piece by the sampler (and its --steps); "
+                   "the network sees the whole text (default: all masks at once)")
     p.add_argument("--temperature", type=temperature_flag, help="temperature of the token distribution; below 1: "
                    "likelier tokens, less variety; 0: the likeliest token (default 1)")
     p.add_argument("--top_p", type=number(float, 1e-6, 1),
@@ -78,9 +81,9 @@ def given_flags(args, steps):
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def cuts(args):
-    """{flag: value} of the flags given that change the token distribution: temperature, top_p, top_k."""
-    return {name: getattr(args, name) for name in CUTS if getattr(args, name) is not None}
+def common_flags(args):
+    """{flag: value} of the flags for all samplers that were given."""
+    return {name: getattr(args, name) for name in COMMON if getattr(args, name) is not None}
 
 
 def settings_of(args, config, checkpoint, model, sampler, flags):
@@ -89,7 +92,10 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     sampler: a name, or None for the objective's default. Raises UserError for flags that the sampler does not know, for
     flags that contradict each other, and for auto without a curve.
     """
-    given, cut, objective = dict(flags), cuts(args), config.objective_class
+    given, common, objective = dict(flags), common_flags(args), config.objective_class
+    if "block_length" in common and not (objective.has_mask and objective.any_order):
+        raise UserError(f"--block_length is for models of masks in whole texts, and {checkpoint} "
+                        f"{objective.description}: leave it out")
     if objective.causal and (sampler or given):
         raise UserError(f"{checkpoint} {objective.description} and takes one step per token: leave out "
                         + ", ".join(f"--{name}" for name in (["sampler"] if sampler else []) + list(given)))
@@ -105,10 +111,10 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
         users = [other for other, name in objective.samplers.items() if unknown[0] in SAMPLERS[name].flags]
         raise UserError(f"--sampler {sampler} does not use --{unknown[0]}: leave it out"
                         + (f", or use {' or '.join(users)}" if users else ""))
-    if cut.get("temperature") == 0 and len(cut) > 1:
+    if common.get("temperature") == 0 and common.keys() & {"top_p", "top_k"}:
         raise UserError("--temperature 0 draws the likeliest token: leave out --top_p and --top_k")
-    if cut and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
-        raise UserError(f"--{next(iter(cut))} changes the token distribution, which euler does not use with uniform "
+    if common and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
+        raise UserError(f"--{next(iter(common))} changes the token distribution, which euler does not use with uniform "
                         "noise: choose --sampler ancestral")
     given = {flag: value for flag, value in DEFAULTS.items() if flag in known} | given
     if "remask" in given:
@@ -123,7 +129,7 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
             raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
     elif "steps" in known:
         given["grid"] = make_grid(steps, grid, config, checkpoint, model, given.get("remask"), args.raw)
-    return Settings(sampler, given, name, **cut)
+    return Settings(sampler, given, name, **common)
 
 
 def make_grid(steps, grid, config, checkpoint, model, remask, raw):

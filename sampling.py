@@ -14,6 +14,8 @@ walk through them. So the number of tokens limits what they cost, however many s
     analytic, euler  each mask by chance, by scores that need not be normalised   those of SEDD's two predictors
     left_to_right    (causal networks) one position after another                 that of the model, exactly
 
+Each of them also fills a text piece by piece, from left to right (piece_by_piece).
+
 A token is drawn from the network's prediction. Only `temperature`, `top_k`, `top_p` and `guidance` change this
 distribution. Grids are made of mask rates, not of times. From rate r to rate rho < r a mask is revealed with
 probability 1 - rho/r, whatever the schedule is. The schedule says only what time the network is told at a rate
@@ -33,6 +35,7 @@ All samplers take the same arguments, and then those of their own:
 Networks trained on uniform noise have samplers of their own, in uniform.py.
 """
 
+import copy
 import math
 from typing import Callable, NamedTuple
 
@@ -321,6 +324,34 @@ def left_to_right(model, xt, objective, draw, start):
             yield state
 
 
+@torch.no_grad()
+def piece_by_piece(sampler, model, xt, objective, draw, size, n, options):
+    """Fill the masks of xt (B, L) from left to right, n at a time: semi-autoregressive (LLaDA, arXiv 2502.09992).
+
+    The sampler fills one piece of n masks after the other. It takes the masks of later pieces for given tokens, and the
+    network sees them as masks. Of `size` tokens, m are masks of the piece at first, and m' of later pieces. At rate r
+    of the sampler's grid, m r + m' masks are expected. So the network is told the time of the rate
+
+        (m r + m')/size = start * r + m'/size,   where start = m/size.
+
+    If n is at least the number of masks, there is one piece and m' = 0: this is the sampler itself. size: as in
+    Settings. options: those of the sampler.
+    """
+    state, masked = begin(xt), xt == objective.mask_id
+    place = masked.cumsum(1)  # 1, 2, ... at the masks, from left to right
+    for end in range(n, int(place.max()) + n, n):
+        here, later = masked & (place > end - n) & (place <= end), masked & (place > end)
+        start, share_later = (where.sum(1).cpu().double() / size for where in (here, later))
+        told = copy.copy(objective)
+        told.time = lambda rate: objective.time(rate + share_later)
+        network = lambda x, t, where: model(x.masked_fill(later, objective.mask_id), t, where)
+        p = state.p  # that of the pieces before
+        for part in sampler(network, state.xt.masked_fill(later, 0), told, draw, start, **options):
+            xt = part.xt.masked_fill(later, objective.mask_id)
+            state = State(xt, torch.where(part.p.isnan(), p, part.p), part.steps)
+            yield state
+
+
 # ---- a sampler and its settings --------------------------------------------------------------------------------------
 
 
@@ -359,10 +390,11 @@ class Settings(NamedTuple):
     top_p: float = 1.0
     top_k: int = 0
     guidance: float = 0.0  # w of guided()
+    block_length: int = 0  # n of piece_by_piece(), if it is not 0
 
     @property
     def steps(self):
-        """Number of steps, where it is known beforehand and does not depend on the text; else None."""
+        """Number of steps, with block_length of each piece, if it is known beforehand; else None."""
         return len(self.options["grid"]) - 1 if self.options.get("grid") else None
 
     def __call__(self, objective, model, xt, generator, size=None, past=None):
@@ -373,9 +405,12 @@ class Settings(NamedTuple):
         """
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
         size = xt.shape[1] if size is None else size.cpu()
-        start = (xt == objective.mask_id).sum(1).cpu().double() / size
         sampler = SAMPLERS[objective.samplers[self.sampler]]
         denoiser = model if sampler.keeps_past else of_rows(model, past)
         if self.guidance:
             denoiser = guided(denoiser, xt != objective.mask_id, objective.mask_id, self.guidance)
+        if self.block_length:
+            return piece_by_piece(sampler.function, denoiser, xt, objective, draw, size, self.block_length,
+                                  self.options)
+        start = (xt == objective.mask_id).sum(1).cpu().double() / size
         return sampler.function(denoiser, xt, objective, draw, start, **self.options)

@@ -180,6 +180,29 @@ def test_long_text_by_windows(sample, trained, monkeypatch):
         assert torch.equal(seen[i][0, :10], tokens[a:b]) and (seen[i][0, 10:] == 27).sum() == (22 if a == 22 else 17)
 
 
+def test_block_length(sample, call, trained, tmp_path):
+    """Pieces of so many tokens after a prefix, in blanks and in each window of a long text: each is finished before the
+    next begins. A piece of all tokens changes nothing."""
+    whole, one = sample("--sampler=topk", "--k=4"), sample("--sampler=topk", "--k=4", "--block_length=32")
+    assert whole["samples"] == one["samples"] and (whole["nfe"], whole["block_length"]) == (8, None)
+    found = sample("--sampler=topk", "--steps=3", "--block_length=6", "--prefix=the ", "--length=20", "--suffix= a")
+    steps = found["samples"][0]["steps"]
+    assert [set(steps[a:b]) for a, b in ((0, 4), (4, 10), (10, 16), (16, 18), (18, 20))] == [
+        {0}, {1, 2, 3}, {4, 5, 6}, {7, 8}, {0}]  # the third step for two masks reveals nothing
+    assert (found["steps"], found["nfe"], found["block_length"]) == (9, 8, 6)
+    found = sample("--length=70", "--context=8", "--block_length=16", "--sampler=first_hitting", "--batch_size=2")
+    for text in found["samples"]:
+        pieces = [text["steps"][a:b] for a, b in ((0, 16), (16, 32), (32, 48), (48, 56), (56, 70))]
+        assert all(max(one) < min(other) for one, other in zip(pieces, pieces[1:]))
+    assert found["nfe"] == 70
+    result = call("sample.py", trained, "--template", "a ____ b ____", "--block_length=3", "--steps=5", "--guidance=1",
+                  "--show_intermediate")
+    assert "ancestral, 5 steps for each 3 tokens, " in result.err and re.fullmatch("a .{4} b .{4}\n", result.out)
+    rows = json.loads(call("evaluate.py", trained, "--samples=2", "--sampler=topk", "--k=8", "--block_length=16",
+                           "--out_dir", tmp_path, "--json").out)["samples"]
+    assert (rows[0]["setting"], rows[0]["nfe"]) == ("k=8 block_length=16", 4)
+
+
 def test_left_to_right_continues_a_prefix(sample, call, data_dir, tmp_path):
     """A causal model can continue, and by blocks; it knows nothing of what comes later."""
     out = tmp_path / "ar"
@@ -190,6 +213,7 @@ def test_left_to_right_continues_a_prefix(sample, call, data_dir, tmp_path):
     for flags in (["--suffix=a"], ["--template=a_"], ["--infill=x"]):
         assert_one_line(call("sample.py", out, *flags), "sees only the text on the left")
     assert_one_line(call("sample.py", out, "--k=3"), "one step per token: leave out --k")
+    assert_one_line(call("sample.py", out, "--block_length=3"), "is autoregressive: leave it out")
 
 
 def test_greedy(sample):

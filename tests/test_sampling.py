@@ -400,6 +400,113 @@ def test_remdm_remasks_in_a_template(settings):
     assert sum(((after.xt == MASK) & (before.xt != MASK)).sum() for before, after in zip(states, states[1:])) > 20
 
 
+# ---- piece by piece --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_pieces_follow_the_data(n):
+    """With the Bayes-optimal denoiser every order gives the data, so the samples follow it for every piece length, also
+    given tokens."""
+    settings = Settings("first_hitting", block_length=n)
+    *_, state = settings(MDLM(MASK), world.oracle, masks(30_000), generator())
+    assert chi_square_excess(counts_of(state.xt), world.P_DATA) < 4
+    xt = torch.tensor([[MASK, 2, MASK]])
+    agrees = ((world.SEQUENCES == xt) | (xt == MASK)).all(1)
+    *_, state = settings(MDLM(MASK), world.oracle, xt.expand(30_000, L), generator())
+    counts = counts_of(state.xt)
+    assert counts[~agrees].sum() == 0
+    assert chi_square_excess(counts[agrees], world.P_DATA[agrees] / world.P_DATA[agrees].sum()) < 4
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("sampler, grid", [("ancestral", [1, 0.7, 0.2, 0]), ("first_hitting", None)])
+def test_pieces_follow_their_chain(sampler, grid, n):
+    """A network that sees the time: the enumerated chain, piece by piece; of first_hitting, its limit of many steps.
+    It is another one than that of all masks at once."""
+    model = world.random_denoiser(1, sees_time=True)
+    settings = Settings(sampler, {"grid": grid} if grid else {}, block_length=n)
+    *_, state = settings(MDLM(MASK), model, masks(30_000), generator())
+    grid = grid or schedule_grid("linear", 300)
+    assert chi_square_excess(counts_of(state.xt), world.pieces_distribution(model, grid, L)) > 10
+    assert chi_square_excess(counts_of(state.xt), world.pieces_distribution(model, grid, n)) < 4
+
+
+def test_the_time_of_a_piece():
+    """Two of 8 tokens are given, and the pieces have 4 and 2 masks. The network is told the share of all masks among
+    all 8 tokens, or among those that `size` counts. It sees them all, and is asked for its piece only."""
+    told, xt = [], masks(1, 8)
+    xt[0, 0], xt[0, 3] = 1, 2
+
+    def model(xt, t, where):
+        now = where[0].nonzero().squeeze(1).tolist()
+        assert (xt[where] == MASK).all() and (set(now) <= {1, 2, 4, 5} and (xt[0, 6:] == MASK).all()
+                                              or set(now) <= {6, 7} and (xt[0, :6] != MASK).all())
+        told.append(t.item())
+        return torch.zeros(int(where.sum()), V)
+
+    one_by_one, grid = [6, 5, 4, 3, 2, 1], {"grid": [1, 0.5, 1e-9, 0]}
+    for settings, expected in ((Settings("topk", {"k": 1}), one_by_one), (Settings("topk", {"k": 3}), [6, 3, 2]),
+                               (Settings("threshold", {"threshold": 1.0}), one_by_one),
+                               (Settings("threshold", {"threshold": 0.0}), [6, 2]),
+                               (Settings("entropy_bound", {"gamma": 0.0}), one_by_one),
+                               (Settings("analytic", {"grid": [1, 0.9, 0]}), {6, 4 * 0.9 + 2, 2, 2 * 0.9}),
+                               (Settings("ancestral", grid), {6, 4, 2, 1}),
+                               (Settings("remdm", grid | {"remask": "rescale", "eta": 0.0}), {6, 4, 2, 1})):
+        for size in (8, 6):
+            told.clear()
+            *_, state = settings._replace(block_length=4)(MDLM(MASK), model, xt, generator(3), torch.tensor([size]))
+            assert (state.xt != MASK).all()
+            masks_told = [size * t for t in told]
+            if isinstance(expected, set):  # these steps reveal something by chance
+                assert {round(k, 3) for k in masks_told} <= expected and masks_told == sorted(masks_told)[::-1]
+                assert masks_told[0] > 2.1 > masks_told[-1]
+            else:
+                assert masks_told == pytest.approx(expected, rel=1e-6)
+    told.clear()
+    list(Settings("first_hitting", block_length=4)(MDLM(MASK), model, xt, generator()))
+    assert 6 / 8 > told[0] > told[1] > told[2] > told[3] > 2 / 8 > told[4] > told[5] > 0
+
+
+def test_guidance_of_pieces():
+    """Of the two calls, one sees masks in place of the prompt, but what earlier pieces wrote stays."""
+    seen = []
+    model = lambda xt, t, where: seen.append(xt[0].tolist()) or torch.zeros(int(where.sum()), V)
+    xt = torch.tensor([[1, MASK, MASK, MASK, 2]])
+    *_, state = Settings("topk", {"k": 1}, guidance=1.0, block_length=1)(MDLM(MASK), model, xt, generator())
+    written = state.xt[0, 1:4].tolist()
+    middles = [written[:i] + [MASK] * (3 - i) for i in range(3)]
+    assert seen == [row for m in middles for row in ([1, *m, 2], [MASK, *m, MASK])]
+
+
+@pytest.mark.parametrize("settings", ALL, ids=NAMES)
+def test_one_piece_is_the_sampler(settings):
+    """A piece of all masks or more changes nothing: the same tokens, probabilities and steps in every State."""
+    xt = masks(60)
+    xt[:20, 0], xt[10:30, 1], xt[25:50, 2] = 2, 1, 0
+    run = lambda n: list(settings._replace(block_length=n)(MDLM(MASK), world.random_denoiser(2, True), xt, generator()))
+    for n in (3, 9):
+        for one, other in zip(run(0), run(n), strict=True):
+            for a, b in zip(one, other):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("settings", ALL, ids=NAMES)
+def test_pieces_from_left_to_right(settings):
+    """Each text has its own pieces of two masks. One is full before the next one begins, and stays as it is."""
+    xt = torch.tensor([[MASK] * 6, [0, MASK, 1, MASK, MASK, MASK], [MASK, 2, 2, 2, 2, MASK], [1] * 6]).repeat(20, 1)
+    model = lambda xt, t, where: torch.zeros(int(where.sum()), V)
+    states = list(settings._replace(block_length=2)(MDLM(MASK), model, xt, generator()))
+    piece = torch.where(xt == MASK, ((xt == MASK).cumsum(1) - 1) // 2, -1)
+    begun = [torch.where(state.xt != MASK, piece, -1).amax(1, keepdim=True) for state in states]
+    for state, last in zip(states, begun):
+        assert (state.xt[piece < last] != MASK).all() and torch.equal(state.xt[piece == -1], xt[piece == -1])
+        assert torch.equal(state.p.isnan(), (piece == -1) | (state.xt == MASK))
+    for before, after, last in zip(states, states[1:], begun):
+        assert torch.equal(before.xt[piece < last], after.xt[piece < last])
+        torch.testing.assert_close(before.p[piece < last], after.p[piece < last], rtol=0, atol=0, equal_nan=True)
+    assert (states[-1].xt != MASK).all()
+
+
 def test_only_what_is_drawn_is_asked_and_timed():
     """The objective is asked for the time once for each call of the network."""
     calls, ticks, objective = [], [], MDLM(MASK)

@@ -137,6 +137,24 @@ def remasking_distribution(model, grid, g_of):
     return state_probs[finished]
 
 
+def pieces_distribution(model, grid, n):
+    """Distribution p(x0) of the reverse chain if each n tokens, from left to right, walk through the grid: (27,).
+
+    The network, which sees all, is told the share of masks that is expected among all L tokens.
+    """
+    state_probs = (STATES == MASK).all(1).double()
+    for a in range(0, L, n):
+        piece, n_later = torch.arange(L) // n == a // n, max(0, L - a - n)
+        for r, rho in zip(grid, grid[1:]):
+            rate = (r * piece.sum() + n_later) / L
+            p_x0 = model(STATES, rate.double().expand(len(STATES))).softmax(-1)
+            stay = torch.full((len(STATES), L, 1), rho / r, dtype=torch.float64)
+            p = torch.where(((STATES == MASK) & piece)[..., None], torch.cat([(1 - rho / r) * p_x0, stay], -1),
+                            torch.nn.functional.one_hot(STATES, V + 1).double())
+            state_probs = state_probs @ torch.stack([p[:, i, STATES[:, i]] for i in range(L)]).prod(0)
+    return state_probs[(STATES != MASK).all(1)]
+
+
 def cross_entropy_at(model, rate):
     """Expected cross-entropy of a masked token, in nats, when each other token is masked at this rate.
 
