@@ -108,20 +108,20 @@ class Draw:
             probability = probability.to(self.generator.device)
         return (self.uniform(xt.shape) < probability).to(xt.device)
 
-    def __call__(self, logits, entropies=False):
+    def __call__(self, logits, sure=None):
         """logits (N, V) -> drawn tokens (N,) long, and their probabilities (N,) float32 in softmax(logits), uncut.
 
-        entropies: also return the entropies of softmax(logits), (N,) nats.
+        sure: a function of SURE, whose values are also returned.
         """
-        pieces = [self.piece(logits.float(), entropies) for logits in in_pieces(logits)]
+        pieces = [self.piece(logits.float(), sure) for logits in in_pieces(logits)]
         return tuple(map(torch.cat, zip(*pieces)))
 
-    def piece(self, logits, entropies):
+    def piece(self, logits, sure):
         p = logits.softmax(-1)
         if self.temperature == 0 and not p.sum().isfinite():  # otherwise inverse_cdf checks this
             raise UserError(NOT_FINITE)
         tokens = logits.argmax(-1) if self.temperature == 0 else self.pick(self.cut(logits, p))
-        return tokens, p.gather(-1, tokens[:, None]).squeeze(-1), *([entropy(logits, p)] if entropies else [])
+        return tokens, p.gather(-1, tokens[:, None]).squeeze(-1), *([sure(logits, p)] if sure else [])
 
     def cut(self, logits, p):
         """Weights (N, V) of the tokens: p = softmax(logits) after temperature, top_k and top_p."""
@@ -155,3 +155,13 @@ def entropy(logits, p):
     with torch.autocast(p.device.type, enabled=False):  # which would compute vecdot in bfloat16
         mean = torch.linalg.vecdot(p, logits.clamp(min=-1e30))  # 0 times -inf would be nan
     return (-p.amax(-1).log() - mean).clamp(min=0)
+
+
+def margin(logits, p):
+    """The largest probability minus the second largest (arXiv 2502.06768): (N, V) -> (N,)."""
+    first, second = p.topk(2).values.unbind(-1)
+    return first - second
+
+
+# How sure the network is of a position: {name: (logits, p) -> (N,)}. None: the probability of the token drawn there.
+SURE = {"probability": None, "margin": margin, "entropy": lambda logits, p: -entropy(logits, p)}

@@ -335,7 +335,7 @@ def ways(subject, args):
         flags = {flag: value for flag, value in given_flags(args, steps).items()
                  if flag in knows[name] or flag not in known}
         if "k" in flags and len(names) > 1:  # with --k, the steps are for the other samplers
-            flags = {"k": flags["k"]}
+            flags = {flag: value for flag, value in flags.items() if flag not in ("steps", "grid")}
         way = settings_of(args, subject.config, subject.path, subject.model, name, flags)
         if way not in found:  # samplers without steps come once
             found.append(way)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from categorical import SURE
 from cli import UserError, number
 from configs import OBJECTIVES
 from diffusion import SCHEDULES, make_schedule
@@ -58,6 +59,8 @@ def add_arguments(parser):
     p.add_argument("--grid", type=grid_flag, help="mask rates of the steps: a schedule such as cosine, rates such as "
                    "1,0.8,0.3,0, or auto: chosen from the curve of evaluate.py --curve (default: the model's schedule)")
     p.add_argument("--k", type=number(int, 1), help="tokens that topk reveals per step, instead of --steps and --grid")
+    p.add_argument("--by", choices=SURE, help="what makes topk sure of a token: its probability, the margin between "
+                   "the two likeliest tokens there, or a low entropy there (default probability)")
     p.add_argument("--threshold", type=number(float, 0, 1),
                    help="probability at which the sampler threshold reveals a token (default 0.9)")
     p.add_argument("--gamma", type=number(float, 0), help="limit of entropy_bound in nats per step: sum of the "

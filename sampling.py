@@ -42,7 +42,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from categorical import Draw, State, begin, with_denoising
+from categorical import SURE, Draw, State, begin, with_denoising
 from uniform import uniform_ancestral, uniform_euler
 
 
@@ -86,14 +86,13 @@ def fill(model, state, where, objective, rate, draw):
     return State(state.xt.masked_scatter(where, tokens), state.p.masked_scatter(where, p))
 
 
-def propose(model, state, masked, objective, rate, draw, by_entropy=False):
+def propose(model, state, masked, objective, rate, draw, by="probability"):
     """Draw a token for every mask. Returns that State, and how sure the network is (B, L): the probability of the token
-    drawn or, by_entropy, minus the entropy of all tokens there; -inf where nothing is masked."""
+    drawn, or another measure of categorical.SURE; -inf where nothing is masked."""
     logits = model(state.xt, objective.time(rate).to(masked.device), where=masked)
-    tokens, p, *entropies = draw(logits, by_entropy)
+    tokens, p, *sure = draw(logits, SURE[by])
     proposed = State(state.xt.masked_scatter(masked, tokens), state.p.masked_scatter(masked, p))
-    sure = -entropies[0] if by_entropy else p
-    return proposed, torch.full_like(state.p, -torch.inf).masked_scatter(masked, sure)
+    return proposed, torch.full_like(state.p, -torch.inf).masked_scatter(masked, sure[0] if sure else p)
 
 
 def accept(state, proposed, sure, n):
@@ -166,11 +165,12 @@ def rate_left(start, left, n):
 
 
 @torch.no_grad()
-def topk(model, xt, objective, draw, start, grid=None, k=1):
+def topk(model, xt, objective, draw, start, grid=None, k=1, by="probability"):
     """Reveal the surest tokens first, a fixed number in each step (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
 
-    A token is drawn for every mask; those that the network (at temperature 1) finds likeliest stay. On a grid of mask
-    rates a share r_i/r_0 of the masks, rounded down, is left after step i; without one, each step reveals k tokens.
+    A token is drawn for every mask. Those stay of which the network (at temperature 1) is surest, measured as `by` says
+    (categorical.SURE). On a grid of mask rates a share r_i/r_0 of the masks, rounded down, is left after step i;
+    without one, each step reveals k tokens.
     Texts do not have the distribution of the model: they look better, and become more alike.
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1).cpu()
@@ -183,7 +183,7 @@ def topk(model, xt, objective, draw, start, grid=None, k=1):
         steps += 1
         if (kept < left).any():
             masked = state.xt == objective.mask_id
-            proposed, sure = propose(model, state, masked, objective, rate_left(start, left, n), draw)
+            proposed, sure = propose(model, state, masked, objective, rate_left(start, left, n), draw, by)
             state = accept(state, proposed, sure, (left - kept).to(xt.device))
             yield state._replace(steps=steps)
             left, steps = kept, 0
@@ -214,7 +214,7 @@ def entropy_bound(model, xt, objective, draw, start, gamma=0.1):
     state, n = begin(xt), (xt == objective.mask_id).sum(1)
     while (masked := state.xt == objective.mask_id).any():
         rate = rate_left(start, masked.sum(1), n)
-        proposed, sure = propose(model, state, masked, objective, rate, draw, by_entropy=True)
+        proposed, sure = propose(model, state, masked, objective, rate, draw, "entropy")
         costs = -sure.sort(dim=1, descending=True).values
         n_now = (costs.cumsum(1) - costs <= gamma).sum(1)  # at visible tokens inf - inf is no number, hence False
         state = accept(state, proposed, sure, n_now)
@@ -368,7 +368,7 @@ class Sampler(NamedTuple):
 SAMPLERS = {
     "ancestral": Sampler(ancestral, ("steps", "grid")),
     "first_hitting": Sampler(first_hitting),
-    "topk": Sampler(topk, ("steps", "grid", "k")),
+    "topk": Sampler(topk, ("steps", "grid", "k", "by")),
     "threshold": Sampler(threshold, ("threshold",)),
     "entropy_bound": Sampler(entropy_bound, ("gamma",)),
     "remdm": Sampler(remdm, ("steps", "grid", "remask", "eta")),

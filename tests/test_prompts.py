@@ -38,6 +38,7 @@ M = 99
 
 SAMPLERS = [["--sampler=ancestral", "--steps=7"], ["--sampler=ancestral", "--grid=1,0.9,0.2,0"],
             ["--sampler=first_hitting"], ["--sampler=topk", "--steps=5", "--grid=cosine"], ["--sampler=topk", "--k=3"],
+            ["--sampler=topk", "--k=3", "--by=margin"],
             ["--sampler=threshold", "--threshold=0.2"], ["--sampler=entropy_bound", "--gamma=3"],
             *(["--sampler=remdm", "--steps=9", f"--remask={rule}", "--eta=0.5"] for rule in DEFAULT_ETA)]
 

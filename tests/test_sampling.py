@@ -263,6 +263,16 @@ def test_topk_by_hand():
         assert not (states_of(topk, flat, masks(1, 1, M), grid=rates, objective=MDLM(M))[-1] == M).any()
 
 
+@pytest.mark.parametrize("by, order", [("probability", [0, 1, 2]), ("margin", [1, 0, 2]), ("entropy", [2, 0, 1])])
+def test_topk_by_hand_in_three_ways(by, order):
+    """Largest probabilities .6, .55, .54; margins .3, .5, .08; entropies .898, 1.678, .690 nats."""
+    p = torch.tensor([[0.6, 0.3, 0.1] + [0.0] * 7, [0.55] + [0.05] * 9, [0.54, 0.46] + [0.0] * 8])
+    model = lambda xt, t, where: picked(p.log().expand(len(xt), 3, 10), where)
+    states = states_of(topk, model, masks(1, 3, 10), k=1, by=by, objective=MDLM(10), temperature=0)
+    left = [(state[0] == 10).nonzero().squeeze(1).tolist() for state in states]
+    assert left == [sorted(order[1:]), order[2:], []]
+
+
 def test_topk_asks_no_more_than_it_must():
     """Steps that reveal nothing cost nothing; the share of masks is told as the time at which it is expected."""
     told = []
