@@ -14,7 +14,7 @@ walk through them. So the number of tokens limits what they cost, however many s
     analytic, euler  each mask by chance, by scores that need not be normalised   those of SEDD's two predictors
     left_to_right    (causal networks) one position after another                 that of the model, exactly
 
-Each of them also fills a text piece by piece, from left to right (piece_by_piece).
+All but the last can also fill a text piece by piece, from left to right (piece_by_piece).
 
 A token is drawn from the network's prediction. Only `temperature`, `top_k`, `top_p` and `guidance` change this
 distribution. Grids are made of mask rates, not of times. From rate r to rate rho < r a mask is revealed with
