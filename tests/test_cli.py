@@ -353,6 +353,15 @@ def test_help_lists_every_setting(call):
     (["d3pm_text8", "--time_sampling=exact_k"], ["continuous-time bound"]),
     (["demo", "--lambda_ce=1"], ["lambda_ce=1.0 is only for objective=d3pm: use lambda_ce=0.0"]),
     (["demo", "--block_size=4"], ["block_size=4 is only for objective=block: use block_size=0"]),
+    (["d3pm_text8", "--schedule=loglinear"], ["objective=d3pm needs a schedule from alpha = 1 to 0"]),
+    (["mdlm_text8", "--conditioning=sigma"], ["needs a finite sigma, and schedule=linear ends at an infinite one"]),
+    (["sedd_text8", "--schedule=linear", "--scale_by_sigma=false", "--conditioning=none"], ["needs a finite sigma"]),
+    (["mdlm_text8", "--schedule=quadratic"], ["is unknown: choose one of linear, cosine, loglinear, geometric"]),
+    (["udlm_text8", "--noise=gauss"], ["is unknown: choose one of mask, uniform"]),
+    (["ar_text8", "--noise=uniform"], ["noise=uniform does not work with objective="]),
+    (["d3pm_text8", "--noise=uniform"], ["noise=uniform needs prefix=none, lambda_ce=0"]),
+    *((["udlm_text8", flag], ["noise=uniform needs prefix=none"])
+      for flag in ("--prefix=fixed:4", "--time_sampling=exact_k", "--weighting=simple", "--lambda_ce=1")),
 ])
 def test_bad_train_arguments(call, tmp_path, monkeypatch, arguments, words):
     """One line that says what is wrong, exit code 2, and no output folder."""

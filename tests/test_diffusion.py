@@ -495,7 +495,7 @@ def test_score_entropy_of_the_optimum_is_the_entropy():
 @pytest.mark.parametrize("key", OBJECTIVES, ids=" ".join)
 def test_attributes_of_an_objective(key):
     """Each has all attributes, and they hold: estimators come in pairs and are methods or orders, the reported one is
-    one of them, the samplers exist, and the network has as many tokens as it says."""
+    one of them, the samplers exist, the network has as many tokens as it says, and only the loss has a gradient."""
     name, noise_kind = key
     config = Config(n_layer=1, n_head=1, n_embd=4, n_cond=4, seq_len=4, conditioning="none", objective=name,
                     noise=noise_kind, schedule="loglinear" if name == "sedd" else "cosine",
@@ -521,6 +521,7 @@ def test_attributes_of_an_objective(key):
     loss, nelbo = objective.loss(network, torch.randint(5, (3, 4)), noise)
     assert loss.dim() == 0 and nelbo.shape == (3,) and asked == [objective.everywhere]
     assert objective.own == () or set(objective.own) <= Config.__dataclass_fields__.keys()
+    assert loss.requires_grad and not nelbo.requires_grad
     if objective.normalised_twin:
         assert (objective.normalised_twin, "mask") in OBJECTIVES
     if objective.block_twin:

@@ -122,19 +122,3 @@ def test_two_kinds_are_compared(call, run, trained):
     for key in ("estimator", "bits_per_token"):
         assert [model[key] for model in result["models"]] == [one[key] for one in alone]
     assert result["difference"] == pytest.approx(alone[1]["bits_per_token"] - alone[0]["bits_per_token"])
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["d3pm_text8", "--schedule=loglinear"], "objective=d3pm needs a schedule from alpha = 1 to 0"),
-    (["mdlm_text8", "--conditioning=sigma"], "needs a finite sigma, and schedule=linear ends at an infinite one"),
-    (["sedd_text8", "--schedule=linear", "--scale_by_sigma=false", "--conditioning=none"], "needs a finite sigma"),
-    (["mdlm_text8", "--schedule=quadratic"], "is unknown: choose one of linear, cosine, loglinear, geometric"),
-    (["udlm_text8", "--prefix=fixed:4"], "noise=uniform needs prefix=none"),
-    (["ar_text8", "--noise=uniform"], "noise=uniform does not work with objective="),
-    (["d3pm_text8", "--noise=uniform"], "noise=uniform needs prefix=none, lambda_ce=0"),
-    (["udlm_text8", "--time_sampling=exact_k"], "noise=uniform needs prefix=none"),
-    (["udlm_text8", "--noise=gauss"], "is unknown: choose one of mask, uniform"),
-])
-def test_what_does_not_fit(call, data_dir, tmp_path, flags, words):
-    assert_one_line(train(call, flags[0], data_dir, tmp_path / "out", *flags[1:]), words)
-    assert not (tmp_path / "out").exists()

@@ -159,6 +159,7 @@ def test_errors_by_hand():
     values, order = torch.tensor([8.0, 1.0, 20.0, 4.0, 2.0]), torch.tensor([1, 4, 3, 0, 2])  # 1, 2, 4, 8, 20
     assert mean_and_error(values, order) == pytest.approx((7.0, math.sqrt(1 + 16 + 12**2 / 2) / 5))
     assert mean_and_error(values[order][:4], torch.arange(4)) == pytest.approx((3.75, math.sqrt(1 + 16) / 4))
+    assert mean_and_error(values[:2]) == pytest.approx((4.5, 3.5))
     noise = torch.randn(20_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     squares = [mean_and_error(row, torch.arange(5))[1] ** 2 for row in noise]
     assert sum(squares) / len(squares) == pytest.approx(1 / 5, rel=0.02)  # 4 standard deviations

@@ -381,7 +381,7 @@ def test_all_are_here():
 @pytest.mark.parametrize("settings", ALL, ids=NAMES)
 def test_given_tokens_stay(settings):
     """Prefix, suffix, the middle, everything or nothing given: never changed, no mask is left; the same seed gives the
-    same sample; p is what the network gave."""
+    same sample; p is what the network gave; all steps are counted."""
     xt = masks(60)
     xt[:20, 0], xt[10:30, 1], xt[25:50, 2], xt[59] = 2, 1, 0, torch.tensor([0, 1, 2])
     model, objective = world.random_denoiser(2, True), MDLM(MASK)
@@ -392,6 +392,8 @@ def test_given_tokens_stay(settings):
         assert torch.equal(state.p.isnan(), given | (state.xt == MASK))
         assert ((state.p > 0) & (state.p <= 1))[~state.p.isnan()].all()
     assert (states[-1].xt != MASK).all()
+    steps = settings.steps + (settings.sampler == "euler") if settings.steps else len(states)  # euler removes noise, too
+    assert (torch.as_tensor(sum(state.steps for state in states)) == steps).all()
     if settings.sampler != "remdm":
         for before, after in zip(states, states[1:]):
             seen = before.xt != MASK
@@ -628,8 +630,9 @@ def test_inverse_cdf(size):
     p[:, size // 2:][p[:, size // 2:] < 0.1] = 0
     p[:, 0] += 1e-3
     p[100:, size // 2 + 1:] = 0  # nothing at the end
+    p[1, :size // 2], p[1, size // 2] = 0, 1  # nothing at the beginning
     u = torch.rand(200, 1, dtype=torch.float64, generator=generator())
-    u[0], u[90:] = 0, 1 - 2**-53
+    u[:2], u[90:] = 0, 1 - 2**-53
     found = inverse_cdf(p, u)
     total = p.double().cumsum(-1)
     low, high = (total - p)[torch.arange(200), found], total[torch.arange(200), found]

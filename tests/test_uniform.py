@@ -57,14 +57,17 @@ def random_logits(seed):
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["linear", "loglinear", "geometric:0.01:4"])
-def test_marginals(schedule):
+@pytest.mark.parametrize("objective", [Uniform(V, "linear"), Uniform(V, "loglinear"), Uniform(V, "geometric:0.01:4"),
+                                       UniformD3PM(V, 4), UniformD3PM(V, 4, "cosine")])
+def test_marginals(objective):
     """The share of v in (0, 1] that becomes each token is the row of the product of one-step matrices."""
-    objective, n = Uniform(V, schedule), 30_000
+    n = 30_000
     v = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[None]
     for u in (0.03, 0.5, 1.0):
         noise = objective.noise(torch.tensor([u], dtype=torch.float64), v)
-        alpha = objective.schedule.alpha(torch.tensor(u, dtype=torch.float64)).item()
+        t = math.ceil(u * objective.T) / objective.T if objective.T else u
+        assert noise.t.item() == pytest.approx(t)
+        alpha = objective.schedule.alpha(torch.tensor(t, dtype=torch.float64)).item()
         product = torch.linalg.matrix_power(world.uniform_matrix(alpha**0.25), 4)
         x0 = torch.ones(1, n, dtype=torch.long)
         share = objective.corrupt(x0, noise.token)[0].bincount(minlength=V) / n
