@@ -135,7 +135,6 @@ def reveal(model, objective, x0, order, all_at=()):
             position = surest.argmax(1)
         ce = -log_p.gather(-1, x0[where][:, None]).squeeze(-1)
         yield position, masked, torch.zeros(x0.shape, device=x0.device).masked_scatter(where, ce)
-        xt = xt.clone()
         xt[rows, position] = x0[rows, position]
 
 
