@@ -57,7 +57,7 @@ def adapt(model, source, cfg, path):
 
 def resize(table, n):
     """The first n rows of a table; missing ones are copies of its last row."""
-    return torch.cat((table, table[-1:].expand(max(0, n - len(table)), -1)))[:n].clone()
+    return torch.cat((table, table[-1:].expand(n, -1)))[:n].clone()
 
 
 def first_value(name, drawn, weights):

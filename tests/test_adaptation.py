@@ -12,7 +12,7 @@ import torch
 
 import checkpoint
 import storage
-from adapt import adapt, resize
+from adapt import adapt, check_same_network, resize
 from attention import annealed
 from commands import assert_one_line, assert_resumes_exactly, losses, train
 from configs import Config, replace
@@ -391,6 +391,29 @@ def test_another_noise(noise, capsys):
     if noise == "uniform":
         torch.testing.assert_close(other.embed.weight[11], network.embed.weight.mean(0))
     torch.testing.assert_close(other.blocks[0].qkv.weight, network.blocks[0].qkv.weight)
+
+
+@pytest.mark.parametrize("before, now, words", [
+    ({}, {}, []), ({}, {"schedule": "cosine", "T": 7, "scale_by_sigma": False}, []),
+    ({}, {"conditioning": "step", "schedule": "cosine", "T": 7}, ["conditioning=none, now step; T=1000, now 7"]),
+    ({"conditioning": "sigma"}, {"conditioning": "sigma", "schedule": "geometric", "T": 7},
+     ["schedule=loglinear, now geometric"]),
+    ({"objective": "sedd"}, {"objective": "sedd", "scale_by_sigma": False}, ["scale_by_sigma=True, now False"]),
+    ({"objective": "sedd"}, {"scale_by_sigma": False}, ["objective=sedd, now mdlm"]),
+    ({}, {"objective": "sedd", "scale_by_sigma": False}, ["objective=mdlm, now sedd"]),
+    ({"predict_next": True}, {"predict_next": True}, []),
+    ({"predict_next": True}, {}, ["predict the next token: --predict_next would keep that"]),
+    ({}, {"predict_next": True}, ["predict the token itself: --no-predict_next would keep that"]),
+    ({"objective": "ar"}, {"predict_next": True}, ["objective=ar, now mdlm"]),
+    ({"objective": "ar"}, {}, ["objective=ar, now mdlm", "predict the next token: --predict_next would keep that"]),
+    ({"objective": "ar"}, {"objective": "block", "block_size": 4},
+     ["objective=ar, now block; block_size=0, now 4", "predict the next token"])])
+def test_notes_of_changes(before, now, words):
+    """A line for settings that change what the network was trained for, and one for outputs at another place."""
+    usual = Config(n_layer=1, n_head=2, n_embd=32, n_cond=8, seq_len=12, conditioning="none", objective="mdlm",
+                   schedule="loglinear", T=1000)
+    notes = check_same_network({"config": vars(replace(usual, **before)) | {}}, replace(usual, **now), "it")
+    assert len(notes) == len(words) and all(note.endswith(end) for note, end in zip(notes, words)), notes
 
 
 def test_what_may_not_be_new():

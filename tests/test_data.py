@@ -631,7 +631,7 @@ def test_subset():
     assert np.diff(starts).max() < 1.01 * np.diff(starts).min() + PIECE
     for n, size, kept in ((10**4, 32, 700), (3001, 48, 900)):  # 48 does not divide a piece
         items = subset(np.repeat(np.arange(n), size), size * kept, record=size).reshape(-1, size)
-        assert (items == items[:, :1]).all()  # no item is cut
+        assert (items == items[:, :1]).all() and items[0, 0] == 0 and items[-1, 0] == n - 1  # no item is cut
     with pytest.raises(UserError, match="more than the 1,000,000 tokens"):
         subset(tokens, 10**6 + 1)
 

@@ -245,15 +245,16 @@ def test_tokens_that_end_words():
 
 @pytest.mark.parametrize("kind", ["unigram", "word_pieces"])
 def test_tokens_without_bytes(kind):
-    """Unknown characters stay unknown; lengths are those of the text, a space before each word included."""
+    """Unknown characters stay unknown; lengths are those of the text, a space before each word included. <0xC3> is a
+    byte: the first one of the last character."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     if kind == "unigram":
         found = Tokenizer(models.Unigram([
             ("<s>", 0.0), ("<unk>", 0.0), ("\u2581the", -1.0), ("\u2581cat", -1.0), ("s", -2.0), ("\u2581", -3.0),
-            ("\u00e9", -3.0)], unk_id=1))
+            ("\u00e9", -3.0), ("<0xC3>", -9.0), ("<0x9F>", -9.0)], unk_id=1, byte_fallback=True))
         found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         found.add_special_tokens(["<s>", "<unk>"])
-        text, unknown = "the cats the\u00e9", "<unk>"
+        text, unknown = "the cats the\u00e9\u00df", "<unk>"
     else:
         found, text, unknown = word_pieces(), "the cat sat, on a mat.", "[UNK]"
     tokenizer = HubTokenizer(json.dumps(json.loads(found.to_str())))
