@@ -67,7 +67,7 @@ def first_value(name, drawn, weights):
     if name.startswith("time_embed."):
         return drawn
     value = torch.zeros_like(drawn)
-    if name.startswith("blocks.") and name.endswith("modulation.bias"):
+    if name.endswith("modulation.bias"):
         for gate in value.split(weights["embed.weight"].shape[1])[2::3]:  # shift, scale, gate; perhaps of two layers
             gate.fill_(1)
     return value

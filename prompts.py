@@ -74,8 +74,6 @@ def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
         raise UserError("use --template or --infill, not both")
     if args.infill:
         lines = [line.rstrip("\r") for line in read_text(Path(args.infill)).split("\n") if line.strip()]
-        if not lines:
-            raise UserError(f"--infill {args.infill} has no templates: write one per line")
         found = [template(line, tokenizer, mask_id, f"--infill {args.infill}, template {i}")
                  for i, line in enumerate(lines, 1)]
     elif args.template:

@@ -641,9 +641,11 @@ def test_ends():
 
 
 def test_rate_ranges():
-    """Two rates are read; other texts are refused. Many tokens do not overflow."""
+    """Two rates are read, also of a config; other texts are refused. Many tokens do not overflow."""
     assert mask_count_probabilities(4096, 0.3, 0.8).sum().item() == pytest.approx(1)
     assert read_rate_range("0.3:0.8") == (0.3, 0.8)
+    config = small(objective="block", block_size=4, time_sampling="uniform", rate_range="0.3:0.8")
+    assert config.make_objective(V).rate_range == (0.3, 0.8)
     for text in ("", "0.5", "0.8:0.3", "0:2", "-1:1", "a:b", "0.1:0.2:0.3", "nan:1"):
         with pytest.raises(ValueError):
             read_rate_range(text)

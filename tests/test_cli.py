@@ -416,6 +416,8 @@ def test_a_validation_on_one_window(call, data_dir, tmp_path):
     ("huggingface_hub", ["sample.py", "hf://a/b"], "hf://a/b, which is on the Hub, needs the package huggingface_hub"),
     ("transformers", ["evaluate.py", "CKPT", "--samples=1", "--judge=hf://gpt2"], "needs the package transformers"),
     ("tiktoken", ["data/prepare_textfile.py", "TEXT", "--name=x", "--tokenizer=gpt2"], "needs the package tiktoken"),
+    ("transformers", ["data/prepare_textfile.py", "TEXT", "--name=x", "--tokenizer=bert"],
+     "the tokenizer of hf://google-bert/bert-base-uncased needs the package transformers"),
     ("datasets", ["data/prepare_openwebtext.py"], "the download of OpenWebText needs the package datasets")])
 def test_missing_packages(call, trained, data_dir, tmp_path, monkeypatch, module, command, words):
     """A command that needs an optional package says which one, in one line, before it does anything else."""

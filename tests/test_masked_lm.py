@@ -253,19 +253,20 @@ def test_tokens_without_bytes(kind):
             ("<s>", 0.0), ("<unk>", 0.0), ("\u2581the", -1.0), ("\u2581cat", -1.0), ("s", -2.0), ("\u2581", -3.0),
             ("\u00e9", -3.0), ("<0xC3>", -9.0), ("<0x9F>", -9.0)], unk_id=1, byte_fallback=True))
         found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        found.add_special_tokens(["<s>", "<unk>"])
+        found.add_special_tokens(["<s>", "<unk>", "<mask>"])  # the last one is new
         text, unknown = "the cats the\u00e9\u00df", "<unk>"
     else:
         found, text, unknown = word_pieces(), "the cat sat, on a mat.", "[UNK]"
     tokenizer = HubTokenizer(json.dumps(json.loads(found.to_str())))
     assert unknown in [tokenizer.pieces[i] for i in tokenizer.ids]
-    assert "<s>" not in [tokenizer.pieces[i] for i in tokenizer.ids]
+    assert not {"<s>", "<mask>"} & {tokenizer.pieces[i] for i in tokenizer.ids}
+    assert sorted(tokenizer.ids + tokenizer.left_out) == sorted(tokenizer.pieces)
     assert tokenizer.decode(tokenizer.encode("the \u2603"))[-len(unknown):] == unknown
     chars, sizes = (lengths[tokenizer.encode(text)].sum() for lengths in tokenizer.lengths())
     assert chars == len(text) + 1 and sizes == len(text.encode()) + 1  # a space before the first word
     with pytest.raises(storage.UserError, match="into its special token"):
-        HubTokenizer(json.dumps(json.loads(found.to_str())), left_out={tokenizer.encode("the")[0].item()
-                                                                      + len(tokenizer.left_out)}).encode("the")
+        HubTokenizer(json.dumps(json.loads(found.to_str())),
+                     left_out={tokenizer.ids[tokenizer.encode("the")[0]]}).encode("the")
 
 
 def test_code_beside_a_tokenizer_is_not_run(saved, tmp_path):

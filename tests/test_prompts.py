@@ -138,7 +138,7 @@ def test_prefix_suffix_and_length(sample):
 
 def test_infill(call, trained, sample, tmp_path):
     """Many templates of several lengths in the order of the file, each several times; equal ones are one batch."""
-    (tmp_path / "t.txt").write_text("the ____ one\n\na__\n \nb {5} two\nc__\nthe ____ one\n")
+    (tmp_path / "t.txt").write_text("the ____ one\r\n\na__\n \nb {5} two\nc__\nthe ____ one\n")  # \r: of Windows
     found = sample("--infill", tmp_path / "t.txt", "--batch_size=2", "--sampler=first_hitting")
     patterns = ["the .{4} one", "a..", "b .{5} two", "c..", "the .{4} one"]
     texts = [one["text"] for one in found["samples"]]
