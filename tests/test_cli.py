@@ -353,9 +353,11 @@ def test_help_lists_every_setting(call):
     (["d3pm_text8", "--time_sampling=exact_k"], ["continuous-time bound"]),
     (["demo", "--lambda_ce=1"], ["lambda_ce=1.0 is only for objective=d3pm: use lambda_ce=0.0"]),
     (["demo", "--block_size=4"], ["block_size=4 is only for objective=block: use block_size=0"]),
-    (["d3pm_text8", "--schedule=loglinear"], ["objective=d3pm needs a schedule from alpha = 1 to 0"]),
+    *((["d3pm_text8", "--schedule=loglinear", *flags], ["objective=d3pm needs a schedule from alpha = 1 to 0"])
+      for flags in ([], ["--noise=uniform", "--lambda_ce=0"])),
     (["mdlm_text8", "--conditioning=sigma"], ["needs a finite sigma, and schedule=linear ends at an infinite one"]),
-    (["sedd_text8", "--schedule=linear", "--scale_by_sigma=false", "--conditioning=none"], ["needs a finite sigma"]),
+    *((["sedd_text8", "--schedule=linear", "--conditioning=none", flag], ["needs a finite sigma"])
+      for flag in ("--scale_by_sigma=false", "--noise=uniform")),
     (["mdlm_text8", "--schedule=quadratic"], ["is unknown: choose one of linear, cosine, loglinear, geometric"]),
     (["udlm_text8", "--noise=gauss"], ["is unknown: choose one of mask, uniform"]),
     (["ar_text8", "--noise=uniform"], ["noise=uniform does not work with objective="]),

@@ -590,7 +590,7 @@ def test_missing_and_damaged_data_sets(small):
     meta = json.loads((small / "small" / "meta.json").read_text())
     for content in (b"{", b"[]", b"{}", b"\xff\xfe", b'{"vocab_size": 27}',
                     b"[" * 20_000, *(json.dumps(meta | change).encode() for change in (
-                        {"dtype": "float64"}, {"sizes": dict.fromkeys(SPLITS, "x")}, {"bytes": 5}, {"record": None},
+                        {"dtype": "float64"}, {"sizes": meta["sizes"] | {"val": "x"}}, {"bytes": 5}, {"record": None},
                         {"bytes": dict.fromkeys(SPLITS)}, {"request": 5}, {"tokenizer": "hf", "pad": "x"}))):
         (small / "small" / "meta.json").write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):

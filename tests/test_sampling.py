@@ -641,6 +641,15 @@ def test_inverse_cdf(size):
     assert (p[torch.arange(200), found] > 0).all() and (low - slack <= y).all() and (y <= high + slack).all()
 
 
+def test_tokens_without_weight_are_not_drawn():
+    """The total of 1 and a tiny weight has lost some digits of that weight. u is where the one of them ends and the
+    other begins, in another group: no rounding leads to the zeros between them."""
+    for tiny in torch.arange(1e-10, 1e-9, 1e-10):
+        p = torch.tensor([[tiny, 0, 0, 1]])
+        u = p[0, 0].double() / p.double().sum() * (1 + 1e-7 * torch.arange(-20, 20, dtype=torch.float64)[:, None])
+        assert set(inverse_cdf(p.expand(40, 4), u).tolist()) == {0, 3}
+
+
 def test_noise_and_sums_are_float64():
     """The noise is finer than float32's grid, and tokens that float32 sums would lose beside a likely one are drawn."""
     u = draw().uniform((1000,))
