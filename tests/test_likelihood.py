@@ -15,7 +15,7 @@ from commands import assert_one_line
 from diffusion import D3PM, MDLM, AutoRegressive, Noise, cross_entropy
 from evaluate import agree
 from likelihood import (ORDERS, Windows, along_orders, bound, by_rate, chain_rule, chain_rule_of, draw_with_orders,
-                        log_mean, mean_and_error)
+                        log_mean, mean_and_error, reveal)
 from networks import network
 from randomness import repeated_uniforms
 from studies.curves import area, measure_curse, measure_curve
@@ -243,6 +243,21 @@ def test_orders_tell_the_share_of_masks(objective):
     chain_rule(model, objective, SEQUENCES, "l2r")
     expected = objective.time(torch.tensor([3, 2, 1], dtype=torch.float64) / L).tolist()
     assert told == [{t} for t in expected] and expected[0] == 1 and expected[2] < expected[1] < 1
+
+
+@pytest.mark.parametrize("all_at", [(), (2,), (1, 3)])
+def test_only_what_is_asked_for_is_computed(all_at):
+    """All masked positions where their number is in all_at, else the next one, and 0 at the others."""
+    model, asked = world.random_denoiser(6, False), []
+
+    def network(xt, t, where):
+        asked.append(where.sum(1).tolist())
+        return model(xt, t, where)
+
+    order = torch.tensor([2, 0, 1]).expand(27, L)
+    for k, (position, masked, ce) in zip((3, 2, 1), reveal(network, MDLM(MASK), SEQUENCES, order, all_at)):
+        assert (position == order[0, 3 - k]).all() and (masked.sum(1) == k).all()
+        assert asked[-1] == [k if k in all_at else 1] * 27 == (ce > 0).sum(1).tolist()
 
 
 def test_random_orders_average_to_the_bound():

@@ -276,7 +276,7 @@ def test_temperature_of_uniform_noise():
     """Temperature changes the prediction, not the probabilities of a step.
 
     At temperature 0 the last step draws the likeliest token where it draws one anew, and at 0.5 from the softmax of
-    twice the logits.
+    twice the logits. With top_k = 1 the chain is that of a prediction of certainty.
     """
     objective = Uniform(V, "linear")
     model = network_at(objective, random_prediction)
@@ -286,11 +286,13 @@ def test_temperature_of_uniform_noise():
     first = Draw(torch.Generator().manual_seed(0)).uniform((500, L)) * V
     guess = random_prediction(1.0)[(first.long() * torch.tensor([9, 3, 1])).sum(1)].argmax(-1)
     assert torch.equal(state.xt, guess)
-    *_, sharp = Settings("ancestral", {"grid": [1.0, 0.5, 0.0]}, top_k=1)(objective, model, masks(500),
-                                                                        torch.Generator().manual_seed(1))
-    *_, plain = Settings("ancestral", {"grid": [1.0, 0.5, 0.0]})(objective, model, masks(500),
-                                                                torch.Generator().manual_seed(1))
-    assert (counts_of(sharp.xt) > 0).sum() < (counts_of(plain.xt) > 0).sum()
+    steps = []
+    for r, s in ((1.0, 0.5), (0.5, 0.0)):
+        likeliest = torch.nn.functional.one_hot(random_prediction(r).argmax(-1), V).double()
+        steps.append(world.uniform_step(likeliest, 1 - r, 1 - s))
+    counts = counts_of(sample(objective, model, Settings("ancestral", {"grid": [1.0, 0.5, 0.0]}, top_k=1)))
+    expected = world.uniform_chain_distribution(steps)
+    assert counts[expected == 0].sum() == 0 and chi_square_excess(counts[expected > 0], expected[expected > 0]) < 4
     draw = Draw(torch.Generator().manual_seed(0), temperature=0.5)
     (state,) = sampler(model, masks(N_SAMPLES), objective, draw, torch.ones(N_SAMPLES), grid=[1.0, 0.0])
     first = (Draw(torch.Generator().manual_seed(0)).uniform((N_SAMPLES, L)) * V).long()
