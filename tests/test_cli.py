@@ -418,6 +418,8 @@ def test_a_validation_on_one_window(call, data_dir, tmp_path):
     ("huggingface_hub", ["sample.py", "hf://a/b"], "hf://a/b, which is on the Hub, needs the package huggingface_hub"),
     ("transformers", ["evaluate.py", "CKPT", "--samples=1", "--judge=hf://gpt2"], "needs the package transformers"),
     ("tiktoken", ["data/prepare_textfile.py", "TEXT", "--name=x", "--tokenizer=gpt2"], "needs the package tiktoken"),
+    ("tokenizers", ["data/prepare_textfile.py", "TEXT", "--name=x", "--tokenizer=bpe:300"],
+     "a vocabulary of your own needs the package tokenizers"),
     ("transformers", ["data/prepare_textfile.py", "TEXT", "--name=x", "--tokenizer=bert"],
      "the tokenizer of hf://google-bert/bert-base-uncased needs the package transformers"),
     ("datasets", ["data/prepare_openwebtext.py"], "the download of OpenWebText needs the package datasets")])

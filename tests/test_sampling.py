@@ -392,7 +392,7 @@ def test_given_tokens_stay(settings):
         assert torch.equal(state.p.isnan(), given | (state.xt == MASK))
         assert ((state.p > 0) & (state.p <= 1))[~state.p.isnan()].all()
     assert (states[-1].xt != MASK).all()
-    steps = settings.steps + (settings.sampler == "euler") if settings.steps else len(states)  # euler removes noise, too
+    steps = settings.steps + (settings.sampler == "euler") if settings.steps else len(states)  # euler also denoises
     assert (torch.as_tensor(sum(state.steps for state in states)) == steps).all()
     if settings.sampler != "remdm":
         for before, after in zip(states, states[1:]):
