@@ -158,17 +158,35 @@ class Block(nn.Module):
         q, k, v = self.qkv(h).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
         return (q, k, v) if cos is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
 
-    def attention(self, q, k, v, sees=None, gates=None):
-        """The output (B, L, D) of attention to keys and values of the past and these tokens.
+    def gates(self, h):
+        """A factor for the output of each head (gated attention, arXiv 2505.06708): h (B, L, D) -> (B, L, heads).
 
-        gates: (B, L, heads), a factor for the output of each head (gated attention, arXiv 2505.06708), or None.
-        """
+        None without head gates. Their weights are zero at first, so the factors are 1."""
+        return None if self.head_gate is None else 2 * torch.sigmoid(F.linear(h[..., :GATE_INPUTS], self.head_gate))
+
+    def attention(self, q, k, v, sees=None, gates=None):
+        """The output (B, L, D) of attention to keys and values of the past and these tokens. gates: see gates()."""
         x = attend(q, k, v, sees, self.causal).transpose(1, 2)  # (B, L, heads, D/heads)
         x = x if gates is None else x * gates[..., None]
         return self.attn_out(x.flatten(2))
 
     def mlp(self, x):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
+
+    def add(self, x, y, gate):
+        """Return x + gate y, with dropout of y. Without gate: x + y."""
+        y = F.dropout(y, self.dropout, self.training)
+        return x + (y if gate is None else gate * y)
+
+    def kept(self, k, v, h1, h2, past):
+        """The Past of the past and these tokens. h1, h2: the inputs of attention and MLP before token_shift."""
+        if not self.shift_tokens:
+            return Past(k, v)
+        n_shifted = h1.shape[-1] // 4 * (2 if self.shift_left else 1)  # the channels that token_shift moves right
+        shifted = [h[..., :n_shifted] for h in (h1, h2)]
+        if past is not None:
+            shifted = [torch.cat(pair, 1) for pair in zip((past.to_attention, past.to_mlp), shifted)]
+        return Past(k, v, *shifted)
 
     def forward(self, x, c, cos, sin, layout=Layout(), at=None, past=None, keep=False):
         """x (B, L, D), c (B or 1, 1 or L, n_cond) or None -> (B, L, D), or (N, D) at the places `at` (N,).
@@ -177,33 +195,22 @@ class Block(nn.Module):
         past: the Past of the tokens before these, or None.
         keep: also return the Past of the past and these tokens. If `at` is empty, only what it needs is computed.
         """
-        B, L, D = x.shape
+        B, L, _ = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (
             (None,) * 6 if self.modulation is None else self.modulation(c).chunk(6, dim=-1))
+
         h1 = modulate(self.norm1(x), shift1, scale1)
         q, k, v = self.heads(self.neighbours(h1, layout, past and past.to_attention), cos, sin)
         if past is not None:
             k, v = torch.cat((past.keys, k), 2), torch.cat((past.values, v), 2)
         if keep and at is not None and len(at) == 0 and not self.shift_tokens:
             return None, Past(k, v)
-        gates = None
-        if self.head_gate is not None:  # zero at first, so these gates are 1
-            gates = 2 * torch.sigmoid(F.linear(h1[..., :GATE_INPUTS], self.head_gate))
-        y = F.dropout(self.attention(q, k, v, layout.sees, gates), self.dropout, self.training)
-        x = x + (y if gate1 is None else gate1 * y)
+        x = self.add(x, self.attention(q, k, v, layout.sees, self.gates(h1)), gate1)
+
         h2 = modulate(self.norm2(x), shift2, scale2)
-        near = self.neighbours(h2, layout, past and past.to_mlp)
-        x, near, gate2 = at_places(at, B, L, x, near, gate2)
-        y = F.dropout(self.mlp(near), self.dropout, self.training)
-        x = x + (y if gate2 is None else gate2 * y)
-        if not keep:
-            return x
-        if not self.shift_tokens:
-            return x, Past(k, v)
-        shifted = [h[..., :D // 4 * (2 if self.shift_left else 1)] for h in (h1, h2)]  # what token_shift moves right
-        if past is not None:
-            shifted = [torch.cat(pair, 1) for pair in zip((past.to_attention, past.to_mlp), shifted)]
-        return x, Past(k, v, *shifted)
+        x, h, gate2 = at_places(at, B, L, x, self.neighbours(h2, layout, past and past.to_mlp), gate2)
+        x = self.add(x, self.mlp(h), gate2)
+        return (x, self.kept(k, v, h1, h2, past)) if keep else x
 
     def matrices(self):
         """The matrices of the block, without that of the time conditioning."""
