@@ -57,13 +57,13 @@ def adapt(model, source, cfg, path):
 
 def resize(table, n):
     """The first n rows of a table; missing ones are copies of its last row."""
-    return torch.cat((table, table[-1:].expand(n, -1)))[:n].clone()
+    return torch.cat((table, table[-1:].expand(n, -1)))[:n]
 
 
 def first_value(name, drawn, weights):
     """The first value of a new tensor, for which the model drew the value `drawn`."""
     if name == "head_weight":
-        return weights["embed.weight"][:len(drawn)].clone()
+        return weights["embed.weight"][:len(drawn)]
     if name.startswith("time_embed."):
         return drawn
     value = torch.zeros_like(drawn)

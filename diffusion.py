@@ -273,7 +273,7 @@ class Absorbing:
         weight 1/r. So the mean is the bound for networks that see the time, too.
         """
         L, n = v.shape[1], n_free(v)
-        k = torch.minimum(torch.ceil(u * n).clamp(min=1), n).long()
+        k = torch.ceil(u * n).long()
         rate = v.sort(dim=1).values.gather(1, k[:, None] - 1)
         return Noise(v <= rate, self.time(rate.squeeze(1)), L / k.float())
 

@@ -427,6 +427,11 @@ def test_what_may_not_be_new():
     gated = {"config": source["config"] | {"head_gates": True}, "ema": source["ema"]}
     with pytest.raises(storage.UserError, match="of another network: head_gates=True, now False"):
         adapt(before.make_model(11), gated, before, "it")
+    plain = replace(before, conditioning="none", noise="uniform")
+    weights = {name: p for name, p in plain.make_model(11).named_parameters() if name != "embed.weight"}
+    for embeddings in ({}, {"embed.weight": torch.ones(11)}):  # none, or no matrix
+        with pytest.raises(storage.UserError, match="do not fit the model"):
+            adapt(before.make_model(11), {"config": vars(plain) | {}, "ema": weights | embeddings}, before, "it")
     source["ema"]["norm.weight"] = torch.full((32,), math.nan)
     with pytest.raises(storage.UserError, match="not finite"):
         adapt(before.make_model(11), source, before, "it")

@@ -268,6 +268,7 @@ def test_bad_requests(call, trained, tmp_path):
     """One line each, and nothing is written."""
     (tmp_path / "none.txt").write_text("\n\n")
     (tmp_path / "plain.txt").write_text("a_\nno blanks\n")
+    (tmp_path / "long.txt").write_text("a_\n{40}\nb_\n")
     out = tmp_path / "out.html"
     for flags, words in (
             (["--prefix", "a" * 40], "or use a larger --length and a --context"),
@@ -284,6 +285,7 @@ def test_bad_requests(call, trained, tmp_path):
             (["--template=a_", "--infill=x"], "not both"), (["--infill", tmp_path / "nowhere"], "nowhere"),
             (["--infill", tmp_path / "none.txt"], "no text"),
             (["--infill", tmp_path / "plain.txt"], "template 2 'no blanks' has no blanks"),
+            (["--infill", tmp_path / "long.txt"], "the text has 40 tokens, and the model writes 32"),
             (["--prefix="], "the value is empty"), (["--sampler=topk", "--k=0"], "outside"),
             (["--k=3"], "--sampler ancestral does not use --k: leave it out, or use topk"),
             (["--sampler=topk", "--k=3", "--steps=5"], "leave out --steps and --grid"), (["--steps=0"], "outside"),
