@@ -23,7 +23,7 @@ from diffusion import MDLM
 from likelihood import by_rate, chain_rule
 from model import Block
 from networks import network, small
-from prompts import denoise, end_of
+from prompts import denoise, end_of, text_of
 from randomness import repeated_uniforms, uniforms
 from sampler_settings import loop_grid, schedule_grid
 from sampling import Settings
@@ -627,14 +627,16 @@ def test_where_texts_end():
 
 
 def test_ends():
-    """`end` counts where it was written, not where it was given. It is the pad, where pads come last."""
+    """`end` counts where it was written, not where it was given. It is the pad, where pads come last, with blocks."""
     xt = torch.tensor([[7, 1, 9, 9], [2, 7, 9, 9], [2, 3, 9, 9]])
     given = torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4])
     assert finish(xt, given, 7, 9).tolist() == [[7, 1, 9, 9], [2, 7, 7, 7], [2, 3, 9, 9]]
     assert cut([7, 1, 4, 7, 7], [7, 1, 9, 9, 9], 7) == [7, 1, 4] and cut([7, 1], [7, 9], 7) == [7, 1]
-    ends = [end_of(small(objective="block", block_size=4, padding=padding), CharTokenizer("ab.", "."))
-            for padding in ("end", "random")]
-    assert ends == [2, None]
+    tokenizer = CharTokenizer("ab.", ".")
+    ends = [end_of(small(padding=padding, **blocks), tokenizer)
+            for blocks in ({"objective": "block", "block_size": 4}, {}) for padding in ("end", "random")]
+    assert ends == [2, None, None, None]
+    assert [text_of([0, 1, 2, 1], [0, 3, 3, 3], end, tokenizer) for end in (2, None)] == ["ab", "abb"]
 
 
 # ---- configs and commands --------------------------------------------------------------------------------------------

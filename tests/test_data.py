@@ -20,8 +20,8 @@ import pytest
 from cli import UserError
 from commands import ROOT, assert_one_line
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
-from data.loader import (PIECE, SPLITS, gather, load_meta, load_split, prefetch, prepare_command, random_crops, recode,
-                         subset, windows)
+from data.loader import (PIECE, SPLITS, check_same_data, gather, load_meta, load_split, prefetch, prepare_command,
+                         random_crops, recode, subset, windows)
 from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import (
     TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, HubTokenizer, byte_alphabet, characters, check_alphabet,
@@ -74,7 +74,7 @@ def test_lengths_of_characters():
 
 def test_text8_words():
     """Lower case, apostrophes vanish, all else is a space."""
-    assert text8_words("Don't -- Stop\n2 times, café!") == ["dont", "stop", "times", "caf"]
+    assert text8_words("Don't, can\u2019t -- Stop\n2 times, café!") == ["dont", "cant", "stop", "times", "caf"]
     assert text8_words("Don\u2019t stop 20\ntimes", spelled=True) == ["don", "t", "stop", "two", "zero", "times"]
 
 
@@ -597,6 +597,9 @@ def test_missing_and_damaged_data_sets(small):
             load_meta("small", small)
     with pytest.raises(UserError, match="is damaged"):
         is_prepared(small / "small")
+    check_same_data(meta, dict(meta), "small", "a run")
+    with pytest.raises(UserError, match="'small' is not the same as that of a run"):
+        check_same_data(meta, meta | {"sha256": {}}, "small", "a run")
 
 
 def test_prefetch():

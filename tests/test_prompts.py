@@ -25,7 +25,7 @@ from likelihood import Windows, bound
 from model import DiT
 from prompts import canvases, template, windows_of
 from randomness import prefix_lengths
-from sampler_settings import bound_on_grid, read_curve
+from sampler_settings import best_grid, bound_on_grid, enough_steps, read_curve
 from sampling import DEFAULT_ETA
 from studies.curves import measure_context, measure_curve
 from train import batches
@@ -232,10 +232,11 @@ def test_steps_auto(sample, call, trained, data_dir, tmp_path):
     assert_one_line(call("sample.py", folder, "--steps=auto"), "evaluate.py", "--curve` first")
     assert call("evaluate.py", folder, "--curve", "--data_dir", data_dir).code == 0
     auto = sample("--steps=auto", path=folder)
-    assert 1 <= auto["steps"] < 256 and auto["grid"][0] == 1 and auto["grid"][-1] == 0
+    measured = read_curve(str(folder), checkpoint.load_model(folder, CPU)[0])
+    assert auto["steps"] == enough_steps(*measured) < 256 and auto["grid"] == best_grid(*measured, auto["steps"])
     assert sample("--grid=auto", path=folder)["grid"] == auto["grid"]
     eight = sample("--steps=8", "--grid=auto", "--sampler=topk", path=folder)
-    assert eight["nfe"] == 8 and eight["grid"] != pytest.approx([1 - i / 8 for i in range(9)])
+    assert eight["nfe"] == 8 and eight["grid"] == best_grid(*measured, 8)
     rows = json.loads(call("evaluate.py", folder, "--samples=2", "--steps=4,auto", "--json").out)["samples"]
     assert [row["steps"] for row in rows[:2]] == [4, auto["steps"]]
     curve = json.loads((folder / "curve.json").read_text())
@@ -272,7 +273,7 @@ def test_bad_requests(call, trained, tmp_path):
     out = tmp_path / "out.html"
     for flags, words in (
             (["--prefix", "a" * 40], "or use a larger --length and a --context"),
-            (["--prefix", "a" * 32], "leaves nothing of 32"),
+            (["--prefix", "a" * 20, "--suffix", "b" * 12], "the prompt has 32 tokens, which leaves nothing of 32"),
             (["--prefix=the cat", "--length=7"], "a larger --length\n"),
             (["--guidance=1"], "strengthens a prompt"),
             (["--prefix=the", "--guidance=1", "--sampler=euler"], "a sampler that normalises its prediction"),
