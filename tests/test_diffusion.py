@@ -505,13 +505,14 @@ def test_attributes_of_an_objective(key):
     assert type(objective) is OBJECTIVES[key] and isinstance(objective.description, str)
     assert model.embed.num_embeddings == 5 + objective.has_mask and model.blocks[0].causal == objective.causal
     assert objective.reported in objective.estimators and set(objective.samplers.values()) <= set(SAMPLERS)
-    for estimator, other in objective.estimators.items():
-        assert callable(getattr(objective, estimator)) and other != estimator
-        assert objective.estimators.get(other) == estimator or other in ORDERS
     times = objective.n_times(4)
     assert times == (4 // objective.block_size if objective.block_size else 1) and model.block_size == config.block_size
-    u, v = torch.rand(3, *[times] * (times > 1), dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    u, v = uniforms(0, 0, range(3), 3, 4, False, times)
+    for estimator, other in objective.estimators.items():
+        assert len(getattr(objective, estimator)(u, v, u).weight) == 3 and other != estimator
+        assert objective.estimators.get(other) == estimator or other in ORDERS
     noise = objective.noise(u, v)
+    assert torch.equal(v, uniforms(0, 0, range(3), 3, 4, False, times)[1])  # they change nothing
     asked = []
 
     def network(xt, t, where=None, **more):

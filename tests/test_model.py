@@ -269,6 +269,10 @@ def test_the_past_is_remembered(conditioning, causal, shift):
         torch.testing.assert_close(logits, whole[:, a:b], atol=1e-4, rtol=1e-4)
         some = model(xt[:, a:b], t, where=where[:, a:b], past=past)
         torch.testing.assert_close(some, whole[:, a:b][where[:, a:b]], atol=1e-4, rtol=1e-4)
+        if causal and not shift:  # `sees` may leave out the past
+            hidden = torch.ones(b - a, b, dtype=torch.bool).tril(a) & (torch.arange(b) >= a)
+            torch.testing.assert_close(model(xt[:, a:b], t, past=past, sees=hidden), model(xt[:, a:b], t), atol=1e-4,
+                                       rtol=1e-4)
         again, kept = model(xt[:, a:b], t, past=past, keep=True)
         past = model.remember(xt[:, a:b], t, past=past)
         assert torch.equal(again, logits) and all(x is y is None or torch.equal(x, y)
