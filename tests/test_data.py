@@ -513,6 +513,7 @@ def test_end_of_text_is_one_token(gpt2):
     tokens = [*gpt2.encode("a b"), gpt2.end, *gpt2.encode("c")]
     assert gpt2.encode_decoded(gpt2.decode(tokens)).tolist() == tokens == ids_of(gpt2.decode(tokens), gpt2)
     assert len(gpt2.encode(gpt2.decode(tokens))) > len(tokens) and gpt2.vocab_size == gpt2.end + 1
+    assert gpt2.encode("a").dtype == np.uint16
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
