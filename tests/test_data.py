@@ -592,7 +592,8 @@ def test_missing_and_damaged_data_sets(small):
     for content in (b"{", b"[]", b"{}", b"\xff\xfe", b'{"vocab_size": 27}',
                     b"[" * 20_000, *(json.dumps(meta | change).encode() for change in (
                         {"dtype": "float64"}, {"sizes": meta["sizes"] | {"val": "x"}}, {"bytes": 5}, {"record": None},
-                        {"bytes": dict.fromkeys(SPLITS)}, {"request": 5}, {"tokenizer": "hf", "pad": "x"}))):
+                        {"bytes": dict.fromkeys(SPLITS)}, {"request": 5}, {"tokenizer": "hf", "pad": "x"},
+                        {"alphabet": list(meta["alphabet"])}))):
         (small / "small" / "meta.json").write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
             load_meta("small", small)
