@@ -158,9 +158,9 @@ def entropy(logits, p):
 
 
 def margin(logits, p):
-    """The largest probability minus the second largest (arXiv 2502.06768): (N, V) -> (N,)."""
-    first, second = p.topk(2).values.unbind(-1)
-    return first - second
+    """The largest probability minus the second largest (0 if V = 1; arXiv 2502.06768): (N, V) -> (N,)."""
+    largest = p.topk(min(2, p.shape[-1])).values
+    return largest[:, 0] - largest[:, 1:].sum(-1)
 
 
 # How sure the network is of a position: {name: (logits, p) -> (N,)}. None: the probability of the token drawn there.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import configs
 import world
-from categorical import Draw, entropy, inverse_cdf
+from categorical import SURE, Draw, entropy, inverse_cdf
 from diffusion import MDLM, Absorbing, AutoRegressive, make_schedule
 from sampler_settings import (DEFAULTS, best_grid, bound_on_grid, default_settings, enough_steps, loop_grid,
                               schedule_grid)
@@ -271,6 +271,13 @@ def test_topk_by_hand_in_three_ways(by, order):
     states = states_of(topk, model, masks(1, 3, 10), k=1, by=by, objective=MDLM(10), temperature=0)
     left = [(state[0] == 10).nonzero().squeeze(1).tolist() for state in states]
     assert left == [sorted(order[1:]), order[2:], []]
+
+
+@pytest.mark.parametrize("by", SURE)
+def test_topk_with_one_kind_of_token(by):
+    """A text that repeats one character has a vocabulary of 1, and no second likeliest token."""
+    flat = lambda xt, t, where: torch.zeros(int(where.sum()), 1)
+    assert (states_of(topk, flat, masks(2, 3, 1), k=2, by=by, objective=MDLM(1))[-1] == 0).all()
 
 
 def test_topk_asks_no_more_than_it_must():
