@@ -111,7 +111,9 @@ def make_schedule(name):
                          "loglinear:0.001 or geometric:0.0001:20")
     try:
         return SCHEDULES[kind](*map(float, numbers))
-    except (TypeError, ValueError) as error:  # TypeError: too many numbers
+    except TypeError:  # Python's message would name a function
+        raise ValueError(f"{name!r} is not valid: it has too many numbers")
+    except ValueError as error:
         raise ValueError(f"{name!r} is not valid: {error}")
 
 
