@@ -249,8 +249,8 @@ def main():
            run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
            parameters=n_params, optimizer_bytes=optimizer_bytes, versions=storage.versions())
     if is_main and cfg.warmup_steps >= cfg.max_steps:  # easily so in a short trial of a long config
-        note(f"the learning rate rises until the end, to {learning_rate(cfg.max_steps - 1, cfg):.2g}: set "
-             f"--warmup_steps={cfg.warmup_steps} below --max_steps={cfg.max_steps} if it should decay")
+        note(f"the learning rate rises until the end, to {learning_rate(cfg.max_steps - 1, cfg):.2g}: it decays only "
+             f"if --warmup_steps (here {cfg.warmup_steps}) is less than --max_steps (here {cfg.max_steps})")
     indices = range(rank * local, (rank + 1) * local)
     stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
     pace, stopped = Pace(step), 0
