@@ -234,7 +234,7 @@ class Config:
                                 f"{key}={default_of(key)}")
 
     def with_objective(self, name, **settings):
-        """This Config with another objective, without the settings that this one does not have."""
+        """This Config with another objective. Settings that the other objective does not have get their defaults."""
         others = {key: default_of(key) for key, names in OWNERS.items() if name not in names}
         return replace(self, objective=name, **others, **settings)
 
