@@ -130,7 +130,8 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop):
         for kind in ("model", "ema"):
             check_fit(model, payload[kind], path)
         check_moments(model, cfg, payload["optimizer"], path)
-        if last.exists() and path not in (last, out_dir) and storage.is_damaged(last):
+        is_last = path.resolve() in (last.resolve(), out_dir.resolve())
+        if not is_last and last.exists() and storage.is_damaged(last):
             last.rename(out_dir / "ckpt_damaged.pt")  # else the next save would put it over ckpt_prev.pt
     if init_from and not payload:
         source = read(init_from, Hints(cfg.dataset, data_dir=cfg.data_dir))

@@ -142,6 +142,15 @@ def test_a_run_continues_from_its_previous_checkpoint(call, data_dir, tmp_path, 
     assert storage.read(tmp_path / "out" / "ckpt_prev.pt")["step"] == 6
 
 
+@pytest.mark.parametrize("resume", ["auto", "out/ckpt.pt", "out"])
+def test_the_last_checkpoint_is_read_once(call, data_dir, tmp_path, monkeypatch, resume):
+    """However the user names it: a second copy in memory could be too large."""
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], [f"--resume={resume}"]):
+        assert train(call, "mdlm_text8", data_dir, tmp_path / "out", "--max_steps=2", *flags).code == 0
+        monkeypatch.setattr(storage, "is_damaged", lambda path: pytest.fail(f"{path} is read again"))
+
+
 def test_a_file_that_cannot_be_read_now_is_not_called_damaged(call, data_dir, tmp_path, monkeypatch):
     """Without permission, or if the file system fails, nothing is renamed, and no older state is trained on."""
     out = tmp_path / "out"
