@@ -28,6 +28,7 @@ from randomness import prefix_lengths
 from sampler_settings import best_grid, bound_on_grid, enough_steps, read_curve
 from sampling import DEFAULT_ETA
 from studies.curves import measure_context, measure_curve
+from test_checkpoint import changed
 from train import batches
 from world import mask_of
 
@@ -202,6 +203,19 @@ def test_block_length(sample, call, trained, tmp_path):
     rows = json.loads(call("evaluate.py", trained, "--samples=2", "--sampler=topk", "--k=8", "--block_length=16",
                            "--out_dir", tmp_path, "--json").out)["samples"]
     assert (rows[0]["setting"], rows[0]["nfe"]) == ("k=8 block_length=16", 4)
+
+
+def test_guidance(sample, call, trained, tmp_path):
+    """It takes two network calls for one, and a model that knows texts without a prompt."""
+    flags = ["--template=the ____ on", "--sampler=topk", "--k=1"]
+    plain, guided = sample(*flags), sample(*flags, "--guidance=2")
+    assert [(found["guidance"], found["nfe"]) for found in (plain, guided)] == [(0, 4), (2, 8)]
+    for prefix, code in (("uniform:0:8", 0), ("uniform:1:8", 2), ("fixed:8", 2)):
+        out = changed(trained, tmp_path / prefix, config=lambda config: config | {"prefix": prefix})
+        result = call("sample.py", out, "--prefix=the cat ", "--guidance=1")
+        assert result.code == code
+        if code:
+            assert_one_line(result, "--guidance compares with the text without its prompt")
 
 
 def test_left_to_right_continues_a_prefix(sample, call, data_dir, tmp_path):
