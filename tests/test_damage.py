@@ -166,9 +166,18 @@ def test_a_file_that_cannot_be_read_now_is_not_called_damaged(call, data_dir, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "quietly", fail)
-        result = train(call, "mdlm_text8", data_dir, out, "--max_steps=8", "--resume=auto")
-        assert_one_line(result, "ckpt.pt cannot be read: Input/output error")
+        for resume in ("auto", out / "ckpt_prev.pt"):
+            result = train(call, "mdlm_text8", data_dir, out, "--max_steps=4", f"--resume={resume}")
+            assert_one_line(result, "ckpt.pt cannot be read: Input/output error")
     assert {path.name: path.read_bytes() for path in out.glob("*.pt")} == before
+
+
+def test_a_user_may_go_back(call, data_dir, tmp_path):
+    """--resume of the previous checkpoint does not call the last one damaged if it is whole."""
+    out, options = tmp_path / "out", ["--max_steps=4", "--checkpoint_interval=2"]
+    assert train(call, "mdlm_text8", data_dir, out, *options).code == 0
+    result = train(call, "mdlm_text8", data_dir, out, *options, f"--resume={out / 'ckpt_prev.pt'}")
+    assert result.code == 0 and "continuing at step 2" in result.out and not (out / "ckpt_damaged.pt").exists()
 
 
 def test_two_damaged_checkpoints_are_not_written_over(call, data_dir, tmp_path):

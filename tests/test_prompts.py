@@ -236,6 +236,8 @@ def test_greedy(sample):
     a, b = (sample("--sampler=topk", "--k=1", "--temperature=0", f"--seed={seed}") for seed in (1, 2))
     assert a["samples"] == b["samples"] and a["nfe"] == 32
     assert sorted(a["samples"][0]["steps"]) == list(range(1, 33))
+    (one,) = sample("--sampler=topk", "--k=1", "--temperature=0", "--block_length=1")["samples"]
+    assert one["steps"] == list(range(1, 33))
 
 
 def test_steps_auto(sample, call, trained, data_dir, tmp_path):
