@@ -358,6 +358,8 @@ def test_help_lists_every_setting(call):
     (["mdlm_text8", "--conditioning=sigma"], ["needs a finite sigma, and schedule=linear ends at an infinite one"]),
     *((["sedd_text8", "--schedule=linear", "--conditioning=none", flag], ["needs a finite sigma"])
       for flag in ("--scale_by_sigma=false", "--noise=uniform")),
+    *((["mdlm_text8", "--fsdp", flag], ["needs whole tensors, and --fsdp splits them"])
+      for flag in ("--optimizer=sm3", "--optimizer=sm3_nesterov", "--clip=agc:0.01")),
     (["mdlm_text8", "--schedule=quadratic"], ["is unknown: choose one of linear, cosine, loglinear, geometric"]),
     (["udlm_text8", "--noise=gauss"], ["is unknown: choose one of mask, uniform"]),
     (["ar_text8", "--noise=uniform"], ["noise=uniform does not work with objective="]),

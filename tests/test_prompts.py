@@ -276,9 +276,9 @@ def test_steps_auto(sample, call, trained, data_dir, tmp_path):
     loop = json.loads(call("sample.py", folder, "--sampler=remdm", "--remask=loop", "--steps=4", "--json").out)
     assert loop["grid"] == pytest.approx([1, 0.55, 0.1, 0.1, 0])
     rows = json.loads(call("evaluate.py", folder, "--samples=2", "--sampler=ancestral,topk", "--grid=cosine", "--k=16",
-                           "--steps=4", "--json").out)["samples"]
+                           "--by=margin", "--steps=4", "--json").out)["samples"]
     assert [(row["sampler"], row["steps"], row["setting"]) for row in rows[:2]] == [
-        ("ancestral", 4, "grid=cosine"), ("topk", None, "k=16")]
+        ("ancestral", 4, "grid=cosine"), ("topk", None, "k=16 by=margin")]
 
 
 def test_bad_requests(call, trained, tmp_path):
