@@ -1,5 +1,5 @@
-"""bench.py, costs.py, studies/forecast.py, studies/textbook.py: what speed is compared with is right. No test asks how fast
-anything is."""
+"""bench.py, costs.py, studies/forecast.py, studies/textbook.py: what speed is compared with is right. No test
+asks how fast anything is."""
 
 import json
 

@@ -170,7 +170,8 @@ def test_another_version(call, trained, tmp_path):
     """A checkpoint or folder of another version says so, and is not taken for another project's."""
     payload = torch.load(trained / "ckpt.pt", weights_only=True)
     torch.save(payload | {"format": "discrete-diffusion-1"}, tmp_path / "ckpt.pt")
-    assert_one_line(call("sample.py", tmp_path), "by another version of this project: its format is discrete-diffusion-1")
+    assert_one_line(call("sample.py", tmp_path),
+                    "by another version of this project: its format is discrete-diffusion-1")
     assert call("checkpoint.py", "export", trained, tmp_path / "card").code == 0
     text = (tmp_path / "card" / "config.json").read_text().replace("discrete-diffusion-2", "discrete-diffusion-3")
     (tmp_path / "card" / "config.json").write_text(text)

@@ -309,7 +309,8 @@ def test_a_block_shifts_before_attention_and_mlp():
 
 
 def test_head_gates():
-    """The gate of a head is 2 sigmoid of a linear function of the first 12 channels of the block's input; at first 1."""
+    """The gate of a head is 2 sigmoid of a linear function of the first 12 channels of the block's input. It is 1 at
+    first."""
     x, tables = torch.randn(2, 5, 16), rotary_tables(5, 8)
     plain, gated = (Block(small(head_gates=flag), 0) for flag in (False, True))
     gated.load_state_dict(plain.state_dict() | {"head_gate": torch.randn(2, 12)})

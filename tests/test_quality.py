@@ -225,7 +225,8 @@ def test_bad_samples(call, trained, ar, data_dir, tmp_path):
     for script, *flags in (["evaluate.py", "--json"], ["evaluate.py", "--samples=2"], ["sample.py"]):
         assert_one_line(call(script, tmp_path / "broken.pt", *flags), "not finite")
     for sampler in ("ancestral", "topk", "threshold"):
-        assert_one_line(call("sample.py", tmp_path / "broken.pt", "--temperature=0", "--sampler", sampler), "not finite")
+        assert_one_line(call("sample.py", tmp_path / "broken.pt", "--temperature=0", "--sampler", sampler),
+                        "not finite")
     assert_one_line(go("--samples", "2", "--judge", trained), "cannot be a judge: its objective is mdlm")
     assert_one_line(go("--samples", "2", "--judge", "hf://" + str(tmp_path)), "cannot be loaded as a causal language")
     for part in make("roberta"):

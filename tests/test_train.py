@@ -171,7 +171,8 @@ def test_settings_of_the_weights_that_a_run_begins_with():
 
 
 def test_pace(monkeypatch):
-    """Steps per second and the time left count training alone: from step 10, 5 steps in 2 s, a pause of 50 s, 10 in 4."""
+    """Steps per second and the time left count training alone: from step 10, 5 steps in 2 s, a pause of 50 s, 10 in
+    4."""
     clock = iter([100, 102, 103, 153, 156, 157])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     pace = Pace(10)
