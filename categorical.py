@@ -20,8 +20,9 @@ def begin(xt):
 
 
 def with_denoising(grid):
-    """Insert one more rate before the 0 at the end of a grid: 1e-5, or half of the last rate if that is less. The step
-    from it to 0 removes the noise that is left."""
+    """Insert one more rate before the 0 at the end of a grid: 1e-5, or half of the rate before it if that is less.
+
+    The step from it to 0 removes the noise that is left."""
     return [*grid[:-1], min(1e-5, grid[-2] / 2), 0.0]
 
 
