@@ -192,8 +192,7 @@ def read(path, hints=Hints()):
         raise UserError(f"{path} is a device or a pipe: name a file or a folder")
     weights = files.find_weights(path) if path.is_dir() else path
     if weights is None:
-        raise UserError(f"no checkpoint at {path / 'ckpt.pt'}, nor one of another project: `python train.py CONFIG` "
-                        "writes out/CONFIG/ckpt.pt")
+        raise UserError(f"no checkpoint at {path / 'ckpt.pt'}, nor one of another project: {files.what_lacks(path)}")
     found = files.read_files(weights)
     payload, path = found.payload, found.path
     card = dict(found.settings) if found.settings.get("format") == FORMAT else {}  # config.json that export() wrote

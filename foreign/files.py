@@ -81,14 +81,32 @@ def find_weights(folder):
     numbered = list(folder.glob("checkpoints/checkpoint_*.pth"))
     if numbered:
         return max(numbered, key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
-    others = [path for kind in ("safetensors", "ckpt", "pth", "pt", "bin") for path in folder.glob(f"*.{kind}")
-              if path.is_file()]
+    others = other_weights(folder)
     return others[0] if len(others) == 1 else None
+
+
+def other_weights(folder):
+    """Return the files in a folder whose names end as those of weights do."""
+    return [path for kind in ("safetensors", "ckpt", "pth", "pt", "bin") for path in sorted(folder.glob(f"*.{kind}"))
+            if path.is_file()]
+
+
+def what_lacks(folder):
+    """Say what to do about a folder in which find_weights() found nothing."""
+    if several := other_weights(folder):
+        return f"it has {', '.join(path.name for path in several[:5])}: name one of its files"
+    if runs := sorted(path.parent.name for path in folder.glob("*/ckpt.pt")):
+        return f"name one of the runs in it, such as {folder / runs[0]}"
+    for name in ("config.json", "config.yaml"):
+        if (folder / name).is_file():
+            return f"it has a {name}, but no file of weights, such as model.safetensors"
+    return "`python train.py CONFIG` writes out/CONFIG/ckpt.pt"
 
 
 def read_files(weights):
     """Read a file of weights, and the settings with it, into Found. Raises UserError if it cannot be read safely."""
     if weights.name == SHARDS or weights.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         try:
             names = [weights.name]
@@ -97,7 +115,8 @@ def read_files(weights):
                 names = sorted({Path(name).name for name in shards})
             payload = {key: value for name in names for key, value in load_file(weights.parent / name).items()}
         except Exception as error:
-            raise UserError(f"{weights} cannot be read as safetensors: {first_line(error)}")
+            cut = "it is truncated, damaged or another kind of file: " if isinstance(error, SafetensorError) else ""
+            raise UserError(f"{weights} cannot be read as safetensors: {cut}{first_line(error)}")
     else:
         payload = load(weights)
     ours = payload.get("format") if isinstance(payload, dict) else None

@@ -119,6 +119,9 @@ def unknown(found, state):
         keys = ", ".join(map(str, list(payload)[:5])) if isinstance(payload, dict) else type(payload).__name__
         return UserError(f"{found.path} is not a checkpoint of this project or of another one that is known "
                          f"({', '.join(FORMATS)}): it contains {keys}")
+    if "blocks.N.mlp_in.weight" in ours:
+        return UserError(f"{found.path} has the tensors of this project's networks: the config.json that "
+                         "`checkpoint.py export` wrote must be beside it")
     parts = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     sedd = patterns(ddit.shapes_of(1, 1, 1, 1))
     nano = {"net." + key.replace("vocab_embed.embedding", "vocab_embed.weight").replace("sigma_map", "c_embed")

@@ -134,7 +134,7 @@ def test_layouts(tmp_path):
     (oxen / "config.yaml").write_text(yaml.safe_dump({"model": {"length": 16, "n_heads": 2}}))
     assert storage.read(oxen)["foreign"] == "oxen"
     torch.save(ddit_state(99), oxen / "other.pth")
-    with pytest.raises(UserError, match="nor one of another project"):
+    with pytest.raises(UserError, match="nor one of another project: it has anything.pth, other.pth: name one"):
         storage.read(oxen)
     state["ema"]["shadow_params"].pop()
     torch.save(state, run / "checkpoints" / "checkpoint_11.pth")
@@ -214,6 +214,9 @@ def test_an_unknown_family_is_compared(tmp_path):
     gpt = {f"transformer.h.0.{name}.weight": torch.zeros(2) for name in ("ln_1", "attn.c_attn")}
     with pytest.raises(UserError, match="has no known format.* and has transformer.h.N.attn.c_attn.weight, "):
         storage.read(folder_of(tmp_path / "y", gpt, {}))
+    ours = {"blocks.0.mlp_in.weight": torch.zeros(2, 2)}  # a folder of export.py without its config.json
+    with pytest.raises(UserError, match="has the tensors of this project's networks: the config.json that"):
+        storage.read(folder_of(tmp_path / "z", ours, None))
 
 
 class Evil:
@@ -444,6 +447,11 @@ def test_files_that_are_none(call, tmp_path):
         assert_one_line(call("sample.py", tmp_path / name), name, "cannot be read")
     (tmp_path / "empty").mkdir()
     assert_one_line(call("sample.py", tmp_path / "empty"), "nor one of another project")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    assert_one_line(call("sample.py", tmp_path / "empty"), "it has a config.json, but no file of weights")
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "ckpt.pt").write_bytes(b"")
+    assert_one_line(call("sample.py", tmp_path / "runs"), f"name one of the runs in it, such as {tmp_path}/runs/demo")
     folder = folder_of(tmp_path / "x", ddit_state(), None)
     for name, content in (("config.json", "{"), ("config.json", "[]"), ("config.yaml", "a: [")):
         (folder / name).write_text(content)
