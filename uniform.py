@@ -109,10 +109,11 @@ class Uniform:
 
     @classmethod
     def misfit(cls, config):
-        if config.prefix != "none" or config.lambda_ce or config.time_sampling == "exact_k" or (
-                config.weighting == "simple"):
-            return ("noise=uniform needs prefix=none, lambda_ce=0, weighting=nelbo, and time_sampling=uniform or "
-                    "stratified; the other values are for masks")
+        for_masks = {"prefix=none": config.prefix != "none", "lambda_ce=0": config.lambda_ce,
+                     "weighting=nelbo": config.weighting == "simple",
+                     "time_sampling=stratified (or uniform)": config.time_sampling == "exact_k"}
+        if wrong := [f"--{setting}" for setting, is_wrong in for_masks.items() if is_wrong]:
+            return f"noise=uniform needs {' '.join(wrong)}: what is set now is for masks"
 
     def __init__(self, vocab_size, schedule="loglinear"):
         self.mask_id = self.V = vocab_size

@@ -363,9 +363,12 @@ def test_help_lists_every_setting(call):
     (["mdlm_text8", "--schedule=quadratic"], ["is unknown: choose one of linear, cosine, loglinear, geometric"]),
     (["udlm_text8", "--noise=gauss"], ["is unknown: choose one of mask, uniform"]),
     (["ar_text8", "--noise=uniform"], ["noise=uniform does not work with objective="]),
-    (["d3pm_text8", "--noise=uniform"], ["noise=uniform needs prefix=none, lambda_ce=0"]),
-    *((["udlm_text8", flag], ["noise=uniform needs prefix=none"])
-      for flag in ("--prefix=fixed:4", "--time_sampling=exact_k", "--weighting=simple", "--lambda_ce=1")),
+    (["d3pm_text8", "--noise=uniform"], ["noise=uniform needs --lambda_ce=0: "]),
+    (["demo", "--noise=uniform"], ["noise=uniform needs --weighting=nelbo --time_sampling=stratified (or uniform): "]),
+    *((["udlm_text8", flag], [f"noise=uniform needs {needed}"])
+      for flag, needed in (("--prefix=fixed:4", "--prefix=none: "), ("--lambda_ce=1", "--lambda_ce=0: "),
+                           ("--weighting=simple", "--weighting=nelbo: "),
+                           ("--time_sampling=exact_k", "--time_sampling=stratified (or uniform): "))),
 ])
 def test_bad_train_arguments(call, tmp_path, monkeypatch, arguments, words):
     """One line that says what is wrong, exit code 2, and no output folder."""
