@@ -174,8 +174,8 @@ def check_same_run(payload, path, cfg, meta):
     changed = [f"{key} (was {before[key]!r}, now {now[key]!r})" for key in now
                if same_run(key) and before[key] != now[key]]
     if changed:
-        raise UserError(f"{path} is of another run: {', '.join(changed)}; use its settings, or start a new run with "
-                        f"--init_from={path}")
+        raise UserError(f"{path} is of another run: {', '.join(changed)}; use its settings, or start a new run from "
+                        f"its weights, with --init_from={path} and another --out_dir")
     check_same_tokens(payload["meta"], meta, cfg.dataset)
     check_same_data(meta, payload["meta"], cfg.dataset, f"the run of {path}")
 

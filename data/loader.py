@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cli import UserError
-from data.tokenizer import describes_tokens, id_type
+from data.tokenizer import TEXT8_ALPHABET, describes_tokens, id_type
 from randomness import rng
 
 DATA_DIR = Path(__file__).resolve().parent
@@ -67,9 +67,10 @@ def check_same_tokens(meta, data_meta, dataset):
     """Raise UserError unless each token id means the same for the checkpoint (meta) and the data set (data_meta)."""
     strange = sorted(set(data_meta.get("alphabet", "")) - set(meta.get("alphabet", "")))
     if strange and meta["tokenizer"] == "char":
+        advice = "prepare it with --alphabet text8, or " if meta.get("alphabet") == TEXT8_ALPHABET else ""
         raise UserError(f"data set {dataset!r} has characters outside the checkpoint's alphabet: "
                         f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''}; "
-                        "choose another with --dataset")
+                        f"{advice}choose another with --dataset")
     if meta.get("definition") != data_meta.get("definition") and meta["tokenizer"] == data_meta["tokenizer"]:
         raise UserError(f"data set {dataset!r} has another tokenizer of Hugging Face than the checkpoint: prepare it "
                         "with --tokenizer CHECKPOINT, or choose another with --dataset")
