@@ -172,9 +172,10 @@ class Config:
                                same_run=False)
     timeout_minutes: float = setting(10.0, "minutes without an answer from a process after which the run stops",
                                      same_run=False)
-    peak_tflops: float = setting(0.0, "peak TFLOP/s of one device, for the utilisation (MFU); 0: measured at the start",
-                                 same_run=False)
-    wandb: bool = setting(False, "also log to Weights & Biases", same_run=False)
+    peak_tflops: float = setting(0.0, "peak TFLOP/s of one device; the MFU in the log is the share of it that is used; "
+                                      "0: measured at the start", same_run=False)
+    wandb: bool = setting(False, "also log to Weights & Biases; with WANDB_MODE=offline, or without an account, to the "
+                                 "folder wandb", same_run=False)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -2,6 +2,7 @@
 
     python train.py CONFIG [--key=value ...]                      one CPU, MPS or GPU
     torchrun --standalone --nproc_per_node=8 train.py CONFIG      one node of 8 GPUs; more: docs/long_runs.md
+    python train.py CONFIG --help                                 the settings, with their values in CONFIG
 
 Writes out/CONFIG/ckpt.pt (the last state), ckpt_prev.pt (the one before), ckpt_best.pt (the best validation) and
 log.jsonl (every number shown). On SIGTERM, SIGUSR1, Ctrl-C or the end of torchrun, training finishes the step, writes a

@@ -281,7 +281,7 @@ def samples(subject, samples, settings, judge, folder, seed, out):
                "seconds": ("seconds", ".1f")}
     columns = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
     print(f"{rows[0]['n_samples']} samples{f', judged by {judge.name}' if judge else ''}; entropy: of a sample's "
-          "tokens, bits; distinct-n and repetition-n: of words", file=out)
+          "tokens, bits; distinct-n and repetition-n: of words; NFE: network calls", file=out)
     table(rows, columns, out)
     lines = io.StringIO()
     writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
