@@ -63,17 +63,25 @@ def of_rows(model, past=None):
     return denoiser
 
 
-def guided(denoiser, given, mask_id, w):
+def guided(denoiser, given, objective, size, w):
     """Classifier-free guidance towards the given tokens (B, L), without a second training (arXiv 2410.18514).
 
     The network predicts twice: with the given tokens c, and with masks in their place. Tokens are drawn from
 
         p(x | c)^(1 + w) / p(x)^w, normalised.
 
-    The logits in `where` are combined, so w = 0 is p(x | c). Both calls are told the same time.
+    The logits in `where` are combined, so w = 0 is p(x | c). If the first call is told the time of the rate r, which is
+    that of `size` tokens, size * r + (number of given tokens) of L tokens are masks in the second. So it is told the
+    time of the rate (size * r + number)/L.
     """
+    L, number = given.shape[1], given.sum(1).cpu()
+
     def both(xt, t, where):
-        return (1 + w) * denoiser(xt, t, where).float() - w * denoiser(xt.masked_fill(given, mask_id), t, where).float()
+        rate = 1 - objective.schedule.alpha(t.cpu().double())
+        t_without = objective.time((size * rate + number) / L).to(t.device)
+        logits = denoiser(xt, t, where).float()
+        logits_without = denoiser(xt.masked_fill(given, objective.mask_id), t_without, where).float()
+        return (1 + w) * logits - w * logits_without
 
     return both
 
@@ -408,7 +416,7 @@ class Settings(NamedTuple):
         sampler = SAMPLERS[objective.samplers[self.sampler]]
         denoiser = model if sampler.keeps_past else of_rows(model, past)
         if self.guidance:
-            denoiser = guided(denoiser, xt != objective.mask_id, objective.mask_id, self.guidance)
+            denoiser = guided(denoiser, xt != objective.mask_id, objective, size, self.guidance)
         if self.block_length:
             return piece_by_piece(sampler.function, denoiser, xt, objective, draw, size, self.block_length,
                                   self.options)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import configs
 import world
 from categorical import SURE, Draw, entropy, inverse_cdf
-from diffusion import MDLM, Absorbing, AutoRegressive, make_schedule
+from diffusion import D3PM, MDLM, Absorbing, AutoRegressive, make_schedule
 from sampler_settings import (DEFAULTS, best_grid, bound_on_grid, default_settings, enough_steps, loop_grid,
                               schedule_grid)
 from sampling import (DEFAULT_ETA, SAMPLERS, Settings, ancestral, entropy_bound, first_hitting, left_to_right, of_rows,
@@ -369,6 +369,27 @@ def test_guidance_follows_its_formula(w):
                          else q[:, None] * F.one_hot(torch.tensor(token), V))
     *_, state = Settings("first_hitting", guidance=w)(MDLM(MASK), world.oracle, xt.expand(30_000, L), generator())
     assert chi_square_excess(counts_of(state.xt)[V**2:2 * V**2], expected.flatten().double()) < 4
+
+
+@pytest.mark.parametrize("size", [None, torch.tensor([2])])
+@pytest.mark.parametrize("objective", [MDLM(MASK, "cosine"), MDLM(MASK, "loglinear"), D3PM(MASK, 1000)])
+def test_guidance_tells_both_times(objective, size):
+    """Without the given token one more of the three tokens is a mask, and the network is told the time of that rate. In
+    a model with prefixes the first rate is that of the two free tokens."""
+    told = []
+
+    def network(xt, t, where):
+        told.append(((xt == MASK).sum().item(), t.item()))
+        return world.oracle(xt, where=where)
+
+    xt = torch.tensor([[1, MASK, MASK]])
+    grid = [1.0, 0.55, 0.0]
+    list(Settings("topk", {"grid": grid}, guidance=1.0)(objective, network, xt, generator(), size))
+    first = 2 / 3 if size is None else 1.0
+    expected = [objective.time(torch.tensor(rate, dtype=torch.float64)).item()
+                for rate in (first, 1.0, first / 2, 2 / 3)]
+    assert [masks for masks, _ in told] == [2, 3, 1, 2] and [t for _, t in told] == pytest.approx(
+        expected, abs=2e-3)  # a time in steps of 1/1000 is that of a rate to 1/1000
 
 
 ALL = [Settings("ancestral", {"grid": schedule_grid("cosine", 6)}), Settings("first_hitting"),
