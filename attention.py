@@ -16,7 +16,7 @@ from randomness import rng
 
 
 class Past(NamedTuple):
-    """What one block keeps of P tokens for the tokens that follow: keys, values, and the channels for token_shift."""
+    """Keys, values and channels for token_shift that a block keeps of P tokens, for the tokens that follow them."""
 
     keys: torch.Tensor             # (B, heads, P, head_dim), after rotation
     values: torch.Tensor           # (B, heads, P, head_dim)

@@ -52,8 +52,7 @@ class Schedule(NamedTuple):
 
     @property
     def whole(self):
-        """Whether alpha goes from 1 to 0, up to rounding. Only then a chain of T steps is possible, and sigma(1) is
-        infinite."""
+        """True if alpha goes from 1 to 0, up to rounding: then T steps are possible, and sigma(1) is infinite."""
         first, last = self.alpha(torch.tensor((0.0, 1.0), dtype=torch.float64, device="cpu")).tolist()
         return max(1 - first, last) < 1e-15
 
@@ -170,7 +169,7 @@ def cross_entropy(logits, x0):
 
 
 class Absorbing:
-    """What the objectives of masked text share, and the class attributes by which an objective describes itself.
+    """The common part of the objectives of masked text, and the attributes by which an objective describes itself.
 
     A new objective is one class, and one line in configs.OBJECTIVES. A class that inherits from this one defines only
     what is different. Any other class, such as uniform.Uniform, needs the attributes below, `mask_id`, `schedule`, and

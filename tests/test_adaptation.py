@@ -378,7 +378,7 @@ def test_new_tensors_do_not_change_the_function(new, capsys):
 
 @pytest.mark.parametrize("noise", ["mask", "uniform"])
 def test_another_noise(noise, capsys):
-    """For uniform noise the embedding of the mask is cut off. For masks it is added, the mean of the others. All other
+    """The embedding of the mask is cut off for uniform noise, and added for masks: the mean of the others. All other
     weights stay."""
     before = Config(n_layer=1, n_head=2, n_embd=32, n_cond=8, seq_len=12, objective="mdlm", noise=noise)
     now = replace(before, noise="uniform" if noise == "mask" else "mask")

@@ -78,7 +78,7 @@ def test_claims_that_are_odd():
 
 
 def test_bytes(tmp_path, call):
-    """With 2.442 bytes per token, 1.1465 bits per byte at an assumed 4.3 bytes per token are in truth 2.02."""
+    """1.1465 bits per byte, at an assumed 4.3 bytes per token, are 2.02 if a token has 2.442 bytes."""
     true, factor = audit_bytes(b"x" * 2442, 1000, 4.3)
     assert true == 2.442 and 1.1465 * factor == pytest.approx(2.02, abs=0.01)
     (tmp_path / "book.txt").write_bytes(b"x" * 2442)

@@ -197,7 +197,7 @@ def test_pydoc(monkeypatch, tmp_path):
 
 
 def test_text8(monkeypatch, tmp_path):
-    """From a zip like the original: 90/5/5 splits, uint8; another file is refused by checksum."""
+    """A zip like the original becomes splits of 90, 5 and 5 %, in uint8. Another file is refused by its checksum."""
     text = words(2000)[:10_000 - 1] + " "
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -310,7 +310,7 @@ def test_a_data_set_on_another_disk(monkeypatch, tmp_path):
 
 
 def test_another_command_was_faster(tmp_path):
-    """If another command makes the data set in the meantime, that one stays, and no temporary file is left."""
+    """A data set that another command makes in the meantime stays, and no temporary file is left."""
     with pytest.raises(UserError, match="perhaps because another command made it meanwhile"):
         with DatasetWriter(tmp_path / "mine", characters("ab")) as writer:
             for split in ("train", "val", "test"):

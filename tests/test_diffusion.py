@@ -98,8 +98,8 @@ def test_no_schedule(wrong):
 
 
 def test_whole_schedules(monkeypatch):
-    """Whether alpha goes from 1 to 0 follows from alpha, also of a schedule with a number: D3PM takes it, and sigma is
-    no input of the network. A message says which number is wrong."""
+    """A schedule is whole if its alpha goes from 1 to 0, also one with a number: D3PM takes it, and no network is told
+    its sigma. A message says which number is wrong."""
     power = lambda p=2.0: Schedule(lambda t: 1 - t**p, lambda t: -p * t ** (p - 1), lambda a: (1 - a) ** (1 / p),
                                    lambda t: -torch.log1p(-t**p))
     monkeypatch.setitem(SCHEDULES, "power", power)
@@ -495,8 +495,8 @@ def test_score_entropy_of_the_optimum_is_the_entropy():
 
 @pytest.mark.parametrize("key", OBJECTIVES, ids=" ".join)
 def test_attributes_of_an_objective(key):
-    """Each has all attributes, and they hold: estimators come in pairs and are methods or orders, the reported one is
-    one of them, the samplers exist, the network has as many tokens as it says, and only the loss has a gradient."""
+    """Attributes are there, and hold: estimators come in pairs and are methods or orders, the reported one is one of
+    them, the samplers exist, the network has as many tokens as it says, and only the loss has a gradient."""
     name, noise_kind = key
     config = Config(n_layer=1, n_head=1, n_embd=4, n_cond=4, seq_len=4, conditioning="none", objective=name,
                     noise=noise_kind, schedule="loglinear" if name == "sedd" else "cosine",

@@ -247,7 +247,7 @@ def test_orders_tell_the_share_of_masks(objective):
 
 @pytest.mark.parametrize("all_at", [(), (2,), (1, 3)])
 def test_only_what_is_asked_for_is_computed(all_at):
-    """All masked positions where their number is in all_at, else the next one, and 0 at the others."""
+    """reveal() computes the cost of all masks if their number is in all_at, else of the next one. It is 0 elsewhere."""
     model, asked = world.random_denoiser(6, False), []
 
     def network(xt, t, where):

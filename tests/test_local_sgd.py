@@ -151,7 +151,7 @@ def test_nothing_is_lost_or_applied_twice(monkeypatch):
 
 
 def test_eager_with_one_worker_is_diloco():
-    """With one worker, whose own difference is the mean, the eager exchange is DiLoCo's."""
+    """The eager exchange of one worker is DiLoCo's, because its own difference is the mean."""
     eager, plain = (by_exchange(config(n_layer=2, **MODES[mode]), K=1)[1][0] for mode in ("eager", "diloco"))
     torch.testing.assert_close(eager, plain, atol=1e-12, rtol=1e-12)
 

@@ -27,8 +27,8 @@ def batch(B=3):
 
 @pytest.mark.parametrize("name", sorted(set(configs.NETWORKS) - {"masked_lm"}))  # that one: test_masked_lm.py
 def test_what_a_network_has(name):
-    """Each has what the README asks for: its settings, logits of all tokens or of those at `where`, which are places or
-    True, without the mask; trunk and head, which --compile takes; matrices, output layer and operations."""
+    """A network has what the README asks for: settings; logits of V tokens at all positions, or at `where` (bool or
+    places); a trunk and a head for --compile; matrices and an output layer that get gradients; operations."""
     conditioning = "step" if name == "tiny_diffusion" else "none"
     model, (xt, t) = network(5, architecture=name, conditioning=conditioning), batch()
     assert {*model.own, *model.of_source} <= configs.Config.__dataclass_fields__.keys() and model.vocab_size == 5

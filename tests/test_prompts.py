@@ -206,7 +206,7 @@ def test_block_length(sample, call, trained, tmp_path):
 
 
 def test_guidance(sample, call, trained, tmp_path):
-    """It takes two network calls for one, and a model that knows texts without a prompt."""
+    """Guidance takes two network calls for one, and a model that knows texts without a prompt."""
     flags = ["--template=the ____ on", "--sampler=topk", "--k=1"]
     plain, guided = sample(*flags), sample(*flags, "--guidance=2")
     assert [(found["guidance"], found["nfe"]) for found in (plain, guided)] == [(0, 4), (2, 8)]
@@ -232,7 +232,7 @@ def test_left_to_right_continues_a_prefix(sample, call, data_dir, tmp_path):
 
 
 def test_greedy(sample):
-    """At temperature 0 all seeds give the same text. topk with k = 1 makes one network call for each token."""
+    """Temperature 0 gives the same text for all seeds. topk with k = 1 makes one network call for each token."""
     a, b = (sample("--sampler=topk", "--k=1", "--temperature=0", f"--seed={seed}") for seed in (1, 2))
     assert a["samples"] == b["samples"] and a["nfe"] == 32
     assert sorted(a["samples"][0]["steps"]) == list(range(1, 33))

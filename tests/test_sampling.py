@@ -374,8 +374,8 @@ def test_guidance_follows_its_formula(w):
 @pytest.mark.parametrize("size", [None, torch.tensor([2])])
 @pytest.mark.parametrize("objective", [MDLM(MASK, "cosine"), MDLM(MASK, "loglinear"), D3PM(MASK, 1000)])
 def test_guidance_tells_both_times(objective, size):
-    """Without the given token one more of the three tokens is a mask, and the network is told the time of that rate. In
-    a model with prefixes the first rate is that of the two free tokens."""
+    """The call without the given token has one more mask among the three tokens, and is told the time of that rate. In
+    a model with prefixes the rate of the other call is that of the two free tokens."""
     told = []
 
     def network(xt, t, where):
@@ -445,8 +445,8 @@ def test_remdm_remasks_in_a_template(settings):
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_pieces_follow_the_data(n):
-    """With the Bayes-optimal denoiser every order gives the data, so the samples follow it for every piece length, also
-    given tokens."""
+    """Samples of the Bayes-optimal denoiser follow the data for every length of pieces, because every order gives the
+    data. This holds after given tokens, too."""
     settings = Settings("first_hitting", block_length=n)
     *_, state = settings(MDLM(MASK), world.oracle, masks(30_000), generator())
     assert chi_square_excess(counts_of(state.xt), world.P_DATA) < 4
@@ -508,7 +508,7 @@ def test_the_time_of_a_piece():
 
 
 def test_guidance_of_pieces():
-    """Of the two calls, one sees masks in place of the prompt, but what earlier pieces wrote stays."""
+    """One of the two calls sees masks in place of the prompt. Both see what earlier pieces wrote."""
     seen = []
     model = lambda xt, t, where: seen.append(xt[0].tolist()) or torch.zeros(int(where.sum()), V)
     xt = torch.tensor([[1, MASK, MASK, MASK, 2]])
