@@ -14,6 +14,10 @@ class State(NamedTuple):
     p: torch.Tensor   # (B, L) float32, the network's probability of each drawn token; nan at masks and given tokens
     steps: int = 1    # steps since the State before, above 1 if those in between changed nothing; or (B,) long
 
+    def put(self, where, tokens, p):
+        """The next State: with N tokens and their probabilities, (N,) each, at the N places of `where` (B, L) bool."""
+        return State(self.xt.masked_scatter(where, tokens), self.p.masked_scatter(where, p))
+
 
 def begin(xt):
     return State(xt, torch.full(xt.shape, torch.nan, device=xt.device))

@@ -90,8 +90,7 @@ def fill(model, state, where, objective, rate, draw):
     """Draw tokens for the masks at `where` (B, L), from the network at the mask rates `rate` (B,). Returns a State."""
     if not where.any():
         return state
-    tokens, p = draw(model(state.xt, objective.time(rate).to(where.device), where=where))
-    return State(state.xt.masked_scatter(where, tokens), state.p.masked_scatter(where, p))
+    return state.put(where, *draw(model(state.xt, objective.time(rate).to(where.device), where=where)))
 
 
 def propose(model, state, masked, objective, rate, draw, by="probability"):
@@ -99,8 +98,8 @@ def propose(model, state, masked, objective, rate, draw, by="probability"):
     drawn, or another measure of categorical.SURE; -inf where nothing is masked."""
     logits = model(state.xt, objective.time(rate).to(masked.device), where=masked)
     tokens, p, *sure = draw(logits, SURE[by])
-    proposed = State(state.xt.masked_scatter(masked, tokens), state.p.masked_scatter(masked, p))
-    return proposed, torch.full_like(state.p, -torch.inf).masked_scatter(masked, sure[0] if sure else p)
+    sure = torch.full_like(state.p, -torch.inf).masked_scatter(masked, sure[0] if sure else p)
+    return state.put(masked, tokens, p), sure
 
 
 def accept(state, proposed, sure, n):
@@ -290,8 +289,7 @@ def analytic(model, xt, objective, draw, start, grid, chance=lambda schedule, r,
             Z = torch.zeros(xt.shape, device=xt.device).masked_scatter(masked, Z)
             revealed = masked & (draw.happens(Z * chance(objective.schedule, r, rho), xt) | (rho == 0))
             chosen = revealed[masked]
-            state = State(state.xt.masked_scatter(revealed, tokens[chosen]),
-                          state.p.masked_scatter(revealed, p[chosen]))
+            state = state.put(revealed, tokens[chosen], p[chosen])
         yield state
 
 
@@ -327,8 +325,7 @@ def left_to_right(model, xt, objective, draw, start):
         if here.any():
             inputs = F.pad(state.xt[:, :i], (1, 0), value=objective.mask_id)  # the output at input i is for token i
             logits, past = model(inputs[:, n_read:], t, where=here[:, n_read:i + 1], past=past, keep=True)
-            n_read, (tokens, p) = i + 1, draw(logits)
-            state = State(state.xt.masked_scatter(here, tokens), state.p.masked_scatter(here, p))
+            n_read, state = i + 1, state.put(here, *draw(logits))
             yield state
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from categorical import State, begin, in_pieces, with_denoising
+from categorical import begin, in_pieces, with_denoising
 from diffusion import D3PM, Absorbing, Noise, make_schedule, misfit_of_steps
 
 
@@ -302,7 +302,7 @@ def uniform_chain(model, xt, objective, draw, grid, step):
                 extra = x.shape[-1] * (1 - r)
                 tokens.append(y)
                 p.append((x_y * r + x_z * extra * (y == z)) / (x.sum(-1) * r + x_z * extra))
-            state = State(state.xt.masked_scatter(free, torch.cat(tokens)), state.p.masked_scatter(free, torch.cat(p)))
+            state = state.put(free, torch.cat(tokens), torch.cat(p))
         yield state
 
 
