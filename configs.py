@@ -223,16 +223,20 @@ class Config:
         if self.clip != "norm" and self.fsdp:
             raise UserError(f"clip={self.clip} needs whole tensors, and --fsdp splits them: leave out one of the two")
         for name, network in NETWORKS.items():
-            for key in network.own:
-                if key not in self.network.own and getattr(self, key) != default_of(key):
+            for key in self.changed(network.own):
+                if key not in self.network.own:
                     raise UserError(f"{key} needs architecture={name}")
         for part in (self.network, self.objective_class, local_sgd):
             if misfit := part.misfit(self):
                 raise UserError(misfit)
-        for key, names in OWNERS.items():
-            if key not in self.objective_class.own and getattr(self, key) != default_of(key):
-                raise UserError(f"{key}={getattr(self, key)} is only for objective={' or '.join(names)}: use "
+        for key in self.changed(OWNERS):
+            if key not in self.objective_class.own:
+                raise UserError(f"{key}={getattr(self, key)} is only for objective={' or '.join(OWNERS[key])}: use "
                                 f"{key}={default_of(key)}")
+
+    def changed(self, keys):
+        """Those of some settings whose values are not the defaults."""
+        return [key for key in keys if getattr(self, key) != default_of(key)]
 
     def with_objective(self, name, **settings):
         """This Config with another objective. Settings that the other objective does not have get their defaults."""
@@ -527,7 +531,7 @@ def from_command_line(script, description, add_arguments, several=False):
         group.add_argument(f"--{field.name}", metavar=kind.upper(), help=text, default=argparse.SUPPRESS, **options)
         if field.type is bool:
             group.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", default=argparse.SUPPRESS,
-                           help=argparse.SUPPRESS)
+                               help=argparse.SUPPRESS)
     if len(sys.argv) == 1:
         print(f"usage: {p.usage}, --help lists the keys\n\n{listing}")
         sys.exit(0)

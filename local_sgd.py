@@ -40,7 +40,7 @@ from cli import UserError
 def misfit(cfg):
     """A message that says which settings of a Config contradict local_steps, or None."""
     own = ("local_group", "outer_lr", "outer_momentum", "pull", "delay", "fragments", "eager", "send_dtype")
-    changed = [key for key in own if getattr(cfg, key) != type(cfg).__dataclass_fields__[key].default]
+    changed = cfg.changed(own)
     if changed and not cfg.local_steps:
         return f"{changed[0]} needs local_steps, the number of steps between two exchanges"
     if cfg.local_steps and cfg.fsdp:
