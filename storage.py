@@ -225,7 +225,7 @@ def read(path, hints=Hints()):
 
 def is_floats(x):
     """Tell whether x is a tensor of real numbers of a usual type."""
-    return torch.is_tensor(x) and x.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return torch.is_tensor(x) and x.dtype in files.FLOATS
 
 
 def is_text(x):

@@ -115,12 +115,12 @@ def translate(found, name, hints):
         sizes = {"n_layer": args["n_layer"], "n_head": args["n_head"], "bias": args["bias"]}
         step = found.payload.get("iter_num", 0)
     else:
-        usual = {"activation_function": "gelu_new", "n_inner": None, "scale_attn_weights": True,
-                 "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5}
-        # Other words for the same.
-        same = {"n_inner": 4 * settings.get("n_embd", 0), "activation_function": "gelu_pytorch_tanh"}
-        other = [f"{key}={settings[key]}" for key in usual
-                 if settings.get(key, usual[key]) not in (usual[key], same.get(key, usual[key]))]
+        # The values of GPT-2 itself, the default first. The two names of the activation mean the same function.
+        allowed = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
+                   "n_inner": (None, 4 * settings.get("n_embd", 0)), "scale_attn_by_inverse_layer_idx": (False,),
+                   "layer_norm_epsilon": (1e-5,)}
+        other = [f"{key}={settings[key]}" for key, values in allowed.items()
+                 if settings.get(key, values[0]) not in values]
         if other:
             raise UserError(f"{found.path} is a variant of GPT-2 that is not supported: {', '.join(other)}")
         sizes, step = {"n_layer": settings["n_layer"], "n_head": settings["n_head"], "bias": True}, 0
