@@ -59,7 +59,7 @@ def state_of(model, ema, optimizers=(), exchange=EveryStep(), tally=None):
 def restore(state, model, ema, optimizers):
     """Copy the state that state_of collected, and that only the main process has, back into all processes."""
     shapes = parallel.on_main(lambda: {name: {key: value.shape for key, value in entries.items()}
-                              for name, entries in state["optimizer"].items()})
+                                       for name, entries in state["optimizer"].items()})
     moments = states(optimizers)
     for (name, p), average in zip(model.named_parameters(), ema.average):
         parallel.copy_from_main(p, state and state["model"][name])
