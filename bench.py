@@ -12,6 +12,7 @@ are medians over the repeats after a warm-up. The last line is JSON.
 """
 
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -312,51 +313,72 @@ class Stopwatch:
         return result
 
 
+def sample_timed(sampler, model, objective, xt, device, dtype, seed, n_states):
+    """Fill xt (B, L) with a sampler, up to its n_states-th State (None: to the end).
+
+    Returns (seconds, the network's share of them, the share of drawing tokens, network calls)."""
+    denoiser, draws = Stopwatch(Counted(model), device), Stopwatch(Draw.piece, device)
+    start = time.perf_counter()
+    with autocast(device, dtype), mock.patch.object(Draw, "piece", lambda *args: draws(*args)):
+        states = sampler(objective, denoiser, xt, generator_on(device, seed))
+        for _ in itertools.islice(states, n_states):
+            pass
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    states.close()  # else its memory would be freed while the next one is timed
+    return seconds, denoiser.seconds / seconds, draws.seconds / seconds, denoiser.function.nfe
+
+
 def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, first):
     """Print the time of each sampler for a batch, and its ratio to the naive one. The samplers alternate.
 
     first: run only this many steps of each (None: all). This shows what a step costs outside the network, but not the
     whole time.
+    If the config is compiled, so is the network of all samplers but the naive one.
     """
     if not objective.any_order:
         raise UserError(f"--samplers needs a masked model, and {name} is not one: choose a masked config")
     chain = {"grid": schedule_grid(cfg.schedule, cfg.T)}
-    ways = {"naive, 1000 steps": textbook.sample, f"ancestral, {cfg.T} steps": Settings("ancestral", chain),
+    naive = "naive, 1000 steps"
+    ways = {naive: textbook.sample, f"ancestral, {cfg.T} steps": Settings("ancestral", chain),
             "first_hitting": Settings("first_hitting"), "topk, k = 4": Settings("topk", {"k": 4}),
             "threshold": Settings("threshold"), "entropy_bound": Settings("entropy_bound"),
             f"remdm, {cfg.T} steps": Settings("remdm", chain)}
-    timings = {way: [] for way in ways}  # per repeat: (seconds, shares of the network and of the draws, network calls)
-    for repeat in progress(range(repeats + 1), desc="repeats", leave=False):
+    networks, compiled = dict.fromkeys(ways, model), parallel.compiles(cfg, device)
+    if compiled:
+        networks[naive] = copy.deepcopy(model)
+        parallel.compile_trunk(model)
+    xt = torch.full((batch_size, cfg.seq_len), objective.mask_id, device=device)
+    timings = {way: [] for way in ways}
+    for repeat in progress(range(-1, repeats), desc="repeats", leave=False):  # one to warm up and compile
         for way, sampler in ways.items():
-            scale = 1000 / NAIVE if sampler is textbook.sample and not first else 1
-            denoiser, draws = Stopwatch(Counted(model), device), Stopwatch(Draw.piece, device)
-            xt = torch.full((batch_size, cfg.seq_len), objective.mask_id, device=device)
-            start = time.perf_counter()
-            with autocast(device, dtype), mock.patch.object(Draw, "piece", lambda *args: draws(*args)):
-                states = sampler(objective, denoiser, xt, generator_on(device, repeat))
-                for _ in itertools.islice(states, first or (NAIVE if sampler is textbook.sample else None)):
-                    pass
-            synchronize(device)
-            taken = time.perf_counter() - start
-            states.close()  # else its memory would be freed while the next one is timed
-            timings[way].append((taken * scale, denoiser.seconds / taken, draws.seconds / taken,
-                                 denoiser.function.nfe * scale))
-    medians = {way: [statistics.median(values) for values in zip(*found[1:])] for way, found in timings.items()}
-    slowest = medians["naive, 1000 steps"][0]
-    if_ours = lambda way, share: None if ways[way] is textbook.sample else share  # the naive one draws without Draw
-    rows = [{"sampler": way, "nfe": nfe, "seconds": seconds, "ratio": None if first else seconds / slowest,
-             "tokens_per_second": None if first else batch_size * cfg.seq_len / seconds, "network": network,
-             "drawing": if_ours(way, drawing), "elsewhere": if_ours(way, 1 - network - drawing)}
-            for way, (seconds, network, drawing, nfe) in medians.items()]
+            n_states = first or (NAIVE if way == naive else None)
+            timing = sample_timed(sampler, networks[way], objective, xt, device, dtype, repeat + 1, n_states)
+            if repeat >= 0:
+                timings[way].append(timing)
+    rows = []
+    for way in ways:
+        seconds, network, drawing, nfe = (statistics.median(values) for values in zip(*timings[way]))
+        row = {"sampler": way, "nfe": nfe, "seconds": seconds, "ratio": None, "tokens_per_second": None,
+               "network": network, "drawing": None, "elsewhere": None}
+        if way == naive and not first:  # all steps cost the same
+            row |= {"nfe": nfe * 1000 / NAIVE, "seconds": seconds * 1000 / NAIVE}
+        if way != naive:  # the naive one draws without Draw
+            row |= {"drawing": drawing, "elsewhere": 1 - network - drawing}
+        rows.append(row)
+    for row in rows if not first else ():
+        row |= {"ratio": row["seconds"] / rows[0]["seconds"],
+                "tokens_per_second": batch_size * cfg.seq_len / row["seconds"]}
     print(f"{name}: {batch_size} samples of {cfg.seq_len} tokens, {objective.mask_id:,} different ones, an untrained "
           f"network of {in_short(count_parameters(model))} parameters, {device_name(device)}, "
-          f"{torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}; "
+          f"{torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}; "
           + (f"the first {first} steps of each" if first else f"{NAIVE} of the naive steps timed"))
     table(rows, {"sampler": ("", ""), "nfe": ("NFE", ".0f"), "seconds": ("seconds", ".2f"), "ratio": ("ratio", ".3f"),
                  "tokens_per_second": ("tokens/s", ",.0f"), "network": ("network", ".1%"),
                  "drawing": ("drawing tokens", ".1%"), "elsewhere": ("elsewhere", ".1%")}, sys.stdout)
     print(json.dumps({"config": name, "device": device_name(device), "batch_size": batch_size, "repeats": repeats,
-                      "seq_len": cfg.seq_len, "vocab_size": objective.mask_id, "first": first, "samplers": rows}))
+                      "seq_len": cfg.seq_len, "vocab_size": objective.mask_id, "first": first, "compiled": compiled,
+                      "samplers": rows}))
 
 
 def data_set(cfg):

@@ -190,8 +190,20 @@ class Loaded(NamedTuple):
     step: int
 
 
-def load_model(path, device, hints=Hints(), raw=False):
-    """Load a checkpoint's model, ready to use, with its EMA weights (or the raw ones).
+def add_model_flags(parser):
+    """Add the flags of a command that runs a checkpoint's model: how it is read, which weights, how it is computed."""
+    add_hints(parser)
+    parser.add_argument("--raw", action="store_true", help="use the raw weights instead of their moving average")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one that is available)")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+                        help="number format of matrix products (default: bfloat16 where it is fast, else float32)")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the network with torch.compile, for long computations: the first calls take up "
+                        "to a minute, the others less (docs/speed.md)")
+
+
+def load_model(path, device, hints=Hints(), raw=False, compiled=False):
+    """Load a checkpoint's model, ready to use, with its EMA weights (or the raw ones), and compile it if `compiled`.
 
     Raises UserError if the weights do not fit or are not finite. If a foreign checkpoint should know English, but its
     predictions make no sense of it, a line on stderr says so.
@@ -209,6 +221,9 @@ def load_model(path, device, hints=Hints(), raw=False):
     if payload.get("foreign") and payload["meta"]["name"] in OF_ENGLISH:
         translate.warn_if_implausible(model, config.make_objective(payload["meta"]["vocab_size"]),
                                     make_tokenizer(payload["meta"]), config, device, path)
+    if compiled:
+        note("compiling the network: its first calls take up to a minute")
+        parallel.compile_trunk(model)
     return Loaded(model, config, payload["meta"], payload["step"])
 
 

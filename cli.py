@@ -136,8 +136,8 @@ def run(main):
         code = 1
         if any(word in f"{type(error).__name__} {error}" for word in NO_COMPILER):
             if rank in (None, "0"):
-                note(f"{name}: torch.compile finds no compiler (it needs g++, and on a GPU Triton): install it, or use "
-                     "--no-compile")
+                note(f"{name}: torch.compile finds no compiler (it needs g++, and on a GPU Triton): install it, or "
+                     "leave out --compile (train.py on a GPU: use --no-compile)")
             code = 2
         elif rank is None and isinstance(error, (MemoryError, RuntimeError)) and (
                 isinstance(error, MemoryError) or "can't allocate memory" in str(error)):

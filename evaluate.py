@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint import add_model_flags
 from cli import ArgumentParser, UserError, named, number, numbers, pick_device, pick_dtype, require, run
 from data.loader import SPLITS
 from diffusion import make_schedule
@@ -32,7 +33,7 @@ from log import finite
 from randomness import prefix_lengths
 from sampler_settings import NAMES, add_arguments, common_flags, given_flags, settings_of, steps_flag
 from sampling import SAMPLERS
-from storage import add_hints, digest
+from storage import digest
 from studies.baselines import reference_points
 from studies.curves import context, curse, curve
 from studies.orders import orders
@@ -121,13 +122,9 @@ def parse_args():
     q.add_argument("--sampler", type=samplers,
                    help=f"samplers, separated by commas, of {', '.join(NAMES)} (default: ancestral)")
     add_arguments(p)
-    add_hints(p)
-    p.add_argument("--raw", action="store_true", help="use the raw weights instead of their moving average")
     p.add_argument("--batch_size", type=number(int, 1), default=32, help="windows per network call (default 32)")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed of the noise (default 0)")
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one that is available)")
-    p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-                   help="number format of matrix products (default: bfloat16 where it is fast, else float32)")
+    add_model_flags(p)
     p.add_argument("--out_dir", type=Path, help="folder to write files to (default: the checkpoint's)")
     p.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     args = p.parse_args()

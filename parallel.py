@@ -186,17 +186,17 @@ def compiles(cfg, device):
     return device.type == "cuda" if cfg.compile is None else cfg.compile
 
 
-MANY_TOKENS = 1000  # with a vocabulary of this size or more, compiling the head and the cost pays (LOG.md)
+def allow_graphs():
+    """Allow torch.compile 64 graphs for each function, instead of 8. Training, validation, both texts of block
+    diffusion, and batches of other sizes need one each."""
+    torch._dynamo.config.recompile_limit = 64
 
 
-def compile_parts(model, objective):
-    """Compile the trunk, and with a large vocabulary also the head (the output layer) and the objective's cost.
+def compile_trunk(model):
+    """Compile the trunk of a model. It is one graph, for any number of masks.
 
-    The trunk is one graph. In several processes DistributedDataParallel cuts it at its buckets of gradients.
-    Compiled, head and cost need no copy of the logits in float32. With a small vocabulary they are as fast uncompiled.
-    With masks, head and cost become one graph in training, which needs no copy of the logits' gradient either. Then
-    model.head returns its input unchanged, and objective.cost computes the logits from it, and the cost from these.
-    """
+    In several processes DistributedDataParallel cuts it at its buckets of gradients."""
+    allow_graphs()
     trunk = torch.compile(model.trunk)
 
     def trunk_for_any_masks(*inputs, **more):
@@ -206,6 +206,19 @@ def compile_parts(model, objective):
         return trunk(*inputs, **more)
 
     model.trunk = trunk_for_any_masks
+
+
+MANY_TOKENS = 1000  # with a vocabulary of this size or more, compiling the head and the cost pays (LOG.md)
+
+
+def compile_parts(model, objective):
+    """Compile what a run trains: the trunk, and with a large vocabulary the head (the output layer) and the cost.
+
+    Compiled, head and cost need no copy of the logits in float32. With a small vocabulary they are as fast uncompiled.
+    With masks, head and cost become one graph in training, which needs no copy of the logits' gradient either. Then
+    model.head returns its input unchanged, and objective.cost computes the logits from it, and the cost from these.
+    """
+    compile_trunk(model)
     if model.vocab_size < MANY_TOKENS:
         return
     head, cost = model.head, objective.cost
@@ -227,12 +240,12 @@ def spread(model, objective, device, fsdp, compiled):
     needed (FSDP, arXiv 2304.11277). Then each block is compiled alone, and with a large vocabulary the objective's
     cost. Without fsdp every process has the whole model (DDP), and compile_parts says what is compiled.
     """
-    if compiled:  # training, validation, both texts of block diffusion, and smaller last batches: a graph for each
-        torch._dynamo.config.recompile_limit = 64
     if fsdp:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         mesh = init_device_mesh(device.type, (world,))
+        if compiled:
+            allow_graphs()
         # Keys and values are views of one product. Nothing writes into them, so their gradients are right.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")
         for block in model.blocks:

@@ -23,14 +23,14 @@ import torch
 
 from block_diffusion import Rereader
 from categorical import Counted
-from checkpoint import load_model
+from checkpoint import add_model_flags, load_model
 from costs import check_fits
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
 from prompts import canvases, denoise, end_of, text_of
 from sampler_settings import NAMES, add_arguments, given_flags, settings_of, steps_flag
 from show import History, Screen, gif, html, joined, png
-from storage import add_hints, hints_of
+from storage import hints_of
 from studies.baselines import known_word_share, words_of
 
 OF_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json", ".jsonl", ".yaml")  # endings of file names
@@ -50,7 +50,7 @@ def parse_args():
     p.add_argument("--steps", type=steps_flag, help="number of steps of ancestral, topk, remdm, analytic and euler; "
                    "auto: chosen from the curve of evaluate.py --curve (default: the config's T)")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0,
-                   help="random seed (default 0); the same seed and --dtype give the same samples")
+                   help="random seed (default 0); the same seed, --dtype and --compile give the same samples")
     add_arguments(p)
     q = p.add_argument_group("prompts")
     q.add_argument("--prefix", type=named, metavar="TEXT", help="begin with TEXT")
@@ -81,13 +81,9 @@ def parse_args():
                    help="data set of another project's checkpoint, if it does not name it: text8, or one of yours")
     p.add_argument("--data_dir", default="",
                    help="folder that has the data sets, for --known_words (default: as in training)")
-    add_hints(p)
     p.add_argument("--no_cache", action="store_true",
                    help="block diffusion: read all earlier blocks again in each network call, for comparison")
-    p.add_argument("--raw", action="store_true", help="use the raw weights instead of their moving average")
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first one that is available)")
-    p.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-                   help="number format of matrix products (default: bfloat16 where it is fast, else float32)")
+    add_model_flags(p)
     return p.parse_args(sys.argv[1:] or ["--show", "--temperature=0.8"])
 
 
@@ -174,7 +170,7 @@ def check(args, config):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    model, config, meta, _ = load_model(args.checkpoint, device, hints_of(args), args.raw)
+    model, config, meta, _ = load_model(args.checkpoint, device, hints_of(args), args.raw, args.compile)
     if args.dataset and "sha256" in meta:
         raise UserError(f"{args.checkpoint} already names its data set: leave out --dataset")
     check(args, config)

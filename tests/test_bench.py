@@ -2,6 +2,7 @@
 asks how fast anything is."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -140,6 +141,15 @@ def test_samplers(call):
     for row in rows.values():
         assert row["network"] + row["drawing"] + row["elsewhere"] == pytest.approx(1)
         assert row["elsewhere"] > 0 and row["drawing"] > 0
+
+
+def test_compiled_samplers(call, monkeypatch):
+    """--compile is for all samplers but the naive one."""
+    used = Counter()
+    monkeypatch.setattr(torch, "compile", lambda trunk: lambda *inputs: used.update(["calls"]) or trunk(*inputs))
+    line = last_line(call("bench.py", "demo", "--samplers", "--samples=2", *SMALL[:-2], "--seq_len=16", "--repeats=1",
+                          "--compile", "--first=2"))
+    assert line["compiled"] and used["calls"] == 2 * sum(row["nfe"] for row in line["samplers"][1:])
 
 
 def test_scaling(call, tmp_path):

@@ -35,6 +35,21 @@ def changed(trained, out, **fields):
     return out
 
 
+def test_compiled_commands(call, trained, data_dir, monkeypatch):
+    """--compile changes neither a score nor a sample. A sampler needs two graphs: the second fits any number of texts."""
+    torch._dynamo.reset()
+    graphs, plain = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: plain(
+        function, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph))
+    for command in (["evaluate.py", trained, "--data_dir", data_dir], ["sample.py", trained, "--batch_size=3"]):
+        one, two = call(*command, "--json"), call(*command, "--json", "--compile")
+        assert one.code == two.code == 0 and "compiling" in two.err, two.err
+        one, two = json.loads(one.out), json.loads(two.out)
+        differ = {key for key in one if one[key] != two[key]}
+        assert differ <= {"seconds", "tokens_per_second"} and len(graphs) in (1, 2)
+        graphs.clear()
+
+
 def first(change):
     """Change the first tensor of {name: tensor}."""
     def apply(weights):
