@@ -36,7 +36,7 @@ def changed(trained, out, **fields):
 
 
 def test_compiled_commands(call, trained, data_dir, monkeypatch):
-    """--compile changes neither a score nor a sample. A sampler needs two graphs: the second fits any number of texts."""
+    """--compile changes neither a score nor a sample. Two graphs suffice: the second fits any number of texts."""
     torch._dynamo.reset()
     graphs, plain = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: plain(
