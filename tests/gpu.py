@@ -42,7 +42,8 @@ def flags(kind, *extra):
 @kinds
 @pytest.mark.parametrize("compiled", ["--compile", "--no-compile"])
 def test_trains_resumes_scores_and_samples(call, monkeypatch, data_dir, tmp_path, kind, compiled):
-    """A run that is stopped and resumed has the losses of a whole one; its checkpoint is scored and sampled."""
+    """A run that is stopped and resumed has the losses of a whole one; its checkpoint is scored and sampled. All three
+    commands compile the network, or none."""
     config, own = flags(kind, compiled)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     result = train(call, config, data_dir, whole, *own)
@@ -56,7 +57,7 @@ def test_trains_resumes_scores_and_samples(call, monkeypatch, data_dir, tmp_path
     assert losses(stopped) == pytest.approx(losses(whole), rel=1e-3)
     for command in (["evaluate.py", whole, "--data_dir", data_dir, "--n_tokens=4096"],
                     ["sample.py", whole, "--batch_size=2"]):
-        result = call(*command, f"--device={DEVICE}")
+        result = call(*command, f"--device={DEVICE}", *(["--compile"] if compiled == "--compile" else []))
         assert result.code == 0 and result.out, result.err
 
 
