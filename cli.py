@@ -56,14 +56,23 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_args(self, args=None):
         parsed, unknown = self.parse_known_intermixed_args(args)  # options may stand between CKPTs
         if unknown:
+            flag = unknown[0].split("=")[0]
+            if flag in [f"--{action.dest}" for action in self._actions if not action.option_strings]:
+                self.error(f"unknown argument {unknown[0]}: write its value without {flag}")
             known = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].split('=')[0], known)}")
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, known)}")
         return parsed
+
+
+ELSEWHERE = {"--learning_rate": "--lr", "--max_iters": "--max_steps", "--num_samples": "--batch_size",
+             "--prompt": "--prefix", "--start": "--prefix", "--max_new_tokens": "--length"}  # other projects' names
 
 
 def did_you_mean(word, known):
     """Return ", did you mean X?" with X the known word that is most like `word`, or "" if none is like it."""
-    return "".join(f", did you mean {guess}?" for guess in difflib.get_close_matches(word, known, n=1))
+    same = ELSEWHERE.get(word)
+    guesses = [same] if same in known else difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return "".join(f", did you mean {guess}?" for guess in guesses)
 
 
 def require(module, what):

@@ -334,6 +334,8 @@ def test_help_lists_every_setting(call):
     (["--lr=1"], ["no config is named"]),
     (["demo", "--learning_rate=1"], ["unknown argument --learning_rate=1"]),
     (["demo", "--lrr=1"], ["did you mean --lr"]),
+    (["demo", "--learning_rate=1"], ["did you mean --lr?"]),
+    (["--config", "demo"], ["write its value without --config"]),
     (["demo", "--max_steps=many"], ["--max_steps", "'many'"]),
     (["demo", "--compile=perhaps"], ["neither true nor false"]),
     (["demo", "--batch_size=0"], ["batch_size=0 must be at least 1"]),
@@ -546,6 +548,9 @@ def test_other_bad_input(call, data_dir, trained, tmp_path, monkeypatch):
     assert_one_line(call("sample.py", trained, "--seed", 2**64), "outside")
     assert_one_line(call("evaluate.py", trained, "--data_dir", tmp_path / "text.txt"), "not prepared")
     assert_one_line(call("sample.py", trained, "--step", "3"), "did you mean --steps?")
+    assert_one_line(call("sample.py", trained, "--prompt", "a"), "did you mean --prefix?")
+    assert_one_line(call("sample.py", "--checkpoint", trained), "write its value without --checkpoint")
+    assert "did you mean" not in call("sample.py", trained, "--model", "a").err  # no flag is like it
 
 
 def test_a_real_process_says_it_in_one_line(tmp_path):
