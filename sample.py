@@ -204,7 +204,7 @@ def main():
                    leave=False, show=not screen) as bar):
         history = fill_all(prompts, args.batch_size, objective.mask_id, fill, bar, screen, uniform)
     seconds = time.perf_counter() - began
-    samples = [history.state(b, history.steps) for b in range(len(history.start))]
+    samples = [history.state(b, history.taken[b]) for b in range(len(history.start))]
     texts = [text_of(tokens, start, end, tokenizer) for tokens, start in zip(samples, history.start)]
     each = f" for each {settings.block_length} tokens" if settings.block_length else ""
     steps = f"{settings.steps} steps{each}, " if settings.steps else ""

@@ -72,11 +72,11 @@ class History:
 
     def revealed(self, b):
         """For each position of sample b the step that revealed its final token: 0 if given, None if still a mask."""
-        return [None if token == self.mask_id else step for token, step, _ in self.cells(b, self.steps)]
+        return [None if token == self.mask_id else step for token, step, _ in self.cells(b, self.taken[b])]
 
     def confidence(self, b):
         """For each position of sample b the probability p of its final token: None if given, or unknown."""
-        return [p for _, _, p in self.cells(b, self.steps)]
+        return [p for _, _, p in self.cells(b, self.taken[b])]
 
 
 def joined(histories, order):
