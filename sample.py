@@ -154,8 +154,6 @@ def check(args, config):
         if not (objective.has_mask and objective.any_order) or args.sampler in ("analytic", "euler"):
             raise UserError("--guidance needs a model of masks in whole texts, and a sampler that normalises its "
                             "prediction, such as ancestral: leave it out")
-        if not (args.prefix or args.suffix or args.template or args.infill):
-            raise UserError("--guidance strengthens a prompt: add --prefix, --suffix, --template or --infill")
         if config.prefix_range[0]:
             raise UserError(f"--guidance compares with the text without its prompt, and {args.checkpoint} needs a "
                             "prefix: leave it out")
@@ -179,6 +177,8 @@ def main():
     settings = settings_of(args, config, args.checkpoint, model, args.sampler, given_flags(args, args.steps))
     settings = settings._replace(guidance=args.guidance)
     prompts = canvases(args, config.seq_len, tokenizer, objective.mask_id, config.block_size)
+    if args.guidance and set(itertools.chain(*prompts)) == {objective.mask_id}:
+        raise UserError("--guidance strengthens a prompt: add --prefix, --suffix, --template or --infill with some text")
     check_fits(RECORD * args.batch_size * sum(map(len, prompts)), torch.device("cpu"),
                f"--batch_size={args.batch_size} x {sum(map(len, prompts)):,} tokens", "ask for fewer tokens at a time")
     if config.prefix.startswith("fixed") and not args.prefix and not args.template and not args.infill:

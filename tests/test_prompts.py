@@ -291,7 +291,7 @@ def test_bad_requests(call, trained, tmp_path):
             (["--prefix", "a" * 40], "or use a larger --length and a --context"),
             (["--prefix", "a" * 20, "--suffix", "b" * 12], "the prompt has 32 tokens, which leaves nothing of 32"),
             (["--prefix=the cat", "--length=7"], "a larger --length\n"),
-            (["--guidance=1"], "strengthens a prompt"),
+            (["--guidance=1"], "strengthens a prompt"), (["--guidance=1", "--template=___"], "strengthens a prompt"),
             (["--prefix=the", "--guidance=1", "--sampler=euler"], "a sampler that normalises its prediction"),
             (["--prefix=the", "--known_words"], "counts the words of whole samples"),
             (["--temperature=0", "--top_k=3"], "leave out --top_p and --top_k"),
