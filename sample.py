@@ -178,7 +178,7 @@ def main():
     settings = settings._replace(guidance=args.guidance)
     prompts = canvases(args, config.seq_len, tokenizer, objective.mask_id, config.block_size)
     if args.guidance and set(itertools.chain(*prompts)) == {objective.mask_id}:
-        raise UserError("--guidance strengthens a prompt: add --prefix, --suffix, --template or --infill with some text")
+        raise UserError("--guidance strengthens a prompt: add text by --prefix, --suffix, --template or --infill")
     check_fits(RECORD * args.batch_size * sum(map(len, prompts)), torch.device("cpu"),
                f"--batch_size={args.batch_size} x {sum(map(len, prompts)):,} tokens", "ask for fewer tokens at a time")
     if config.prefix.startswith("fixed") and not args.prefix and not args.template and not args.infill:
