@@ -102,34 +102,6 @@ def add_arguments(parser):
                         "--resume finds a run")
 
 
-def start_or_resume(cfg, args, out_dir, meta, model, objective, device, dtype, stop):
-    """Set up a new run, or one that continues from a checkpoint.
-
-    Returns (net, optimizers, ema, exchange, (step, best_val, tally, wandb_id, init_from), lock).
-
-    net is the model on its device, wrapped for training. The caller keeps the lock of out_dir until the run ends. The
-    memory of the checkpoint is free on return."""
-    payload, source, lock = together(lambda: checkpoint.open_run(
-        out_dir, args.resume, args.init_from, cfg, meta, model, stop) if parallel.is_main else (None, None, None))
-    resumed, copied = on_main(lambda: (payload is not None, source is not None))
-    lock = together(lambda: (lock or storage.claim(out_dir)) if parallel.is_main else None)
-    net = parallel.spread(model, objective, device, cfg.fsdp, parallel.compiles(cfg, device))
-    if copied:
-        for key, p in model.named_parameters():
-            parallel.copy_from_main(p, source and source[key])
-    optimizers = make_optimizers(model, cfg, device, dtype)
-    exchange = AmongProcesses(model, cfg) if cfg.local_steps else EveryStep()
-    ema = EMA(model, cfg.ema_decay, list(exchange.anchor.values()))
-    step, best_val, tally, wandb_id, init_from = 0, math.inf, torch.zeros(5), None, args.init_from
-    if resumed:
-        step, best_val, tally, wandb_id, init_from = on_main(
-            lambda: [payload.get(key) for key in ("step", "best_val", "tally", "wandb_id", "init_from")])
-        checkpoint.restore(payload, model, ema, optimizers)
-        tally = exchange.resume(payload, checkpoint.states(optimizers), tally)
-        ema.updates = step
-    return net, optimizers, ema, exchange, (step, best_val, Tally(*tally.to(device)), wandb_id, init_from), lock
-
-
 def validate(model, objective, ema, data, cfg):
     """Score the averaged weights on fixed windows with fixed noise. Returns (bits per token, standard error).
 
@@ -150,173 +122,204 @@ def validate(model, objective, ema, data, cfg):
     return mean_and_error(nats / times_scored / math.log(2), by_rate(n, n_times=objective.n_times(cfg.seq_len)))
 
 
-def main():
-    """Set up a run or resume it, and train.
+class Run:
+    """A run: its settings and data, what training changes, and its log. All processes call every method.
 
-    Training itself is batches(), train_step() and the loop at the end of this function. The rest checks, validates and
-    writes. `together`, `on_main` and `exchange` are for runs of several processes. In one process the first two only
-    call the function that they are given, and the exchange does nothing.
+    In one process `together` and `on_main` only call the function that they are given, and `exchange` does nothing.
     """
-    name, cfg, args = configs.from_command_line("train.py", __doc__, add_arguments)
-    parallel.join(cfg.timeout_minutes)
-    if cfg.local_steps:
-        parallel.form_teams(cfg.local_group, cfg.timeout_minutes)
-    rank, world, is_main = parallel.rank, parallel.world, parallel.is_main
-    stop = parallel.StopSignals()
-    if cfg.fsdp and "RANK" not in os.environ:
-        raise UserError("--fsdp splits the model over several processes: start them with torchrun")
-    if cfg.wandb:
-        on_main(lambda: require("wandb", "--wandb"))
-    device = together(lambda: parallel.own_device(cfg.device))
-    dtype = pick_dtype(device, cfg.dtype)
-    local, micro = share_of_batch(cfg, world)
-    out_dir = Path(cfg.out_dir) if cfg.out_dir else Path("out", name)
-    cfg = on_main(lambda: checkpoint.with_sizes_of_source(cfg, args.resume, args.init_from, out_dir))
 
-    # ---- data and model; nothing is written before all of it has been checked ---------------------------------------
-    meta, train_tokens, val_tokens, record, pad = together(lambda: open_data(cfg))
-    main_meta = on_main(lambda: meta)
-    together(lambda: check_same_data(meta, main_meta, cfg.dataset, "the main process"))
-    tokenizer = together(lambda: make_tokenizer(meta))
-    objective = cfg.make_objective(meta["vocab_size"])
-    for needed, where in ((weight_bytes(cfg, meta["vocab_size"]), torch.device("cpu")),
-                          (training_bytes(cfg, meta["vocab_size"], local, micro, world if cfg.fsdp else 1), device)):
-        if where.type == "cpu":
-            needed *= parallel.on_this_machine  # its processes share the memory
-        together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
-    torch.manual_seed(cfg.seed)
-    model = cfg.make_model(meta["vocab_size"])  # made on the CPU: equal weights on every device and in every process
-    deal([name for name, _ in model.named_parameters()], cfg.fragments)  # raises UserError if it cannot be done
-    n_params, optimizer_bytes = count_parameters(model), 4 * numbers_kept(model, cfg)
-    flops = flops_per_token(model, objective, cfg)
-    net, optimizers, ema, exchange, (step, best_val, tally, wandb_id, init_from), lock = start_or_resume(
-        cfg, args, out_dir, meta, model, objective, device, dtype, stop)
-    peak_of_device = cfg.peak_tflops * 1e12 or matmul_peak(device, dtype)
-    peak = parallel.total(torch.tensor(peak_of_device, dtype=torch.float64)).item()
+    def __init__(self, name, cfg, args):
+        """Set up a new run, or the one that --resume finds. Nothing is written before everything has been checked."""
+        parallel.join(cfg.timeout_minutes)
+        if cfg.local_steps:
+            parallel.form_teams(cfg.local_group, cfg.timeout_minutes)
+        self.stop = parallel.StopSignals()
+        if cfg.fsdp and "RANK" not in os.environ:
+            raise UserError("--fsdp splits the model over several processes: start them with torchrun")
+        if cfg.wandb:
+            on_main(lambda: require("wandb", "--wandb"))
+        self.device = together(lambda: parallel.own_device(cfg.device))
+        self.dtype = pick_dtype(self.device, cfg.dtype)
+        local, self.micro = share_of_batch(cfg, parallel.world)
+        self.indices = range(parallel.rank * local, (parallel.rank + 1) * local)
+        self.name, self.out_dir = name, Path(cfg.out_dir) if cfg.out_dir else Path("out", name)
+        cfg = on_main(lambda: checkpoint.with_sizes_of_source(cfg, args.resume, args.init_from, self.out_dir))
 
-    # ---- what is done besides training ------------------------------------------------------------------------------
-    bar = progress(total=cfg.max_steps, initial=step, desc=name, unit="step", show=is_main)
-    log = together(lambda: Log(out_dir, step, name, asdict(cfg), bar, wandb_id) if is_main else None)
-    unit = f"bits/{tokenizer.unit}"
-    val_data = Windows(val_tokens, windows(val_tokens, cfg.seq_len, cfg.eval_sequences), cfg.seq_len, micro, device,
-                       dtype)
+        meta, self.train_tokens, self.val_tokens, self.record, self.pad = together(lambda: open_data(cfg))
+        main_meta = on_main(lambda: meta)
+        together(lambda: check_same_data(meta, main_meta, cfg.dataset, "the main process"))
+        self.cfg, self.meta, self.tokenizer = cfg, meta, together(lambda: make_tokenizer(meta))
+        V, shards = meta["vocab_size"], parallel.world if cfg.fsdp else 1
+        self.objective = cfg.make_objective(V)
+        for size, where in ((weight_bytes(cfg, V), torch.device("cpu")),
+                            (training_bytes(cfg, V, local, self.micro, shards), self.device)):
+            if where.type == "cpu":
+                size *= parallel.on_this_machine  # its processes share the memory
+            together(lambda: check_fits(size, where, f"training {name}", "use a smaller model or --micro_batch_size"))
+        torch.manual_seed(cfg.seed)
+        self.model = cfg.make_model(V)  # made on the CPU: equal weights on every device and in every process
+        deal([key for key, _ in self.model.named_parameters()], cfg.fragments)  # raises UserError if it cannot be done
+        self.flops, self.step_tokens = flops_per_token(self.model, self.objective, cfg), cfg.batch_size * cfg.seq_len
+        self.start_or_resume(args)
+        peak_of_device = cfg.peak_tflops * 1e12 or matmul_peak(self.device, self.dtype)
+        self.peak = parallel.total(torch.tensor(peak_of_device, dtype=torch.float64)).item()
+        self.bar = progress(total=cfg.max_steps, initial=self.step, desc=name, unit="step", show=parallel.is_main)
+        self.log = together(lambda: Log(self.out_dir, self.step, name, asdict(cfg), self.bar, self.wandb_id)
+                            if parallel.is_main else None)
+        starts = windows(self.val_tokens, cfg.seq_len, cfg.eval_sequences)
+        self.val_data = Windows(self.val_tokens, starts, cfg.seq_len, self.micro, self.device, self.dtype)
 
-    tokens_seen = lambda: step * cfg.batch_size * cfg.seq_len
+    def start_or_resume(self, args):
+        """Set up what training changes, new or from a checkpoint, whose memory is free on return."""
+        cfg, model, out_dir = self.cfg, self.model, self.out_dir
+        begin = lambda: checkpoint.open_run(out_dir, args.resume, args.init_from, cfg, self.meta, model, self.stop)
+        payload, source, lock = together(begin if parallel.is_main else lambda: (None, None, None))
+        resumed, copied = on_main(lambda: (payload is not None, source is not None))
+        self.lock = together(lambda: (lock or storage.claim(out_dir)) if parallel.is_main else None)  # until the end
+        self.net = parallel.spread(model, self.objective, self.device, cfg.fsdp, parallel.compiles(cfg, self.device))
+        if copied:
+            for key, p in model.named_parameters():
+                parallel.copy_from_main(p, source and source[key])
+        self.optimizers = make_optimizers(model, cfg, self.device, self.dtype)
+        self.exchange = AmongProcesses(model, cfg) if cfg.local_steps else EveryStep()
+        self.ema = EMA(model, cfg.ema_decay, list(self.exchange.anchor.values()))
+        kept = {"step": 0, "best_val": math.inf, "tally": torch.zeros(5), "wandb_id": None, "init_from": args.init_from}
+        if resumed:
+            kept = on_main(lambda: {key: payload.get(key) for key in kept})
+            checkpoint.restore(payload, model, self.ema, self.optimizers)
+            kept["tally"] = self.exchange.resume(payload, checkpoint.states(self.optimizers), kept["tally"])
+            self.ema.updates = kept["step"]
+        self.step, self.best_val, tally, self.wandb_id, self.init_from = kept.values()
+        self.tally = Tally(*tally.to(self.device))
 
-    def report(line, **values):
-        on_main(lambda: log.write(line, step=step, tokens=tokens_seen(), **values))
+    def report(self, line, **values):
+        on_main(lambda: self.log.write(line, step=self.step, tokens=self.step * self.step_tokens, **values))
 
-    def sample():
-        """Draw one text from the averaged weights; all processes do the same. If the model needs a prefix, the text
-        continues the first tokens of the validation split."""
-        end = end_of(cfg, tokenizer)
-        given = torch.from_numpy(val_tokens[:cfg.prefix_range[0]].astype("int64"))
-        xt = torch.nn.functional.pad(given[None], (0, cfg.seq_len - len(given)), value=objective.mask_id).to(device)
-        with ema.applied(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
-            together(lambda: refuse_infinite(parallel.local(model.parameters())))
-            *_, state = denoise(default_settings(cfg), objective, model, xt, cfg, 0, generator_on(device, cfg.seed),
-                                end)
-        return text_of(state.xt[0].tolist(), xt[0].tolist(), end, tokenizer)
+    def report_start(self):
+        cfg, step, peak = self.cfg, self.step, self.peak / 1e12
+        n_params, optimizer_bytes = count_parameters(self.model), 4 * numbers_kept(self.model, cfg)
+        facts = [f"{in_short(n_params)} parameters", f"{cfg.batch_size} x {cfg.seq_len} tokens per step",
+                 f"{parallel.world} x {self.device.type}", "sharded" if cfg.fsdp else "",
+                 f"{parallel.n_teams} workers that exchange every {cfg.local_steps} steps" if cfg.local_steps else "",
+                 str(self.dtype).removeprefix("torch."), "compiled" if parallel.compiles(cfg, self.device) else "",
+                 f"peak {peak:.3g} TFLOP/s", f"optimiser state {optimizer_bytes / 1e6:,.1f} MB",
+                 f"writing to {self.out_dir}"]
+        self.report(f"{self.name}: {', '.join(fact for fact in facts if fact)}"
+                    + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if 0 < step < cfg.max_steps else "")
+                    + (f"\nall {step:,} steps are done already" if step == cfg.max_steps else ""),
+                    run=self.name, config=asdict(cfg), processes=parallel.world, device=device_name(self.device),
+                    peak_tflops=peak, parameters=n_params, optimizer_bytes=optimizer_bytes, versions=storage.versions())
+        if parallel.is_main and cfg.warmup_steps >= cfg.max_steps:  # easily so in a short trial of a long config
+            note(f"the learning rate rises until the end, to {learning_rate(cfg.max_steps - 1, cfg):.2g}: it decays "
+                 f"only if --warmup_steps (here {cfg.warmup_steps}) is less than --max_steps (here {cfg.max_steps})")
 
-    def refuse_infinite(weights):
+    def report_training(self, pace, lr, norm):
+        """Report the steps since the last such line. Raises UserError if too many in a row were skipped."""
+        cfg, step, tokens = self.cfg, self.step, self.step * self.step_tokens
+        counted = self.tally.of_all().numbers()  # waits for the GPU, so the pace is right
+        self.tally = self.tally.next_line()
+        rate, left = pace.lap(step) * self.step_tokens, pace.left(cfg.max_steps - step)
+        bits = counted.nats / counted.steps / math.log(2) if counted.steps else math.nan
+        mfu, memory, epochs = rate * self.flops / self.peak, memory_used(self.device), tokens / len(self.train_tokens)
+        self.report(f"step {step:,}  tokens {tokens:,}  "
+                    f"{f'epoch {epochs:.1f}  ' if cfg.unique_tokens else ''}bits/{self.tokenizer.unit} {bits:.3f}  "
+                    f"lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
+                    f"{memory / 1e9:.1f} GB  {duration(left)} left"
+                    + (f"  {counted.skipped:.0f} steps skipped (not finite)" if counted.skipped else ""),
+                    bits_per_token=finite(bits), lr=lr, grad_norm=finite(norm.item()), skipped=int(counted.skipped),
+                    epochs=epochs, tokens_per_second=rate, mfu=mfu, memory_bytes=memory, seconds_left=left)
+        if counted.most_in_a_row >= cfg.max_skipped:
+            raise UserError(f"loss or gradient was not finite in {counted.most_in_a_row:.0f} steps in a row before "
+                            f"step {step + 1:,}: the last good checkpoint in {self.out_dir} is unchanged; try a "
+                            "smaller --lr in a new run")
+
+    def report_validation(self):
+        """Validate and report. The best weights so far are saved."""
+        bits, error = validate(self.model, self.objective, self.ema, self.val_data, self.cfg)
+        is_best = bits < self.best_val
+        self.report(f"step {self.step:,}  validation bits/{self.tokenizer.unit} {bits:.4f}"
+                    f"{f' {plus_minus(error)}' if math.isfinite(bits) else ''}{'  (best so far)' if is_best else ''}",
+                    val_bits_per_token=finite(bits), val_stderr=finite(error))
+        if is_best:
+            self.best_val = bits
+            self.save("ckpt_best.pt", to_resume=False)
+
+    def report_sample(self):
+        """Draw one text from the averaged weights, the same in all processes, and report it. If the model needs a
+        prefix, the text continues the first tokens of the validation split."""
+        cfg, end = self.cfg, end_of(self.cfg, self.tokenizer)
+        given = torch.from_numpy(self.val_tokens[:cfg.prefix_range[0]].astype("int64")).to(self.device)
+        xt = torch.nn.functional.pad(given[None], (0, cfg.seq_len - len(given)), value=self.objective.mask_id)
+        with self.ema.applied(), autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
+            together(lambda: self.refuse_infinite(parallel.local(self.model.parameters())))
+            *_, state = denoise(default_settings(cfg), self.objective, self.model, xt, cfg, 0,
+                                generator_on(self.device, cfg.seed), end)
+        text = text_of(state.xt[0].tolist(), xt[0].tolist(), end, self.tokenizer)
+        self.report(f"step {self.step:,}  sample  {text}", sample=text)
+
+    def refuse_infinite(self, weights):
         if not all(p.isfinite().all() for p in weights):
-            raise UserError(f"the weights are not finite after step {step:,} and were not saved: the last good "
-                            f"checkpoint in {out_dir} is unchanged; try a smaller --lr in a new run")
+            raise UserError(f"the weights are not finite after step {self.step:,} and were not saved: the last good "
+                            f"checkpoint in {self.out_dir} is unchanged; try a smaller --lr in a new run")
 
-    def save(filename, to_resume):
-        state = checkpoint.state_of(model, ema, optimizers if to_resume else (), exchange, tally)
-
+    def save(self, filename, to_resume):
+        state = checkpoint.state_of(self.model, self.ema, self.optimizers if to_resume else (), self.exchange,
+                                    self.tally)
         def write():
-            refuse_infinite([*state["model"].values(), *state["ema"].values()])
-            log.sync()
-            storage.save(out_dir / filename, {
-                "name": name, "config": asdict(cfg), "meta": meta, "step": step, "best_val": best_val,
-                "tally": torch.stack(tally).cpu(), "wandb_id": log.wandb_id, "init_from": init_from, **state},
-                keep_previous=to_resume)
-            log.record(step=step, tokens=tokens_seen(), saved=filename)
-
+            self.refuse_infinite([*state["model"].values(), *state["ema"].values()])
+            self.log.sync()
+            storage.save(self.out_dir / filename, {
+                "name": self.name, "config": asdict(self.cfg), "meta": self.meta, "step": self.step,
+                "best_val": self.best_val, "tally": torch.stack(self.tally).cpu(), "wandb_id": self.log.wandb_id,
+                "init_from": self.init_from, **state}, keep_previous=to_resume)
+            self.log.record(step=self.step, tokens=self.step * self.step_tokens, saved=filename)
         on_main(write)
 
-    # ---- the loop ---------------------------------------------------------------------------------------------------
-    facts = [f"{in_short(n_params)} parameters", f"{cfg.batch_size} x {cfg.seq_len} tokens per step",
-             f"{world} x {device.type}", "sharded" if cfg.fsdp else "",
-             f"{parallel.n_teams} workers that exchange every {cfg.local_steps} steps" if cfg.local_steps else "",
-             str(dtype).removeprefix("torch."), "compiled" if parallel.compiles(cfg, device) else "",
-             f"peak {peak / 1e12:.3g} TFLOP/s", f"optimiser state {optimizer_bytes / 1e6:,.1f} MB",
-             f"writing to {out_dir}"]
-    report(f"{name}: {', '.join(fact for fact in facts if fact)}"
-           + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if 0 < step < cfg.max_steps else "")
-           + (f"\nall {step:,} steps are done already" if step == cfg.max_steps else ""),
-           run=name, config=asdict(cfg), processes=world, device=device_name(device), peak_tflops=peak / 1e12,
-           parameters=n_params, optimizer_bytes=optimizer_bytes, versions=storage.versions())
-    if is_main and cfg.warmup_steps >= cfg.max_steps:  # easily so in a short trial of a long config
-        note(f"the learning rate rises until the end, to {learning_rate(cfg.max_steps - 1, cfg):.2g}: it decays only "
-             f"if --warmup_steps (here {cfg.warmup_steps}) is less than --max_steps (here {cfg.max_steps})")
-    indices = range(rank * local, (rank + 1) * local)
-    stream = prefetch(batches(train_tokens, objective, cfg, step, indices, micro, device.type == "cuda", record, pad))
-    pace, stopped = Pace(step), 0
-    model.train()
+
+def main():
+    """Train: batches(), train_step() and this loop. The class Run sets up, reports and saves."""
+    run = Run(*configs.from_command_line("train.py", __doc__, add_arguments))
+    run.report_start()
+    cfg, device, pace, stopped = run.cfg, run.device, Pace(run.step), 0
+    stream = prefetch(batches(run.train_tokens, run.objective, cfg, run.step, run.indices, run.micro,
+                              device.type == "cuda", run.record, run.pad))
+    run.model.train()
     for parts in stream:
-        lr = learning_rate(step, cfg)
-        set_learning_rate(optimizers, lr)
+        lr = learning_rate(run.step, cfg)
+        set_learning_rate(run.optimizers, lr)
         if cfg.dropout:  # dropout noise, too, follows from the seed and the step
-            torch.manual_seed(int(rng(cfg.seed, "dropout", step, rank).integers(2**63)))
-        sees = annealed(cfg.seq_len + cfg.predict_next, step, cfg.anneal_steps, cfg.seed)
-        nats, norm, bad = train_step(net, objective, parts, optimizers, cfg, device, dtype, sees=sees)
-        tally = tally.count(nats, bad)
-        step += 1
-        bar.update()
-        taken = exchange.after(step)  # 1; with --local_steps the steps of the round that ends here, or 0 within a round
+            torch.manual_seed(int(rng(cfg.seed, "dropout", run.step, parallel.rank).integers(2**63)))
+        sees = annealed(cfg.seq_len + cfg.predict_next, run.step, cfg.anneal_steps, cfg.seed)
+        nats, norm, bad = train_step(run.net, run.objective, parts, run.optimizers, cfg, device, run.dtype, sees=sees)
+        run.tally = run.tally.count(nats, bad)
+        run.step += 1
+        run.bar.update()
+        taken = run.exchange.after(run.step)  # 1; with --local_steps: the steps of a round at its end, else 0
         if not taken:
             continue  # within a round a worker hears nothing of the others
         # Is this the last step, or was a multiple of the interval among the steps just taken?
-        due = lambda interval: step == cfg.max_steps or step // interval > (step - taken) // interval
-        ema.update(taken)
+        due = lambda interval: run.step == cfg.max_steps or run.step // interval > (run.step - taken) // interval
+        run.ema.update(taken)
 
         if due(cfg.log_interval):
-            counted = tally.of_all().numbers()  # waits for the GPU, so the pace is right
-            tally = tally.next_line()
-            rate = pace.lap(step) * cfg.batch_size * cfg.seq_len
-            left = pace.left(cfg.max_steps - step)
-            bits = counted.nats / counted.steps / math.log(2) if counted.steps else math.nan
-            mfu, memory = rate * flops / peak, memory_used(device)
-            epochs = tokens_seen() / len(train_tokens)
-            report(f"step {step:,}  tokens {tokens_seen():,}  "
-                   f"{f'epoch {epochs:.1f}  ' if cfg.unique_tokens else ''}{unit} {bits:.3f}  "
-                   f"lr {lr:.2e}  grad norm {norm:.3f}  {rate:,.0f} tokens/s  MFU {mfu:.0%}  "
-                   f"{memory / 1e9:.1f} GB  {duration(left)} left"
-                   + (f"  {counted.skipped:.0f} steps skipped (not finite)" if counted.skipped else ""),
-                   bits_per_token=finite(bits), lr=lr, grad_norm=finite(norm.item()), skipped=int(counted.skipped),
-                   epochs=epochs, tokens_per_second=rate, mfu=mfu, memory_bytes=memory, seconds_left=left)
-            if counted.most_in_a_row >= cfg.max_skipped:
-                raise UserError(f"loss or gradient was not finite in {counted.most_in_a_row:.0f} steps in a row before "
-                                f"step {step + 1:,}: the last good checkpoint in {out_dir} is unchanged; try a smaller "
-                                "--lr in a new run")
+            run.report_training(pace, lr, norm)
         with pace.paused():
             if due(cfg.eval_interval):
-                bits, error = validate(model, objective, ema, val_data, cfg)
-                report(f"step {step:,}  validation {unit} {bits:.4f}"
-                       f"{f' {plus_minus(error)}' if math.isfinite(bits) else ''}"
-                       f"{'  (best so far)' if bits < best_val else ''}",
-                       val_bits_per_token=finite(bits), val_stderr=finite(error))
-                if bits < best_val:
-                    best_val = bits
-                    save("ckpt_best.pt", to_resume=False)
+                run.report_validation()
             if cfg.sample_interval and due(cfg.sample_interval):
-                text = sample()
-                report(f"step {step:,}  sample  {text}", sample=text)
-        stopped, stopped_by = stop.agreed()  # a fast process waits here for the others: this counts, and is no pause
+                run.report_sample()
+        stopped, stopped_by = run.stop.agreed()  # a fast process waits here for the others: this counts as training
         with pace.paused():
             if due(cfg.checkpoint_interval) or stopped:
-                save("ckpt.pt", to_resume=True)
-        if stopped and step < cfg.max_steps:
-            report(f"stopped by {stopped_by} after step {step:,} of {cfg.max_steps:,}, which is saved in {out_dir}: "
-                   "to continue, run the same command with --resume auto", stopped=stopped_by)
+                run.save("ckpt.pt", to_resume=True)
+        if stopped and run.step < cfg.max_steps:
+            run.report(f"stopped by {stopped_by} after step {run.step:,} of {cfg.max_steps:,}, which is saved in "
+                       f"{run.out_dir}: to continue, run the same command with --resume auto", stopped=stopped_by)
             break
     stream.close()
-    on_main(lambda: log.close())
+    on_main(lambda: run.log.close())
     parallel.leave()
-    return int(stopped == parallel.LOST_PARENT and step < cfg.max_steps)  # 1: torchrun on other nodes sees a failure
+    return int(stopped == parallel.LOST_PARENT and run.step < cfg.max_steps)  # 1: other nodes' torchrun sees a failure
 
 
 if __name__ == "__main__":
