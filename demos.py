@@ -148,51 +148,73 @@ def loss(args):
     """Add the noise of time t to a text, and show the cost of each token: one sample of the bound."""
     x0, tokenizer, loaded = open_text(args)
     x0, given = prepared(x0, loaded)
-    model, config, L, uniform = loaded.model, loaded.config, len(x0), not loaded.config.objective_class.has_mask
+    model, config = loaded.model, loaded.config
     kind = "mdlm" if config.objective == "bert" else config.objective  # bert has one rate, whatever t is
     objective = replace(config, objective=kind, time_sampling="uniform").make_objective(loaded.meta["vocab_size"])
+    show_costs(objective, model, x0, given, args, tokenizer)
+    show_other_draws(objective, model, x0, given, args)
+
+
+def show_costs(objective, model, x0, given, args, tokenizer):
+    """Print the numbers of the noise at time t, and the cost of each token of x0 (L,) under it."""
+    L, n, masks = len(x0), len(x0) - given, objective.has_mask
     _, v = uniforms(args.seed, 0, [0], 1, L, stratified=False)
     noise = objective.noise(torch.tensor([args.t], dtype=torch.float64), give_prefix(v, [given]))
-    n, t, schedule = L - given, noise.t.double(), objective.schedule
-    weight = noise.weight.item() * n / L  # of one nat in the bound on the text, n nelbo; nelbo is a mean over L
     xt = objective.corrupt(x0[None], noise[0])
-    hit = noise.token[0] >= 0 if uniform else noise.mask[0]
+    hit = noise.mask[0] if masks else noise.token[0] >= 0
+    t, schedule = noise.t.double(), objective.schedule
     alpha = schedule.alpha(t).item()
     dsigma = -schedule.dalpha(t).item() / alpha if alpha else math.inf
-    meaning = ((f"T, as one of T = {objective.T:,} steps is drawn" if objective.T else "dsigma/dt") if uniform else
-               (f"T (a_(s-1) - a_s)/(1 - a_s), with a_s = alpha(s/T) and T = {objective.T:,}" if objective.T else
-                "-alpha'(t)/(1 - alpha(t)) = odds dsigma/dt") + ": what a nat at a mask counts")
+    weight = noise.weight.item() * n / L  # of one nat in the bound on the text, n nelbo; nelbo is a mean over L
     print(f"t = {t.item():g}: noise hits a token with probability 1 - alpha = {1 - alpha:.4f}, {hit.sum()} of {n}\n"
           f"sigma = -log alpha = {schedule.sigma(t).item():.4f} nats, dsigma/dt = {dsigma:.4f}, "
-          f"odds = alpha/(1 - alpha) = {alpha / (1 - alpha):.4f}\nweight = {weight:.4f}: {meaning}\n\n"
-          f"  {shown(xt[0], tokenizer)}\n")
-    terms = (uniform_terms if uniform else masked_terms)(objective, model(xt, noise.t)[0], x0, noise, weight)
+          f"odds = alpha/(1 - alpha) = {alpha / (1 - alpha):.4f}\n"
+          f"weight = {weight:.4f}: {meaning_of_weight(objective)}\n\n  {shown(xt[0], tokenizer)}\n")
+
+    costs = (masked_terms if masks else uniform_terms)(objective, model(xt, noise.t)[0], x0, noise, weight)
     token, seen = ([repr(shown(ids[i:i + 1], tokenizer)) for i in range(L)] for ids in (x0, xt[0]))
-    rows = [{"i": i, "token": token[i], "seen": seen[i]}
-            | ({key: column[i].item() for key, column in terms.items()} if uniform or hit[i] else {}) for i in range(L)]
-    table(rows, {"i": ("", "d"), "token": ("token", ""), "seen": ("seen", "")} | {key: (key, ".4f") for key in terms},
+    rows = [{"i": i, "token": token[i], "seen": seen[i]} for i in range(L)]
+    for i in hit.nonzero().flatten().tolist() if masks else range(L):  # a visible token costs nothing
+        rows[i] |= {key: column[i].item() for key, column in costs.items()}
+    table(rows, {"i": ("", "d"), "token": ("token", ""), "seen": ("seen", "")} | {key: (key, ".4f") for key in costs},
           sys.stdout)
     total = objective.nelbo(model, x0[None], noise).item() * n / BIT
-    prior = objective.prior * n / BIT if uniform else 0.0
+    prior = 0.0 if masks else objective.prior * n / BIT
     print(f"\nin bits; the sum is {total:.2f}, {total / n:.4f} per token: one sample of the bound on -log2 p(TEXT)"
           + (f", with {prior:.2f} for the noise that is left at the end (uniform.prior_kl)" if prior > 0.005 else ""))
-    say("Nothing shows which tokens are noise, so all of them cost something." if uniform else
-        """The scores are S = odds f, and the prediction f sums to Z, not to 1. So score entropy is weight x CE and a
-        penalty, weight x (Z - 1 - log Z), which normalising f would save.""" if objective.normalised_twin else
-        """Visible tokens cost nothing: they are kept. SEDD's score entropy of the scores S = odds p is the same number
-        as weight x CE, because p sums to 1""" + (", up to the size of a step." if objective.T else "."))
-    (u, v), (w, _) = (uniforms(args.seed, step, range(args.draws), args.draws, L, False) for step in (1, 2))
+    if not masks:
+        say("Nothing shows which tokens are noise, so all of them cost something.")
+    elif objective.normalised_twin:
+        say("""The scores are S = odds f, and the prediction f sums to Z, not to 1. So score entropy is weight x CE and
+            a penalty, weight x (Z - 1 - log Z), which normalising f would save.""")
+    else:
+        say("""Visible tokens cost nothing: they are kept. SEDD's score entropy of the scores S = odds p is the same
+            number as weight x CE, because p sums to 1""" + (", up to the size of a step." if objective.T else "."))
+
+
+def meaning_of_weight(objective):
+    if not objective.has_mask:
+        return f"T, as one of T = {objective.T:,} steps is drawn" if objective.T else "dsigma/dt"
+    formula = (f"T (a_(s-1) - a_s)/(1 - a_s), with a_s = alpha(s/T) and T = {objective.T:,}" if objective.T else
+               "-alpha'(t)/(1 - alpha(t)) = odds dsigma/dt")
+    return f"{formula}: what a nat at a mask counts"
+
+
+def show_other_draws(objective, model, x0, given, args):
+    """Print how much the bound on x0 varies, over draws of time and noise in two ways."""
+    (u, v), (w, _) = (uniforms(args.seed, step, range(args.draws), args.draws, len(x0), False) for step in (1, 2))
+    v = give_prefix(v, [given] * args.draws)
+    ways = {"t uniform on (0, 1]": objective.noise(u, v),
+            "as evaluate.py draws": getattr(objective, objective.reported)(u, v, w)}
     print(f"\n{args.draws} other draws of time and noise, in bits per token:")
-    ways = {"t uniform on (0, 1]": lambda u, v, w: objective.noise(u, v),
-            "as evaluate.py draws": getattr(objective, objective.reported)}
-    for name, draw in ways.items():
-        drawn = draw(u, give_prefix(v, [given] * args.draws), w)
+    for name, drawn in ways.items():
         bits = objective.nelbo(model, x0.expand(args.draws, -1), drawn).double() / BIT
         print(f"  {name:20}  mean {bits.mean():.3f}, standard deviation {bits.std():.3f}, from {bits.min():.3f} to "
               f"{bits.max():.3f}")
     say("Training draws the time anew for every text, so single losses jump, and their mean counts. "
-        + ("" if uniform else """A token counts as often as the weight says. The weight is large where few tokens are
-           masked: there one hard token is a large number. In the draws of evaluate.py k masks have the weight L/k."""))
+        + ("""A token counts as often as the weight says. The weight is large where few tokens are masked: there one
+           hard token is a large number. In the draws of evaluate.py k masks have the weight L/k."""
+           if objective.has_mask else ""))
 
 
 def noise(args):
