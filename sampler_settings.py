@@ -95,23 +95,40 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     sampler: a name, or None for the objective's default. Raises UserError for flags that the sampler does not know, for
     flags that contradict each other, and for auto without a curve.
     """
-    given, common, objective = dict(flags), common_flags(args), config.objective_class
+    common, objective = common_flags(args), config.objective_class
+    check_flags(sampler, flags, common, objective, f"{checkpoint} {objective.description}")
+    sampler = sampler or next(iter(objective.samplers))
+    known = SAMPLERS[objective.samplers[sampler]].flags
+    own = {flag: value for flag, value in DEFAULTS.items() if flag in known} | flags
+    remask, steps, grid = own.get("remask"), own.pop("steps", None), own.pop("grid", None)
+    if remask:
+        own.setdefault("eta", DEFAULT_ETA[remask])
+    if "k" in own and (steps or grid):
+        raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
+    if "steps" in known and "k" not in own:
+        own["grid"] = make_grid(steps, grid, config, checkpoint, model, remask, args.raw)
+    return Settings(sampler, own, name_of_grid(steps, grid, remask), **common)
+
+
+def check_flags(sampler, flags, common, objective, described):
+    """Raise UserError for flags that the objective or the sampler does not know, or that contradict each other.
+
+    sampler, flags: as for settings_of. common: from common_flags. described: the checkpoint in words.
+    """
     if "block_length" in common and not (objective.has_mask and objective.any_order):
-        raise UserError(f"--block_length is for models of masks in whole texts, and {checkpoint} "
-                        f"{objective.description}: leave it out")
-    if objective.causal and (sampler or given):
-        raise UserError(f"{checkpoint} {objective.description} and takes one step per token: leave out "
-                        + ", ".join(f"--{name}" for name in (["sampler"] if sampler else []) + list(given)))
+        raise UserError(f"--block_length is for models of masks in whole texts, and {described}: leave it out")
+    if objective.causal and (sampler or flags):
+        raise UserError(f"{described} and takes one step per token: leave out "
+                        + ", ".join(f"--{name}" for name in (["sampler"] if sampler else []) + list(flags)))
     sampler = sampler or next(iter(objective.samplers))
     if sampler not in objective.samplers:
-        raise UserError(f"--sampler {sampler} needs a model of masks in whole texts, and {checkpoint} "
-                        f"{objective.description}: choose {' or '.join(objective.samplers)}")
-    known = SAMPLERS[objective.samplers[sampler]].flags
+        raise UserError(f"--sampler {sampler} needs a model of masks in whole texts, and {described}: choose "
+                        f"{' or '.join(objective.samplers)}")
     if not objective.any_order and "auto" in (flags.get("steps"), flags.get("grid")):
-        raise UserError(f"auto needs a model of masks in whole texts, and {checkpoint} {objective.description}: use "
-                        "--steps N")
-    if unknown := [name for name in given if name not in known]:
-        users = [other for other, name in objective.samplers.items() if unknown[0] in SAMPLERS[name].flags]
+        raise UserError(f"auto needs a model of masks in whole texts, and {described}: use --steps N")
+    uses = {name: SAMPLERS[function].flags for name, function in objective.samplers.items()}
+    if unknown := [flag for flag in flags if flag not in uses[sampler]]:
+        users = [name for name in uses if unknown[0] in uses[name]]
         raise UserError(f"--sampler {sampler} does not use --{unknown[0]}: leave it out"
                         + (f", or use {' or '.join(users)}" if users else ""))
     if common.get("temperature") == 0 and common.keys() & {"top_p", "top_k"}:
@@ -119,20 +136,13 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     if common and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
         raise UserError(f"--{next(iter(common))} changes the token distribution, which euler does not use with uniform "
                         "noise: choose --sampler ancestral")
-    given = {flag: value for flag, value in DEFAULTS.items() if flag in known} | given
-    if "remask" in given:
-        given.setdefault("eta", DEFAULT_ETA[given["remask"]])
-    steps, grid = given.pop("steps", None), given.pop("grid", None)
+
+
+def name_of_grid(steps, grid, remask):
+    """The name of a grid in reports; "" for the one of the model's schedule."""
     if isinstance(grid, list):
-        name = ",".join(map(str, grid))
-    else:
-        name = grid or ("auto" if steps == "auto" else "loop" if given.get("remask") == "loop" else "")
-    if "k" in given:
-        if steps or grid:
-            raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
-    elif "steps" in known:
-        given["grid"] = make_grid(steps, grid, config, checkpoint, model, given.get("remask"), args.raw)
-    return Settings(sampler, given, name, **common)
+        return ",".join(map(str, grid))
+    return grid or ("auto" if steps == "auto" else "loop" if remask == "loop" else "")
 
 
 def make_grid(steps, grid, config, checkpoint, model, remask, raw):
