@@ -11,6 +11,7 @@ out (torch.serialization.set_crc32_options). A flipped bit in them is read as an
 """
 
 import errno
+import itertools
 import json
 import re
 import struct
@@ -269,40 +270,42 @@ def settings(node):
     Returns {} if the result is no dict. Raises UserError for more than MOST objects or more than 50 levels. An object
     that is referred to twice counts twice.
     """
-    left = [MOST]
+    root = plain(node, itertools.count(1))
+    return resolved(root, root) if isinstance(root, dict) else {}
 
-    def values(node, depth=0):
-        left[0] -= 1
-        if left[0] < 0 or depth > 50:
-            raise UserError("the settings in the checkpoint have too many values or levels: the file was refused")
-        if isinstance(node, Inert):
-            state = node.state if isinstance(node.state, dict) else {}
-            node = state.get("_content", state.get("_val"))
-        if isinstance(node, dict):
-            return {str(key)[:99]: values(value, depth + 1) for key, value in node.items() if isinstance(key, str)}
-        if isinstance(node, (list, tuple)):
-            return [values(value, depth + 1) for value in node]
-        return None if isinstance(node, Inert) else node
 
-    root = values(node)
+def plain(node, counter, depth=0):
+    """Convert omegaconf's objects into dicts, lists and values. counter: itertools.count of the objects."""
+    if next(counter) > MOST or depth > 50:
+        raise UserError("the settings in the checkpoint have too many values or levels: the file was refused")
+    if isinstance(node, Inert):
+        state = node.state if isinstance(node.state, dict) else {}
+        node = state.get("_content", state.get("_val"))
+    if isinstance(node, dict):
+        return {str(key)[:99]: plain(value, counter, depth + 1) for key, value in node.items() if isinstance(key, str)}
+    if isinstance(node, (list, tuple)):
+        return [plain(value, counter, depth + 1) for value in node]
+    return None if isinstance(node, Inert) else node
 
-    def resolved(value):
-        """Return the value of a reference; None if it leads nowhere, in a circle, or to a dict or a list."""
-        for _ in range(9):
-            match = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
-            if not match:
-                return None if isinstance(value, (dict, list)) else value
-            value = root
-            for key in match[1].split("."):
-                value = value.get(key) if isinstance(value, dict) else None
 
-    def follow(value):
-        if isinstance(value, dict):
-            return {key: follow(inner) for key, inner in value.items()}
-        return [follow(inner) for inner in value] if isinstance(value, list) else resolved(value)
+def resolved(value, root):
+    """Replace the references in dicts, lists and values by what they lead to in root."""
+    if isinstance(value, dict):
+        return {key: resolved(inner, root) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [resolved(inner, root) for inner in value]
+    return followed(value, root)
 
-    found = follow(root)
-    return found if isinstance(found, dict) else {}
+
+def followed(value, root):
+    """Follow a reference to its value in root: None if it leads nowhere, in a circle, or to a dict or a list."""
+    for _ in range(9):
+        match = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+        if not match:
+            return None if isinstance(value, (dict, list)) else value
+        value = root
+        for key in match[1].split("."):
+            value = value.get(key) if isinstance(value, dict) else None
 
 
 # ---- state dicts -----------------------------------------------------------------------------------------------------
