@@ -102,12 +102,18 @@ def for_terminal(text, stream):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "·", text) if stream.isatty() else text
 
 
-NO_COMPILER = "InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler"  # in the errors of torch.compile
-
-
 def ended(number, frame):
     """Handle SIGTERM as an exception, so that what a command has begun to write is removed."""
     sys.exit(128 + number)
+
+
+def lacks_compiler(error):
+    name_and_text = f"{type(error).__name__} {error}"
+    return any(word in name_and_text for word in ("InvalidCxxCompiler", "TritonMissing", "Failed to find C compiler"))
+
+
+def lacks_memory(error):
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def run(main):
@@ -143,15 +149,14 @@ def run(main):
         code = 130
     except Exception as error:
         code = 1
-        if any(word in f"{type(error).__name__} {error}" for word in NO_COMPILER):
+        if lacks_compiler(error):
+            code = 2
             if rank in (None, "0"):
                 note(f"{name}: torch.compile finds no compiler (it needs g++, and on a GPU Triton): install it, or "
                      "leave out --compile (train.py on a GPU: use --no-compile)")
-            code = 2
-        elif rank is None and isinstance(error, (MemoryError, RuntimeError)) and (
-                isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+        elif rank is None and lacks_memory(error):
             note(f"{name}: out of memory: use a smaller --micro_batch_size (train.py) or --batch_size")
-        elif rank is None:
+        elif rank is None:  # Python prints the traceback
             raise
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             reason = str(error).split("] ", 1)[-1].splitlines()[0][:100]
