@@ -76,31 +76,41 @@ def open_subject(path, args, device, dtype, n_windows=None):
     config = config_to_score(config, path, seq_len, args.normalised, args.block_size)
     if args.block_size:
         model.block_size = args.block_size  # no weight depends on it
-    tokenizer, content = make_tokenizer(meta), None
-    if args.text and args.dataset and "sha256" in meta:
-        raise UserError("--text is scored instead of a data set: leave out --dataset")
-    dataset, data_dir, split = args.dataset or config.dataset, args.data_dir or config.data_dir, args.split
+    tokenizer, data_dir = make_tokenizer(meta), args.data_dir or config.data_dir
     if args.text:
+        if args.dataset and "sha256" in meta:
+            raise UserError("--text is scored instead of a data set: leave out --dataset")
         dataset, split = args.text, None
         own = meta.get("request", {}).get("alphabet") == "text8"  # made by prepare_textfile.py, which spells no digits
         spelled = config.dataset.startswith(("text8", "gutenberg")) and not own
         tokens, content, where = read_tokens(args.text, tokenizer, seq_len, spelled)
         n_bytes = len(content.encode())
     else:
-        data_meta, where = load_meta(dataset, data_dir), f"{dataset} {split}"
-        if not args.dataset and meta.get("sha256", data_meta["sha256"]) != data_meta["sha256"]:
-            note(f"data set {dataset!r} is not the one that {path} was trained on: its {split} split may have text of "
-                 "the training")
-        record = data_meta.get("record", 1)
-        if seq_len % record:
-            raise UserError(f"data set {dataset!r} has items of {record} tokens, and windows of {seq_len} would cut "
-                            f"them: use --seq_len={record}")
-        tokens = recode(load_split(dataset, split, seq_len, data_dir), data_meta, meta, dataset)
-        n_bytes = data_meta["bytes"][split] if "bytes" in data_meta else None
+        dataset, split, content = args.dataset or config.dataset, args.split, None
+        where = f"{dataset} {split}"
+        tokens, n_bytes = read_split(dataset, split, data_dir, seq_len, meta, None if args.dataset else path)
     if args.n_tokens:
         n_windows = max(1, round(args.n_tokens / seq_len))
     data = Windows(tokens, windows(tokens, seq_len, n_windows), seq_len, args.batch_size, device, dtype)
     return Subject(path, model, config, meta, step, tokenizer, dataset, split, where, data_dir, data, n_bytes, content)
+
+
+def read_split(dataset, split, data_dir, seq_len, meta, path):
+    """The tokens of a split, in the ids of a checkpoint's meta, and the bytes of its text (Subject.n_bytes).
+
+    path: of the checkpoint whose data set this should be. If it is another, a line on stderr says so. None: no line.
+    Raises UserError if windows of seq_len tokens would cut the items of the data set.
+    """
+    own = load_meta(dataset, data_dir)
+    if path and meta.get("sha256", own["sha256"]) != own["sha256"]:
+        note(f"data set {dataset!r} is not the one that {path} was trained on: its {split} split may have text of "
+             "the training")
+    record = own.get("record", 1)
+    if seq_len % record:
+        raise UserError(f"data set {dataset!r} has items of {record} tokens, and windows of {seq_len} would cut "
+                        f"them: use --seq_len={record}")
+    tokens = recode(load_split(dataset, split, seq_len, data_dir), own, meta, dataset)
+    return tokens, own["bytes"][split] if "bytes" in own else None
 
 
 def config_to_score(config, path, seq_len, normalised, block_size):
