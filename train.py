@@ -17,8 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
+import cli
 from cli import (UserError, autocast, device_name, generator_on, in_short, matmul_peak, memory_used, named, note,
-                 pick_dtype, progress, require, run)
+                 pick_dtype, progress, require)
 
 import torch
 
@@ -145,6 +146,7 @@ class Run:
         self.name, self.out_dir = name, Path(cfg.out_dir) if cfg.out_dir else Path("out", name)
         cfg = on_main(lambda: checkpoint.with_sizes_of_source(cfg, args.resume, args.init_from, self.out_dir))
 
+        # data and model
         meta, self.train_tokens, self.val_tokens, self.record, self.pad = together(lambda: open_data(cfg))
         main_meta = on_main(lambda: meta)
         together(lambda: check_same_data(meta, main_meta, cfg.dataset, "the main process"))
@@ -159,8 +161,11 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.model = cfg.make_model(V)  # made on the CPU: equal weights on every device and in every process
         deal([key for key, _ in self.model.named_parameters()], cfg.fragments)  # raises UserError if it cannot be done
-        self.flops, self.step_tokens = flops_per_token(self.model, self.objective, cfg), cfg.batch_size * cfg.seq_len
+        self.flops = flops_per_token(self.model, self.objective, cfg)
         self.start_or_resume(args)
+
+        # what reports need
+        self.tokens_per_step = cfg.batch_size * cfg.seq_len
         peak_of_device = cfg.peak_tflops * 1e12 or matmul_peak(self.device, self.dtype)
         self.peak = parallel.total(torch.tensor(peak_of_device, dtype=torch.float64)).item()
         self.bar = progress(total=cfg.max_steps, initial=self.step, desc=name, unit="step", show=parallel.is_main)
@@ -192,8 +197,14 @@ class Run:
         self.step, self.best_val, tally, self.wandb_id, self.init_from = kept.values()
         self.tally = Tally(*tally.to(self.device))
 
+    @property
+    def tokens(self):
+        """The number of tokens seen so far."""
+        return self.step * self.tokens_per_step
+
     def report(self, line, **values):
-        on_main(lambda: self.log.write(line, step=self.step, tokens=self.step * self.step_tokens, **values))
+        """Show a line, and write it with its values to the log."""
+        on_main(lambda: self.log.write(line, step=self.step, tokens=self.tokens, **values))
 
     def report_start(self):
         cfg, step, peak = self.cfg, self.step, self.peak / 1e12
@@ -215,10 +226,10 @@ class Run:
 
     def report_training(self, pace, lr, norm):
         """Report the steps since the last such line. Raises UserError if too many in a row were skipped."""
-        cfg, step, tokens = self.cfg, self.step, self.step * self.step_tokens
+        cfg, step, tokens = self.cfg, self.step, self.tokens
         counted = self.tally.of_all().numbers()  # waits for the GPU, so the pace is right
         self.tally = self.tally.next_line()
-        rate, left = pace.lap(step) * self.step_tokens, pace.left(cfg.max_steps - step)
+        rate, left = pace.lap(step) * self.tokens_per_step, pace.left(cfg.max_steps - step)
         bits = counted.nats / counted.steps / math.log(2) if counted.steps else math.nan
         mfu, memory, epochs = rate * self.flops / self.peak, memory_used(self.device), tokens / len(self.train_tokens)
         self.report(f"step {step:,}  tokens {tokens:,}  "
@@ -272,7 +283,7 @@ class Run:
                 "name": self.name, "config": asdict(self.cfg), "meta": self.meta, "step": self.step,
                 "best_val": self.best_val, "tally": torch.stack(self.tally).cpu(), "wandb_id": self.log.wandb_id,
                 "init_from": self.init_from, **state}, keep_previous=to_resume)
-            self.log.record(step=self.step, tokens=self.step * self.step_tokens, saved=filename)
+            self.log.record(step=self.step, tokens=self.tokens, saved=filename)
         on_main(write)
 
 
@@ -323,4 +334,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)
