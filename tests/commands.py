@@ -1,8 +1,10 @@
 """Helpers for tests of the command lines: start a small run, wait for it, and read its results."""
 
+import contextlib
 import gc
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -43,6 +45,16 @@ def train(call, *args):
     return call(*map(str, arguments(*args)))
 
 
+def free_port():
+    """A port that nothing uses, below those that the kernel gives to outgoing connections: it could give them this one
+    before the run begins."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+
+
 def start(*args, n=1, torchrun=None, script=None, **environment):
     """Start a small run of n real processes that connect as torchrun's workers do, or by torchrun itself.
 
@@ -55,9 +67,7 @@ def start(*args, n=1, torchrun=None, script=None, **environment):
         command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", *torchrun]
     workers = [{}]
     if n > 1 and torchrun is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         workers = [{"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                    for i in range(n)]
     common = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import threading
 import time
 
@@ -20,7 +19,7 @@ import optim
 import parallel
 import storage
 from commands import (ROOT, STEADY, assert_identical, assert_one_line, assert_same_training, children, finish,
-                      finish_well, log, losses, read_until, start, stop_after, train)
+                      finish_well, free_port, log, losses, read_until, start, stop_after, train)
 from configs import Config
 from plot import legible
 
@@ -270,10 +269,7 @@ def test_only_workers_mind_their_parent(data_dir, tmp_path):
     """A worker whose parent is gone saves, and exits with 1: to a torchrun on another node it must not be done. A run
     that torchrun did not start goes on, as it must when its terminal is closed."""
     (tmp_path / "train.py").write_text(LONELY.format(root=str(ROOT)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    worker = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    worker = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     for environment, code, step in ((worker, 1, 4), ({}, 0, 9)):
         out = tmp_path / f"out{code}"
         [(found, output)] = finish(start("mdlm_text8", data_dir, out, "--max_steps=9", script=tmp_path / "train.py",
