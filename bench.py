@@ -334,7 +334,7 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
 
     first: run only this many steps of each (None: all). This shows what a step costs outside the network, but not the
     whole time.
-    If the config is compiled, so is the network of all samplers but the naive one.
+    With --compile the network of all samplers but the naive one is compiled.
     """
     if not objective.any_order:
         raise UserError(f"--samplers needs a masked model, and {name} is not one: choose a masked config")
@@ -344,7 +344,7 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
             "first_hitting": Settings("first_hitting"), "topk, k = 4": Settings("topk", {"k": 4}),
             "threshold": Settings("threshold"), "entropy_bound": Settings("entropy_bound"),
             f"remdm, {cfg.T} steps": Settings("remdm", chain)}
-    networks, compiled = dict.fromkeys(ways, model), parallel.compiles(cfg, device)
+    networks, compiled = dict.fromkeys(ways, model), bool(cfg.compile)
     if compiled:
         networks[naive] = copy.deepcopy(model)
         parallel.compile_trunk(model)

@@ -198,8 +198,8 @@ def add_model_flags(parser):
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
                         help="number format of matrix products (default: bfloat16 where it is fast, else float32)")
     parser.add_argument("--compile", action="store_true",
-                        help="compile the network with torch.compile, for long computations: the first calls take a "
-                        "minute or more, the others less (docs/speed.md)")
+                        help="compile the network with torch.compile, for long computations: the first calls are "
+                        "slow, the others faster (docs/speed.md)")
 
 
 def load_model(path, device, hints=Hints(), raw=False, compiled=False):
@@ -222,7 +222,7 @@ def load_model(path, device, hints=Hints(), raw=False, compiled=False):
         translate.warn_if_implausible(model, config.make_objective(payload["meta"]["vocab_size"]),
                                     make_tokenizer(payload["meta"]), config, device, path)
     if compiled:
-        note("compiling the network: its first calls take a minute or more")
+        note("compiling the network: its first calls are slow (docs/speed.md)")
         parallel.compile_trunk(model)
     return Loaded(model, config, payload["meta"], payload["step"])
 

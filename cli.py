@@ -47,7 +47,9 @@ class UserError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, without the usage block, and suggest the flag for a typo."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, elsewhere={}, **kwargs):
+        """elsewhere: {a flag of other projects: the one that it is here}, for the errors."""
+        self.elsewhere = elsewhere
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
@@ -60,19 +62,14 @@ class ArgumentParser(argparse.ArgumentParser):
             if flag in [f"--{action.dest}" for action in self._actions if not action.option_strings]:
                 self.error(f"unknown argument {unknown[0]}: write its value without {flag}")
             known = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, known)}")
+            guess = f", did you mean {self.elsewhere[flag]}?" if flag in self.elsewhere else did_you_mean(flag, known)
+            self.error(f"unknown argument {unknown[0]}{guess}")
         return parsed
-
-
-ELSEWHERE = {"--learning_rate": "--lr", "--max_iters": "--max_steps", "--num_samples": "--batch_size",
-             "--prompt": "--prefix", "--start": "--prefix", "--max_new_tokens": "--length"}  # other projects' names
 
 
 def did_you_mean(word, known):
     """Return ", did you mean X?" with X the known word that is most like `word`, or "" if none is like it."""
-    same = ELSEWHERE.get(word)
-    guesses = [same] if same in known else difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    return "".join(f", did you mean {guess}?" for guess in guesses)
+    return "".join(f", did you mean {guess}?" for guess in difflib.get_close_matches(word, known, n=1, cutoff=0.72))
 
 
 def require(module, what):
@@ -153,7 +150,7 @@ def run(main):
             code = 2
             if rank in (None, "0"):
                 note(f"{name}: torch.compile finds no compiler (it needs g++, and on a GPU Triton): install it, or "
-                     "leave out --compile (train.py on a GPU: use --no-compile)")
+                     "leave out --compile (train.py and bench.py on a GPU: use --no-compile)")
         elif rank is None and lacks_memory(error):
             note(f"{name}: out of memory: use a smaller --micro_batch_size (train.py) or --batch_size")
         elif rank is None:  # Python prints the traceback

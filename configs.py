@@ -519,7 +519,8 @@ def from_command_line(script, description, add_arguments, several=False):
     """
     chosen = next((CONFIGS[word]() for word in sys.argv[1:] if word in CONFIGS), Config())  # --help shows its values
     listing = "configs:\n" + "\n".join(f"  {name:26} {inspect.getdoc(CONFIGS[name])}" for name in CONFIGS)
-    p = ArgumentParser(usage=f"python {script} CONFIG [--key=value ...]", description=description, epilog=listing)
+    p = ArgumentParser({"--learning_rate": "--lr"}, usage=f"python {script} CONFIG [--key=value ...]",
+                       description=description, epilog=listing)
     p.add_argument("config", nargs="*", metavar="CONFIG", help="one of the configs below")
     add_arguments(p)
     for field in dataclasses.fields(Config):

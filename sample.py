@@ -40,7 +40,8 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained" / "prose"
 
 
 def parse_args():
-    p = ArgumentParser(description=__doc__)
+    p = ArgumentParser({"--prompt": "--prefix", "--start": "--prefix", "--num_samples": "--batch_size",
+                        "--max_new_tokens": "--length"}, description=__doc__)
     p.add_argument("checkpoint", nargs="?", type=named, default=str(PRETRAINED),
                    help="checkpoint of this or another project: a file, a folder or hf://owner/name (default: the "
                    "model in pretrained/)")
@@ -204,7 +205,7 @@ def main():
                    leave=False, show=not screen) as bar):
         history = fill_all(prompts, args.batch_size, objective.mask_id, fill, bar, screen, uniform)
     seconds = time.perf_counter() - began
-    samples = [history.state(b, history.taken[b]) for b in range(len(history.start))]
+    samples = [history.final(b) for b in range(len(history.start))]
     texts = [text_of(tokens, start, end, tokenizer) for tokens, start in zip(samples, history.start)]
     each = f" for each {settings.block_length} tokens" if settings.block_length else ""
     steps = f"{settings.steps} steps{each}, " if settings.steps else ""

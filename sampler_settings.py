@@ -96,22 +96,20 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     flags that contradict each other, and for auto without a curve.
     """
     common, objective = common_flags(args), config.objective_class
-    check_flags(sampler, flags, common, objective, f"{checkpoint} {objective.description}")
-    sampler = sampler or next(iter(objective.samplers))
+    sampler = pick_sampler(sampler, flags, common, objective, f"{checkpoint} {objective.description}")
     known = SAMPLERS[objective.samplers[sampler]].flags
     own = {flag: value for flag, value in DEFAULTS.items() if flag in known} | flags
     remask, steps, grid = own.get("remask"), own.pop("steps", None), own.pop("grid", None)
     if remask:
         own.setdefault("eta", DEFAULT_ETA[remask])
-    if "k" in own and (steps or grid):
-        raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
     if "steps" in known and "k" not in own:
         own["grid"] = make_grid(steps, grid, config, checkpoint, model, remask, args.raw)
     return Settings(sampler, own, name_of_grid(steps, grid, remask), **common)
 
 
-def check_flags(sampler, flags, common, objective, described):
-    """Raise UserError for flags that the objective or the sampler does not know, or that contradict each other.
+def pick_sampler(sampler, flags, common, objective, described):
+    """Return the sampler's name. Raises UserError for flags that the objective or the sampler does not know, and for
+    flags that contradict each other.
 
     sampler, flags: as for settings_of. common: from common_flags. described: the checkpoint in words.
     """
@@ -136,6 +134,9 @@ def check_flags(sampler, flags, common, objective, described):
     if common and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
         raise UserError(f"--{next(iter(common))} changes the token distribution, which euler does not use with uniform "
                         "noise: choose --sampler ancestral")
+    if "k" in flags and (flags.get("steps") or flags.get("grid")):
+        raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
+    return sampler
 
 
 def name_of_grid(steps, grid, remask):

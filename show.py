@@ -70,6 +70,10 @@ class History:
         """The ids of sample b after `step` steps."""
         return [token for token, _, _ in self.cells(b, step)]
 
+    def final(self, b):
+        """The ids of sample b after its last step."""
+        return self.state(b, self.taken[b])
+
     def revealed(self, b):
         """For each position of sample b the step that revealed its final token: 0 if given, None if still a mask."""
         return [None if token == self.mask_id else step for token, step, _ in self.cells(b, self.taken[b])]

@@ -124,9 +124,10 @@ def validate(model, objective, ema, data, cfg):
 
 
 class Run:
-    """A run: its settings and data, what training changes, and its log. All processes call every method.
+    """A run: its settings and data, what training changes, and its log.
 
-    In one process `together` and `on_main` only call the function that they are given, and `exchange` does nothing.
+    All processes call every method together, but refuse_infinite, which sends nothing to the others. In one process
+    `together` and `on_main` only call the function that they are given, and `exchange` does nothing.
     """
 
     def __init__(self, name, cfg, args):
@@ -153,11 +154,11 @@ class Run:
         self.cfg, self.meta, self.tokenizer = cfg, meta, together(lambda: make_tokenizer(meta))
         V, shards = meta["vocab_size"], parallel.world if cfg.fsdp else 1
         self.objective = cfg.make_objective(V)
-        for size, where in ((weight_bytes(cfg, V), torch.device("cpu")),
+        for needed, where in ((weight_bytes(cfg, V), torch.device("cpu")),
                             (training_bytes(cfg, V, local, self.micro, shards), self.device)):
             if where.type == "cpu":
-                size *= parallel.on_this_machine  # its processes share the memory
-            together(lambda: check_fits(size, where, f"training {name}", "use a smaller model or --micro_batch_size"))
+                needed *= parallel.on_this_machine  # its processes share the memory
+            together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
         torch.manual_seed(cfg.seed)
         self.model = cfg.make_model(V)  # made on the CPU: equal weights on every device and in every process
         deal([key for key, _ in self.model.named_parameters()], cfg.fragments)  # raises UserError if it cannot be done
@@ -194,39 +195,40 @@ class Run:
             checkpoint.restore(payload, model, self.ema, self.optimizers)
             kept["tally"] = self.exchange.resume(payload, checkpoint.states(self.optimizers), kept["tally"])
             self.ema.updates = kept["step"]
-        self.step, self.best_val, tally, self.wandb_id, self.init_from = kept.values()
-        self.tally = Tally(*tally.to(self.device))
+        self.step, self.best_val, self.tally = kept["step"], kept["best_val"], Tally(*kept["tally"].to(self.device))
+        self.wandb_id, self.init_from = kept["wandb_id"], kept["init_from"]
 
     @property
-    def tokens(self):
-        """The number of tokens seen so far."""
+    def tokens_seen(self):
+        """The number of tokens in the steps taken."""
         return self.step * self.tokens_per_step
 
     def report(self, line, **values):
         """Show a line, and write it with its values to the log."""
-        on_main(lambda: self.log.write(line, step=self.step, tokens=self.tokens, **values))
+        on_main(lambda: self.log.write(line, step=self.step, tokens=self.tokens_seen, **values))
 
     def report_start(self):
-        cfg, step, peak = self.cfg, self.step, self.peak / 1e12
+        cfg, step, peak_tflops = self.cfg, self.step, self.peak / 1e12
         n_params, optimizer_bytes = count_parameters(self.model), 4 * numbers_kept(self.model, cfg)
         facts = [f"{in_short(n_params)} parameters", f"{cfg.batch_size} x {cfg.seq_len} tokens per step",
                  f"{parallel.world} x {self.device.type}", "sharded" if cfg.fsdp else "",
                  f"{parallel.n_teams} workers that exchange every {cfg.local_steps} steps" if cfg.local_steps else "",
                  str(self.dtype).removeprefix("torch."), "compiled" if parallel.compiles(cfg, self.device) else "",
-                 f"peak {peak:.3g} TFLOP/s", f"optimiser state {optimizer_bytes / 1e6:,.1f} MB",
+                 f"peak {peak_tflops:.3g} TFLOP/s", f"optimiser state {optimizer_bytes / 1e6:,.1f} MB",
                  f"writing to {self.out_dir}"]
         self.report(f"{self.name}: {', '.join(fact for fact in facts if fact)}"
                     + (f"\ncontinuing at step {step:,} of {cfg.max_steps:,}" if 0 < step < cfg.max_steps else "")
                     + (f"\nall {step:,} steps are done already" if step == cfg.max_steps else ""),
                     run=self.name, config=asdict(cfg), processes=parallel.world, device=device_name(self.device),
-                    peak_tflops=peak, parameters=n_params, optimizer_bytes=optimizer_bytes, versions=storage.versions())
+                    peak_tflops=peak_tflops, parameters=n_params, optimizer_bytes=optimizer_bytes,
+                    versions=storage.versions())
         if parallel.is_main and cfg.warmup_steps >= cfg.max_steps:  # easily so in a short trial of a long config
             note(f"the learning rate rises until the end, to {learning_rate(cfg.max_steps - 1, cfg):.2g}: it decays "
                  f"only if --warmup_steps (here {cfg.warmup_steps}) is less than --max_steps (here {cfg.max_steps})")
 
     def report_training(self, pace, lr, norm):
         """Report the steps since the last such line. Raises UserError if too many in a row were skipped."""
-        cfg, step, tokens = self.cfg, self.step, self.tokens
+        cfg, step, tokens = self.cfg, self.step, self.tokens_seen
         counted = self.tally.of_all().numbers()  # waits for the GPU, so the pace is right
         self.tally = self.tally.next_line()
         rate, left = pace.lap(step) * self.tokens_per_step, pace.left(cfg.max_steps - step)
@@ -283,12 +285,12 @@ class Run:
                 "name": self.name, "config": asdict(self.cfg), "meta": self.meta, "step": self.step,
                 "best_val": self.best_val, "tally": torch.stack(self.tally).cpu(), "wandb_id": self.log.wandb_id,
                 "init_from": self.init_from, **state}, keep_previous=to_resume)
-            self.log.record(step=self.step, tokens=self.tokens, saved=filename)
+            self.log.record(step=self.step, tokens=self.tokens_seen, saved=filename)
         on_main(write)
 
 
 def main():
-    """Train: batches(), train_step() and this loop. The class Run sets up, reports and saves."""
+    """Train a network. Training is batches(), train_step() and this loop. The class Run sets up, reports and saves."""
     run = Run(*configs.from_command_line("train.py", __doc__, add_arguments))
     run.report_start()
     cfg, device, pace, stopped = run.cfg, run.device, Pace(run.step), 0

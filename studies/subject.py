@@ -98,19 +98,19 @@ def open_subject(path, args, device, dtype, n_windows=None):
 def read_split(dataset, split, data_dir, seq_len, meta, path):
     """The tokens of a split, in the ids of a checkpoint's meta, and the bytes of its text (Subject.n_bytes).
 
-    path: of the checkpoint whose data set this should be. If it is another, a line on stderr says so. None: no line.
+    path: the checkpoint's. A line on stderr says if it was trained on another data set. None: nothing is said.
     Raises UserError if windows of seq_len tokens would cut the items of the data set.
     """
-    own = load_meta(dataset, data_dir)
-    if path and meta.get("sha256", own["sha256"]) != own["sha256"]:
+    data_meta = load_meta(dataset, data_dir)
+    if path and meta.get("sha256", data_meta["sha256"]) != data_meta["sha256"]:
         note(f"data set {dataset!r} is not the one that {path} was trained on: its {split} split may have text of "
              "the training")
-    record = own.get("record", 1)
+    record = data_meta.get("record", 1)
     if seq_len % record:
         raise UserError(f"data set {dataset!r} has items of {record} tokens, and windows of {seq_len} would cut "
                         f"them: use --seq_len={record}")
-    tokens = recode(load_split(dataset, split, seq_len, data_dir), own, meta, dataset)
-    return tokens, own["bytes"][split] if "bytes" in own else None
+    tokens = recode(load_split(dataset, split, seq_len, data_dir), data_meta, meta, dataset)
+    return tokens, data_meta["bytes"][split] if "bytes" in data_meta else None
 
 
 def config_to_score(config, path, seq_len, normalised, block_size):

@@ -46,8 +46,8 @@ def train(call, *args):
 
 
 def free_port():
-    """A free port. It is below the kernel's ports for outgoing connections, one of which could take it before the run
-    begins."""
+    """A free port below the range that the kernel gives to outgoing connections. One in that range could be taken
+    before the run begins."""
     while True:
         port = 20000 + secrets.randbelow(12000)
         with socket.socket() as free, contextlib.suppress(OSError):

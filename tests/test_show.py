@@ -495,5 +495,6 @@ def test_one_sample_does_not_look_at_all_others(monkeypatch):
     history.add(torch.tensor([[1, 2], [1, 0]]), torch.full((2, 2), 0.5), torch.tensor([1, 4]))
     history.add(torch.tensor([[1, 1], [1, 0]]), torch.full((2, 2), 0.25), torch.tensor([2, 0]))
     monkeypatch.setattr(History, "steps", None)
+    assert [history.final(b) for b in (0, 1)] == [[1, 1], [1, 0]]
     assert [history.revealed(b) for b in (0, 1)] == [[1, 3], [4, 0]]
     assert [history.confidence(b) for b in (0, 1)] == [[0.5, 0.25], [0.5, None]]
