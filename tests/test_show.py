@@ -490,7 +490,7 @@ def test_joined():
 
 
 def test_one_sample_does_not_look_at_all_others(monkeypatch):
-    """What is asked of one of B samples is found without its B - 1 neighbours: 60,000 samples took minutes."""
+    """The record of one sample is read without those of the others. With them, 60,000 samples took minutes."""
     history = History(torch.tensor([[2, 2], [2, 0]]), mask_id=2)
     history.add(torch.tensor([[1, 2], [1, 0]]), torch.full((2, 2), 0.5), torch.tensor([1, 4]))
     history.add(torch.tensor([[1, 1], [1, 0]]), torch.full((2, 2), 0.25), torch.tensor([2, 0]))
