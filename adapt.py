@@ -83,8 +83,7 @@ def check_same_network(source, cfg, path):
     if other:
         raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
     clock = {"sigma": ["schedule"], "step": ["T"]}.get(cfg.conditioning, [])  # what the time conditioning depends on
-    scale = ["scale_by_sigma"] if cfg.objective == before["objective"] == "sedd" else []
-    other = differ(("objective", "noise", "block_size", "conditioning", *clock, *scale))
+    other = differ(("objective", "noise", "block_size", "conditioning", *clock, "scale_by_sigma"))
     notes = [f"the weights in {path} were trained with other settings: {'; '.join(other)}"] if other else []
     causal = cfg.objective_class.causal
     predicted_next = config_of(source).objective_class.causal or before["predict_next"]

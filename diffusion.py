@@ -456,7 +456,7 @@ class SEDD(MDLM):
     normalised.
     """
 
-    normalised_twin, block_twin, own = "mdlm", None, ()
+    normalised_twin, block_twin, own = "mdlm", None, ("scale_by_sigma",)
 
     def __init__(self, mask_id, schedule="loglinear", time_sampling="stratified", scaled=True):
         super().__init__(mask_id, schedule, time_sampling)

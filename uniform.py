@@ -110,7 +110,7 @@ class Uniform:
     @classmethod
     def misfit(cls, config):
         for_masks = {"prefix=none": config.prefix != "none", "lambda_ce=0": config.lambda_ce,
-                     "weighting=nelbo": config.weighting == "simple",
+                     "weighting=nelbo": config.weighting == "simple", "scale_by_sigma": not config.scale_by_sigma,
                      "time_sampling=stratified (or uniform)": config.time_sampling == "exact_k"}
         if wrong := [f"--{setting}" for setting, is_wrong in for_masks.items() if is_wrong]:
             return f"noise=uniform needs {' '.join(wrong)}: what is set now is for masks"

@@ -182,7 +182,7 @@ def process_of(name, settings, path):
         if schedule is None:
             refuse(f"noise {kind!r}")
         return dict(objective="sedd", conditioning="sigma", schedule=schedule, noise="uniform" if uniform else "mask",
-                    scale_by_sigma=truth((settings.get("model") or {}).get("scale_by_sigma", True)))
+                    scale_by_sigma=uniform or truth((settings.get("model") or {}).get("scale_by_sigma", True)))
     if name in ("duo", "udlm"):
         if kind != "loglinear":
             refuse(f"noise {kind!r}")

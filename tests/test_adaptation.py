@@ -394,13 +394,13 @@ def test_another_noise(noise, capsys):
 
 
 @pytest.mark.parametrize("before, now, words", [
-    ({}, {}, []), ({}, {"schedule": "cosine", "T": 7, "scale_by_sigma": False}, []),
+    ({}, {}, []), ({}, {"schedule": "cosine", "T": 7}, []),
     ({}, {"conditioning": "step", "schedule": "cosine", "T": 7}, ["conditioning=none, now step; T=1000, now 7"]),
     ({"conditioning": "sigma"}, {"conditioning": "sigma", "schedule": "geometric", "T": 7},
      ["schedule=loglinear, now geometric"]),
     ({"objective": "sedd"}, {"objective": "sedd", "scale_by_sigma": False}, ["scale_by_sigma=True, now False"]),
-    ({"objective": "sedd"}, {"scale_by_sigma": False}, ["objective=sedd, now mdlm"]),
-    ({}, {"objective": "sedd", "scale_by_sigma": False}, ["objective=mdlm, now sedd"]),
+    ({"objective": "sedd"}, {}, ["objective=sedd, now mdlm"]),
+    ({}, {"objective": "sedd", "scale_by_sigma": False}, ["objective=mdlm, now sedd; scale_by_sigma=True, now False"]),
     ({"predict_next": True}, {"predict_next": True}, []),
     ({"predict_next": True}, {}, ["predict the next token: --predict_next would keep that"]),
     ({}, {"predict_next": True}, ["predict the token itself: --no-predict_next would keep that"]),

@@ -353,6 +353,7 @@ def test_help_lists_every_setting(call):
     (["d3pm_text8", "--data_dir=/nonexistent"], ["run python data/prepare_text8.py"]),
     (["d3pm_text8", "--time_sampling=exact_k"], ["continuous-time bound"]),
     (["demo", "--lambda_ce=1"], ["lambda_ce=1.0 is only for objective=d3pm: use lambda_ce=0.0"]),
+    (["demo", "--scale_by_sigma=false"], ["scale_by_sigma=False is only for objective=sedd: use scale_by_sigma=True"]),
     (["demo", "--block_size=4"], ["block_size=4 is only for objective=block: use block_size=0"]),
     *((["d3pm_text8", "--schedule=loglinear", *flags], ["objective=d3pm needs a schedule from alpha = 1 to 0"])
       for flags in ([], ["--noise=uniform", "--lambda_ce=0"])),
@@ -369,6 +370,7 @@ def test_help_lists_every_setting(call):
     *((["udlm_text8", flag], [f"noise=uniform needs {needed}"])
       for flag, needed in (("--prefix=fixed:4", "--prefix=none: "), ("--lambda_ce=1", "--lambda_ce=0: "),
                            ("--weighting=simple", "--weighting=nelbo: "),
+                           ("--scale_by_sigma=false", "--scale_by_sigma: "),
                            ("--time_sampling=exact_k", "--time_sampling=stratified (or uniform): "))),
 ])
 def test_bad_train_arguments(call, tmp_path, monkeypatch, arguments, words):

@@ -65,7 +65,7 @@ def folder_of(path, state, settings, weights="model.safetensors"):
 @pytest.mark.parametrize("name, settings, state, expected", [
     ("sedd", SEDD, ddit_state(), dict(objective="sedd", conditioning="sigma", schedule="loglinear", T=12, seq_len=32)),
     ("sedd", {"config": SEDD, "vocab_size": 28}, ddit_state(), dict(objective="sedd", T=12)),
-    ("sedd", SEDD | {"graph": {"type": "uniform"},
+    ("sedd", SEDD | {"graph": {"type": "uniform"}, "model": SEDD["model"] | {"scale_by_sigma": False},
                      "noise": {"type": "geometric", "sigma_min": "1e-4", "sigma_max": 20}},
      ddit_state(27), dict(objective="sedd", noise="uniform", schedule="geometric:1e-4:20")),
     ("oxen", {"model": {"length": 16, "n_heads": 2}}, ddit_state(99),
