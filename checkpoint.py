@@ -220,7 +220,7 @@ def load_model(path, device, hints=Hints(), raw=False, compiled=False):
     model = model.to(device).eval()
     if payload.get("foreign") and payload["meta"]["name"] in OF_ENGLISH:
         translate.warn_if_implausible(model, config.make_objective(payload["meta"]["vocab_size"]),
-                                    make_tokenizer(payload["meta"]), config, device, path)
+                                      make_tokenizer(payload["meta"]), config, device, path)
     if compiled:
         note("compiling the network: its first calls are slow (docs/speed.md)")
         parallel.compile_trunk(model)

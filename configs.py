@@ -66,7 +66,7 @@ class Config:
     seq_len: int = setting(256, "tokens per sequence")
     unique_tokens: int = setting(0, "number of tokens of the training split to train on, evenly spread over it; 0: all")
     prefix: str = setting("none", "number of first tokens that are given and not in the loss: none, fixed:64, or "
-                         "uniform:0:128 (random)")
+                          "uniform:0:128 (random)")
     padding: str = setting("end", "where the pads of an item (such as a name) are in training: at the end, or all "
                            "together at a random place in its text", ("end", "random"))
 

@@ -155,7 +155,7 @@ class Run:
         V, shards = meta["vocab_size"], parallel.world if cfg.fsdp else 1
         self.objective = cfg.make_objective(V)
         for needed, where in ((weight_bytes(cfg, V), torch.device("cpu")),
-                            (training_bytes(cfg, V, local, self.micro, shards), self.device)):
+                              (training_bytes(cfg, V, local, self.micro, shards), self.device)):
             if where.type == "cpu":
                 needed *= parallel.on_this_machine  # its processes share the memory
             together(lambda: check_fits(needed, where, f"training {name}", "use a smaller model or --micro_batch_size"))
@@ -278,6 +278,7 @@ class Run:
     def save(self, filename, to_resume):
         state = checkpoint.state_of(self.model, self.ema, self.optimizers if to_resume else (), self.exchange,
                                     self.tally)
+
         def write():
             self.refuse_infinite([*state["model"].values(), *state["ema"].values()])
             self.log.sync()

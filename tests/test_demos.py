@@ -51,7 +51,7 @@ def untrained(tmp_path):
                 p.copy_(0.4 * torch.randn_like(p))
         state = {name: p.detach() for name, p in model.named_parameters()}
         storage.save(tmp_path / "ckpt.pt", {"name": "x", "config": asdict(config), "meta": KNOWN["text8"], "step": 0,
-                                               "model": state, "ema": state})
+                                            "model": state, "ema": state})
         return tmp_path / "ckpt.pt", model.eval()
     return make
 

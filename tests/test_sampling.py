@@ -22,6 +22,7 @@ from sampling import (DEFAULT_ETA, SAMPLERS, Settings, ancestral, entropy_bound,
                       remdm, threshold, topk)
 from world import MASK, L, V, picked
 
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 

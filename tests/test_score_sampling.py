@@ -131,7 +131,7 @@ def test_euler_analytic_and_ancestral_are_one(schedule):
     one, two = (sample(objective, model, Settings(name, {"grid": grid})) for name in ("analytic", "euler"))
     assert (one == two).all(1).double().mean() > 0.99
     expected = world.chain_distribution(lambda xt, t: model(xt, objective.time(1 - objective.schedule.alpha(t))),
-                          [1 - rate for rate in reversed(grid)])
+                                        [1 - rate for rate in reversed(grid)])
     for x0 in (one, two, sample(objective, model, Settings("ancestral", {"grid": grid}))):
         assert chi_square_excess(counts_of(x0), expected) < 4
 
