@@ -95,9 +95,9 @@ class Draw:
     The cut by top_p is nucleus sampling (arXiv 1904.09751). temperature 0: the likeliest token.
 
     Uniform numbers are float64. Those of float32 are multiples of 2^-24, so the Gumbel noise that other code makes of
-    them never exceeds 16.64. It then draws a token of probability 1e-7, beside one other token, 0.73 times as often as
-    it should, and one of 1e-8 0.015 times (the tests compute this): in effect the temperature is lower (arXiv
-    2409.02908). mps has no float64, so there the generator is on the CPU, and tokens are drawn on the CPU.
+    them never exceeds 16.64. It draws a token of probability 1e-7 only 0.73 times as often as it should, and one of
+    1e-8 0.015 times, as if the temperature were lower (arXiv 2409.02908; docs/maths.md, section 14). mps has no
+    float64, so there the generator is on the CPU, and tokens are drawn on the CPU.
     """
 
     def __init__(self, generator, temperature=1.0, top_p=1.0, top_k=0):

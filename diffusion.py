@@ -27,7 +27,8 @@ and compare. Score entropy (SEDD) is such a sum, too, with a penalty beside CE. 
 All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (randomness.py).
 So an objective is a deterministic function of (x0, u, v). The first c tokens of a text may be given: its prefix. They
 have v = 2, which is above every rate, so they are never masked. The other n = L - c tokens are free. The bound is then
-on -log p(free tokens | prefix)/n, in nats per free token.
+on -log p(free tokens | prefix)/n, in nats per free token. This p is the reverse chain of the free tokens alone, and not
+the conditional probability of the model of whole texts.
 """
 
 import math

@@ -9,7 +9,7 @@ walk through them. So the number of tokens limits what they cost, however many s
     first_hitting    one mask at a time, at a random rate                         that of the chain in continuous time
     topk             the surest tokens, a fixed number per step                   heuristic
     threshold        all tokens surer than a threshold                            heuristic
-    entropy_bound    the tokens of least entropy, as many as gamma nats allow     heuristic with a bound
+    entropy_bound    the tokens of least entropy, as many as gamma nats allow     heuristic; a step costs gamma at most
     remdm            as ancestral, and makes tokens masks again by chance         that of its own chain
     analytic, euler  each mask by chance, by scores that need not be normalised   those of SEDD's two predictors
     left_to_right    (causal networks) one position after another                 that of the model, exactly
@@ -27,9 +27,9 @@ All samplers take the same arguments, and then those of their own:
     xt         (B, L) long; objective.mask_id where a token is to be written
     objective  that of the model, whose `time` says what the network is told at a mask rate
     draw       categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
-    start      (B,) float64, the share of masks among all tokens at first: below 1 if tokens are given. The grid begins
-               at 1 all the same: at its rate r the share is start * r. In training the mask rate was the share of masks
-               among all tokens, so the network is told the time of the rate start * r
+    start      (B,) float64, the share of masks at first, among the tokens that noise could hit in training: all, or
+               those after the prefix (Settings.__call__). It is below 1 if other tokens are given, too. The grid begins
+               at 1 all the same. At its rate r the share is start * r, so the network is told the time of this rate
     grid       (samplers with steps) mask rates, never rising: from 1, or the schedule's rate at t = 1, to 0
 
 Networks trained on uniform noise have samplers of their own, in uniform.py.
@@ -114,18 +114,18 @@ def accept(state, proposed, sure, n):
 
 @torch.no_grad()
 def ancestral(model, xt, objective, draw, start, grid):
-    """The reverse chain on a grid of mask rates r_0 > r_1 > ... > 0 (D3PM, eq. 4; MDLM, eq. 6).
+    """The reverse chain on a grid of mask rates rho_0 > rho_1 > ... > 0 (D3PM, eq. 4; MDLM, eq. 6).
 
     From r to rho each mask is revealed with probability 1 - rho/r, whatever the network says. Its token is drawn from
     the network's prediction at r. So the network runs only for the sequences, and its head only at the positions, where
     a mask is revealed. This is a draw from the posterior over all V + 1 states, which is never built.
 
-    A mask is still there at rate r_i with probability
+    A mask is still there at rate rho_m with probability
 
-        r_1/r_0 * r_2/r_1 * ... * r_i/r_(i-1) = r_i/r_0.
+        rho_1/rho_0 * rho_2/rho_1 * ... * rho_m/rho_(m-1) = rho_m/rho_0.
 
-    A number that is uniform on [0, r_0), the mask's reveal rate, is below r_i with the same probability. So each mask
-    gets one, and is revealed in the step from r to rho if it is in [rho, r). All reveal rates are drawn at once, and
+    A number that is uniform on [0, rho_0), the mask's reveal rate, is below rho_m with the same probability. So each
+    mask gets one, and is revealed in the step from r to rho if it is in [rho, r). All reveal rates are drawn at once, and
     only the steps that reveal something are walked through. These steps differ between sequences, which do not depend
     on each other. So network call number j takes the j-th such step of every sequence, each at its own rate. The number
     of calls is the largest number of such steps in a sequence.
@@ -175,9 +175,9 @@ def rate_left(start, left, n):
 def topk(model, xt, objective, draw, start, grid=None, k=1, by="probability"):
     """Reveal the surest tokens first, a fixed number in each step (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
 
-    A token is drawn for every mask. Those stay of which the network (at temperature 1) is surest, measured as `by` says
-    (categorical.SURE). On a grid of mask rates a share r_i/r_0 of the masks, rounded down, is left after step i;
-    without one, each step reveals k tokens.
+    A token is drawn for every mask, and the surest ones are kept. How sure the network is follows from its prediction
+    at temperature 1, as `by` says (categorical.SURE). On a grid of mask rates a share rho_m/rho_0 of the masks, rounded
+    down, is left after step m. Without one, each step reveals k tokens.
     Texts do not have the distribution of the model: they look better, and become more alike.
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1).cpu()
@@ -214,9 +214,13 @@ def entropy_bound(model, xt, objective, draw, start, gamma=0.1):
     """Reveal the tokens of least entropy, as many as have (sum of their entropies - the largest of them) <= gamma nats
     (EB-Sampler, arXiv 2505.24857).
 
-    Drawing tokens i independently costs sum_i H_i - H(all) nats, because it loses what they say about each other. As
-    H(all) >= max_i H_i, that is at most sum_i H_i - max_i H_i. gamma = 0: one at a time, unless more are certain. The
-    order by entropy is not that of the model's chain, so texts do not have its distribution.
+    If the predictions are the marginals of one joint distribution, drawing tokens i independently costs
+
+        KL(joint || product of marginals) = sum_i H_i - H(joint) <= sum_i H_i - max_i H_i nats,
+
+    because H(joint) >= max_i H_i. gamma = 0: one at a time, unless more are certain. The entropies are those of the
+    prediction at temperature 1. The order by entropy is not that of the model's chain, so texts do not have its
+    distribution.
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1)
     while (masked := state.xt == objective.mask_id).any():

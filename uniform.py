@@ -143,9 +143,9 @@ class Uniform:
     def rates(self, u, v, pick=None, power=2.0):
         """The bound by the noise rate u^power, with weight dsigma/du: u (B,), v (B, L) -> UniformNoise.
 
-        At small rates each random token costs much, so they are drawn more often than by a uniform rate, whose estimate
-        has no finite variance. With `score`, sigma is last_sigma u^power instead, because a network's log S, unlike the
-        true one, does not vanish at large sigma."""
+        At small rates each random token costs much. So they are drawn more often than by a uniform rate, whose estimate
+        has no finite variance (docs/maths.md, section 12). With `score`, sigma is last_sigma u^power instead, because a
+        network's log S, unlike the true one, does not vanish at large sigma."""
         if self.score:
             sigma = self.last_sigma * u**power
             rate, weight = -torch.expm1(-sigma), self.last_sigma * power * u ** (power - 1)

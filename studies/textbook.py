@@ -1,6 +1,6 @@
 """A direct implementation of D3PM from the paper: correct and slow. It is the place to begin reading.
 
-Every step builds the true and the learned posterior over all K = V + 1 states of all tokens, (B, L, K), in float32.
+Every step builds the true and the learned posterior over all V + 1 states of all tokens, (B, L, V + 1), in float32.
 docs/maths.md, section 4, shows why diffusion.py needs none of them. bench.py compares the speed of the two.
 """
 
@@ -9,16 +9,16 @@ import torch.nn.functional as F
 
 
 def posterior(xt, p_x0, a, a_before, mask_id):
-    """q(x_{s-1} | x_s, x_0), normalised, (B, L, K), for x_0 given by its probabilities p_x0 (B, L, K).
+    """q(x_{s-1} | x_s, x_0), normalised, (B, L, V + 1), for x_0 given by its probabilities p_x0 (B, L, V + 1).
 
     D3PM, arXiv 2107.03006, eq. 3: q(x_s | x_{s-1}) q(x_{s-1} | x_0) divided by its sum over x_{s-1}. a, a_before (B,):
-    the probability that a token is visible at step s and at step s - 1.
+    the probability that a token is visible at step s and at step s - 1. p_x0 must be positive at visible tokens.
     """
-    K = mask_id + 1
-    is_mask = F.one_hot(torch.tensor(mask_id, device=xt.device), K).float()
+    n_states = mask_id + 1
+    is_mask = F.one_hot(torch.tensor(mask_id, device=xt.device), n_states).float()
     a_before, kappa = a_before[:, None, None], (a / a_before)[:, None, None]  # kappa: survives step s
-    # q(x_s = xt | x_{s-1}), for each of the K states of x_{s-1}. A mask stays a mask: its probability is 1.
-    forward = torch.where(xt[..., None] == mask_id, 1 - kappa + kappa * is_mask, kappa * F.one_hot(xt, K))
+    # q(x_s = xt | x_{s-1}), for each of the states of x_{s-1}. A mask stays a mask: its probability is 1.
+    forward = torch.where(xt[..., None] == mask_id, 1 - kappa + kappa * is_mask, kappa * F.one_hot(xt, n_states))
     before = a_before * p_x0 + (1 - a_before) * is_mask  # q(x_{s-1} | x_0)
     product = forward * before
     return product / product.sum(-1, keepdim=True)

@@ -424,7 +424,8 @@ def states(settings, B, n, time=None):
 
 
 def test_ancestral():
-    """Section 10: the chances to stay a mask multiply to r_i/r_0, and the sampler reveals r_(i-1) - r_i in step i."""
+    """Section 10: the chances to stay a mask multiply to rho_m/rho_0, the sampler reveals rho_(m-1) - rho_m in step m,
+    and this gives the number of steps that reveal something."""
     grid, B, n = [1.0, 0.55, 0.5, 0.2, 0.0], 3000, 4
     assert math.prod(b / a for a, b in zip(grid[:3], grid[1:4])) == pytest.approx(grid[3])
     step, revealed = torch.zeros(B, 1, dtype=torch.long), torch.full((B, n), 99)  # the step that reveals each token
@@ -435,6 +436,10 @@ def test_ancestral():
     for i, rate in enumerate(grid):
         found = (revealed > i).double().mean().item()
         assert found == pytest.approx(rate, abs=4 * (rate * (1 - rate) / (B * n)) ** 0.5 + 1e-12)
+    calls = torch.tensor([len(row.unique()) for row in revealed], dtype=torch.float64)
+    expected = sum(1 - (1 - (before - after) / grid[0])**n for before, after in zip(grid, grid[1:]))
+    assert calls.mean().item() == pytest.approx(expected, abs=4 * calls.std().item() / B**0.5)
+    assert 1000 * (1 - (1 - 1 / 1000)**128) == pytest.approx(120.2, abs=0.05)
     for schedule, linear in (("linear", True), ("loglinear", True), ("cosine", False)):  # the Euler step
         chance = euler_chance(make_schedule(schedule), 0.6, 0.5)
         assert (chance == pytest.approx(1 - 0.5 / 0.6)) == linear
@@ -576,11 +581,15 @@ def test_uniform_score_entropy():
     assert code.item() == pytest.approx((q * np.log(q / p)).sum(), rel=1e-4)
 
 
-def test_uniform_bound_is_tight():
-    """Section 12: with the leave-one-out prediction the integral is -log q(x_0); the prior term is its KL."""
+@pytest.mark.parametrize("rate, slope", [
+    (lambda u: u**2, lambda u: 2 * u),
+    (lambda u: math.cos(math.pi / 2 * (1 - u)), lambda u: math.pi / 2 * math.sin(math.pi / 2 * (1 - u)))])
+def test_uniform_bound_is_tight(rate, slope):
+    """Section 12: with the leave-one-out prediction the integral is -log q(x_0), by u^2 and by the cosine schedule; the
+    prior term is its KL."""
     bound = np.zeros(len(TEXTS))
     for u, weight in zip(NODES, WEIGHTS):
-        r, dr = u**2, 2 * u                      # small rates more often; sigma' dt = dr/alpha
+        r, dr = rate(u), slope(u)                # sigma' dt = dr/alpha
         alpha = 1 - r
         Q = uniform_matrix(alpha)
         for x in TEXTS:
@@ -597,6 +606,40 @@ def test_uniform_bound_is_tight():
     r, q = 1 - alpha, uniform_matrix(alpha, n)[0]
     formula = (alpha + r / n) * math.log(n * alpha + r) + (n - 1) * r / n * math.log(r)
     assert formula == pytest.approx((q * np.log(q * n)).sum()) == pytest.approx(prior_kl(-math.log(alpha), n))
+
+
+def test_uniform_variance():
+    """Section 12: at small r the second moment of the estimate grows faster than 1/r if r is uniform, so its integral
+    has no end; for r = u^2 it grows as (log u)^2."""
+    def second_moment(r):
+        """E of the squared integrand over r, for one token, x_0 = 0, and a network that says (.7, .3)."""
+        alpha, found = 1 - r, 0
+        for z in range(V):
+            S = (V * alpha * np.array([0.7, 0.3]) + r) / (V * alpha * (0.7, 0.3)[z] + r)
+            y = 1 - z
+            c = ratios(alpha, V, 0, z)[y]
+            cost = (S[y] - c * math.log(S[y]) + c * (math.log(c) - 1)) / V / alpha
+            found += uniform_matrix(alpha)[0, z] * cost**2
+        return found
+
+    assert 1 < 1e-3 * second_moment(1e-3) < 1e-5 * second_moment(1e-5) < 1e-7 * second_moment(1e-7)
+    for u in (1e-7, 1e-5, 1e-3, 0.1, 0.9):
+        assert (2 * u)**2 * second_moment(u**2) < 16 * (math.log(u) - 1)**2
+
+
+# ---- drawing tokens --------------------------------------------------------------------------------------------------
+
+
+def test_float32_uniform_numbers():
+    """Section 14: exact numbers draw the first token with eta/(1 + eta), multiples of 2^-24 with the sum, and its ratio
+    to eta is delta/(e^delta - 1). (test_sampling.py has the sum over both numbers.)"""
+    assert (WEIGHTS * NODES ** (1 / 0.2)).sum() == pytest.approx(0.2 / 1.2)
+    m = np.arange(1, 2**20)
+    for eta, ratio in ((1e-7, 0.73), (1e-8, 0.015)):
+        delta = 2.0**-24 / eta
+        assert delta / math.expm1(delta) == pytest.approx(ratio, rel=0.03)
+        won = (2.0**-24 * (1 - m * 2.0**-24) ** (1 / eta)).sum()
+        assert won / eta == pytest.approx(delta / math.expm1(delta), rel=1e-4)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -656,8 +699,8 @@ def test_names_exist():
 
 
 def test_sections_and_lines():
-    """Sections 1 to 13, in this order, in lines of at most 120 characters."""
-    assert re.findall(r"^## (\d+)\. ", PAGE, re.MULTILINE) == [str(i) for i in range(1, 14)]
+    """Sections 1 to 14, in this order, in lines of at most 120 characters."""
+    assert re.findall(r"^## (\d+)\. ", PAGE, re.MULTILINE) == [str(i) for i in range(1, 15)]
     assert max(map(len, PAGE.splitlines())) <= 120
 
 
