@@ -155,8 +155,9 @@ class Block(nn.Module):
         """Queries, keys and values of h (B, L, D), (B, heads, L, D/heads) each. The first two are rotated, unless the
         positions are in h already: then cos and sin are None."""
         B, L, D = h.shape
-        q, k, v = self.qkv(h).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        return (q, k, v) if cos is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
+        qk, v = self.qkv(h).view(B, L, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4).split((2, 1))
+        q, k = qk if cos is None else rotate(qk, cos, sin)  # q and k at once: fewer and larger operations
+        return q, k, v.squeeze(0)
 
     def gates(self, h):
         """A factor for the output of each head (gated attention, arXiv 2505.06708): h (B, L, D) -> (B, L, heads).
