@@ -73,15 +73,22 @@ def first_value(name, drawn, weights):
     return value
 
 
+NETWORK = ("architecture", "n_layer", "n_head", "n_embd", "shift_tokens", "mixer", "residual", "mask_aware")
+
+
 def check_same_network(source, cfg, path):
     """Raise UserError if the networks differ, even where their shapes are equal. Returns lines on other settings."""
     before, now = dataclasses.asdict(config_of(source)), dataclasses.asdict(cfg)
     differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
-    gates = ["head_gates"] if before["head_gates"] else []  # they may be new, but not be left out
-    other = differ(("architecture", "n_layer", "n_embd", "n_head", "shift_tokens", "mixer", "residual", "mask_aware",
-                    *gates))
-    if other:
-        raise UserError(f"the weights in {path} are of another network: {', '.join(other)}; use its settings")
+    same = [*NETWORK, *(key for key in ("head_gates", "norm_bias", "head_bias") if before[key])]  # they may be new
+    same += [] if before["tied"] else ["tied"]
+    if before["conditioning"] != "none":
+        same += ["n_cond"] if cfg.clock else ["n_cond", "conditioning"]
+        same += ["schedule"] if not cfg.clock and before["conditioning"] == "sigma" else []
+    if other := [key for key in same if before[key] != now[key]]:
+        flags = [f"--{'' if before[key] else 'no-'}{key}" if isinstance(before[key], bool) else f"--{key}={before[key]}"
+                 for key in other]
+        raise UserError(f"the weights in {path} are of another network than that of this config: add {' '.join(flags)}")
     clock = {"sigma": ["schedule"], "step": ["T"]}.get(cfg.conditioning, [])  # what the time conditioning depends on
     other = differ(("objective", "noise", "block_size", "conditioning", *clock, "scale_by_sigma"))
     notes = [f"the weights in {path} were trained with other settings: {'; '.join(other)}"] if other else []

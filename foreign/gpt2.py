@@ -1,7 +1,8 @@
 """GPT-2 and nanoGPT's network (github.com/karpathy/nanoGPT), to train them or to use their checkpoints.
 
 It is model.DiT without time, with learned positions instead of rotations and with biases in all layers. Its weights are
-those of a left-to-right model (objective=ar). With predict_next they become those of a diffusion model (adapt.py).
+those of a left-to-right model (objective=ar). With predict_next they become those of a diffusion model (adapt.py), as
+those of DiffuGPT are (github.com/HKUNLP/DiffuLLaMA, arXiv 2410.17891).
 """
 
 import re
@@ -17,6 +18,7 @@ from model import Block, DiT
 
 END = 50256      # GPT-2's end-of-text, which stands before every text
 ROUNDED = 50304  # rows of nanoGPT's models of GPT-2's tokens: the last 47 are no tokens
+MASK = 10541     # the mask of DiffuGPT's small model, a rare token of GPT-2; the medium one has a new token, 50257
 
 
 class GPT2Block(Block):
@@ -68,9 +70,10 @@ class NanoGPT(GPT2):
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
+EMBEDDINGS = ("transformer.wte.weight", "wte.weight", "embed_tokens.weight")  # the last name is DiffuGPT's
 NAMES = (
-    (r"^transformer\.", ""),
-    (r"^wte\.", "embed."),
+    (r"^(transformer|denoise_model)\.", ""),
+    (r"^(wte|embed_tokens)\.", "embed."),
     (r"^wpe\.", "positions."),
     (r"^ln_f\.", "norm."),
     (r"^h\.(\d+)\.", r"blocks.\1."),
@@ -86,10 +89,11 @@ LEFT_OUT = re.compile(r"(^|\.)attn\.(masked_)?bias$|^lm_head\.weight$")  # causa
 def our_weights(state, transposed, path):
     """Turn a state dict of GPT-2 into ours. transposed: its matrices are (inputs, outputs), as in OpenAI's files.
 
-    The embedding gets a row for the mask, which stands before every text. GPT-2 was trained on texts after
-    end-of-text, so it is a copy of that row. Other vocabularies have no such token: it is the mean of all rows.
+    The embedding gets a row for the mask, which also stands before every text. DiffuGPT has one, which is copied if it
+    is that of an ordinary token. GPT-2 was trained on texts after end-of-text, so it is a copy of that row. Other
+    vocabularies have no such token: it is the mean of all rows.
     """
-    head, tokens = state.get("lm_head.weight"), state.get("transformer.wte.weight", state.get("wte.weight"))
+    head, tokens = state.get("lm_head.weight"), state[next((key for key in EMBEDDINGS if key in state), EMBEDDINGS[0])]
     if head is not None and not torch.equal(head, tokens):
         raise UserError(f"{path} has a head of its own: lm_head.weight differs from the embeddings, and GPT-2's head "
                         "has the same weights as they")
@@ -98,16 +102,19 @@ def our_weights(state, transposed, path):
     if transposed:
         ours = {key: value.T if value.dim() == 2 and key.startswith("blocks.") else value
                 for key, value in ours.items()}
-    start = tokens[END] if len(tokens) == END + 1 else tokens.float().mean(0).to(tokens.dtype)
-    ours["embed.weight"] = torch.cat((tokens, start[None]))
+    if EMBEDDINGS[-1] in state:
+        mask, tokens = tokens[MASK if len(tokens) == END + 1 else END + 1], tokens[:END + 1]
+    else:
+        mask = tokens[END] if len(tokens) == END + 1 else tokens.float().mean(0).to(tokens.dtype)
+    ours["embed.weight"] = torch.cat((tokens, mask[None]))
     return ours
 
 
 def translate(found, name, hints):
-    """Translate GPT2LMHeadModel of transformers ("gpt2") or nanoGPT's ckpt.pt ("nanogpt").
+    """Translate GPT2LMHeadModel of transformers ("gpt2"), nanoGPT's ckpt.pt ("nanogpt") or DiffuGPT ("diffugpt").
 
-    Neither names its tokens: 50,257 or 50,304 rows are GPT-2's, others those of the data set that the user names.
-    nanoGPT rounds the number of rows up. Rows that are no tokens are cut off, so they get no probability.
+    The first two do not name their tokens: 50,257 or 50,304 rows are GPT-2's, others those of the data set that the
+    user names. nanoGPT rounds the number of rows up. Rows that are no tokens are cut off, so they get no probability.
     """
     state, settings = tensors(found.payload), found.settings
     if name == "nanogpt":
@@ -124,14 +131,16 @@ def translate(found, name, hints):
         if other:
             raise UserError(f"{found.path} is a variant of GPT-2 that is not supported: {', '.join(other)}")
         sizes, step = {"n_layer": settings["n_layer"], "n_head": settings["n_head"], "bias": True}, 0
-    weights = our_weights(state, name == "gpt2", found.path)
-    (longest, n_embd), V = weights["positions.weight"].shape, len(weights["embed.weight"]) - 1
-    seq_len = hints.overrides.get("seq_len", longest)
-    if seq_len > longest:
-        raise UserError(f"{found.path} has {longest:,} positions: use --override seq_len={longest} or less")
-    weights["positions.weight"] = weights["positions.weight"][:seq_len].clone()
+    weights = our_weights(state, name != "nanogpt", found.path)
+    (rows, n_embd), V = weights["positions.weight"].shape, len(weights["embed.weight"]) - 1
+    first = int(name == "diffugpt")  # with predict_next, the mask before the text has a position, too
+    seq_len = hints.overrides.get("seq_len", rows - first)
+    if seq_len > rows - first:
+        raise UserError(f"{found.path} has {rows:,} positions: use --override seq_len={rows - first} or less")
+    weights["positions.weight"] = weights["positions.weight"][:seq_len + first].clone()
     meta, _ = vocabulary(V + 1, {50258: ("openwebtext", None)}, False, hints, found.path)
-    config = dict(dataset=meta["name"], seq_len=seq_len, architecture=name, n_layer=sizes["n_layer"],
-                  n_head=sizes["n_head"], n_embd=n_embd, norm_bias=bool(sizes["bias"]), conditioning="none",
-                  objective="ar")
+    config = dict(dataset=meta["name"], seq_len=seq_len, n_layer=sizes["n_layer"], n_head=sizes["n_head"],
+                  n_embd=n_embd, norm_bias=bool(sizes["bias"]), conditioning="none")
+    config |= (dict(architecture="gpt2", objective="mdlm", predict_next=True) if name == "diffugpt" else
+               dict(architecture=name, objective="ar"))
     return dict(name=name, config=config, meta=meta, model=weights, ema=weights, step=step)

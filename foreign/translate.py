@@ -17,6 +17,7 @@ files.py reads the checkpoints. ddit.py translates the network that most of them
     radd            github.com/ML-GSAI/RADD                      DiT without time
     gpt2, nanogpt   GPT2LMHeadModel of transformers;             GPT-2, left to right (gpt2.py)
                     github.com/karpathy/nanoGPT
+    diffugpt        github.com/HKUNLP/DiffuLLaMA, DiffuGPT       GPT-2 with full attention, masks
     masked_lm       all ...ForMaskedLM of transformers           themselves (masked_lm.py)
 
 Sizes are read from the file. Only two formats lack some: nanoDD may lack its seq_len, and tiny-diffusion lacks its
@@ -40,7 +41,7 @@ from foreign.masked_lm import is_masked_lm
 from foreign.tiny_diffusion import our_weights
 
 FORMATS = ("nanodd", "tiny-diffusion", "sedd", "oxen", "mdlm", "bd3lm", "duo", "udlm", "radd",
-           "gpt2", "nanogpt", "masked_lm")
+           "gpt2", "nanogpt", "diffugpt", "masked_lm")
 # Settings that the user may override, because the file does not hold them reliably.
 UNSAID = {name: ("n_head", "seq_len", "prefix") if name == "tiny-diffusion" else ("seq_len",) for name in FORMATS}
 
@@ -80,6 +81,8 @@ def detect(found):
     state = tensors(payload)
     if {"wte.weight", "transformer.wte.weight"} & state.keys():
         return "nanogpt" if "model_args" in payload else "gpt2"
+    if {"embed_tokens.weight", "denoise_model.wpe.weight"} <= state.keys():
+        return "diffugpt"
     if "vocab_embed.embedding" not in state or "output_layer.linear.weight" not in state:
         raise unknown(found, state)
     if "sigma_map.mlp.0.weight" not in state:
@@ -133,7 +136,8 @@ def unknown(found, state):
     what = [f"{verb} {', '.join(keys)}" for verb, keys in (("lacks", lacking), ("has", more)) if keys]
     if found.settings.get("model_type"):
         return UserError(f"{found.path} is a model of transformers, {masked_lm.name_of(found.settings)}: if it has a "
-                         "masked language model (a class ...ForMaskedLM), use --format masked_lm")
+                         "masked language model (a class ...ForMaskedLM), use --format masked_lm; LLaDA, Dream and "
+                         "DiffuLLaMA are not read")
     return UserError(f"{found.path} has no known format; the most similar are {near[0]}, then {near[1]}; compared with "
                      f"the first, it {' and '.join(what)}")
 
@@ -156,7 +160,7 @@ def translate(found, hints):
             payload = nanodd(found, hints)
         elif name == "tiny-diffusion":
             payload = tiny(found, hints)
-        elif name in ("gpt2", "nanogpt"):
+        elif name in ("gpt2", "nanogpt", "diffugpt"):
             payload = gpt2.translate(found, name, hints)
         elif name == "masked_lm":
             payload = masked_lm.translate(found, hints)

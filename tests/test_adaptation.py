@@ -200,14 +200,46 @@ def test_rows_that_are_no_tokens_are_cut(tmp_path):
     assert short["config"]["seq_len"] == 10 and len(short["ema"]["positions.weight"]) == 10
 
 
+@pytest.mark.parametrize("rows, mask", [(50257, 10541), (50258, 50257)])
+def test_diffugpt_logits(rows, mask, tmp_path):
+    """DiffuGPT, small and medium: our logits at position i are those of GPT-2 with full attention at i - 1, where the
+    mask stands before the text, and masks of ours are its masks."""
+    pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+    folder, model = gpt2_folder(tmp_path, attn_implementation="eager")
+    if rows > 50257:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        with torch.no_grad():
+            model.transformer.wte.weight[mask].normal_()
+    state = {re.sub("^transformer", "denoise_model", key).replace("denoise_model.wte", "embed_tokens"): value.clone()
+             for key, value in model.state_dict().items()}
+    (folder / "model.safetensors").unlink()
+    save_file(state, folder / "model.safetensors")
+    network, config = opened(folder)
+    assert (config.objective, config.seq_len, config.predict_next, network.vocab_size) == ("mdlm", 23, True, 50257)
+    xt = torch.randint(50257, (3, 23)).masked_fill(torch.rand(3, 23) < 0.5, 50257)
+    theirs = torch.nn.functional.pad(xt.masked_fill(xt == 50257, mask), (1, 0), value=mask)
+    with torch.no_grad():
+        expected = model(theirs, attention_mask=torch.zeros(3, 1, 24, 24)).logits[:, :-1, :50257]
+        causal = model(theirs).logits[:, :-1, :50257]
+        torch.testing.assert_close(network(xt, torch.ones(3)), expected, atol=1e-5, rtol=1e-5)
+    assert (causal - expected).abs().max() > 0.1
+    with pytest.raises(storage.UserError, match="use --override seq_len=23 or less"):
+        storage.read(folder, storage.Hints(overrides={"seq_len": 24}))
+    del state["embed_tokens.weight"]
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(storage.UserError, match="but lacks 'transformer.wte.weight'"):
+        storage.read(folder, storage.Hints(format="diffugpt"))
+
+
 def test_gpt2_in_other_words(tmp_path):
     """A config.json that writes the usual settings out in other words is read as the usual one."""
     folder, model = gpt2_folder(tmp_path)
     settings = json.loads((folder / "config.json").read_text())
-    expected = checkpoint.load_model(folder, CPU)[0].state_dict()
+    expected = opened(folder)[0].state_dict()
     (folder / "config.json").write_text(json.dumps(
         settings | {"n_inner": 4 * settings["n_embd"], "activation_function": "gelu_pytorch_tanh"}))
-    torch.testing.assert_close(checkpoint.load_model(folder, CPU)[0].state_dict(), expected)
+    torch.testing.assert_close(opened(folder)[0].state_dict(), expected)
 
 
 @pytest.mark.parametrize("change", [{"n_inner": 32}, {"scale_attn_by_inverse_layer_idx": True},
@@ -419,13 +451,14 @@ def test_notes_of_changes(before, now, words):
 def test_what_may_not_be_new():
     before = Config(n_layer=2, n_head=2, n_embd=32, n_cond=8, seq_len=12, conditioning="time", objective="mdlm")
     source = {"config": vars(before) | {}, "ema": dict(before.make_model(11).named_parameters())}
-    for change, words in (({"conditioning": "none"}, "do not fit the model"), ({"n_layer": 3}, "of another network"),
-                          ({"shift_tokens": True}, "of another network"), ({"n_head": 4}, "of another network")):
+    for change, words in (({"conditioning": "none"}, "add --conditioning=time"), ({"n_layer": 3}, "add --n_layer=2"),
+                          ({"shift_tokens": True, "n_cond": 4}, "add --no-shift_tokens --n_cond=8"),
+                          ({"n_head": 4}, "of another network than that of this config: add --n_head=2")):
         now = replace(before, **change)
-        with pytest.raises(storage.UserError, match=words):
+        with pytest.raises(storage.UserError, match=re.escape(words)):
             adapt(now.make_model(11), source, now, "it")
     gated = {"config": source["config"] | {"head_gates": True}, "ema": source["ema"]}
-    with pytest.raises(storage.UserError, match="of another network: head_gates=True, now False"):
+    with pytest.raises(storage.UserError, match="add --head_gates"):
         adapt(before.make_model(11), gated, before, "it")
     plain = replace(before, conditioning="none", noise="uniform")
     weights = {name: p for name, p in plain.make_model(11).named_parameters() if name != "embed.weight"}

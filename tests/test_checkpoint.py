@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from checkpoint import states
 from cli import UserError, memory_of
 from commands import assert_one_line, train
 from configs import CONFIGS, Config, replace
-from conftest import TRAINED
+from conftest import ROOT, TRAINED
 from optim import make_optimizers
 from studies import forecast
 
@@ -292,3 +293,11 @@ def test_where_the_sizes_come_from(monkeypatch, capsys):
         monkeypatch.setattr(checkpoint, "read_latest", lambda folder: (None, latest))
         assert checkpoint.with_sizes_of_source(cfg, resume, init, Path("RUN")).n_layer == n_layer
         assert f"is that of {where}" in capsys.readouterr().err
+
+
+def test_in_python(trained, capsys):
+    """The lines of docs/checkpoints.md that use a model from Python."""
+    page = (ROOT / "docs/checkpoints.md").read_text(encoding="utf-8")
+    code, = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code.replace("out/demo", str(trained)), {})
+    assert re.fullmatch(r"the [a-z ]{8} returns a list\n", capsys.readouterr().out)

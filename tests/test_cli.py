@@ -488,7 +488,7 @@ def test_bad_training_starts(call, data_dir, trained, tmp_path):
     assert_one_line(go(f"--resume={tmp_path}"), "no checkpoint at")
     assert_one_line(go(f"--resume={trained}", "--max_steps=60", "--lr=0.5"), "of another run",
                     "lr (was 0.01, now 0.5)", "--init_from")
-    assert_one_line(go(f"--init_from={trained}", "--n_layer=3"), "of another network", "n_layer=2, now 3")
+    assert_one_line(go(f"--init_from={trained}", "--n_layer=3"), "of another network", "add --n_layer=2")
     assert not out.exists()
 
 

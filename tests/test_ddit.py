@@ -16,6 +16,7 @@ import checkpoint
 import storage
 from attention import layout_beside_clean, layout_of_blocks
 from block_diffusion import BlockDiffusion
+from commands import assert_one_line, train
 from costs import count_parameters
 from data.loader import SPLITS
 from diffusion import MDLM, Noise, make_schedule
@@ -218,6 +219,17 @@ def unfolded(golden):
     model = small(seq_len=32, n_embd=64, n_cond=32, conditioning="constant", tied=False, head_bias=True).make_model(27)
     model.load_state_dict(ddit.mask_last(files.rename(state, ddit.NAMES), 27))
     return model.eval()
+
+
+@pytest.mark.parametrize("path", ["mdlm/hf", "sedd/hf_absorb", "nanodd"])
+def test_fine_tuning(golden, call, data_dir, tmp_path, path):
+    """--init_from first says which flags give the network of the checkpoint, all at once; with these it begins."""
+    flags = ["--conditioning=none", f"--init_from={golden / path}", "--max_steps=1"]
+    refused = train(call, "mdlm_text8", data_dir, tmp_path / "out", *flags)
+    assert_one_line(refused, "of another network than that of this config: add --n_")
+    flags += refused.err.strip().split("add ")[1].split(" ")
+    begun = train(call, "mdlm_text8", data_dir, tmp_path / "out", *flags)
+    assert begun.code == 0 and "tensors taken as they are" in begun.err and "; new:" not in begun.err, begun.err
 
 
 def test_folded_is_unfolded(load, golden):

@@ -111,7 +111,7 @@ def test_fine_tuning(call, run, data_dir, tmp_path):
                    f"--init_from={out}")
     assert result.code == 0 and "were trained with other settings: objective=sedd, now mdlm" in result.err
     assert_one_line(train(call, "sedd_text8", data_dir, tmp_path / "x", "--n_head=4", f"--init_from={out}"),
-                    "of another network: n_head=2, now 4")
+                    "of another network than that of this config: add --n_head=2")
 
 
 def test_two_kinds_are_compared(call, run, trained):
