@@ -24,6 +24,7 @@ import dataclasses
 import hashlib
 import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -183,11 +184,13 @@ def read(path, hints=Hints()):
 
     A payload is a dict with the fields above. Raises UserError if path holds no checkpoint, or a damaged one.
     """
-    path = files.from_hub(path) if str(path).startswith("hf://") else Path(path)
+    name, path = str(path), files.from_hub(path) if str(path).startswith("hf://") else Path(path)
     if path.is_dir() and not (path / "ckpt.pt").exists() and previous(path / "ckpt.pt").exists():
         path = previous(path / "ckpt.pt")  # a crash between the two renames of save() left no ckpt.pt
     if not path.exists():
-        raise UserError(f"no checkpoint at {path}: `python train.py CONFIG` writes out/CONFIG/ckpt.pt")
+        on_hub = re.fullmatch(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", name)
+        raise UserError(f"no checkpoint at {name}: `python train.py CONFIG` writes out/CONFIG/ckpt.pt"
+                        + (f"; if it is a name on the Hub, write hf://{on_hub[1]}" if on_hub else ""))
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{path} is a device or a pipe: name a file or a folder")
     weights = files.find_weights(path) if path.is_dir() else path

@@ -11,6 +11,8 @@ import hashlib
 import json
 import lzma
 import os
+import re
+import shlex
 import shutil
 import tempfile
 import urllib.request
@@ -29,6 +31,12 @@ def parser(description):
     p.add_argument("--data_dir", type=lambda text: Path(text or DATA_DIR), default=DATA_DIR,
                    help="folder to write NAME/ into (default: data/)")
     return p
+
+
+def check_name(name):
+    """Raise UserError if the name of a data set cannot be that of a folder."""
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise UserError(f"--name {name!r} is not a valid folder name: use letters, digits, _ and -")
 
 
 def write_splits(folder, meta, texts, encode):
@@ -122,7 +130,12 @@ def read_bytes(path):
 
 
 def read_text(path):
-    """Return the text of a UTF-8 file; decompress .gz and .xz. Raises UserError if it cannot be read or is blank."""
+    """Return the text of a UTF-8 file; decompress .gz and .xz.
+
+    Raises UserError if it cannot be read or is blank, or if its name says that it has JSON, whose keys are no text."""
+    if re.search(r"\.jsonl?(\.gz|\.xz)?$", str(path)):
+        raise UserError(f"{path} has JSON, whose keys and braces are no text: write its texts to a .txt file, or prepare "
+                        f"them by data/prepare_openwebtext.py --file {shlex.quote(str(path))} --name NAME")
     content = read_bytes(path)
     try:
         if str(path).endswith(".gz"):

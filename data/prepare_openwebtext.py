@@ -6,6 +6,7 @@ corpus.
 
     python data/prepare_openwebtext.py --num_proc 16
     python data/prepare_openwebtext.py --file shard-*.parquet    # .parquet, .jsonl (field text) or .txt (a line each)
+    python data/prepare_openwebtext.py --file docs.jsonl --name docs --held_out 0.05       # documents of your own
 """
 
 import glob
@@ -22,9 +23,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, number, progress, require, run
+from cli import UserError, note, number, progress, require, run
 from data.loader import SPLITS
-from data.prepare import DatasetWriter, is_prepared, named_files, parser
+from data.prepare import DatasetWriter, check_name, is_prepared, named_files, parser
 from data.tokenizer import KNOWN, GPT2Tokenizer
 
 SOURCE = "Skylion007/openwebtext"  # on the Hugging Face Hub, as parquet files
@@ -85,16 +86,23 @@ def encode(texts):
 def main():
     p = parser(__doc__)
     p.add_argument("--file", nargs="+", metavar="FILE", help="local files to use instead of a download")
+    p.add_argument("--name", default="openwebtext", help="name of the data set (default: openwebtext)")
     p.add_argument("--num_proc", type=number(int, 1), default=os.cpu_count(),
                    help="number of processes (default: one per core)")
     p.add_argument("--held_out", type=number(float, 1e-6, 0.5), default=0.0005, metavar="SHARE",
                    help="share of documents for val, and for test (default 0.0005: about 4.5M tokens each)")
     args = p.parse_args()
-    folder = args.data_dir / "openwebtext"
+    check_name(args.name)
+    if args.name != "openwebtext" and not args.file:
+        p.error("--name is for documents of your own: name their files with --file")
+    folder = args.data_dir / args.name
     request = {"held_out": args.held_out} | ({"files": named_files(args.file, hashed=False)} if args.file else {})
-    if is_prepared(folder, request, "choose another --data_dir"):
+    if is_prepared(folder, request):
         return
     documents = load_documents(args.file)
+    if (held_out := len(documents) * args.held_out) < 50:
+        note(f"val and test get some {held_out:.0f} of the {len(documents):,} documents each: a larger --held_out gives "
+             "them more")
     GPT2Tokenizer()  # fails here, in one line, if there is no vocabulary; else fills the cache for the workers
     meta = dict(KNOWN["openwebtext"], source=", ".join(args.file) if args.file else SOURCE, request=request)
     pool = ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("spawn"), start_worker, (args.held_out,))

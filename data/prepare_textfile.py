@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, named, note, progress, run
 from data.loader import SPLITS
-from data.prepare import cut, is_prepared, named_files, parser, read_text, write_splits
+from data.prepare import check_name, cut, is_prepared, named_files, parser, read_text, write_splits
 from data.tokenizer import KNOWN, characters, make_tokenizer, size_of_bpe, text8_words, tokens_of
 
 CHUNK = 1 << 20  # characters encoded at a time
@@ -43,8 +43,7 @@ def main():
         p.error("--val and --test need each other: give both or neither")
     if args.tokenizer != "char" and args.alphabet == "text8":
         p.error("--alphabet text8 needs --tokenizer char")
-    if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
-        p.error(f"--name {args.name!r} is not a valid folder name: use letters, digits, _ and -")
+    check_name(args.name)
     if args.tokenizer.startswith("bpe:"):
         size_of_bpe(args.tokenizer)  # refuses what is not a size
     folder, held_out = args.data_dir / args.name, [file for file in (args.val, args.test) if file]

@@ -157,7 +157,8 @@ def read_tokens(file, tokenizer, seq_len, spelled=False):
     if len(tokens) < seq_len:
         raise UserError(f"{file} has {len(tokens):,} tokens, fewer than one window of {seq_len}: "
                         f"use a longer text{f' or --seq_len={len(tokens)}' if len(tokens) else ''}")
-    return tokens, content, f"{file} ({how}, no detokenisation; the last {len(tokens) % seq_len} tokens left out)"
+    rest = f"; the last {len(tokens) % seq_len} tokens left out" if len(tokens) % seq_len else ""
+    return tokens, content, f"{file} ({how}, no detokenisation{rest})"
 
 
 def different_tokens(one, two):

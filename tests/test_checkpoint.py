@@ -201,6 +201,8 @@ def test_what_is_no_file(call, tmp_path):
     for path in ("/dev/zero", tmp_path / "pipe.pt"):
         assert_one_line(call("sample.py", path), "is a device or a pipe")
     assert_one_line(call("sample.py", tmp_path), "no checkpoint at")
+    for name in ("kuleshov-group/mdlm-owt", "https://huggingface.co/kuleshov-group/mdlm-owt"):
+        assert_one_line(call("sample.py", name), f"no checkpoint at {name}", "write hf://kuleshov-group/mdlm-owt")
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb/data/0", bytes(50_000_000))
     assert_one_line(call("sample.py", tmp_path / "bomb.pt"), "claims to hold 50,000,000: the file was refused")

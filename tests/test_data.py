@@ -457,6 +457,29 @@ def test_openwebtext(monkeypatch, tmp_path, gpt2, kind):
     assert 15 <= len(set(found["val"])) <= 50 and 15 <= len(set(found["test"])) <= 50
 
 
+def test_documents_of_your_own(call, monkeypatch, tmp_path, gpt2):
+    """--name makes another data set of documents, which knows its command; few held-out documents are announced. The
+    other commands do not take JSON for text."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    path = tmp_path / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Document {i}"}) + "\n" for i in range(100)))
+    go = lambda *flags: call("data/prepare_openwebtext.py", "--num_proc=1", "--data_dir", tmp_path, *flags)
+    assert_one_line(go("--name=docs"), "name their files with --file")
+    assert_one_line(go("--name=a/b", "--file", path), "is not a valid folder name")
+    result = go("--name=docs", "--file", path, "--held_out=0.2")
+    assert result.code == 0 and "val and test get some 20 of the 100 documents each" in result.err
+    assert load_meta("docs", tmp_path)["name"] == "docs"
+    command = prepare_command("docs", load_meta("docs", tmp_path))
+    assert command == "python data/prepare_openwebtext.py --file FILE --name docs"
+    assert_one_line(go("--name=docs", "--file", path, "--held_out=0.1"), "already prepared with held_out 0.2, not 0.1")
+    with pytest.raises(UserError, match="or a larger text or --held_out"):
+        load_split("docs", "val", 10**5, tmp_path)
+    for name in ("a.json", "a.jsonl", "a.jsonl.gz"):
+        (tmp_path / name).touch()
+        assert_one_line(call("data/prepare_textfile.py", tmp_path / name, "--name=b", "--data_dir", tmp_path),
+                        "whose keys and braces are no text", f"--file {tmp_path / name} --name NAME")
+
+
 def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
     """A cut or empty file is one line; a document without a text is left out."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))

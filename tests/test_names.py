@@ -10,7 +10,7 @@ import torch
 from commands import assert_one_line, train
 from configs import Config
 from data import prepare_names
-from data.loader import load_meta, load_split, move_padding, random_crops, records
+from data.loader import load_meta, load_split, move_padding, prepare_command, random_crops, records
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM
 from show import piece
@@ -35,6 +35,23 @@ def names_dir(tmp_path_factory):
         patch.setattr("sys.argv", ["prepare_names.py", "--file", str(folder / "list.txt"), "--data_dir", str(folder)])
         prepare_names.main()
     return folder
+
+
+def test_longer_items(call, tmp_path):
+    """--length: longer lines than names, such as questions with their answers; another length needs another name."""
+    (tmp_path / "sums.txt").write_text("".join(f"what is {i} plus {i}? it is {2 * i}\n" for i in range(1000, 1040)))
+    go = lambda *flags: call("data/prepare_names.py", "--file", tmp_path / "sums.txt", "--name=sums", "--data_dir",
+                             tmp_path, *flags)
+    assert_one_line(go(), "has 0 usable names (left out: 40 longer than 32)")
+    assert go("--length=48").code == 0
+    meta = load_meta("sums", tmp_path)
+    assert meta["record"] == 48 and prepare_command("sums", meta).endswith("--name sums --length 48")
+    items = names.items_of(np.asarray(load_split("sums", "train", 48, tmp_path)).reshape(-1, 48), meta)
+    assert len(items) == 36 and all(item.rstrip(PAD).startswith("what is ") for item in items)
+    assert "already prepared (" in go("--length=48").err
+    for flags in ((), ("--length=64",)):
+        assert_one_line(go(*flags), "already prepared with length 48, not")
+    assert_one_line(train(call, "mdlm_text8", tmp_path, tmp_path / "out", *SMALL, "--dataset=sums"), "use --seq_len=48")
 
 
 def text_of(folder, split):
