@@ -23,11 +23,11 @@ def begin(xt):
     return State(xt, torch.full(xt.shape, torch.nan, device=xt.device))
 
 
-def with_denoising(grid):
+def with_denoising(grid, least=0.0):
     """Insert one more rate before the 0 at the end of a grid: 1e-5, or half of the rate before it if that is less.
 
-    The step from it to 0 removes the noise that is left."""
-    return [*grid[:-1], min(1e-5, grid[-2] / 2), 0.0]
+    The step from it to 0 removes the noise that is left. least: the rate at t = 0, where an Euler chain ends."""
+    return [*grid[:-1], max(least, min(1e-5, grid[-2] / 2)), 0.0]
 
 
 class Counted:

@@ -43,7 +43,7 @@ class Schedule(NamedTuple):
 
     alpha: Callable    # t -> P(no noise has hit a token until t); with masks, that it is visible
     dalpha: Callable   # t -> d alpha / dt, never positive
-    inverse: Callable  # a -> the t at which alpha(t) = a, or the nearest t there is
+    inverse: Callable  # a -> the t at which alpha(t) = a, or the nearest t there is; rounding may take a out of [0, 1]
     sigma: Callable    # t -> sigma(t) = -log alpha(t), the total noise
 
     def weight(self, t):
@@ -65,7 +65,7 @@ class Schedule(NamedTuple):
 def linear():
     """alpha(t) = 1 - t."""
     return Schedule(alpha=lambda t: 1 - t, dalpha=lambda t: -torch.ones_like(t),
-                    inverse=lambda a: 1 - a, sigma=lambda t: -torch.log1p(-t))
+                    inverse=lambda a: (1 - a).clamp(0, 1), sigma=lambda t: -torch.log1p(-t))
 
 
 def cosine():
@@ -74,7 +74,7 @@ def cosine():
     return Schedule(
         alpha=alpha,
         dalpha=lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
-        inverse=lambda a: 1 - 2 / math.pi * torch.acos(1 - a),
+        inverse=lambda a: 1 - 2 / math.pi * torch.acos(1 - a.clamp(0, 1)),
         sigma=lambda t: -torch.log(alpha(t)),
     )
 
@@ -87,7 +87,7 @@ def loglinear(eps=1e-3):
     if not 1e-6 <= eps <= 0.5:  # float32 does not reach further
         raise ValueError("eps must be from 1e-6 to 0.5")
     return Schedule(alpha=lambda t: 1 - (1 - eps) * t, dalpha=lambda t: (eps - 1) * torch.ones_like(t),
-                    inverse=lambda a: ((1 - a) / (1 - eps)).clamp(max=1), sigma=lambda t: -torch.log1p((eps - 1) * t))
+                    inverse=lambda a: ((1 - a) / (1 - eps)).clamp(0, 1), sigma=lambda t: -torch.log1p((eps - 1) * t))
 
 
 def geometric(sigma_min=1e-4, sigma_max=20.0):
@@ -97,7 +97,8 @@ def geometric(sigma_min=1e-4, sigma_max=20.0):
     ratio = math.log(sigma_max / sigma_min)
     sigma = lambda t: sigma_min * torch.exp(ratio * t)
     return Schedule(alpha=lambda t: torch.exp(-sigma(t)), dalpha=lambda t: -torch.exp(-sigma(t)) * sigma(t) * ratio,
-                    inverse=lambda a: (torch.log(-torch.log(a) / sigma_min) / ratio).clamp(0, 1), sigma=sigma)
+                    inverse=lambda a: (torch.log(-torch.log(a.clamp(0, 1)) / sigma_min) / ratio).clamp(0, 1),
+                    sigma=sigma)
 
 
 SCHEDULES = {"linear": linear, "cosine": cosine, "loglinear": loglinear, "geometric": geometric}

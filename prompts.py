@@ -126,9 +126,9 @@ def text_of(tokens, start, end, tokenizer):
 def denoise(settings, objective, model, canvas, config, context, generator, end=None):
     """Fill the masks of a canvas (B, N), which may be longer than the model's window, window by window.
 
-    Yields the State of the whole canvas after each step. The time that a network is told follows from the share of
-    masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens of the
-    window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not None.
+    Yields the State of the whole canvas after each step. The time that a network for masks is told follows from the
+    share of masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens
+    of the window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not None.
     There context must be a multiple of the block size, so that each window begins with whole blocks.
     """
     given, size = canvas != objective.mask_id, None

@@ -32,7 +32,7 @@ All samplers take the same arguments, and then those of their own:
                at 1 all the same. At its rate r the share is start * r, so the network is told the time of this rate
     grid       (samplers with steps) mask rates, never rising: from 1, or the schedule's rate at t = 1, to 0
 
-Networks trained on uniform noise have samplers of their own, in uniform.py.
+Networks trained on uniform noise have samplers of their own, in uniform.py. They do not use `start`.
 """
 
 import copy

@@ -280,6 +280,7 @@ def noise_at(r, tokens):
 def uniform_chain(model, xt, objective, draw, grid, step):
     """Draw random tokens in place of the masks of xt (B, L), and draw them anew in each step, from noise rate r to rho.
 
+    The network is told the time of the rate r, even if tokens are given: r decides how much a token says of itself.
     step: (x (N, V), logits (N, V), tokens (N,), r, rho) -> weights (N, V) to draw the new tokens from, where x is the
     network's prediction. Tokens that are not masks in xt never change. Yields States. Their p is the network's
     probability that the new token y is the clean one. With z = xt and q(z | x0 = y) = (1 - r) [y = z] + r/V, Bayes says
@@ -334,7 +335,8 @@ def uniform_euler(model, xt, objective, draw, start, grid):
             return posterior(objective.prediction(logits, now, noise_at(r, now)), now, r, 0.0).clamp(min=0)
         return uniform_jumps(objective, logits, now, r, rho).clamp(min=0)
 
-    return uniform_chain(model, xt, objective, draw, with_denoising(grid), step)
+    least = 1 - objective.schedule.alpha(torch.zeros((), dtype=torch.float64)).item()  # 1e-4 for `geometric`
+    return uniform_chain(model, xt, objective, draw, with_denoising(grid, least), step)
 
 
 def uniform_jumps(objective, logits, now, r, rho):

@@ -81,6 +81,7 @@ def test_schedule_is_consistent(schedule):
     torch.testing.assert_close(s.dalpha(t.detach()), gradient)
     torch.testing.assert_close(s.inverse(alpha.detach()), t.detach(), atol=1e-7, rtol=0)
     assert s.inverse(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([0, 1])
+    assert s.inverse(torch.tensor([1 + 1e-9, -1e-9], dtype=torch.float64)).tolist() == pytest.approx([0, 1])
     inner = t.detach()[1:-1]
     torch.testing.assert_close(s.sigma(inner), -alpha.detach()[1:-1].log())
     dsigma = torch.autograd.grad(s.sigma(t)[1:-1].sum(), t)[0][1:-1]

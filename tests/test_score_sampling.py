@@ -221,7 +221,7 @@ def test_uniform_euler_follows_its_steps(score):
     grid[-1] = 0.0
     time_of = lambda rate: noise.inverse(torch.tensor(1 - rate, dtype=torch.float64))
     steps = []
-    rates = with_denoising(grid)
+    rates = with_denoising(grid, 1 - noise.alpha(torch.tensor(0.0).double()).item())
     for r, s in zip(rates, rates[1:]):
         told = 1 - float(noise.alpha(objective.time(torch.tensor([r]).double()).double()))
         scores = random_prediction(told)
@@ -239,6 +239,21 @@ def test_uniform_euler_follows_its_steps(score):
     expected = distribution_of(steps, SEQUENCES, UNIFORM_START)
     x0 = sample(objective, network_at(objective, random_prediction), Settings("euler", {"grid": grid}))
     assert chi_square_excess(counts_of(x0), expected) < 4
+
+
+@pytest.mark.parametrize("name", ["ancestral", "euler"])
+def test_noise_is_removed(name):
+    """With the true scores no impossible token is left, though `geometric` has noise at t = 0, here a rate of 0.1."""
+    objective, p = UniformSEDD(4, "geometric:0.1:20"), torch.tensor([0.7, 0.3, 0.0, 0.0])
+
+    def model(xt, t, where):
+        alpha = objective.schedule.alpha(t[0])
+        q = alpha * p + (1 - alpha) / 4
+        return (q / q[xt[where]][:, None]).log()
+
+    grid = (1 - objective.schedule.alpha(torch.linspace(1, 0, 50).double())).tolist()
+    x0 = sample(objective, model, Settings(name, {"grid": [*grid[:-1], 0.0]}), torch.full((5000, 1), 4))
+    assert torch.bincount(x0.flatten(), minlength=4)[2:].sum() == 0
 
 
 def test_rates_that_a_score_network_does_not_know():
@@ -305,6 +320,7 @@ def test_noise_removal_ends_the_chain():
     """As in SEDD's code, the last of n steps ends just above 0, and one more, without masks, removes what is left."""
     assert with_denoising([1.0, 0.5, 0.0]) == [1.0, 0.5, 1e-5, 0.0]
     assert with_denoising([1.0, 1e-6, 0.0]) == [1.0, 1e-6, 5e-7, 0.0]
+    assert with_denoising([1.0, 0.5, 0.0], 1e-3) == [1.0, 0.5, 1e-3, 0.0]
 
 
 def test_names():
