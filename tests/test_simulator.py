@@ -356,7 +356,7 @@ def test_flags_that_contradict(call, data_dir, trained, tmp_path):
                          (["--algorithm=ddp", "--dynamic_steps"], "needs rounds"),
                          (["--algorithm=ddp", "--batch_size=8"], "multiple of the 16 machines"),
                          (["--algorithm=ddp", "--anneal_steps=8"], "not simulated"),
-                         (["--local_steps=3", f"--init_from={trained}", "--n_head=1"], "network: n_head=2, now 1"),
+                         (["--local_steps=3", f"--init_from={trained}", "--n_head=1"], "config: add --n_head=2"),
                          (["--local_steps=3", "--merge_weight=0.5"], "--merge_weight is for --algorithm halos")):
         assert_one_line(go(*flags), words)
     assert not (tmp_path / "no").exists()
