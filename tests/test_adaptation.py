@@ -439,7 +439,8 @@ def test_another_noise(noise, capsys):
     ({"objective": "ar"}, {"predict_next": True}, ["objective=ar, now mdlm"]),
     ({"objective": "ar"}, {}, ["objective=ar, now mdlm", "predict the next token: --predict_next would keep that"]),
     ({"objective": "ar"}, {"objective": "block", "block_size": 4},
-     ["objective=ar, now block; block_size=0, now 4", "predict the next token"])])
+     ["objective=ar, now block; block_size=0, now 4", "predict the next token"]),
+    ({}, {"objective": "ar"}, ["objective=mdlm, now ar", "predict the token itself"])])
 def test_notes_of_changes(before, now, words):
     """A line for settings that change what the network was trained for, and one for outputs at another place."""
     usual = Config(n_layer=1, n_head=2, n_embd=32, n_cond=8, seq_len=12, conditioning="none", objective="mdlm",
@@ -460,6 +461,9 @@ def test_what_may_not_be_new():
     gated = {"config": source["config"] | {"head_gates": True}, "ema": source["ema"]}
     with pytest.raises(storage.UserError, match="add --head_gates"):
         adapt(before.make_model(11), gated, before, "it")
+    mixer = replace(before, architecture="mixers", mixer="gmlp")  # the same shapes with and without mask_aware
+    with pytest.raises(storage.UserError, match="add --mask_aware"):
+        check_same_network({"config": vars(replace(mixer, mask_aware=True)) | {}}, mixer, "it")
     plain = replace(before, conditioning="none", noise="uniform")
     weights = {name: p for name, p in plain.make_model(11).named_parameters() if name != "embed.weight"}
     for embeddings in ({}, {"embed.weight": torch.ones(11)}):  # none, or no matrix

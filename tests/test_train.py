@@ -8,8 +8,7 @@ import torch
 
 import checkpoint
 import parallel
-from adapt import check_same_network
-from cli import UserError, matmul_peak
+from cli import matmul_peak
 from commands import losses, train
 from configs import CONFIGS, Config, replace
 from costs import flops_per_token
@@ -151,23 +150,6 @@ def test_a_bad_step_is_skipped_by_any_optimizer(fused):
         after = weights()
         assert bool(bad) == skipped == all(torch.equal(a, b) for a, b in zip(before, after))
         before = after
-
-
-def test_settings_of_the_weights_that_a_run_begins_with():
-    """Another network with the same shapes is refused. What the weights were trained for is said, where it matters, and
-    what would keep it, where it can be kept."""
-    def said(before, **now):
-        return str(check_same_network({"config": dataclasses.asdict(small(**before))}, small(**before | now), "it"))
-
-    with pytest.raises(UserError, match="of another network .*: add --mask_aware$"):
-        said(dict(architecture="mixers", mixer="gmlp", mask_aware=True), mask_aware=False)
-    sedd = dict(objective="sedd", conditioning="sigma", schedule="loglinear")
-    assert "schedule=loglinear, now geometric" in said(sedd, schedule="geometric")
-    assert "scale_by_sigma=True, now False" in said(sedd, scale_by_sigma=False)
-    assert "schedule" not in said({}, schedule="loglinear")
-    assert "--predict_next would keep that" in said(dict(objective="ar"), objective="mdlm")
-    assert "predict the next token'" in said(dict(objective="ar"), objective="block", block_size=8)
-    assert "predict the token itself'" in said({}, objective="ar", conditioning="none")  # no flag keeps it
 
 
 def test_pace(monkeypatch):
