@@ -396,18 +396,6 @@ def test_the_same_command_again(call, tmp_path):
     assert_one_line(call(*command, "bpe:1000"), "with tokenizer bpe:2000, not bpe:1000")
 
 
-def test_textfile_gpt2(monkeypatch, tmp_path, gpt2):
-    """Encoding in chunks gives the tokens of the whole text."""
-    text = "".join(f"Line {i} of a  text,\n" + "\n" * (i % 4) + " \t indented\n" * (i % 3) for i in range(400))
-    (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr(prepare_textfile, "CHUNK", 100)
-    prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", "--name", "bpe", "--tokenizer", "gpt2",
-            "--data_dir", tmp_path)
-    ids = np.concatenate([np.fromfile(tmp_path / "bpe" / f"{s}.bin", dtype=np.uint16)
-                          for s in ("train", "val", "test")])
-    assert ids.tolist() == GPT2Tokenizer().encode(text).tolist()
-
-
 def test_textfile_bpe(monkeypatch, tmp_path):
     """The vocabulary is made of the text to train on alone; the data set has a copy of it."""
     lines = [words(20, seed=i) for i in range(100)]
