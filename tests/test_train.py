@@ -134,12 +134,11 @@ def test_clipping(grad_clip):
     assert reported.item() == pytest.approx(norm, rel=1e-4) and norm > 0.01 and nats > 0 and not bad
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_bad_step_is_skipped_by_any_optimizer(fused):
-    """AdamW is told on the device where it is fused, and not called elsewhere (mps): a bad step changes nothing."""
+def test_a_bad_step_is_skipped():
+    """Where AdamW is not fused (mps) it is not called in a bad step, which changes nothing."""
     torch.manual_seed(0)
     model, objective = CFG.make_model(5), MDLM(5)
-    optimizer = AdamW(model.parameters(), lr=0.1, fused=fused)
+    optimizer = AdamW(model.parameters(), lr=0.1, fused=False)
     x0, noise = torch.randint(0, 5, (4, 8)), objective.noise(*uniforms(0, 0, range(4), 4, 8, True))
     spoilt = noise._replace(weight=noise.weight * math.nan)
     weights = lambda: [p.detach().clone() for p in model.parameters()]
