@@ -103,17 +103,6 @@ def test_the_t_step_bound_of_score_entropy(call, data_dir, tmp_path):
         "T-step bound, T = 50, normalised")
 
 
-@pytest.mark.parametrize("run", ["sedd"], indirect=True)
-def test_fine_tuning(call, run, data_dir, tmp_path):
-    """--init_from says what the weights were trained for, and refuses those of another network of the same shapes."""
-    _, out = run
-    result = train(call, "sedd_text8", data_dir, tmp_path / "tuned", "--objective=mdlm", "--max_steps=2",
-                   f"--init_from={out}")
-    assert result.code == 0 and "were trained with other settings: objective=sedd, now mdlm" in result.err
-    assert_one_line(train(call, "sedd_text8", data_dir, tmp_path / "x", "--n_head=4", f"--init_from={out}"),
-                    "of another network than that of this config: add --n_head=2")
-
-
 def test_two_kinds_are_compared(call, run, trained):
     """A masked model and one of uniform noise: each by its own bound, on the same windows."""
     name, out = run
