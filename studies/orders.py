@@ -23,10 +23,10 @@ def measure_orders(model, objective, data, K, seed=0):
             chunk = list(range(i, min(i + size, data.n)))
             _, v, _ = repeated_uniforms(seed, chunk, data.n, 2 * K + 2, data.seq_len)
             with autocast(data.device, data.dtype):
-                of_data.append(along_orders(model, objective, data.read(chunk).to(data.device), v[:, :K]).cpu())
+                of_data.append(along_orders(model, objective, data.read(chunk).to(data.device), v[:, :K]))
                 samples, l = draw_with_orders(model, objective, v[:, K], 1 - v[:, K + 1], data.device)
-                of_samples.append(along_orders(model, objective, samples, v[:, K + 2:]).cpu())
-            true.append(l.cpu())
+                of_samples.append(along_orders(model, objective, samples, v[:, K + 2:]))
+            true.append(l)
             bar.update(len(chunk))
     return torch.cat(of_data), torch.cat(of_samples), torch.cat(true)
 
