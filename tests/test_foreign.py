@@ -97,11 +97,10 @@ def folder_of(path, state, settings, weights="model.safetensors"):
     ("radd", {"tokens": 27, "model": {"length": 24, "n_heads": 2}}, ddit_state(time=False, bias=True),
      dict(objective="mdlm", conditioning="none", norm_bias=True, seq_len=24)),
 ], ids=lambda x: x if isinstance(x, str) else "")
-@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_detected(tmp_path, name, settings, state, expected, weights):
+def test_detected(tmp_path, name, settings, state, expected):
     """The format follows from tensors and settings, sizes from the tensors; the folder, the file in it, and forced."""
-    folder = folder_of(tmp_path / "x", state, settings, weights)
-    for path, hints in ((folder, storage.Hints()), (folder / weights, storage.Hints()),
+    folder = folder_of(tmp_path / "x", state, settings)
+    for path, hints in ((folder, storage.Hints()), (folder / "model.safetensors", storage.Hints()),
                         (folder, storage.Hints(format=name))):
         payload = storage.read(path, hints)
         assert payload["foreign"] == name
