@@ -260,18 +260,6 @@ def test_only_what_is_asked_for_is_computed(all_at):
         assert asked[-1] == [k if k in all_at else 1] * 27 == (ce > 0).sum(1).tolist()
 
 
-def test_random_orders_average_to_the_bound():
-    """The mean over all orders of the chain rule is the exact-k bound (ARDM): the same number by another road."""
-    model = world.random_denoiser(6, False)
-    orders = [chain_rule(model, MDLM(MASK), SEQUENCES, "random", torch.tensor(order).float().expand(27, L))
-              for order in itertools.permutations(range(L))]
-    n = 4000
-    for i in (0, 20):
-        nats = bound(model, MDLM(MASK), windows_of(SEQUENCES[i].expand(n, L)))
-        mean, error = mean_and_error(nats, by_rate(n))
-        assert abs(mean - torch.stack(orders).mean(0)[i].item()) < 4 * error < 0.1
-
-
 # ---- over all orders -------------------------------------------------------------------------------------------------
 
 ALL_ORDERS = torch.tensor(list(itertools.permutations(range(L))))  # (6, L)
