@@ -564,28 +564,6 @@ def test_only_what_is_drawn_is_asked_and_timed():
         assert len(calls) == len(ticks) > 0
 
 
-def test_the_time_of_a_template():
-    """Samplers tell a network the rate of masks among all tokens, or among those that `size` counts."""
-    told = []
-
-    def model(xt, t, where):
-        told.append(t.tolist())
-        return torch.zeros(int(where.sum()), V)
-
-    xt = masks(1, 8)
-    xt[:, :4] = 1
-    for settings, expected in ((Settings("ancestral", {"grid": [1, 1e-9, 0]}), [0.5]),
-                               (Settings("topk", {"k": 2}), [0.5, 0.25]),
-                               (Settings("threshold", {"threshold": 0.0}), [0.5])):
-        for size, factor in ((None, 1), (torch.tensor([4]), 2)):
-            told.clear()
-            list(settings(MDLM(MASK), model, xt, generator(), size))
-            assert [t for t, in told] == pytest.approx([factor * t for t in expected], rel=1e-6)
-    told.clear()
-    list(Settings("first_hitting")(MDLM(MASK), model, xt, generator()))
-    assert 0.5 > told[0][0] > told[1][0] > told[2][0] > told[3][0] > 0
-
-
 def test_default_settings():
     """Training and bench.py sample in T steps of the model's own schedule, or left to right. The samplers have the
     defaults of the command line."""
