@@ -109,13 +109,13 @@ class Naive(Training):
 
     naive = True
 
-    def __init__(self, name, cfg, vocab_size, device, dtype):
+    def __init__(self, name, cfg, vocab_size, device):
         super().__init__(name, replace(cfg, compile=False, optimizer="adamw"), vocab_size, device, torch.float32)
         self.stream.close()
         self.stream = self.batches(D3PM(vocab_size, cfg.T))
         self.optimizers = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 
-    def step(self, mark=None):
+    def step(self):
         parts = [(x0.to(self.device), noise.to(self.device)) for x0, noise in next(self.stream)]
         textbook.train_step(self.model, parts, self.cfg.T, self.vocab_size, self.optimizers, self.cfg.grad_clip)
 
@@ -430,7 +430,7 @@ def main():
             cfg = replace(cfg, lambda_ce=0.0) if args.compare else cfg
             trainings.append(Training(name, cfg, size(cfg), device, dtype))
             if args.compare:
-                trainings.append(Naive(f"{name}, naive", cfg, size(cfg), device, dtype))
+                trainings.append(Naive(f"{name}, naive", cfg, size(cfg), device))
         print(json.dumps(throughput(trainings, repeats, args.compare)))
     for dataset in {cfg.dataset for _, cfg in chosen if not args.vocab_size and "guess" in data_set(cfg)}:
         note(f"the data set {dataset} is not prepared: 27 different tokens were assumed (--vocab_size N: others)")

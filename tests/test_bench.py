@@ -102,7 +102,7 @@ def test_the_naive_step():
     whatever the config says. The second gradient is not clipped: its size counts."""
     cfg = replace(CONFIGS["mdlm_mini_fast"](), n_layer=1, n_embd=32, n_head=2, seq_len=16, batch_size=4,
                   micro_batch_size=2, T=20, grad_clip=0.2, lr=0.01, compile=True)
-    naive, again = (bench.Naive("x", cfg, 27, CPU, torch.bfloat16) for _ in range(2))
+    naive, again = (bench.Naive("x", cfg, 27, CPU) for _ in range(2))
     assert naive.dtype == torch.float32 and not naive.compiled
     adamw = torch.optim.AdamW(again.model.parameters(), lr=0.01, weight_decay=cfg.weight_decay)
     norms = []
