@@ -231,8 +231,8 @@ def likelihood(subject, estimator, args):
     }
     also = f", {result['bits_per_byte']:.4f} bits per byte" if unit == "token" else ""
     windows = f"{data.n:,} windows" if data.n > 1 else "1 window"
-    line = (f"{bits:.4f} {plus_minus(error)} bits per {unit} on {subject.where} ({windows} of {data.seq_len}; {method}; "
-            f"step {subject.step:,}; "
+    line = (f"{bits:.4f} {plus_minus(error)} bits per {unit} on {subject.where} ({windows} of {data.seq_len}; "
+            f"{method}; step {subject.step:,}; "
             f"perplexity {'above 1e308' if perplexity is None else format(perplexity, ',.2f')}{also})")
     return nats, line, result
 

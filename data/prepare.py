@@ -134,8 +134,8 @@ def read_text(path):
 
     Raises UserError if it cannot be read or is blank, or if its name says that it has JSON, whose keys are no text."""
     if re.search(r"\.jsonl?(\.gz|\.xz)?$", str(path)):
-        raise UserError(f"{path} has JSON, whose keys and braces are no text: write its texts to a .txt file, or prepare "
-                        f"them by data/prepare_openwebtext.py --file {shlex.quote(str(path))} --name NAME")
+        raise UserError(f"{path} has JSON, whose keys and braces are no text: write its texts to a .txt file, or "
+                        f"prepare them by data/prepare_openwebtext.py --file {shlex.quote(str(path))} --name NAME")
     content = read_bytes(path)
     try:
         if str(path).endswith(".gz"):

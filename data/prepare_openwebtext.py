@@ -101,8 +101,8 @@ def main():
         return
     documents = load_documents(args.file)
     if (held_out := len(documents) * args.held_out) < 50:
-        note(f"val and test get some {held_out:.0f} of the {len(documents):,} documents each: a larger --held_out gives "
-             "them more")
+        note(f"val and test get some {held_out:.0f} of the {len(documents):,} documents each: a larger --held_out "
+             "gives them more")
     GPT2Tokenizer()  # fails here, in one line, if there is no vocabulary; else fills the cache for the workers
     meta = dict(KNOWN["openwebtext"], source=", ".join(args.file) if args.file else SOURCE, request=request)
     pool = ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("spawn"), start_worker, (args.held_out,))
