@@ -128,8 +128,8 @@ def denoise(settings, objective, model, canvas, config, context, generator, end=
 
     Yields the State of the whole canvas after each step. The time that a network for masks is told follows from the
     share of masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens
-    of the window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not None.
-    There context must be a multiple of the block size, so that each window begins with whole blocks.
+    of the window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not
+    None. There context must be a multiple of the block size, so that each window begins with whole blocks.
     """
     given, size = canvas != objective.mask_id, None
     state = begin(canvas)
