@@ -76,7 +76,7 @@ def read_result(path, scored):
         return found
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UserError(f"{path} is not the output of `evaluate.py CKPT --json`: run that again")
 
 

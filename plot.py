@@ -37,7 +37,7 @@ def curves(path, from_step=0):
     try:
         dataset = next((entry["config"]["dataset"] for entry in entries if "config" in entry), None)
         training, validation = rows(entries, from_step)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{path} is not a log of train.py: numbers are missing in its lines")
     if not training and not validation:
         raise UserError(f"{path} has no losses to draw{f' from step {from_step:,} on' if from_step else ''}")

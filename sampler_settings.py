@@ -188,7 +188,7 @@ def read_curve(checkpoint, model, raw=False):
         weights = curve["weights"]
     except FileNotFoundError:
         raise UserError(f"auto needs {path}, which does not exist: {again}")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise UserError(f"{path} is damaged, or of another version: {again}")
     if (not len(masks) == len(ce) >= 2 or not all(0 <= x < math.inf for x in ce) or max(ce) == 0
             or not all(1 <= a < b < math.inf for a, b in zip(masks, masks[1:]))):

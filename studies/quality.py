@@ -195,7 +195,7 @@ def read_samples(path):
         try:
             texts = [sample["text"] for sample in json.loads(content)["samples"]]
             "".join(texts).encode()  # JSON can hold invalid text
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"--samples {path} looks like JSON but is not what sample.py --json prints")
     else:
         texts = [line for line in content.splitlines() if line.strip()]

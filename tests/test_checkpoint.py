@@ -269,7 +269,7 @@ def test_more_than_the_machine_has(call, trained, data_dir, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("setting, value", [("n_layer", 10**9), ("n_embd", 10**12), ("T", 10**12), ("seq_len", 10**9),
-                                            ("n_cond", 10**9)])
+                                            ("n_cond", 10**9), ("outer_lr", 1e300)])
 def test_settings_have_limits(call, tmp_path, setting, value):
     """A setting that is absurdly large is refused before a model or a list of steps is built."""
     assert_one_line(call("train.py", "demo", f"--{setting}={value}", f"--out_dir={tmp_path / 'x'}"),

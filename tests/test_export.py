@@ -51,6 +51,9 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     assert_one_line(call("checkpoint.py", "export", trained, folder), "already exists")
     assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", folder / "config.json"),
                     "is not the output of `evaluate.py")
+    (tmp_path / "large.json").write_text(json.dumps(json.loads(result.out) | {"bits_per_token": 10**400}))
+    assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", tmp_path / "large.json"),
+                    "is not the output of `evaluate.py")
     (tmp_path / "other.json").write_text(call("evaluate.py", trained, "--json", "--raw").out)
     assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", tmp_path / "other.json"),
                     "has the score of other weights", "step 60, raw")

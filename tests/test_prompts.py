@@ -267,7 +267,8 @@ def test_steps_auto(sample, call, trained, data_dir, tmp_path):
                           ({"masks": curve["masks"][1:]}, "has no valid"), ({"masks": 3}, "is damaged"),
                           ({"masks": [0.5, *curve["masks"][1:]]}, "has no valid"),
                           ({"masks": [1, 1, *curve["masks"][2:]]}, "has no valid"),
-                          ({"masks": [*curve["masks"][:-1], math.inf]}, "has no valid")):
+                          ({"masks": [*curve["masks"][:-1], math.inf]}, "has no valid"),
+                          ({"masks": [*curve["masks"][:-1], 10**400]}, "is damaged")):
         (folder / "curve.json").write_text(json.dumps(curve | change))
         assert_one_line(call("sample.py", folder, "--steps=auto"), words)
     (folder / "curve.json").write_text(json.dumps(curve))

@@ -206,6 +206,8 @@ def test_bad_samples(call, trained, ar, data_dir, tmp_path):
     assert_one_line(go("--samples", tmp_path / "empty.txt"), "has no samples")
     assert_one_line(go("--samples", tmp_path / "bad.json"), "looks like JSON")
     assert_one_line(go("--samples", tmp_path / "latin.txt"), "not UTF-8")
+    (tmp_path / "deep.json").write_text('{"samples": ' + "[" * 100_000)
+    assert_one_line(go("--samples", tmp_path / "deep.json"), "looks like JSON")
     (tmp_path / "surrogate.json").write_text('{"samples": [{"text": "\\ud800 a"}]}')
     assert_one_line(go("--samples", tmp_path / "surrogate.json"), "looks like JSON")
     assert_one_line(go("--samples", "0"), "outside [1, 1000000]")

@@ -468,7 +468,8 @@ def test_plot(call, trained, data_dir, tmp_path):
     for content in (b"PNG\xff\n", b"[1]\n", b"{\n", b'{"step": "x"}\n', b"[" * 10**5 + b"\n",
                     b'{"step": 1, "bits_per_token": 3}\n', b'{"step": 1, "tokens": 1, "val_bits_per_token": 3}\n',
                     b'{"step": 1, "tokens": 1, "bits_per_token": "x", "tokens_per_second": 1}\n',
-                    b'{"step": 1, "tokens": 1, "bits_per_token": 3, "tokens_per_second": 0}\n'):
+                    b'{"step": 1, "tokens": 1, "bits_per_token": 3, "tokens_per_second": 0}\n',
+                    b'{"step": 1, "tokens": 1, "val_stderr": 0, "val_bits_per_token": 1' + b"0" * 400 + b'}\n'):
         (tmp_path / "log.jsonl").write_bytes(content)
         assert_one_line(call("plot.py", tmp_path), "is not a log of train.py")
 
