@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import world
+from randomness import uniforms
 from uniform import Uniform, UniformD3PM, UniformNoise, UniformSEDD, prior_kl
 from world import ENTROPY, P_DATA, SEQUENCES, L, V
 
@@ -285,3 +286,13 @@ def test_edges():
             assert nats.isfinite().all()
             (gradient,) = torch.autograd.grad(nats.sum(), logits)
             assert gradient.isfinite().all()
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    """The noise of each sequence is the same alone as in a batch."""
+    u, v = uniforms(3, 7, range(4), 4, 16, stratified=True)
+    objective = Uniform(27)
+    whole = objective.noise(u, v)
+    parts = [objective.noise(*uniforms(3, 7, [i], 4, 16, stratified=True)) for i in range(4)]
+    for a, b in zip(whole, zip(*parts)):
+        assert torch.equal(a, torch.cat(b))
