@@ -73,7 +73,9 @@ def first_value(name, drawn, weights):
     return value
 
 
-NETWORK = ("architecture", "n_layer", "n_head", "n_embd", "shift_tokens", "mixer", "residual", "mask_aware")
+NETWORK = ("architecture", "n_layer", "n_head", "n_embd", "shift_tokens", "mixer", "residual", "static_map",
+           "mask_aware")
+SOME_REFUSE = ("conditioning", "tied", "norm_bias", "head_bias", "head_gates", "dropout")  # some architectures do
 
 
 def check_same_network(source, cfg, path):
@@ -85,6 +87,8 @@ def check_same_network(source, cfg, path):
     if before["conditioning"] != "none":
         same += ["n_cond"] if cfg.clock else ["n_cond", "conditioning"]
         same += ["schedule"] if not cfg.clock and before["conditioning"] == "sigma" else []
+    if before["architecture"] != now["architecture"]:
+        same += [key for key in SOME_REFUSE if key not in same]
     if other := [key for key in same if before[key] != now[key]]:
         flags = [f"--{'' if before[key] else 'no-'}{key}" if isinstance(before[key], bool) else f"--{key}={before[key]}"
                  for key in other]

@@ -34,9 +34,9 @@ def grid_flag(text):
         rates = [float(part) for part in text.split(",")]
     except ValueError:
         rates = []
-    if len(rates) < 2 or rates[0] != 1 or rates[-1] != 0 or not all(r > rho for r, rho in zip(rates, rates[1:])):
+    if len(rates) < 2 or rates[0] != 1 or rates[-1] != 0 or not all(r - rho > 1e-9 for r, rho in zip(rates, rates[1:])):
         raise UserError(f"--grid {text!r} is not a grid: use {', '.join(SCHEDULES)}, auto, or mask rates that fall "
-                        "from 1 to 0, such as 1,0.8,0.3,0")
+                        "from 1 to 0, each by more than 1e-9, such as 1,0.8,0.3,0")
     return rates
 
 

@@ -188,7 +188,7 @@ def read(path, hints=Hints()):
     if path.is_dir() and not (path / "ckpt.pt").exists() and previous(path / "ckpt.pt").exists():
         path = previous(path / "ckpt.pt")  # a crash between the two renames of save() left no ckpt.pt
     if not path.exists():
-        on_hub = re.fullmatch(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", name)
+        on_hub = re.fullmatch(r"(?:https://huggingface\.co/)?([\w-][\w.-]*/[\w.-]+)/?", name)
         raise UserError(f"no checkpoint at {name}: `python train.py CONFIG` writes out/CONFIG/ckpt.pt"
                         + (f"; if it is a name on the Hub, write hf://{on_hub[1]}" if on_hub else ""))
     if not path.is_dir() and not path.is_file():

@@ -31,10 +31,11 @@ def prepare_command(name, meta={}):
         return " ".join([f"python data/prepare_{script}", *flags])
     request = meta.get("request", {})
     if "record" in meta:
-        length = f" --length {meta['record']}" if request.get("length") else ""
+        length = f" --length {meta['record']}" if meta["record"] != 32 else ""
         return f"python data/prepare_names.py --file FILE --name {shlex.quote(name)}{length}"
     if "held_out" in request:
-        return f"python data/prepare_openwebtext.py --file FILE --name {shlex.quote(name)}"
+        return (f"python data/prepare_openwebtext.py --file FILE --name {shlex.quote(name)} --held_out "
+                f"{request['held_out']}")
     words = ["python data/prepare_textfile.py FILE --name", shlex.quote(name)]
     for key, default in (("tokenizer", "char"), ("alphabet", "own")):
         if request.get(key, default) != default:
@@ -122,7 +123,7 @@ def load_split(name, split, seq_len, data_dir):
         raise UserError(f"the {split} split of {name} has {len(tokens):,} tokens, "
                         f"fewer than one sequence of {seq_len:,}: "
                         f"use --seq_len={min(meta['sizes'].values())} or less, or a larger text"
-                        + (" or --held_out" if "held_out" in meta.get("request", {}) else ""))
+                        + (", or a larger --held_out" if "held_out" in meta.get("request", {}) else ""))
     if len(tokens) <= LONG and tokens.max() >= meta["vocab_size"]:
         raise UserError(f"{path} is damaged, it has tokens that are not in its vocabulary: delete {path.parent} and "
                         "prepare the data set again")

@@ -12,7 +12,6 @@ import json
 import lzma
 import os
 import re
-import shlex
 import shutil
 import tempfile
 import urllib.request
@@ -85,12 +84,13 @@ def named_files(files, hashed=True):
 def is_prepared(folder, request={}, remedy="choose another --name"):
     """Return True and print a line that says so if the data set is prepared already.
 
-    request: what this call asks for, of what meta.json keeps. Raises UserError if the data set was made otherwise.
+    request: what this call asks for, of what meta.json keeps, there under "request" or at its top. Raises UserError if
+    the data set was made otherwise.
     """
     if not (folder / "meta.json").exists():
         return False
     meta = load_meta(folder.name, folder.parent)
-    made = meta.get("request", request)  # older data sets do not say
+    made = meta | meta.get("request", request)  # older data sets have no request
     for key in request:
         if made.get(key) != request[key]:
             raise UserError(f"{folder} is already prepared with {key} {in_words(made.get(key))}, not "
@@ -133,9 +133,9 @@ def read_text(path):
     """Return the text of a UTF-8 file; decompress .gz and .xz.
 
     Raises UserError if it cannot be read or is blank, or if its name says that it has JSON, whose keys are no text."""
-    if re.search(r"\.jsonl?(\.gz|\.xz)?$", str(path)):
-        raise UserError(f"{path} has JSON, whose keys and braces are no text: write its texts to a .txt file, or "
-                        f"prepare them by data/prepare_openwebtext.py --file {shlex.quote(str(path))} --name NAME")
+    if re.search(r"\.jsonl?(\.gz|\.xz)?$", str(path), re.IGNORECASE):
+        raise UserError(f"{path} has JSON, whose keys and braces are no text: write its texts to a .txt file "
+                        "(data/prepare_openwebtext.py makes a data set of .json and .jsonl)")
     content = read_bytes(path)
     try:
         if str(path).endswith(".gz"):

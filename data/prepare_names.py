@@ -45,12 +45,10 @@ def main():
     args = p.parse_args()
     check_name(args.name)
     folder = args.data_dir / args.name
-    length = str(args.length) if args.length != LENGTH else None  # None, as older data sets have it
-    request = {"files": named_files([args.file]) if args.file else [URL], "length": length}
-    if is_prepared(folder, request):
+    request = {"files": named_files([args.file]) if args.file else [URL]}
+    if is_prepared(folder, request | {"record": args.length}):
         return
-    names, left_out = clean(read_text(args.file) if args.file else fetch(URL, SHA256).decode("ascii"),
-                            args.length)
+    names, left_out = clean(read_text(args.file) if args.file else fetch(URL, SHA256).decode("ascii"), args.length)
     counts = ", ".join(f"{n:,} {why}" for why, n in left_out.items() if n)
     if len(names) < 20:
         raise UserError(f"{args.file} has {len(names)} usable names{f' (left out: {counts})' if counts else ''}, "

@@ -97,11 +97,11 @@ def main():
         p.error("--name is for documents of your own: name their files with --file")
     folder = args.data_dir / args.name
     request = {"held_out": args.held_out} | ({"files": named_files(args.file, hashed=False)} if args.file else {})
-    if is_prepared(folder, request):
+    if is_prepared(folder, request, "choose another --name" if args.file else "choose another --data_dir"):
         return
     documents = load_documents(args.file)
     if (held_out := len(documents) * args.held_out) < 50:
-        note(f"val and test get some {held_out:.0f} of the {len(documents):,} documents each: a larger --held_out "
+        note(f"val and test get about {held_out:.0f} of the {len(documents):,} documents each: a larger --held_out "
              "gives them more")
     GPT2Tokenizer()  # fails here, in one line, if there is no vocabulary; else fills the cache for the workers
     meta = dict(KNOWN["openwebtext"], source=", ".join(args.file) if args.file else SOURCE, request=request)

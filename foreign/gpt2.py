@@ -70,7 +70,6 @@ class NanoGPT(GPT2):
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
-EMBEDDINGS = ("transformer.wte.weight", "wte.weight", "embed_tokens.weight")  # the last name is DiffuGPT's
 NAMES = (
     (r"^(transformer|denoise_model)\.", ""),
     (r"^(wte|embed_tokens)\.", "embed."),
@@ -86,23 +85,27 @@ NAMES = (
 LEFT_OUT = re.compile(r"(^|\.)attn\.(masked_)?bias$|^lm_head\.weight$")  # causal masks; the head, which is tied
 
 
-def our_weights(state, transposed, path):
-    """Turn a state dict of GPT-2 into ours. transposed: its matrices are (inputs, outputs), as in OpenAI's files.
+def our_weights(state, name, path):
+    """Turn a state dict of a format into ours. But for nanoGPT's, its matrices are (inputs, outputs), as in OpenAI's
+    files.
 
     The embedding gets a row for the mask, which also stands before every text. DiffuGPT has one, which is copied if it
     is that of an ordinary token. GPT-2 was trained on texts after end-of-text, so it is a copy of that row. Other
     vocabularies have no such token: it is the mean of all rows.
     """
-    head, tokens = state.get("lm_head.weight"), state[next((key for key in EMBEDDINGS if key in state), EMBEDDINGS[0])]
+    key = "embed_tokens.weight" if name == "diffugpt" else "transformer.wte.weight"
+    head, tokens = state.get("lm_head.weight"), state["wte.weight" if "wte.weight" in state else key]
     if head is not None and not torch.equal(head, tokens):
         raise UserError(f"{path} has a head of its own: lm_head.weight differs from the embeddings, and GPT-2's head "
                         "has the same weights as they")
     tokens = tokens[:END + 1] if len(tokens) == ROUNDED else tokens
     ours = rename({key: value for key, value in state.items() if not LEFT_OUT.search(key)}, NAMES)
-    if transposed:
+    if name != "nanogpt":
         ours = {key: value.T if value.dim() == 2 and key.startswith("blocks.") else value
                 for key, value in ours.items()}
-    if EMBEDDINGS[-1] in state:
+    if name == "diffugpt":
+        if len(tokens) <= END:
+            raise UserError(f"{path} has {len(tokens):,} tokens, and DiffuGPT has those of GPT-2")
         mask, tokens = tokens[MASK if len(tokens) == END + 1 else END + 1], tokens[:END + 1]
     else:
         mask = tokens[END] if len(tokens) == END + 1 else tokens.float().mean(0).to(tokens.dtype)
@@ -131,7 +134,7 @@ def translate(found, name, hints):
         if other:
             raise UserError(f"{found.path} is a variant of GPT-2 that is not supported: {', '.join(other)}")
         sizes, step = {"n_layer": settings["n_layer"], "n_head": settings["n_head"], "bias": True}, 0
-    weights = our_weights(state, name != "nanogpt", found.path)
+    weights = our_weights(state, name, found.path)
     (rows, n_embd), V = weights["positions.weight"].shape, len(weights["embed.weight"]) - 1
     first = int(name == "diffugpt")  # with predict_next, the mask before the text has a position, too
     seq_len = hints.overrides.get("seq_len", rows - first)

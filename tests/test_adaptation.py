@@ -228,7 +228,7 @@ def test_diffugpt_logits(rows, mask, tmp_path):
         storage.read(folder, storage.Hints(overrides={"seq_len": 24}))
     del state["embed_tokens.weight"]
     save_file(state, folder / "model.safetensors")
-    with pytest.raises(storage.UserError, match="but lacks 'transformer.wte.weight'"):
+    with pytest.raises(storage.UserError, match="but lacks 'embed_tokens.weight'"):
         storage.read(folder, storage.Hints(format="diffugpt"))
 
 
@@ -461,6 +461,10 @@ def test_what_may_not_be_new():
     gated = {"config": source["config"] | {"head_gates": True}, "ema": source["ema"]}
     with pytest.raises(storage.UserError, match="add --head_gates"):
         adapt(before.make_model(11), gated, before, "it")
+    plain_gpt = replace(before, architecture="gpt2", conditioning="none", norm_bias=True)
+    flags = "--architecture=gpt2 --norm_bias --conditioning=none --no-head_gates"
+    with pytest.raises(storage.UserError, match=f"add {flags}$"):
+        check_same_network({"config": vars(plain_gpt) | {}}, replace(before, head_gates=True), "it")
     mixer = replace(before, architecture="mixers", mixer="gmlp")  # the same shapes with and without mask_aware
     with pytest.raises(storage.UserError, match="add --mask_aware"):
         check_same_network({"config": vars(replace(mixer, mask_aware=True)) | {}}, mixer, "it")

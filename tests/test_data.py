@@ -455,17 +455,17 @@ def test_documents_of_your_own(call, monkeypatch, tmp_path, gpt2):
     assert_one_line(go("--name=docs"), "name their files with --file")
     assert_one_line(go("--name=a/b", "--file", path), "is not a valid folder name")
     result = go("--name=docs", "--file", path, "--held_out=0.2")
-    assert result.code == 0 and "val and test get some 20 of the 100 documents each" in result.err
+    assert result.code == 0 and "val and test get about 20 of the 100 documents each" in result.err
     assert load_meta("docs", tmp_path)["name"] == "docs"
     command = prepare_command("docs", load_meta("docs", tmp_path))
-    assert command == "python data/prepare_openwebtext.py --file FILE --name docs"
+    assert command == "python data/prepare_openwebtext.py --file FILE --name docs --held_out 0.2"
     assert_one_line(go("--name=docs", "--file", path, "--held_out=0.1"), "already prepared with held_out 0.2, not 0.1")
-    with pytest.raises(UserError, match="or a larger text or --held_out"):
+    with pytest.raises(UserError, match="or a larger text, or a larger --held_out"):
         load_split("docs", "val", 10**5, tmp_path)
-    for name in ("a.json", "a.jsonl", "a.jsonl.gz"):
+    for name in ("a.JSON", "a.jsonl", "a.jsonl.gz"):
         (tmp_path / name).touch()
         assert_one_line(call("data/prepare_textfile.py", tmp_path / name, "--name=b", "--data_dir", tmp_path),
-                        "whose keys and braces are no text", f"--file {tmp_path / name} --name NAME")
+                        f"{tmp_path / name} has JSON, whose keys and braces are no text")
 
 
 def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):

@@ -50,7 +50,7 @@ def test_longer_items(call, tmp_path):
     assert len(items) == 36 and all(item.rstrip(PAD).startswith("what is ") for item in items)
     assert "already prepared (" in go("--length=48").err
     for flags in ((), ("--length=64",)):
-        assert_one_line(go(*flags), "already prepared with length 48, not")
+        assert_one_line(go(*flags), f"already prepared with record 48, not {flags[0].split('=')[1] if flags else 32}")
     assert_one_line(train(call, "mdlm_text8", tmp_path, tmp_path / "out", *SMALL, "--dataset=sums"), "use --seq_len=48")
 
 
