@@ -5,6 +5,7 @@
 """
 
 import io
+import os
 from pathlib import Path
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
@@ -64,6 +65,7 @@ def rows(entries, from_step):
 
 def subplots(*shape, **options):
     """plt.subplots for a file: no display is needed."""
+    os.environ["MPLBACKEND"] = "Agg"  # that of a notebook may not be installed here
     import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a folder is a $

@@ -248,6 +248,7 @@ WHITE, INK, SOFT, BLOCK, NEW = (255, 255, 255), (32, 34, 42), (125, 125, 130), (
 def pillow(size):
     """(PIL.Image, PIL.ImageDraw, a monospaced font of size pixels)."""
     from PIL import Image, ImageDraw, ImageFont
+    os.environ["MPLBACKEND"] = "Agg"  # that of a notebook may not be installed here
     from matplotlib.font_manager import findfont
     return Image, ImageDraw, ImageFont.truetype(findfont("DejaVu Sans Mono"), size)
 

@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -441,6 +443,14 @@ def test_log(trained):
     line = next(line for line in lines if "bits_per_token" in line)
     assert line["tokens"] == 10 * 8 * 32 and line["tokens_per_second"] > 0 and line["skipped"] == 0
     assert line["memory_bytes"] > 1e7 and line["seconds_left"] > 0 and 0 < line["mfu"] < 1
+
+
+def test_pictures_from_a_notebook(trained, tmp_path):
+    """A notebook's MPLBACKEND, which may not be installed here, does no harm."""
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    for command in (["plot.py", trained, "--out"], ["sample.py", trained, "--png"]):
+        subprocess.run([sys.executable, ROOT / command[0], *command[1:], tmp_path / f"{command[0]}.png"], env=env,
+                       check=True)
 
 
 def test_plot(call, trained, data_dir, tmp_path):
