@@ -219,7 +219,8 @@ class DatasetWriter:
     def _finish(self):
         empty = [split for split in SPLITS if not self.sizes[split]]
         if empty:
-            raise UserError(f"the {' and '.join(empty)} split would be empty: use a longer text")
+            more = ", or a larger --held_out" if "held_out" in self.meta.get("request", {}) else ""
+            raise UserError(f"the {' and '.join(empty)} split would be empty: use a longer text{more}")
         meta = dict(self.meta, dtype=np.dtype(self.dtype).name, sizes=self.sizes, bytes=self.bytes,
                     sha256={split: digest.hexdigest() for split, digest in self.hashes.items()})
         (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

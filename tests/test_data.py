@@ -456,6 +456,8 @@ def test_documents_of_your_own(call, monkeypatch, tmp_path, gpt2):
     assert_one_line(go("--name=a/b", "--file", path), "is not a valid folder name")
     result = go("--name=docs", "--file", path, "--held_out=0.2")
     assert result.code == 0 and "val and test get about 20 of the 100 documents each" in result.err
+    few = go("--name=few", "--file", path)
+    assert few.code == 2 and "split would be empty: use a longer text, or a larger --held_out" in few.err
     assert load_meta("docs", tmp_path)["name"] == "docs"
     command = prepare_command("docs", load_meta("docs", tmp_path))
     assert command == "python data/prepare_openwebtext.py --file FILE --name docs --held_out 0.2"

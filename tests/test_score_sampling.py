@@ -243,7 +243,7 @@ def test_uniform_euler_follows_its_steps(score):
 
 @pytest.mark.parametrize("name", ["ancestral", "euler"])
 def test_noise_is_removed(name):
-    """With the true scores no impossible token is left, though `geometric` has noise at t = 0, here a rate of 0.1."""
+    """Samples by the true scores have no impossible token. `geometric` has noise at t = 0, here sigma = 0.1."""
     objective, p = UniformSEDD(4, "geometric:0.1:20"), torch.tensor([0.7, 0.3, 0.0, 0.0])
 
     def model(xt, t, where):

@@ -135,7 +135,7 @@ def test_clipping(grad_clip):
 
 
 def test_a_bad_step_is_skipped():
-    """Where AdamW is not fused (mps) it is not called in a bad step, which changes nothing."""
+    """A bad step changes nothing: an AdamW that is not fused (as on mps) is not called in it."""
     torch.manual_seed(0)
     model, objective = CFG.make_model(5), MDLM(5)
     optimizer = AdamW(model.parameters(), lr=0.1, fused=False)
