@@ -75,20 +75,21 @@ def first_value(name, drawn, weights):
 
 NETWORK = ("architecture", "n_layer", "n_head", "n_embd", "shift_tokens", "mixer", "residual", "static_map",
            "mask_aware")
-SOME_REFUSE = ("conditioning", "tied", "norm_bias", "head_bias", "head_gates", "dropout")  # some architectures do
+# settings that some architectures refuse
+NOT_FOR_ALL = ("conditioning", "tied", "norm_bias", "head_bias", "head_gates", "dropout")
 
 
 def check_same_network(source, cfg, path):
     """Raise UserError if the networks differ, even where their shapes are equal. Returns lines on other settings."""
     before, now = dataclasses.asdict(config_of(source)), dataclasses.asdict(cfg)
     differ = lambda keys: [f"{key}={before[key]}, now {now[key]}" for key in keys if before[key] != now[key]]
-    same = [*NETWORK, *(key for key in ("head_gates", "norm_bias", "head_bias") if before[key])]  # they may be new
-    same += [] if before["tied"] else ["tied"]
+    same = [*NETWORK, *(key for key in ("head_gates", "norm_bias", "head_bias") if before[key])]  # these may be new,
+    same += [] if before["tied"] else ["tied"]  # and an own head, too, but none of them may be left out
     if before["conditioning"] != "none":
         same += ["n_cond"] if cfg.clock else ["n_cond", "conditioning"]
         same += ["schedule"] if not cfg.clock and before["conditioning"] == "sigma" else []
     if before["architecture"] != now["architecture"]:
-        same += [key for key in SOME_REFUSE if key not in same]
+        same += [key for key in NOT_FOR_ALL if key not in same]
     if other := [key for key in same if before[key] != now[key]]:
         flags = [f"--{'' if before[key] else 'no-'}{key}" if isinstance(before[key], bool) else f"--{key}={before[key]}"
                  for key in other]

@@ -86,8 +86,8 @@ LEFT_OUT = re.compile(r"(^|\.)attn\.(masked_)?bias$|^lm_head\.weight$")  # causa
 
 
 def our_weights(state, name, path):
-    """Turn a state dict of a format into ours. But for nanoGPT's, its matrices are (inputs, outputs), as in OpenAI's
-    files.
+    """Turn a state dict of the format `name` into ours. nanoGPT's matrices are (outputs, inputs), as ours are; those of
+    the other formats are (inputs, outputs).
 
     The embedding gets a row for the mask, which also stands before every text. DiffuGPT has one, which is copied if it
     is that of an ordinary token. GPT-2 was trained on texts after end-of-text, so it is a copy of that row. Other
