@@ -40,6 +40,10 @@ except ImportError:  # Windows
     resource = None
 
 
+# What torchrun tells each process that it starts, in the environment.
+TORCHRUN = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+
+
 class UserError(Exception):
     """An error that the user can fix. The message is one line: what is wrong, and what to do."""
 
@@ -53,9 +57,14 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
+        if message.endswith("expected one argument"):
+            message += "; one that begins with - is written after =, as in --seed=-1"
         raise UserError(f"{message} (--help lists the options)")
 
     def parse_args(self, args=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"{word}: argparse takes -- for the end of the options, so it cannot be a value")
         parsed, unknown = self.parse_known_intermixed_args(args)  # options may stand between CKPTs
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -113,12 +122,14 @@ def lacks_memory(error):
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
-def run(main):
+def run(main, processes=False):
     """Call main(), which returns an exit code or None, and end the process with the exit code.
 
+    processes: main() joins the other processes that torchrun started (parallel.py). Then the first one reports errors.
     UserError and OSError: one line on stderr and exit code 2. Ctrl-C: exit code 130. SIGTERM, where main does not
     handle it: 143. Other errors: exit code 1."""
-    name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK")
+    name = os.path.basename(sys.argv[0])
+    rank = os.environ["RANK"] if processes and all(key in os.environ for key in TORCHRUN) else None
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if rank is None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -310,6 +321,10 @@ def table(rows, columns, out):
 
 def check_place(flag, path, ending):
     """Raise UserError if the file that a flag names cannot be written, or lacks this ending. Devices need no ending."""
+    try:
+        path.resolve()
+    except RuntimeError:
+        raise UserError(f"{flag} {path} is a link that leads to itself")
     special = path.exists() and not path.is_file()
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")

@@ -16,22 +16,35 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import UserError, pick_device
+from cli import TORCHRUN, UserError, pick_device
 
-rank = int(os.environ.get("RANK", 0))
-world = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # processes
-is_main = rank == 0
+# One process, until join() finds others.
+rank, world, is_main = 0, 1, True
+on_this_machine = 1  # processes
 
 # Processes that train one copy of the weights are a team. All are one team, unless form_teams is called.
-team, team_size = None, world  # team: the process group of this process's team; None: of all processes
+team, team_size = None, 1  # team: the process group of this process's team; None: of all processes
 leaders, n_teams = None, 1  # leaders: the process group of the first processes of all teams
 
 
 def join(timeout_minutes):
-    """Connect to the other processes, if torchrun started some. If one is silent for timeout_minutes, all end."""
+    """Connect to the other processes, if torchrun started some. If one is silent for timeout_minutes, all end.
+
+    Raises UserError if something else than torchrun left a RANK in the environment.
+    """
+    global rank, world, is_main, on_this_machine, team_size, everyone
     if "RANK" not in os.environ:
         return
+    if missing := [key for key in TORCHRUN if key not in os.environ]:
+        raise UserError(f"RANK is set in the environment, and {missing[0]} is not: start several processes with "
+                        "torchrun, or unset RANK")
+    try:
+        rank, world, on_this_machine, _ = (
+            int(os.environ.get(key, 1)) for key in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE or MASTER_PORT in the environment is no number ({error}): start several "
+                        "processes with torchrun, or unset RANK")
+    is_main, team_size = rank == 0, world
     timeout = timedelta(minutes=timeout_minutes)
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -42,7 +55,6 @@ def join(timeout_minutes):
                             world_size=world, timeout=timeout)
     # When nothing refers to a group any more, PyTorch ends it and waits for gloo's threads. These may wait for Python's
     # global lock, which main() holds: a deadlock. So this reference stays until cli.run ends the process by os._exit.
-    global everyone
     everyone = dist.group.WORLD
 
 

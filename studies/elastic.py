@@ -76,8 +76,8 @@ def main():
     from torchft import Manager, ProcessGroupGloo
     from torchft.local_sgd import DiLoCo
 
-    rank, world, h = parallel.rank, parallel.world, cfg.local_steps
     parallel.join(cfg.timeout_minutes)
+    rank, world, h = parallel.rank, parallel.world, cfg.local_steps
     device = parallel.own_device(cfg.device)
     meta, tokens, _, record, pad = open_data(cfg)
     dtype, out = pick_dtype(device, cfg.dtype), Path(cfg.out_dir or Path("out", f"elastic_{name}"), str(group))
@@ -126,4 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, processes=True)

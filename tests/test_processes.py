@@ -11,7 +11,7 @@ import torch
 
 import parallel
 import storage
-from cli import UserError
+from cli import TORCHRUN, UserError, run
 from commands import (ROOT, STEADY, assert_same_training, finish, finish_well, log, losses, read_until,
                       start, train)
 from conftest import TRAINED
@@ -253,7 +253,7 @@ def main():
             raise AssertionError
     parallel.together(lambda: fail_in(1))
 
-run(main)
+run(main, processes=True)
 """
 
 
@@ -316,17 +316,55 @@ def test_more_processes_than_gpus(monkeypatch):
 
 def test_processes_of_this_machine():
     """Two machines of two processes each: two share the memory."""
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    assert subprocess.check_output([sys.executable, "-c", "import parallel; print(parallel.on_this_machine)"], cwd=ROOT,
-                                   env=environment) == b"2\n"
+    code = """
+import parallel
+parallel.dist.rendezvous = lambda *_, **__: iter([(None, 2, 4)])  # no other process is waited for
+parallel.dist.init_process_group = lambda *_, **__: None
+parallel.dist.group.WORLD = None
+parallel.join(1)
+print(parallel.rank, parallel.world, parallel.on_this_machine)
+"""
+    assert joined(code, RANK=2, WORLD_SIZE=4, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2, MASTER_ADDR="localhost",
+                  MASTER_PORT=1234) == "2 4 2\n"
+
+
+def joined(code, **environment):
+    """Return the stdout of Python code that runs with no variables of torchrun but these."""
+    others = {key: value for key, value in os.environ.items() if key not in TORCHRUN}
+    return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True,
+                                   env=others | {key: str(value) for key, value in environment.items()})
 
 
 def test_only_torchrun_makes_processes():
     """A WORLD_SIZE that something else has left in the environment does not make a single process one of two."""
-    code = "import parallel; print(parallel.rank, parallel.world)"
-    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | {"WORLD_SIZE": "2"}
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
-                          text=True).stdout == "0 1\n"
+    code = "import parallel; parallel.join(1); print(parallel.rank, parallel.world)"
+    assert joined(code, WORLD_SIZE=2) == "0 1\n"
+
+
+@pytest.mark.parametrize("environment, message", [
+    (dict(RANK=0), "LOCAL_RANK is not"), (dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2), "MASTER_ADDR is not"),
+    (dict(RANK="x", LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=1), "no number.*'x'")])
+def test_rank_without_torchrun(environment, message, monkeypatch):
+    """A cluster's environment can have a RANK, which torchrun did not set."""
+    for key in TORCHRUN:
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(UserError, match=f"{message}.*start several processes with torchrun, or unset RANK"):
+        parallel.join(1)
+
+
+def test_commands_of_one_process_report_errors_with_any_rank(monkeypatch, capsys):
+    """sample.py and evaluate.py report their errors also where a cluster's environment says RANK=1."""
+    for key in TORCHRUN:
+        monkeypatch.setenv(key, "1")
+
+    def fail():
+        raise UserError("wrong")
+
+    with pytest.raises(SystemExit):
+        run(fail)
+    assert capsys.readouterr().err.endswith(": wrong\n")
 
 
 def test_a_dead_process_ends_the_others(data_dir, tmp_path):
