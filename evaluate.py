@@ -74,11 +74,12 @@ def samplers(text):
 
 def parse_args():
     p = ArgumentParser(description=__doc__)
-    p.add_argument("checkpoint", help="checkpoint of this or another project: a file, a folder or hf://owner/name")
+    p.add_argument("checkpoint", type=named,
+                   help="checkpoint of this or another project: a file, a folder or hf://owner/name")
     p.add_argument("other", nargs="?", type=named, help="second checkpoint, to compare with the first")
     data = p.add_argument_group("data")
     data.add_argument("--split", choices=SPLITS, help="split to score (default: val)")
-    data.add_argument("--dataset", help="data set to score (default: the one of the training)")
+    data.add_argument("--dataset", type=named, help="data set to score (default: the one of the training)")
     data.add_argument("--data_dir", default="", help="folder that has the data sets (default: as in training)")
     data.add_argument("--text", type=named, metavar="FILE", help="text to score instead of a split (plain, .gz or .xz)")
     data.add_argument("--seq_len", type=number(int, 1), help="tokens per window (default, maximum: as in training)")
@@ -141,8 +142,16 @@ def parse_args():
 
 
 def pick_estimator(subject, args):
-    """The estimator that the flags ask for, or the objective's own. Raises UserError if it does not fit."""
+    """The estimator or the order that the flags ask for, or the objective's estimator. Raises UserError if it does not
+    fit."""
     objective = subject.objective()
+    if args.order:
+        subject.whole_windows("the likelihood along an order")
+        if objective.causal and args.order != "l2r":
+            raise UserError(f"{subject.path} {objective.description} and has only one order: use --order l2r")
+        if not objective.causal and not objective.block_size:
+            subject.masked_only("--order")
+        return args.order
     estimator = args.estimator or ("t_step" if args.T else objective.reported)
     if args.T and not estimator.startswith("t_step"):
         raise UserError(f"--T is for the T-step bound, not for --estimator {estimator}: leave out one of the two")
@@ -177,14 +186,7 @@ def pick_estimators(one, two, args):
 def nats_of(subject, estimator, args):
     """Nats per token of each window (n,), by an estimator or along an order, and a description of the method."""
     if estimator in ORDERS:
-        objective = subject.objective()
-        subject.whole_windows("the likelihood along an order")
-        if not objective.causal:
-            if not objective.block_size:
-                subject.masked_only("--order")
-        elif estimator != "l2r":
-            raise UserError(f"{subject.path} {objective.description} and has only one order: use --order l2r")
-        return (chain_rule_of(subject.model, objective, subject.data, estimator, args.seed),
+        return (chain_rule_of(subject.model, subject.objective(), subject.data, estimator, args.seed),
                 f"negative log-likelihood, order {estimator}")
     objective, prefix = subject.objective(estimator, args.T), subject.config.prefix
     nats = bound(subject.model, objective, subject.data, seed=args.seed, repeats=args.repeats, estimator=estimator,
@@ -276,7 +278,8 @@ def score(args, open_subject, out):
     if args.check and draws < DRAWS and not one.config.objective_class.causal:
         raise UserError(f"--check needs at least {DRAWS} draws of noise, and {one.data.n} windows have {draws}: use "
                         f"--repeats {-(-DRAWS // one.data.n)}, more --n_tokens or a longer text")
-    estimator = args.order or pick_estimator(one, args)
+    estimator = pick_estimator(one, args)
+    train = one.training_tokens() if args.baselines else None
     nats, line, result = likelihood(one, estimator, args)
     print(line, file=out)
     if args.check:
@@ -288,7 +291,6 @@ def score(args, open_subject, out):
               f"(more than {max(LIMIT * error, ROUNDING):.4f} would have been noticed)", file=out)
         result["check"] = {"agree": verdict, "difference": mean, "stderr": error, "second": second}
     if args.baselines:
-        train = one.training_tokens()
         result["baselines"] = dict(reference_points(train, one.data.tokens, one.meta["vocab_size"]))
         print(comparison(result, one.tokenizer.unit), file=out)
     return result
@@ -296,7 +298,7 @@ def score(args, open_subject, out):
 
 def compare(one, two, args, out):
     """Compare two checkpoints on the same windows, and on the same masks if both have masks."""
-    estimators = [args.order] * 2 if args.order else pick_estimators(one, two, args)
+    estimators = pick_estimators(one, two, args)
     scored = [likelihood(subject, estimator, args) for subject, estimator in zip((one, two), estimators)]
     strata = [strata_of(subject, args) for subject in (one, two)]
     by_stratum = strata[0] if strata[0] is not None else strata[1]  # a trend of one model is one of the difference

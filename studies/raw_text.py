@@ -77,13 +77,14 @@ def compare_on_text(one, two, estimators, args, out):
         places = np.linspace(0, len(chunks) - 1, min(n, len(chunks))).round().astype(int)
         chunks = [chunks[i] for i in places]
     n_bytes = np.array([len(chunk.encode()) for chunk in chunks])
-    bits, models = [], []
-    for subject, estimator in zip((one, two), estimators):
+    objectives = [subject.objective(estimator, args.T) for subject, estimator in zip((one, two), estimators)]
+    for subject, objective in zip((one, two), objectives):
         subject.whole_windows("a comparison in bytes")
-        objective = subject.objective(estimator, args.T)
         if objective.block_size:
             raise UserError(f"{subject.path} {objective.description}, and the last window of a chunk is no multiple of "
                             "its blocks: compare another model in bytes")
+    bits, models = [], []
+    for subject, objective, estimator in zip((one, two), objectives, estimators):
         if subject.tokenizer.decode(subject.tokenizer.encode(chunks[0])) != chunks[0]:
             note(f"the tokenizer of {subject.path} loses a part of the text, such as capitals or spaces: its bits "
                  "describe less than the text")
