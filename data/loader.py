@@ -71,7 +71,8 @@ def check_same_tokens(meta, data_meta, dataset):
     """Raise UserError unless each token id means the same for the checkpoint (meta) and the data set (data_meta)."""
     strange = sorted(set(data_meta.get("alphabet", "")) - set(meta.get("alphabet", "")))
     if strange and meta["tokenizer"] == "char":
-        advice = "prepare it with --alphabet text8, or " if meta.get("alphabet") == TEXT8_ALPHABET else ""
+        text = meta.get("alphabet") == TEXT8_ALPHABET and "record" not in data_meta
+        advice = "prepare it with --alphabet text8, or " if text else ""
         raise UserError(f"data set {dataset!r} has characters outside the checkpoint's alphabet: "
                         f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''}; "
                         f"{advice}choose another with --dataset")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, progress, run
+from cli import UserError, named, progress, run
 from data.prepare import DatasetWriter, folder_of, is_prepared, named_files, parser, read_text
 from data.tokenizer import KNOWN, TEXT8_ALPHABET, make_tokenizer, size_of_bpe, text8_words, tokens_of
 
@@ -102,9 +102,9 @@ def cut_books(files, books):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--file", nargs=2, metavar=("TRAIN", "VAL"), help="local files with the cleaned text (.txt, .gz or "
-                   ".xz) to use instead of downloads")
-    p.add_argument("--tokenizer", default="char", help="kind of tokens: char (default), gpt2 or bpe:SIZE")
+    p.add_argument("--file", nargs=2, type=named, metavar=("TRAIN", "VAL"),
+                   help="local files with the cleaned text (.txt, .gz or .xz) to use instead of downloads")
+    p.add_argument("--tokenizer", type=named, default="char", help="kind of tokens: char (default), gpt2 or bpe:SIZE")
     args = p.parse_args()
     if args.tokenizer not in ("char", "gpt2"):
         size_of_bpe(args.tokenizer)

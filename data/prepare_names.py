@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, note, number, run
+from cli import UserError, named, note, number, run
 from data.prepare import DatasetWriter, check_name, cut, fetch, is_prepared, named_files, parser, read_text
 from data.tokenizer import CharTokenizer, characters
 
@@ -39,7 +39,7 @@ def clean(text, length=LENGTH):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--file", help="file to use instead of a download: UTF-8 text, plain, .gz or .xz")
+    p.add_argument("--file", type=named, help="file to use instead of a download: UTF-8 text, plain, .gz or .xz")
     p.add_argument("--name", default="names", help="name of the data set (default: names)")
     p.add_argument("--length", type=number(int, 1, 10**5), default=LENGTH, help=f"tokens of a name (default {LENGTH})")
     args = p.parse_args()

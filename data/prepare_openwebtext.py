@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, note, number, progress, require, run
+from cli import UserError, named, note, number, progress, require, run
 from data.loader import SPLITS
 from data.prepare import DatasetWriter, check_name, is_prepared, named_files, parser
 from data.tokenizer import KNOWN, GPT2Tokenizer
@@ -33,9 +33,13 @@ BATCH = 200  # documents that a process encodes at a time
 READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
-def load_documents(files):
-    """Return the documents as a Hugging Face data set with a column `text`, memory-mapped from its cache."""
-    require("datasets", "the download of OpenWebText")
+def load_documents(files, source=SOURCE, name=None, split="train"):
+    """Return documents as a Hugging Face data set with a column `text`, memory-mapped from its cache.
+
+    files: local files, or None for a split of a data set on the Hub (source, and name, one of its parts). Raises
+    UserError if they cannot be loaded, or have no text.
+    """
+    require("datasets", f"the download of {source}")
     from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
     from datasets.utils.logging import CRITICAL, set_verbosity
@@ -44,7 +48,7 @@ def load_documents(files):
         disable_progress_bars()
     try:
         if not files:
-            return load_dataset(SOURCE, split="train")
+            return load_dataset(source, name, split=split)
         for file in files:
             if Path(file).is_dir():
                 raise UserError(f"{file} is a folder: name its files")
@@ -56,12 +60,13 @@ def load_documents(files):
         documents = load_dataset(kinds.pop(), data_files=[glob.escape(str(file)) for file in files], split="train")
     except (OSError, ConnectionError, DatasetGenerationError, ValueError, StopIteration) as error:
         reason = (str(error.__cause__ or error).strip() or "it is empty").split("\n")[0][:150]
-        raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({reason})"
+        raise UserError(f"could not load {', '.join(files or [source])} ({reason})"
                         + ("" if files else "; download its parquet files elsewhere and pass --file"))
+    first = files[0] if files else source
     if "text" not in documents.column_names:
-        raise UserError(f"{files[0]} has no column `text`, only {', '.join(documents.column_names)}")
+        raise UserError(f"{first} has no column `text`, only {', '.join(documents.column_names)}")
     if (kind := getattr(documents.features["text"], "dtype", "list")) not in ("string", "large_string", "null"):
-        raise UserError(f"the column `text` of {files[0]} has values of type {kind}, and not text")
+        raise UserError(f"the column `text` of {first} has values of type {kind}, and not text")
     return documents
 
 
@@ -85,7 +90,7 @@ def encode(texts):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--file", nargs="+", metavar="FILE", help="local files to use instead of a download")
+    p.add_argument("--file", nargs="+", type=named, metavar="FILE", help="local files to use instead of a download")
     p.add_argument("--name", default="openwebtext", help="name of the data set (default: openwebtext)")
     p.add_argument("--num_proc", type=number(int, 1), default=os.cpu_count(),
                    help="number of processes (default: one per core)")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import run
+from cli import named, run
 from data.prepare import cut, fetch, is_prepared, parser, write_splits
 from data.tokenizer import KNOWN, CharTokenizer, characters, text8_words
 
@@ -19,7 +19,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--file", help="local copy to use instead of a download")
+    p.add_argument("--file", type=named, help="local copy to use instead of a download")
     p.add_argument("--alphabet", choices=("own", "text8"), default="own", help="symbols of the text: its own 65 "
                    "(default), or text8's 27")
     args = p.parse_args()

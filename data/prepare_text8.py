@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import run
+from cli import named, run
 from data.prepare import cut, fetch, is_prepared, parser, write_splits
 from data.tokenizer import KNOWN, CharTokenizer
 
@@ -20,7 +20,7 @@ SHA256 = "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232"
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--file", help="local text8.zip to use instead of a download")
+    p.add_argument("--file", type=named, help="local text8.zip to use instead of a download")
     args = p.parse_args()
     folder = args.data_dir / "text8"
     if is_prepared(folder):

@@ -28,7 +28,7 @@ CHUNK = 1 << 20  # characters encoded at a time
 
 def main():
     p = parser(__doc__)
-    p.add_argument("files", nargs="+", metavar="FILE", help="text to train on")
+    p.add_argument("files", nargs="+", type=named, metavar="FILE", help="text to train on")
     p.add_argument("--name", required=True, help="name of the data set")
     p.add_argument("--val", type=named, metavar="FILE", help="text to validate on; needs --test")
     p.add_argument("--test", type=named, metavar="FILE", help="text to test on; needs --val")
@@ -57,6 +57,8 @@ def main():
         note("the text has Windows' line ends, \\r\\n, and both characters are kept: convert it first if you want \\n")
     if args.alphabet == "text8":
         texts = [" ".join(text8_words(text)) for text in texts]
+        if not all(texts):
+            raise UserError("the text has no letters from a to z: leave out --alphabet text8")
     if args.val:
         splits = dict(zip(SPLITS, texts))
     else:

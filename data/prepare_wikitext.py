@@ -8,15 +8,15 @@
 """
 
 import functools
-import glob
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import UserError, first_line, named, require, run
+from cli import named, run
 from data.loader import SPLITS
 from data.prepare import folder_of, is_prepared, named_files, parser, read_text, write_splits
+from data.prepare_openwebtext import load_documents
 from data.prepare_textfile import encode
 from data.tokenizer import make_tokenizer, tokens_of
 
@@ -27,23 +27,12 @@ def texts(large, files):
     """The texts of the splits train, val, test. Raises UserError if they cannot be loaded."""
     if files and not all(file.endswith(".parquet") for file in files):
         return [read_text(file) for file in files]
-    require("datasets", "the download of WikiText")
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    for file in files or []:
-        if not Path(file).is_file():
-            raise UserError(f"no such file: {file}")
-    try:
-        if files:
-            found = load_dataset("parquet", data_files=dict(zip(SPLITS, map(glob.escape, files))))
-        else:
-            found = load_dataset(SOURCE, f"wikitext-{103 if large else 2}-raw-v1")
-            found = {"train": found["train"], "val": found["validation"], "test": found["test"]}
-        return ["".join(filter(None, found[split]["text"])) for split in SPLITS]
-    except (OSError, ConnectionError, DatasetGenerationError, KeyError, ValueError) as error:
-        reason = first_line(error.__cause__ or error)
-        raise UserError(f"could not load {', '.join(files) if files else SOURCE} ({reason})"
-                        + ("" if files else "; download its parquet files elsewhere and pass --file"))
+    if files:
+        found = [load_documents([file]) for file in files]
+    else:
+        found = [load_documents(None, SOURCE, f"wikitext-{103 if large else 2}-raw-v1", split)
+                 for split in ("train", "validation", "test")]
+    return ["".join(filter(None, documents["text"])) for documents in found]
 
 
 def main():

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -104,12 +105,19 @@ class TransformersJudge:
     def __init__(self, name, device, dtype):
         require("transformers", f"--judge hf://{name}")
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+        logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-        except (OSError, ValueError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+        except Exception as error:  # of transformers, of safetensors, or of a file that is none of theirs
             raise UserError(f"hf://{name} cannot be loaded as a causal language model: {first_line(error)}")
-        config = self.model.config
+        if report["missing_keys"]:
+            raise UserError(f"hf://{name} lacks weights of {type(model).__name__}: "
+                            f"{', '.join(sorted(report['missing_keys'])[:3])}")
+        self.model, config = model.to(device).eval(), model.config
         self.length = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", 1024)
         self.length -= 1  # for the start token
         start = self.tokenizer.bos_token_id

@@ -93,7 +93,18 @@ def once(path, measure):
     """Return the JSON object in a file, which is measured and written if there is none yet."""
     if not path.exists():
         write_file(path, json.dumps(measure()) + "\n")
-    return json.loads(path.read_text())
+    return read(path)
+
+
+def read(path):
+    """Return the JSON object that once() has written. Raises UserError if the file has something else."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: delete it, and the same command writes it again")
+    return found
 
 
 def train(out, *words):

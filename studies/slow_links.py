@@ -92,9 +92,9 @@ class Study:
 
     def first(self, seed):
         """The network that all go on from."""
-        out = self.args.folder / f"first_{seed}"
-        runs.once(out.with_suffix(".done"), lambda: bool(runs.train(
-            out, *self.flags_of(seed), f"--max_steps={self.args.first}", f"--eval_interval={self.args.first}")))
+        out, steps = self.args.folder / f"first_{seed}", self.args.first
+        runs.once(out.with_suffix(".done"), lambda: {"step": runs.train(
+            out, *self.flags_of(seed), f"--max_steps={steps}", f"--eval_interval={steps}")[-1]["step"]})
         return out
 
     def how(self, name, level, extra):

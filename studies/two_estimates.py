@@ -35,7 +35,7 @@ def checked(out, args):
     """Return what check() returns, from the file beside the run if that is of the same weights and settings."""
     payload, kept = storage.read(out), out.with_name(f"{out.name}.check.json")
     about = {"windows": args.windows, "repeats": args.repeats, "weights": storage.digest(payload["ema"])}
-    if kept.exists() and json.loads(kept.read_text()).get("about") != about:
+    if kept.exists() and runs.read(kept).get("about") != about:
         kept.unlink()
     return runs.once(kept, lambda: check(out, payload["config"], args) | {"about": about})
 

@@ -472,6 +472,7 @@ def test_documents_of_your_own(call, monkeypatch, tmp_path, gpt2):
 
 def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
     """A cut or empty file is one line; a document without a text is left out."""
+    import datasets
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and not much more")
     (tmp_path / "a.jsonl").write_text("")
@@ -486,6 +487,9 @@ def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
     assert gpt2.decode(tokens) == "one<|endoftext|>two<|endoftext|>" and n_bytes == 6
     (tmp_path / "numbers.jsonl").write_text('{"text": 123}\n')
     assert_one_line(go("numbers.jsonl"), "has values of type int64, and not text")
+    datasets.Dataset.from_dict({"text": [123]}).to_parquet(tmp_path / "n.parquet")
+    assert_one_line(call("data/prepare_wikitext.py", "--data_dir", tmp_path, "--file", *[tmp_path / "n.parquet"] * 3),
+                    "has values of type int64, and not text")
 
 
 def test_openwebtext_of_odd_names(call, monkeypatch, tmp_path, gpt2):

@@ -231,6 +231,12 @@ def test_bad_samples(call, trained, ar, data_dir, tmp_path):
                         "not finite")
     assert_one_line(go("--samples", "2", "--judge", trained), "cannot be a judge: its objective is mdlm")
     assert_one_line(go("--samples", "2", "--judge", "hf://" + str(tmp_path)), "cannot be loaded as a causal language")
+    model, tokenizer = make("bert")
+    for part in (model.bert, tokenizer):  # without the head
+        part.save_pretrained(tmp_path / "bert")
+    assert_one_line(go("--samples", "2", "--judge", f"hf://{tmp_path / 'bert'}"), "lacks weights of BertLMHeadModel")
+    (tmp_path / "bert/model.safetensors").write_bytes(b"cut off")
+    assert_one_line(go("--samples", "2", "--judge", f"hf://{tmp_path / 'bert'}"), "cannot be loaded as a causal")
     for part in make("roberta"):
         part.save_pretrained(tmp_path / "roberta")
     assert_one_line(go("--samples", "2", "--judge", f"hf://{tmp_path / 'roberta'}"), "sees the text on the right")

@@ -389,6 +389,10 @@ def test_settings_before_the_first_run_can_change(monkeypatch, tmp_path):
     data = "abd"
     with pytest.raises(UserError, match="has runs with data=abc, not abd"):
         runs.make_folder(tmp_path / "study", args)
+    for damaged in ("{", "[]"):
+        (tmp_path / "study" / "settings.json").write_text(damaged)
+        with pytest.raises(UserError, match="settings.json is damaged: delete it"):
+            runs.make_folder(tmp_path / "study", args)
 
 
 def test_tuned():
