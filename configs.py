@@ -51,7 +51,7 @@ COUNTS = {"seq_len", "n_layer", "n_head", "n_embd", "n_cond", "T", "batch_size",
           "max_skipped", "local_group", "fragments"}
 # The largest numbers. T: float32 cannot tell more steps apart.
 MOST = {"seq_len": 10**7, "n_layer": 1000, "n_head": 10**4, "n_embd": 10**6, "n_cond": 10**6, "T": 10**7,
-        "outer_lr": 10**6}
+        "outer_lr": 10**6, "peak_tflops": 10**6}
 
 
 # {first field of a group: title of the group in --help}

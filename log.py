@@ -29,7 +29,7 @@ import parallel
 from cli import UserError, first_line, for_terminal, note
 
 
-HINT = "fix the cause, then run the same command with --resume auto"
+HINT = "fix the cause, then run the same command again (train.py: with --resume auto)"
 
 
 def parse(path):
@@ -137,6 +137,9 @@ class Log:
     def __init__(self, out_dir, step, name, config, bar, wandb_id=None):
         self.path, self.bar, self.wandb, self.wandb_id = out_dir / "log.jsonl", bar, None, wandb_id
         self.terminal = True
+        if config["wandb"]:  # first: what is wrong with its settings leaves no log
+            self.wandb = start_wandb(name, config, wandb_id)
+            self.wandb_id = self.wandb.id
         try:
             entries, damaged = parse(self.path) if self.path.exists() else ([], [])
             if damaged:
@@ -154,9 +157,6 @@ class Log:
             with contextlib.suppress(OSError):
                 self.path.with_name(".log.jsonl.tmp").unlink()
             raise UserError(f"cannot write {self.path}: {error.strerror}; {HINT}")
-        if config["wandb"]:
-            self.wandb = start_wandb(name, config, wandb_id)
-            self.wandb_id = self.wandb.id
 
     def show(self, line):
         """Print a line. If nothing reads stdout any more, as after `train.py | head`, training goes on silently."""

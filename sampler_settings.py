@@ -1,7 +1,6 @@
 """The settings of a sampler: command-line flags -> sampling.Settings, and the grids of mask rates that they ask for."""
 
 import argparse
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -27,8 +26,11 @@ def grid_flag(text):
     """An argparse type: a schedule's name, auto, or mask rates such as 1,0.8,0.3,0."""
     if text == "auto":
         return text
-    with contextlib.suppress(ValueError):
-        make_schedule(text)
+    if text.split(":")[0] in SCHEDULES:
+        try:
+            make_schedule(text)
+        except ValueError as error:
+            raise UserError(f"--grid {error}")
         return text
     try:
         rates = [float(part) for part in text.split(",")]

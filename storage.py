@@ -100,7 +100,7 @@ def save(path, payload, keep_previous=False):
         if cause is None:
             raise
         raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are unchanged: fix the cause, "
-                        "then run the same command with --resume auto")
+                        "then run the same command again (train.py: with --resume auto)")
 
 
 def versions():

@@ -240,7 +240,8 @@ def tiny(found, hints):
     config.setdefault("prefix", 16 if config["seq_len"] > 16 else 0)
     config["prefix"] = f"fixed:{config['prefix']}" if config["prefix"] else "none"
     if "n_head" not in hints.overrides and n_embd != 384:
-        note(f"{path} does not say its n_head: {config['n_head']} is assumed; --override n_head=N changes it")
+        note(f"{path} does not say its n_head: {config['n_head']} is assumed; sample.py and evaluate.py change it "
+             "by --override n_head=N")
     Config(**config)  # checks that n_head divides n_embd before the weights are rearranged by it
     weights = our_weights(state, config["n_head"])
     V = len(payload["token_emb.weight"]) - 1

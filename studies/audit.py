@@ -172,10 +172,11 @@ def measure(claim, model, x0, draws, rng, p=None):
     return values.mean(0), values.std(0) / parts**0.5
 
 
+DRAWS = 20_000  # draws of each text
 LIMIT = 5  # standard errors by which a claim must fall short to break a rule
 
 
-def audit(claim, draws=20_000, steps=None):
+def audit(claim, draws=DRAWS, steps=None):
     """Audit a claim on all worlds with all denoisers: a list of Findings.
 
     steps: of the chain that the claim is about; None: tokens are revealed one by one.
@@ -366,7 +367,7 @@ def verdict(findings):
 def main():
     p = ArgumentParser(description=__doc__)
     p.add_argument("claim", nargs="?", help=f"FILE.py:NAME, or one of {', '.join(CLAIMS)} (default: all of these)")
-    p.add_argument("--draws", type=number(int, 1000, 10**7), default=20_000, help="draws of each text (default 20,000)")
+    p.add_argument("--draws", type=number(int, 1000, 10**7), help=f"draws of each text (default {DRAWS:,})")
     p.add_argument("--steps", type=number(int, 1, 1000), help="steps of the chain that is claimed to be bounded")
     p.add_argument("--bytes", metavar="FILE", help="instead: the text whose bytes were divided by")
     p.add_argument("--tokens", type=number(int, 1), help="number of its tokens")
@@ -377,6 +378,8 @@ def main():
     if args.bytes:
         if not args.tokens or not args.bytes_per_token:
             raise UserError("--bytes needs --tokens and --bytes_per_token")
+        if args.claim or args.draws or args.steps:
+            raise UserError("--bytes audits no claim: leave out the claim, --draws and --steps")
         true, factor = audit_bytes(read_bytes(args.bytes), args.tokens, args.bytes_per_token)
         print(f"{true:.3f} bytes per token, not {args.bytes_per_token:g}: bits per byte are {factor:.3f} times what was"
               " claimed")
@@ -385,7 +388,7 @@ def main():
     if args.claim:
         claims = {args.claim: CLAIMS[args.claim] if args.claim in CLAIMS else load(args.claim)}
     for name, claim in claims.items():
-        findings = audit(claim, args.draws, args.steps)
+        findings = audit(claim, args.draws or DRAWS, args.steps)
         if args.claim:
             table([finding._asdict() | {"broken": ", ".join(finding.broken), "low": finding.times[0],
                                         "high": finding.times[1]} for finding in findings],

@@ -101,6 +101,7 @@ def test_command(tmp_path, call):
         assert_one_line(call("studies/audit.py", f"{tmp_path}/other.py:claim"), words)
     assert_one_line(call("studies/audit.py", "--bytes=x"), "--bytes needs")
     assert_one_line(call("studies/audit.py", "--tokens=3"), "are for --bytes")
+    assert_one_line(call("studies/audit.py", "d3pm", "--bytes=x", "--tokens=3", "--bytes_per_token=4"), "audits no")
     (tmp_path / "empty.txt").write_text("")
     assert_one_line(call("studies/audit.py", "--bytes", tmp_path / "empty.txt", "--tokens=3", "--bytes_per_token=4"),
                     "no bytes")

@@ -309,6 +309,8 @@ def test_bad_requests(call, trained, tmp_path):
             (["--sampler=topk", "--k=3", "--steps=5"], "leave out --steps and --grid"), (["--steps=0"], "outside"),
             (["--steps=many"], "not an integer"), (["--grid=1,0.5"], "mask rates that fall from 1 to 0"),
             (["--grid=1,0.5,0.7,0"], "rates that fall from 1 to 0"),
+            (["--grid=loglinear:1e-12"], "eps must be from 1e-6 to 0.5"),
+            (["--prefix=--"], "--prefix=--: argparse takes --"), (["--prefix", "-x"], "is written after =, as in"),
             (["--grid=1,0.5,1e-300,0"], "each by more than 1e-9"), (["--grid=square"], "rates that fall from 1 to 0"),
             (["--grid=1,0.5,0", "--steps=2"], "already sets 2 steps"),
             (["--sampler=remdm", "--remask=best"], "invalid choice"),

@@ -509,6 +509,7 @@ def test_wandb(data_dir, tmp_path, monkeypatch):
     wrong = environment | {"WANDB_MODE": "nonsense"}
     [(code, output)] = finish(start("mdlm_text8", data_dir, tmp_path / "nonsense", *options, **wrong))
     assert code == 2 and "Weights & Biases: " in output and "Traceback" not in output
+    assert not (tmp_path / "nonsense/log.jsonl").exists()  # the corrected command can begin
     finish_well(start("mdlm_text8", data_dir, tmp_path / "out", *options, "--resume=auto", **environment))
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(runs) == 2 and all(name.endswith(run_id) for name in runs)
