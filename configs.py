@@ -25,7 +25,7 @@ from model import DiT
 from optim import OPTIMIZERS, TAKE_SHARES, parse_clip
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
-# A new objective or network gets a name here and a file of its own (diffusion.Absorbing lists what it must have).
+# A new objective or network gets a name here and a file of its own (diffusion.Objective lists what it must have).
 OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): SEDD,
               ("block", "mask"): BlockDiffusion, ("bert", "mask"): BERT, ("ar", "mask"): AutoRegressive,
               ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD}

@@ -130,7 +130,7 @@ def masked_terms(objective, logits, x0, noise, weight):
     entropy = dsigma * ((log_f.exp() * odds).sum(-1) - odds * (log_f_x0 + odds.log()) + odds * (odds.log() - 1))
     columns = {"p(token)": (-ce).exp(), "CE": ce / BIT, "weight x CE": weight * ce / BIT,
                "score entropy": entropy / BIT}
-    if objective.normalised_twin:
+    if not objective.normalised:
         columns |= {"Z": log_z.exp(), "penalty": weight * (log_z.exp() - 1 - log_z) / BIT}
     return columns
 
@@ -184,7 +184,7 @@ def show_costs(objective, model, x0, given, args, tokenizer):
           + (f", with {prior:.2f} for the noise that is left at the end (uniform.prior_kl)" if prior > 0.005 else ""))
     if not masks:
         say("Nothing shows which tokens are noise, so all of them cost something.")
-    elif objective.normalised_twin:
+    elif not objective.normalised:
         say("""The scores are S = odds f, and the prediction f sums to Z, not to 1. So score entropy is weight x CE and
             a penalty, weight x (Z - 1 - log Z), which normalising f would save.""")
     else:

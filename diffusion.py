@@ -170,22 +170,18 @@ def cross_entropy(logits, x0):
     return F.cross_entropy(logits.float().flatten(0, -2), x0.flatten(), reduction="none").view(x0.shape)
 
 
-class Absorbing:
-    """The common part of the objectives of masked text, and the attributes by which an objective describes itself.
+class Objective:
+    """An objective: how text is made noisy, what training minimises, and the bound that is reported.
 
-    A new objective is one class, and one line in configs.OBJECTIVES. A class that inherits from this one defines only
-    what is different. Any other class, such as uniform.Uniform, needs the attributes below, `mask_id`, `schedule`, and
-    these methods:
+    A new one is a class that inherits from this one, or from Absorbing for masks, and one line in configs.OBJECTIVES.
+    It defines what is different of the attributes and methods below, and always these methods:
 
     from_config(config, vocab_size): the objective of a Config
-    misfit(config): what of a Config does not go with this objective, in words, or None
     noise(u, v): the noise to train on, a NamedTuple with `t` and the methods `to` and `split` of Noise
-    n_times(L): how many numbers u the noise of a text of L tokens needs; if more than one, u is (B, n_times)
-    cost(logits, x0, t): the cost of each position. If has_mask, training must use the network's output only here:
+    cost(logits, x0, ...): the cost of each position. If has_mask, training must use the network's output only here:
         parallel.compile_parts moves the output layer into the cost, so the output may not be logits outside of it
-    loss(model, x0, noise): what to minimise, a scalar, and the bound (B,), nats per token, detached, for the log
     nelbo(model, x0, noise): one estimate of the bound (B,), nats per token, from the noise of an estimator
-    time(rate): the time that the network is told at a noise rate; samplers call it
+    and a method (u, v, pick) -> noise for each of its estimators
     """
 
     description = "predicts masked tokens"  # what a checkpoint of this objective does; completes "it ..." in messages
@@ -194,21 +190,17 @@ class Absorbing:
     any_order = True    # it predicts any masked tokens from any visible ones, as samplers and studies of masks need it
     both_sides = True   # a token sees the text on its right, too, so that blanks in the middle of a text can be filled
     everywhere = False  # the loss asks for logits at all positions, visible ones included
+    normalised = True   # the prediction of a token sums to 1
     T = None            # the number of steps, or None in continuous time
     block_size = 0      # tokens of a block, if blocks are predicted from left to right (block_diffusion.py)
-    block_twin = None   # the name of the objective that predicts masks in the same way within blocks, or None
-    normalised_twin = None  # if the predictions f need not sum to 1: the name of the objective that scores f/sum(f)
-    own = ()  # settings of Config that some other objectives do not have: they refuse all values but the default
-    # {what --sampler calls a sampler: its name in sampling.SAMPLERS}. The first one is the default.
-    samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
-                                        "analytic", "euler")}
-    # {estimator of the bound: another one with the same mean, for --check}. Both are methods (u, v, pick) -> Noise.
-    # pick (B,): uniform numbers, by which `continuous` chooses the time that the network is told. reported: the default
-    estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
+    own = ()         # settings of Config that some other objectives do not have: they refuse all values but the default
+    samplers = {}    # {what --sampler calls a sampler: its name in sampling.SAMPLERS}. The first one is the default
+    estimators = {}  # {estimator of the bound: another one with the same mean, for --check}, names of methods
+    reported = None  # the default estimator
 
     @classmethod
     def misfit(cls, config):
-        return None
+        """What of a Config does not go with this objective, in words, or None."""
 
     def __init__(self, mask_id, schedule="linear"):
         self.mask_id = mask_id
@@ -216,11 +208,28 @@ class Absorbing:
 
     def time(self, rate):
         """The time that the network is told when a share `rate` of the tokens is expected to be noise, masks or random
-        tokens: (B,) -> (B,) float32."""
+        tokens: (B,) -> (B,) float32. Samplers call it, too."""
         return self.schedule.inverse(1 - rate).float()
 
     def n_times(self, L):
+        """The number of numbers u that the noise of a text of L tokens needs; if more than one, u is (B, n_times)."""
         return 1
+
+    def loss(self, model, x0, noise):
+        """The loss to minimise, a scalar, and the bound of each sequence (B,), nats per token, detached."""
+        nelbo = self.nelbo(model, x0, noise)
+        return nelbo.mean(), nelbo.detach()
+
+
+class Absorbing(Objective):
+    """The common part of the objectives of masked text: the cross-entropy at masks, and two estimators of the bound.
+
+    pick (B,), of the estimators: uniform numbers, by which `continuous` chooses the time that the network is told.
+    """
+
+    samplers = {name: name for name in ("ancestral", "first_hitting", "topk", "threshold", "entropy_bound", "remdm",
+                                        "analytic", "euler")}
+    estimators, reported = {"exact_k": "continuous", "continuous": "exact_k"}, "exact_k"
 
     def corrupt(self, x0, mask):
         """Return the input of the network for x0 (B, L)."""
@@ -254,11 +263,6 @@ class Absorbing:
     def nelbo(self, model, x0, noise):
         """One-sample estimate of the bound for each sequence: x0 (B, L) -> nats per token (B,)."""
         return self.weighted(self.masked_ce(model, x0, noise), noise.weight)
-
-    def loss(self, model, x0, noise):
-        """The loss to minimise, a scalar, and the bound of each sequence (B,), nats per token, detached."""
-        nelbo = self.nelbo(model, x0, noise)
-        return nelbo.mean(), nelbo.detach()
 
     def exact_k(self, u, v, pick=None):
         """The continuous-time bound by exactly k = ceil(u n) masks, with weight L/k: u (B,), v (B, L) -> Noise.
@@ -380,7 +384,7 @@ class D3PM(Absorbing):
         return Noise(mask, (s / self.T).float(), L / mask.sum(1).float())
 
     def loss(self, model, x0, noise):
-        """The loss to minimise and the bound, as Absorbing.loss returns them. As in the paper, the loss contains one
+        """The loss to minimise and the bound, as Objective.loss returns them. As in the paper, the loss contains one
         random term of the sum over s. It is nelbo/T, because the estimate of the whole sum is T times one term. The
         factor 1/T matters: lambda_ce and the clipping of gradients do not scale with it."""
         if not self.lambda_ce:
@@ -411,7 +415,6 @@ class MDLM(Absorbing):
     varies less, and short runs end far lower (LOG.md). The reported bound keeps its weights.
     """
 
-    block_twin = "block"
     own = ("weighting",)
 
     def __init__(self, mask_id, schedule="linear", time_sampling="stratified", weighting="nelbo"):
@@ -458,7 +461,7 @@ class SEDD(MDLM):
     normalised.
     """
 
-    normalised_twin, block_twin, own = "mdlm", None, ("scale_by_sigma",)
+    normalised, own = False, ("scale_by_sigma",)
 
     def __init__(self, mask_id, schedule="loglinear", time_sampling="stratified", scaled=True):
         super().__init__(mask_id, schedule, time_sampling)

@@ -165,7 +165,7 @@ def pick_estimator(subject, args):
         if not make_schedule(subject.config.schedule).whole:
             raise UserError(f"the T-step bound needs a schedule from alpha = 1 to 0, which schedule="
                             f"{subject.config.schedule} of {subject.path} is not: leave out --T and --estimator")
-        if objective.normalised_twin:
+        if not objective.normalised:
             raise UserError(f"the T-step bound needs a normalised prediction, which that of {subject.path} is not: add "
                             "--normalised, or leave out --T and --estimator")
     elif estimator not in objective.estimators:

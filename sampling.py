@@ -19,7 +19,7 @@ All but the last can also fill a text piece by piece, from left to right (piece_
 A token is drawn from the network's prediction. Only `temperature`, `top_k`, `top_p` and `guidance` change this
 distribution. Grids are made of mask rates, not of times. From rate r to rate rho < r a mask is revealed with
 probability 1 - rho/r, whatever the schedule is. The schedule says only what time the network is told at a rate
-(diffusion.Absorbing.time).
+(diffusion.Objective.time).
 
 All samplers take the same arguments, and then those of their own:
 
@@ -373,7 +373,7 @@ class Sampler(NamedTuple):
     keeps_past: bool = False     # it calls the network on all sequences each time, with a past of its own
 
 
-# A new sampler is named here, and by the objectives whose networks it is for (diffusion.Absorbing.samplers).
+# A new sampler is named here, and by the objectives whose networks it is for (diffusion.Objective.samplers).
 SAMPLERS = {
     "ancestral": Sampler(ancestral, ("steps", "grid")),
     "first_hitting": Sampler(first_hitting),

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from categorical import begin, in_pieces, with_denoising
-from diffusion import D3PM, Absorbing, Noise, make_schedule, misfit_of_steps
+from diffusion import D3PM, Noise, Objective, make_schedule, misfit_of_steps
 
 
 class UniformNoise(NamedTuple):
@@ -75,7 +75,7 @@ def excess(d):
     return torch.expm1(d) - d
 
 
-class Uniform:
+class Uniform(Objective):
     """Uniform diffusion in continuous time: UDLM (arXiv 2412.10193), Duo (arXiv 2506.10892); with `score`, SEDD's.
 
     All of them learn the scores S_y = q_t(xt with y here)/q_t(xt) at every position; z is the token of xt there. The
@@ -95,13 +95,10 @@ class Uniform:
 
     description = "was trained with uniform noise"
     score = False  # the logits are those of x_theta, not log S_y
-    has_mask = causal = any_order = False
-    both_sides = everywhere = True
-    T = block_twin = normalised_twin = None
-    block_size, own = 0, ()
+    has_mask = any_order = False
+    everywhere = True
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
-    time, n_times, loss = Absorbing.time, Absorbing.n_times, Absorbing.loss
 
     @classmethod
     def from_config(cls, config, vocab_size):
@@ -116,8 +113,8 @@ class Uniform:
             return f"noise=uniform needs {' '.join(wrong)}: what is set now is for masks"
 
     def __init__(self, vocab_size, schedule="loglinear"):
-        self.mask_id = self.V = vocab_size
-        self.schedule = make_schedule(schedule)
+        super().__init__(vocab_size, schedule)
+        self.V = vocab_size
         self.last_sigma, self.prior = math.inf, 0.0
         if self.score:
             self.last_sigma = self.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)).item()

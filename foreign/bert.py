@@ -32,7 +32,6 @@ class BERT(MDLM):
     shows. The log's bits of training are those of the loss.
     """
 
-    block_twin = None
     rate, shown_as_masks, shown_as_random = 0.15, 0.8, 0.1
 
     @classmethod

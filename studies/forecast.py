@@ -71,7 +71,7 @@ def gradient_bytes(cfg, vocab_size, masked=0.5):
     such tensors at a time, the score entropy of masks has one, uniform noise three, and four with D3PM's steps.
     """
     objective = cfg.make_objective(vocab_size)
-    uniform, score_entropy = not objective.has_mask, objective.normalised_twin
+    uniform, score_entropy = not objective.has_mask, not objective.normalised
     tensors = (4 if objective.T else 3) if uniform else 1 if score_entropy else 2
     return 4 * tensors * (1.0 if objective.everywhere else masked) * cfg.seq_len * vocab_size
 

@@ -124,21 +124,21 @@ def config_to_score(config, path, seq_len, normalised, block_size):
     if seq_len <= config.prefix_range[1]:
         raise UserError(f"--seq_len={seq_len} leaves nothing after the prefix of {path} ({config.prefix}): use more")
     if normalised:
-        if not config.objective_class.normalised_twin:
+        if config.objective_class.normalised:
             raise UserError(f"--normalised is only for score entropy with masks, and {path} has another objective")
-        config = config.with_objective(config.objective_class.normalised_twin)
+        config = config.with_objective("mdlm")
     size = block_size or config.block_size
     if size and seq_len % size:
         raise UserError(f"windows of {seq_len} tokens are no multiple of blocks of {size}: choose another --seq_len"
                         + (" or --block_size" if block_size else ""))
     if not block_size:
         return config
-    if not config.objective_class.block_twin:
+    if config.objective not in ("mdlm", "block") or config.noise != "mask":
         raise UserError(f"--block_size is for models of objective=mdlm or block, and {path} has "
                         f"objective={config.objective} with noise={config.noise}")
     if config.prefix != "none":
         raise UserError(f"{path} needs a prefix ({config.prefix}), and --block_size scores whole windows")
-    return config.with_objective(config.objective_class.block_twin, block_size=block_size, seq_len=seq_len)
+    return config.with_objective("block", block_size=block_size, seq_len=seq_len)
 
 
 def read_tokens(file, tokenizer, seq_len, spelled=False):
