@@ -245,7 +245,7 @@ class UniformD3PM(Uniform):
         s = torch.ceil(u**2 * self.T).clamp(min=1)
         return self.at_step(s, v, 1 / ((s / self.T).sqrt() - ((s - 1) / self.T).sqrt()))
 
-    def step_kl(self, logits, x0, xt, s):
+    def cost(self, logits, x0, xt, s):
         """KL(q(x_{s-1} | x_s = xt, x0) || p) at steps s (B,): logits (B, L, V) -> nats (B, L)."""
         steps = (s.cpu() if s.device.type == "mps" else s).double()[:, None, None]  # mps has no float64
         r, rho = 1 - self.schedule.alpha(steps / self.T), 1 - self.schedule.alpha((steps - 1) / self.T)
@@ -258,7 +258,7 @@ class UniformD3PM(Uniform):
         return torch.where(possible, q * excess(d), p).sum(-1)
 
     def position_costs(self, logits, x0, noise):
-        return self.step_kl(logits, x0, self.corrupt(x0, noise.token), (noise.t * self.T).round())
+        return self.cost(logits, x0, self.corrupt(x0, noise.token), (noise.t * self.T).round())
 
     def loss(self, model, x0, noise):
         nelbo = self.nelbo(model, x0, noise)

@@ -576,7 +576,7 @@ def test_uniform_score_entropy():
     chain = UniformD3PM(n, 5)
     q, p = (posterior(tensor(x), torch.tensor(1), 0.6, 0.4).numpy() for x in (np.eye(n)[2], x_theta))
     q, p = q / q.sum(), p / p.sum()
-    code = chain.step_kl(tensor(np.log(x_theta))[None, None], torch.tensor([[2]]), torch.tensor([[1]]),
+    code = chain.cost(tensor(np.log(x_theta))[None, None], torch.tensor([[2]]), torch.tensor([[1]]),
                          torch.tensor([3]))
     assert code.item() == pytest.approx((q * np.log(q / p)).sum(), rel=1e-4)
 
