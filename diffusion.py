@@ -51,6 +51,10 @@ class Schedule(NamedTuple):
         of t that a mask is revealed in reverse time."""
         return -self.dalpha(t) / (1 - self.alpha(t))
 
+    def dsigma(self, t):
+        """d sigma/dt = -alpha'(t)/alpha(t), the rate at which noise hits a token: finite where alpha is 0."""
+        return -self.dalpha(t) / self.alpha(t).clamp(min=1e-30)
+
     @property
     def whole(self):
         """True if alpha goes from 1 to 0, up to rounding: then T steps are possible, and sigma(1) is infinite."""

@@ -134,8 +134,8 @@ class Uniform(Objective):
     def noise(self, u, v):
         """Noise at the time t = u, with weight dsigma/dt: u (B,), v (B, L) -> UniformNoise."""
         alpha = self.schedule.alpha(u)
-        weight = -self.schedule.dalpha(u) / alpha.clamp(min=1e-30)
-        return UniformNoise(self.tokens(1 - alpha, v), u.float(), weight.float(), positive(self.schedule.sigma(u)))
+        return UniformNoise(self.tokens(1 - alpha, v), u.float(), self.schedule.dsigma(u).float(),
+                            positive(self.schedule.sigma(u)))
 
     def rates(self, u, v, pick=None, power=2.0):
         """The bound by the noise rate u^power, with weight dsigma/du: u (B,), v (B, L) -> UniformNoise.
@@ -279,8 +279,10 @@ def uniform_chain(model, xt, objective, draw, grid, step):
 
     The network is told the time of the rate r, even if tokens are given: r decides how much a token says of itself.
     step: (x (N, V), logits (N, V), tokens (N,), r, rho) -> weights (N, V) to draw the new tokens from, where x is the
-    network's prediction. Tokens that are not masks in xt never change. Yields States. Their p is the network's
-    probability that the new token y is the clean one. With z = xt and q(z | x0 = y) = (1 - r) [y = z] + r/V, Bayes says
+        network's prediction. Negative weights count as 0.
+
+    Tokens that are not masks in xt never change. Yields States. Their p is the network's probability that the new token
+    y is the clean one. With z = xt and q(z | x0 = y) = (1 - r) [y = z] + r/V, Bayes says
 
         p(x0 = y | xt) = x[y] q(z | y) / sum over j of x[j] q(z | j)
                        = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
@@ -294,8 +296,9 @@ def uniform_chain(model, xt, objective, draw, grid, step):
             now = state.xt[free]
             logits, tokens, p = in_pieces(model(state.xt, t, where=free)), [], []
             for piece, z in zip(logits, now.split([len(piece) for piece in logits])):
-                x = objective.prediction(piece, z, noise_at(r, z)).clamp(min=0)
-                y = draw.pick(step(x, piece, z, r, rho))
+                x = objective.prediction(piece, z, noise_at(r, z))
+                y = draw.pick(step(x, piece, z, r, rho).clamp(min=0))
+                x = x.clamp(min=0)
                 x_y, x_z = (x.gather(-1, token[:, None]).squeeze(-1) for token in (y, z))
                 extra = x.shape[-1] * (1 - r)
                 tokens.append(y)
@@ -313,11 +316,10 @@ def uniform_ancestral(model, xt, objective, draw, start, grid):
 
     def step(x, logits, now, r, rho):
         if cut:
+            x = x.clamp(min=0)
             x = draw.cut(x.log(), x / x.sum(-1, keepdim=True))
             x = x / x.sum(-1, keepdim=True)
-        elif objective.score:
-            x = objective.prediction(logits, now, noise_at(r, now))
-        return posterior(x, now, r, rho).clamp(min=0)
+        return posterior(x, now, r, rho)
 
     known = sorted({min(rate, most) for rate in grid}, reverse=True)
     return uniform_chain(model, xt, objective, draw, known, step)
@@ -328,9 +330,7 @@ def uniform_euler(model, xt, objective, draw, start, grid):
     (t - tau) dsigma/dt S_y / V, where S_y is the score. Otherwise it stays. The last step removes the noise, as in
     `euler`."""
     def step(x, logits, now, r, rho):
-        if rho == 0:
-            return posterior(objective.prediction(logits, now, noise_at(r, now)), now, r, 0.0).clamp(min=0)
-        return uniform_jumps(objective, logits, now, r, rho).clamp(min=0)
+        return posterior(x, now, r, rho) if rho == 0 else uniform_jumps(objective, logits, now, r, rho)
 
     least = 1 - objective.schedule.alpha(torch.zeros((), dtype=torch.float64)).item()  # 1e-4 for `geometric`
     return uniform_chain(model, xt, objective, draw, with_denoising(grid, least), step)
@@ -340,7 +340,6 @@ def uniform_jumps(objective, logits, now, r, rho):
     """Probabilities (N, V) of an Euler step from noise rate r to rho, for tokens now (N,) and logits (N, V). That of
     staying is negative if the step is too long."""
     t, tau = objective.schedule.times(r, rho)
-    dsigma = -objective.schedule.dalpha(t) / objective.schedule.alpha(t).clamp(min=1e-30)
-    jump = ((t - tau) * dsigma).item() / logits.shape[-1] * objective.log_score(logits, now, noise_at(r, now)).exp()
-    jump = jump.scatter(-1, now[:, None], 0.0)
+    score = objective.log_score(logits, now, noise_at(r, now)).exp()
+    jump = ((t - tau) * objective.schedule.dsigma(t)).item() / logits.shape[-1] * score.scatter(-1, now[:, None], 0.0)
     return jump.scatter(-1, now[:, None], 1 - jump.sum(-1, keepdim=True))
