@@ -1,14 +1,11 @@
-"""Prompts: text with blanks -> canvases, lists of token ids with masks where the model is to write.
+"""Prompts: text with blanks -> canvases, lists of token ids with masks where the model is to write; and back to text.
 
-denoise() fills them, window by window if they are longer than the texts that the network was trained on."""
+sampling.denoise() fills the masks."""
 
 import re
 from pathlib import Path
 
-import torch
-
-from block_diffusion import cut, finish, in_blocks
-from categorical import State, begin
+from block_diffusion import cut
 from cli import UserError
 from data.prepare import read_text
 from data.tokenizer import check_alphabet
@@ -98,21 +95,6 @@ def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
     return found
 
 
-def windows_of(length, seq_len, context):
-    """Windows (a, b) that cover 0 ... length. Each begins `context` tokens before the end of the previous one."""
-    found = [(0, min(length, seq_len))]
-    while found[-1][1] < length:
-        a = found[-1][1] - context
-        found.append((a, min(length, a + seq_len)))
-    return found
-
-
-def n_given(xt, mask_id):
-    """The number of tokens before the first mask of each sequence: (B, L) -> (B,)."""
-    masked = xt == mask_id
-    return torch.where(masked.any(1), masked.int().argmax(1), xt.shape[1])
-
-
 def end_of(config, tokenizer):
     """The id of the token at which a text of this model ends, or None: for block diffusion, if the data have one."""
     return tokenizer.end if config.block_size and config.padding == "end" else None
@@ -121,31 +103,3 @@ def end_of(config, tokenizer):
 def text_of(tokens, start, end, tokenizer):
     """The text of a list of ids up to the first `end` that was written into `start`, the ids before sampling."""
     return tokenizer.decode(tokens if end is None else cut(tokens, start, end))
-
-
-def denoise(settings, objective, model, canvas, config, context, generator, end=None):
-    """Fill the masks of a canvas (B, N), which may be longer than the model's window, window by window.
-
-    Yields the State of the whole canvas after each step. The time that a network for masks is told follows from the
-    share of masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens
-    of the window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not
-    None. There context must be a multiple of the block size, so that each window begins with whole blocks.
-    """
-    given, size = canvas != objective.mask_id, None
-    state = begin(canvas)
-    for a, b in windows_of(canvas.shape[1], config.seq_len, context):
-        xt, p = state.xt[:, a:b], state.p[:, a:b]
-        if not (xt == objective.mask_id).any():
-            continue
-        if config.prefix != "none":
-            size = (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
-        parts = (in_blocks(settings, objective, model, xt, generator, end) if objective.block_size
-                 else settings(objective, model, xt, generator, size))
-        for part in parts:
-            part_p = torch.where(part.p.isnan(), p, part.p)  # p: what an earlier window drew
-            state = State(torch.cat((state.xt[:, :a], part.xt, state.xt[:, b:]), 1),
-                          torch.cat((state.p[:, :a], part_p, state.p[:, b:]), 1), part.steps)
-            yield state
-        if objective.block_size and end is not None and b < canvas.shape[1]:
-            state = state._replace(xt=finish(state.xt, given, end, objective.mask_id), steps=0)
-            yield state

@@ -27,8 +27,9 @@ from checkpoint import add_model_flags, load_model
 from costs import check_fits
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
-from prompts import canvases, denoise, end_of, text_of
+from prompts import canvases, end_of, text_of
 from sampler_settings import NAMES, add_arguments, given_flags, settings_of, steps_flag
+from sampling import denoise
 from show import History, Screen, gif, html, joined, png
 from storage import hints_of
 from studies.baselines import known_word_share, words_of

@@ -14,7 +14,8 @@ walk through them. So the number of tokens limits what they cost, however many s
     analytic, euler  each mask by chance, by scores that need not be normalised   those of SEDD's two predictors
     left_to_right    (causal networks) one position after another                 that of the model, exactly
 
-All but the last can also fill a text piece by piece, from left to right (piece_by_piece).
+All but the last can also fill a text piece by piece, from left to right (piece_by_piece). `denoise`, at the end, is
+what the commands call: it runs a sampler on texts of any length.
 
 A token is drawn from the network's prediction. Only `temperature`, `top_k`, `top_p` and `guidance` change this
 distribution. Grids are made of mask rates, not of times. From rate r to rate rho < r a mask is revealed with
@@ -42,6 +43,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from block_diffusion import finish, in_blocks
 from categorical import SURE, Draw, State, begin, with_denoising
 from uniform import uniform_ancestral, uniform_euler
 
@@ -423,3 +425,49 @@ class Settings(NamedTuple):
                                   self.options)
         start = (xt == objective.mask_id).sum(1).cpu().double() / size
         return sampler.function(denoiser, xt, objective, draw, start, **self.options)
+
+
+# ---- texts of any length ---------------------------------------------------------------------------------------------
+
+
+def windows_of(length, seq_len, context):
+    """Windows (a, b) that cover 0 ... length. Each begins `context` tokens before the end of the previous one."""
+    found = [(0, min(length, seq_len))]
+    while found[-1][1] < length:
+        a = found[-1][1] - context
+        found.append((a, min(length, a + seq_len)))
+    return found
+
+
+def n_given(xt, mask_id):
+    """The number of tokens before the first mask of each sequence: (B, L) -> (B,)."""
+    masked = xt == mask_id
+    return torch.where(masked.any(1), masked.int().argmax(1), xt.shape[1])
+
+
+def denoise(settings, objective, model, canvas, config, context, generator, end=None):
+    """Fill the masks of a canvas (B, N), which may be longer than the model's window, window by window.
+
+    Yields the State of the whole canvas after each step. The time that a network for masks is told follows from the
+    share of masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens
+    of the window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not
+    None. There context must be a multiple of the block size, so that each window begins with whole blocks.
+    """
+    given, size = canvas != objective.mask_id, None
+    state = begin(canvas)
+    for a, b in windows_of(canvas.shape[1], config.seq_len, context):
+        xt, p = state.xt[:, a:b], state.p[:, a:b]
+        if not (xt == objective.mask_id).any():
+            continue
+        if config.prefix != "none":
+            size = (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
+        parts = (in_blocks(settings, objective, model, xt, generator, end) if objective.block_size
+                 else settings(objective, model, xt, generator, size))
+        for part in parts:
+            part_p = torch.where(part.p.isnan(), p, part.p)  # p: what an earlier window drew
+            state = State(torch.cat((state.xt[:, :a], part.xt, state.xt[:, b:]), 1),
+                          torch.cat((state.p[:, :a], part_p, state.p[:, b:]), 1), part.steps)
+            yield state
+        if objective.block_size and end is not None and b < canvas.shape[1]:
+            state = state._replace(xt=finish(state.xt, given, end, objective.mask_id), steps=0)
+            yield state

@@ -37,9 +37,10 @@ from local_sgd import AmongProcesses, EveryStep, deal
 from log import Log, Pace, Tally, duration, finite
 from optim import EMA, clip_gradients, learning_rate, make_optimizers, set_learning_rate
 from parallel import on_main, share_of_batch, together
-from prompts import denoise, end_of, text_of
+from prompts import end_of, text_of
 from randomness import give_prefix, prefix_lengths, rng, uniforms
 from sampler_settings import default_settings
+from sampling import denoise
 
 
 def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, pad=None):

@@ -15,9 +15,9 @@ from checkpoint import load_model
 from cli import UserError, generator_on, pick_device, progress, table
 from data.loader import check_same_tokens, load_meta, load_split
 from data.tokenizer import make_tokenizer
-from prompts import denoise, end_of
+from prompts import end_of
 from sampler_settings import default_settings
-from sampling import Settings
+from sampling import Settings, denoise
 
 
 def items_of(ids, meta):

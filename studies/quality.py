@@ -23,7 +23,8 @@ from data.loader import gather, windows
 from data.tokenizer import END, make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
 from plot import picture
-from prompts import denoise, end_of, text_of
+from prompts import end_of, text_of
+from sampling import denoise
 from studies.baselines import known_word_share, words_of
 
 

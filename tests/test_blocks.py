@@ -23,10 +23,10 @@ from diffusion import MDLM
 from likelihood import by_rate, chain_rule
 from model import Block
 from networks import network, small
-from prompts import denoise, end_of, text_of
+from prompts import end_of, text_of
 from randomness import repeated_uniforms, uniforms
 from sampler_settings import loop_grid, schedule_grid
-from sampling import Settings
+from sampling import Settings, denoise
 from test_sampling import chi_square_excess
 from world import picked
 

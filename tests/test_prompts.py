@@ -23,10 +23,10 @@ from data.tokenizer import CharTokenizer, make_tokenizer, tokens_of
 from diffusion import D3PM, MDLM
 from likelihood import Windows, bound
 from model import DiT
-from prompts import canvases, template, windows_of
+from prompts import canvases, template
 from randomness import prefix_lengths
 from sampler_settings import best_grid, bound_on_grid, enough_steps, read_curve
-from sampling import DEFAULT_ETA
+from sampling import DEFAULT_ETA, windows_of
 from studies.curves import measure_context, measure_curve
 from test_checkpoint import changed
 from train import batches
