@@ -374,7 +374,7 @@ class DiT(nn.Module):
         if clean is not None and xt.shape[1] > self.block_size:
             # Not self.remember(): at its end FSDP would free the parameters, in the middle of this call.
             t0, nowhere = torch.zeros_like(t if t.dim() == 1 else t[:, 0]), xt.new_empty(0)
-            past = self.trunk(clean, t0, self.layout(xt.shape[1]), nowhere, None, True)[1]
+            past = self.trunk(clean, t0, self.layout(xt.shape[1]), at=nowhere, keep=True)[1]
             layout = self.layout(xt.shape[1], beside_clean=True)
         else:
             layout = self.layout(xt.shape[1], past, sees)
@@ -389,7 +389,7 @@ class DiT(nn.Module):
         It is a list with the Past of each block. They equal those of one call on all tokens, provided that these tokens
         see none of those that follow. The last block computes keys and values only (unless shift_tokens).
         """
-        return self.trunk(xt, t, self.layout(xt.shape[1], past), xt.new_empty(0), past, True)[1]
+        return self.trunk(xt, t, self.layout(xt.shape[1], past), at=xt.new_empty(0), past=past, keep=True)[1]
 
     def matrices(self):
         """The matrices of the blocks, without those of the time conditioning."""
@@ -408,9 +408,9 @@ class DiT(nn.Module):
         attention counts as if every token saw all tokens, even in a causal network (PaLM does so).
         """
         *others, last = self.blocks
-        blocks = 0 < self.block_size < seq_len  # then the clean text is read, too; tokens see half a text on average
-        seen = (seq_len + self.block_size) / 2 if blocks else seq_len
+        reads_clean = 0 < self.block_size < seq_len  # block diffusion; then tokens see half a text on average
+        seen = (seq_len + self.block_size) / 2 if reads_clean else seq_len
         total = sum(block.flops(seen) for block in others) + last.flops(seen, predicted)
-        if blocks:
+        if reads_clean:
             total += sum(block.flops(seen) for block in others) + last.flops(seen, 0, self.shift_tokens)
         return total + 6 * predicted * self.vocab_size * self.embed.embedding_dim

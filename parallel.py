@@ -212,7 +212,7 @@ def compile_trunk(model):
     trunk = torch.compile(model.trunk)
 
     def trunk_for_any_masks(*inputs, **more):
-        for x in inputs:
+        for x in (*inputs, *more.values()):
             if torch.is_tensor(x) and x.dim() == 1 and not x.is_floating_point():  # the places of the masks
                 torch._dynamo.maybe_mark_dynamic(x, 0)  # else the next step, with other masks, would compile again
         return trunk(*inputs, **more)

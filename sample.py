@@ -215,7 +215,7 @@ def main():
              (args.html, lambda: html(history, tokenizer, title)),
              (args.gif, lambda: gif(history, tokenizer)),
              (args.png, lambda: png(history, tokenizer)))
-    options = {key: value for key, value in settings.options.items() if key != "grid" or settings.grid}
+    options = {key: value for key, value in settings.options.items() if key != "grid" or settings.grid_name}
     try:
         if args.json:
             print(json.dumps({

@@ -396,7 +396,7 @@ class Settings(NamedTuple):
 
     sampler: str
     options: dict = {}
-    grid: str = ""  # the name of options["grid"], if it is not that of the model's schedule
+    grid_name: str = ""  # of options["grid"], if it is not that of the model's schedule
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0

@@ -261,7 +261,7 @@ def measure(subject, samples, judge, settings, seed):
         given = gather(data.tokens, np.resize(starts, samples), c)
         for way in settings:
             texts, nfe, tokens_read, seconds = draw_samples(subject, objective, given, way, seed)
-            options = way.options | {"grid": way.grid, "block_length": way.block_length or ""}
+            options = way.options | {"grid": way.grid_name, "block_length": way.block_length or ""}
             others = " ".join(f"{key}={value}" for key, value in options.items() if value != "")
             add(way.sampler, texts, steps=way.steps, setting=others or None, nfe=nfe, tokens_read=tokens_read,
                 temperature=way.temperature, top_p=way.top_p, top_k=way.top_k or None, seed=seed, seconds=seconds)
