@@ -36,17 +36,15 @@ class Layout(NamedTuple):
         past come first, then these L. Or Tiles, or FlexAttention's BlockMask, for the same. None: a token sees all
         tokens, or in a causal network itself and those on its left.
     positions: (L,) long, the tokens' positions in the text.
-    first: (L,) bool, for token_shift: True for tokens whose left neighbour is in the past.
-    last: (L,) bool, for token_shift: True for tokens without a right neighbour.
-    beside_clean: the past is the clean text of these same tokens. Then the left neighbour of a token in `first`, at
-        position i, is token i - 1 of the past. Otherwise it is the last token of the past.
+    last: (L,) bool, for token_shift: True for tokens without a right neighbour. None: only the last token has none.
+    beside: (L,) bool, for token_shift, if the past is the clean text of these same tokens: True for tokens whose left
+        neighbour, at position i - 1, is the clean one. None: the past comes before these tokens.
     """
 
     sees: torch.Tensor = None
     positions: torch.Tensor = None
-    first: torch.Tensor = None
     last: torch.Tensor = None
-    beside_clean: bool = False
+    beside: torch.Tensor = None
 
 
 class Tiles(NamedTuple):
@@ -87,7 +85,7 @@ def layout_of_blocks(L, P, size, device, flex=False):
     sees, here = None, P + torch.arange(L, device=device)
     if P % size + L > size:  # otherwise all L tokens are in one block, and see everything
         sees = visibility(lambda i, j: j // size <= (P + i) // size, L, P + L, device, flex)
-    return Layout(sees, here, here == P, here % size == size - 1)
+    return Layout(sees, here, here % size == size - 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -101,7 +99,7 @@ def layout_beside_clean(L, size, device, flex=False):
         return torch.where(j < L, j // size < i // size, (j - L) // size == i // size)
 
     here = torch.arange(L, device=device)
-    return Layout(visibility(rule, L, 2 * L, device, flex), here, here % size == 0, here % size == size - 1, True)
+    return Layout(visibility(rule, L, 2 * L, device, flex), here, here % size == size - 1, here % size == 0)
 
 
 def annealed(L, step, anneal_steps, seed):

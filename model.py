@@ -66,28 +66,31 @@ class TimeEmbedding(nn.Module):
         return F.silu(c[:, None] if t.dim() == 1 else c)
 
 
-def token_shift(x, left_only=False, before=None, first=None, last=None):
+def moved(x, n, past=None):
+    """Move x (B, L, C) right by n tokens. The last tokens of the past (B, P, C), or zeros, come in at the left."""
+    if past is None:
+        return F.pad(x, (0, 0, n, 0))[:, :x.shape[1]]
+    return torch.cat((F.pad(past, (0, 0, n, 0))[:, -n:], x), 1)[:, :x.shape[1]]
+
+
+def token_shift(x, left_only=False, past=None, beside=None, last=None):
     """Take the first quarter of the channels of x (B, L, D) from the left neighbour, the second from the right one.
 
     A token without that neighbour gets zeros. left_only: take the second quarter from the second token to the left.
-    before (B, L or 1, D/4): the first quarter for the tokens whose left neighbour is in the past; first (L,) is True
-        for these. With left_only it is (B, 2, D/2): both quarters of the last two tokens of the past.
-    last (L,): True for the tokens that have no neighbour on the right.
+    past (B, P, D/4), or (B, P, D/2) with left_only: these channels of the tokens before x.
+    beside, last: as in attention.Layout.
 
     This is RWKV's token shift (arXiv 2305.13048) in both directions and without parameters. It shows each token its
     neighbours at no cost; small networks need long training to find them by attention.
     """
     quarter = x.shape[-1] // 4
     left, right, here = x.split([quarter, quarter, x.shape[-1] - 2 * quarter], dim=-1)
-    if left_only and before is not None:
-        left, right = (torch.cat(pair, 1) for pair in zip(before.chunk(2, dim=-1), (left, right)))
-        return torch.cat((left[:, 1:-1], right[:, :-2], here), dim=-1)  # both have two tokens more than x in front
-    left = F.pad(left, (0, 0, 1, 0))[:, :-1]
-    right = F.pad(right, (0, 0, 2, 0))[:, :-2] if left_only else F.pad(right, (0, 0, 0, 1))[:, 1:]
-    if before is not None:
-        left = torch.where(first[:, None], before, left)
-    if last is not None:
-        right = right.masked_fill(last[:, None], 0)
+    if left_only:
+        past, past_2 = (None, None) if past is None else past.chunk(2, dim=-1)
+        return torch.cat((moved(left, 1, past), moved(right, 2, past_2), here), dim=-1)
+    right = F.pad(right, (0, 0, 0, 1))[:, 1:]
+    right = right if last is None else right.masked_fill(last[:, None], 0)
+    left = moved(left, 1, past) if beside is None else torch.where(beside[:, None], moved(past, 1), moved(left, 1))
     return torch.cat((left, right, here), dim=-1)
 
 
@@ -141,15 +144,9 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * D, D)
         self.modulation = nn.Linear(n_cond, 6 * D) if n_cond else None
 
-    def neighbours(self, h, layout, before):
-        """Return token_shift(h) of h (B, L, D), or h if token shift is off. before: a Past's to_attention or to_mlp."""
-        if not self.shift_tokens:
-            return h
-        if before is not None and self.shift_left:
-            before = F.pad(before, (0, 0, 2, 0))[:, -2:]  # the last two tokens; zeros if there are fewer
-        elif before is not None:  # beside clean text, clean token i - 1 for token i; else the last token of the past
-            before = F.pad(before, (0, 0, 1, 0))[:, :-1] if layout.beside_clean else before[:, -1:]
-        return token_shift(h, self.shift_left, before, layout.first, layout.last)
+    def neighbours(self, h, layout, past):
+        """Return token_shift(h) of h (B, L, D), or h if token shift is off. past: a Past's to_attention or to_mlp."""
+        return token_shift(h, self.shift_left, past, layout.beside, layout.last) if self.shift_tokens else h
 
     def heads(self, h, cos, sin):
         """Queries, keys and values of h (B, L, D), (B, heads, L, D/heads) each. The first two are rotated, unless the
