@@ -340,10 +340,10 @@ def samplers(name, cfg, model, objective, device, dtype, repeats, batch_size, fi
         raise UserError(f"--samplers needs a masked model, and {name} is not one: choose a masked config")
     chain = {"grid": schedule_grid(cfg.schedule, cfg.T)}
     naive = "naive, 1000 steps"
-    ways = {naive: textbook.sample, f"ancestral, {cfg.T} steps": Settings("ancestral", chain),
-            "first_hitting": Settings("first_hitting"), "topk, k = 4": Settings("topk", {"k": 4}),
-            "threshold": Settings("threshold"), "entropy_bound": Settings("entropy_bound"),
-            f"remdm, {cfg.T} steps": Settings("remdm", chain)}
+    ways = {naive: textbook.sample, f"ancestral, {cfg.T} steps": Settings("ancestral", chain).states,
+            "first_hitting": Settings("first_hitting").states, "topk, k = 4": Settings("topk", {"k": 4}).states,
+            "threshold": Settings("threshold").states, "entropy_bound": Settings("entropy_bound").states,
+            f"remdm, {cfg.T} steps": Settings("remdm", chain).states}
     networks, compiled = dict.fromkeys(ways, model), bool(cfg.compile)
     if compiled:
         networks[naive] = copy.deepcopy(model)

@@ -197,7 +197,7 @@ def in_blocks(settings, objective, model, xt, generator, end=None):
             past = model.remember(state.xt[:, known:a], torch.zeros(len(xt), device=xt.device), past=past)
             known = a
         width, last = block.shape[1], None
-        for part in settings(objective, model, F.pad(block, (0, n - width), value=objective.mask_id), generator,
+        for part in settings.states(objective, model, F.pad(block, (0, n - width), value=objective.mask_id), generator,
                              past=past):
             new = [torch.cat((whole[:, :a], piece[:, :width], whole[:, a + n:]), 1)
                    for whole, piece in ((state.xt, part.xt), (state.p, part.p))]

@@ -29,7 +29,7 @@ All samplers take the same arguments, and then those of their own:
     objective  that of the model, whose `time` says what the network is told at a mask rate
     draw       categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
     start      (B,) float64, the share of masks at first, among the tokens that noise could hit in training: all, or
-               those after the prefix (Settings.__call__). It is below 1 if other tokens are given, too. The grid begins
+               those after the prefix (Settings.states). It is below 1 if other tokens are given, too. The grid begins
                at 1 all the same. At its rate r the share is start * r, so the network is told the time of this rate
     grid       (samplers with steps) mask rates, never rising: from 1, or the schedule's rate at t = 1, to 0
 
@@ -408,7 +408,7 @@ class Settings(NamedTuple):
         """Number of steps, with block_length of each piece, if it is known beforehand; else None."""
         return len(self.options["grid"]) - 1 if self.options.get("grid") else None
 
-    def __call__(self, objective, model, xt, generator, size=None, past=None):
+    def states(self, objective, model, xt, generator, size=None, past=None):
         """An iterator over the States from xt (B, L) on.
 
         size: (B,), the tokens of each sequence that noise can hit. Its mask rate is its masks / size. Default: all L.
@@ -462,7 +462,7 @@ def denoise(settings, objective, model, canvas, config, context, generator, end=
         if config.prefix != "none":
             size = (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
         parts = (in_blocks(settings, objective, model, xt, generator, end) if objective.block_size
-                 else settings(objective, model, xt, generator, size))
+                 else settings.states(objective, model, xt, generator, size))
         for part in parts:
             part_p = torch.where(part.p.isnan(), p, part.p)  # p: what an earlier window drew
             state = State(torch.cat((state.xt[:, :a], part.xt, state.xt[:, b:]), 1),

@@ -420,7 +420,7 @@ def states(settings, B, n, time=None):
     """The states of a sampler that begins with B sequences of n masks, and how many steps each of them stands for."""
     xt, generator, objective = torch.full((B, n), V), torch.Generator().manual_seed(0), MDLM(V)
     objective.time = time or objective.time
-    return [(state.xt, state.steps) for state in settings(objective, zeros, xt, generator)]
+    return [(state.xt, state.steps) for state in settings.states(objective, zeros, xt, generator)]
 
 
 def test_ancestral():

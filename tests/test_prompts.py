@@ -468,7 +468,7 @@ def test_the_sample_during_training_is_told_all(call, data_dir, tmp_path, monkey
     def watch(cfg):
         settings = recorded(cfg)
         return lambda objective, model, xt, generator, size: sizes.append((size.item(), (xt != 27).sum().item())) or (
-            settings(objective, model, xt, generator, size))
+            settings.states(objective, model, xt, generator, size))
 
     monkeypatch.setattr(sampler_settings, "default_settings", watch)
     assert train(call, "mdlm_text8", data_dir, tmp_path / "out", "--prefix=fixed:8", "--max_steps=2",

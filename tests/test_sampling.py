@@ -368,7 +368,8 @@ def test_guidance_follows_its_formula(w):
             q = p / 2 * next_token(second, torch.where(torch.arange(L) == first, token, xt))
             expected += (q * F.one_hot(torch.tensor(token), V)[:, None] if first == 1
                          else q[:, None] * F.one_hot(torch.tensor(token), V))
-    *_, state = Settings("first_hitting", guidance=w)(MDLM(MASK), world.oracle, xt.expand(30_000, L), generator())
+    way = Settings("first_hitting", guidance=w)
+    *_, state = way.states(MDLM(MASK), world.oracle, xt.expand(30_000, L), generator())
     assert chi_square_excess(counts_of(state.xt)[V**2:2 * V**2], expected.flatten().double()) < 4
 
 
@@ -385,7 +386,7 @@ def test_guidance_tells_both_times(objective, size):
 
     xt = torch.tensor([[1, MASK, MASK]])
     grid = [1.0, 0.55, 0.0]
-    list(Settings("topk", {"grid": grid}, guidance=1.0)(objective, network, xt, generator(), size))
+    list(Settings("topk", {"grid": grid}, guidance=1.0).states(objective, network, xt, generator(), size))
     first = 2 / 3 if size is None else 1.0
     expected = [objective.time(torch.tensor(rate, dtype=torch.float64)).item()
                 for rate in (first, 1.0, first / 2, 2 / 3)]
@@ -414,7 +415,7 @@ def test_given_tokens_stay(settings):
     xt = masks(60)
     xt[:20, 0], xt[10:30, 1], xt[25:50, 2], xt[59] = 2, 1, 0, torch.tensor([0, 1, 2])
     model, objective = world.random_denoiser(2, True), MDLM(MASK)
-    states = list(settings(objective, model, xt, generator()))
+    states = list(settings.states(objective, model, xt, generator()))
     given = xt != MASK
     for state in states:
         assert torch.equal(state.xt[given], xt[given])
@@ -428,7 +429,7 @@ def test_given_tokens_stay(settings):
             seen = before.xt != MASK
             assert torch.equal(after.xt[seen], before.xt[seen]) and torch.equal(after.p[seen & ~given],
                                                                                 before.p[seen & ~given])
-    again, other = (list(settings(objective, model, xt, generator(seed)))[-1].xt for seed in (0, 1))
+    again, other = (list(settings.states(objective, model, xt, generator(seed)))[-1].xt for seed in (0, 1))
     assert torch.equal(again, states[-1].xt) and not torch.equal(other, again)
 
 
@@ -437,7 +438,7 @@ def test_remdm_remasks_in_a_template(settings):
     """What it drew, never what was given."""
     xt = masks(200)
     xt[:, 1] = 2
-    states = list(settings(MDLM(MASK), world.random_denoiser(2, True), xt, generator()))
+    states = list(settings.states(MDLM(MASK), world.random_denoiser(2, True), xt, generator()))
     assert sum(((after.xt == MASK) & (before.xt != MASK)).sum() for before, after in zip(states, states[1:])) > 20
 
 
@@ -449,11 +450,11 @@ def test_pieces_follow_the_data(n):
     """Samples of the Bayes-optimal denoiser follow the data for every length of pieces, because every order gives the
     data. This holds after given tokens, too."""
     settings = Settings("first_hitting", block_length=n)
-    *_, state = settings(MDLM(MASK), world.oracle, masks(30_000), generator())
+    *_, state = settings.states(MDLM(MASK), world.oracle, masks(30_000), generator())
     assert chi_square_excess(counts_of(state.xt), world.P_DATA) < 4
     xt = torch.tensor([[MASK, 2, MASK]])
     agrees = ((world.SEQUENCES == xt) | (xt == MASK)).all(1)
-    *_, state = settings(MDLM(MASK), world.oracle, xt.expand(30_000, L), generator())
+    *_, state = settings.states(MDLM(MASK), world.oracle, xt.expand(30_000, L), generator())
     counts = counts_of(state.xt)
     assert counts[~agrees].sum() == 0
     assert chi_square_excess(counts[agrees], world.P_DATA[agrees] / world.P_DATA[agrees].sum()) < 4
@@ -466,7 +467,7 @@ def test_pieces_follow_their_chain(sampler, grid, n):
     It is another one than that of all masks at once."""
     model = world.random_denoiser(1, sees_time=True)
     settings = Settings(sampler, {"grid": grid} if grid else {}, block_length=n)
-    *_, state = settings(MDLM(MASK), model, masks(30_000), generator())
+    *_, state = settings.states(MDLM(MASK), model, masks(30_000), generator())
     grid = grid or schedule_grid("linear", 300)
     assert chi_square_excess(counts_of(state.xt), world.pieces_distribution(model, grid, L)) > 10
     assert chi_square_excess(counts_of(state.xt), world.pieces_distribution(model, grid, n)) < 4
@@ -495,7 +496,8 @@ def test_the_time_of_a_piece():
                                (Settings("remdm", grid | {"remask": "rescale", "eta": 0.0}), {6, 4, 2, 1})):
         for size in (8, 6):
             told.clear()
-            *_, state = settings._replace(block_length=4)(MDLM(MASK), model, xt, generator(3), torch.tensor([size]))
+            pieces = settings._replace(block_length=4)
+            *_, state = pieces.states(MDLM(MASK), model, xt, generator(3), torch.tensor([size]))
             assert (state.xt != MASK).all()
             masks_told = [size * t for t in told]
             if isinstance(expected, set):  # these steps reveal something by chance
@@ -504,7 +506,7 @@ def test_the_time_of_a_piece():
             else:
                 assert masks_told == pytest.approx(expected, rel=1e-6)
     told.clear()
-    list(Settings("first_hitting", block_length=4)(MDLM(MASK), model, xt, generator()))
+    list(Settings("first_hitting", block_length=4).states(MDLM(MASK), model, xt, generator()))
     assert 6 / 8 > told[0] > told[1] > told[2] > told[3] > 2 / 8 > told[4] > told[5] > 0
 
 
@@ -513,7 +515,7 @@ def test_guidance_of_pieces():
     seen = []
     model = lambda xt, t, where: seen.append(xt[0].tolist()) or torch.zeros(int(where.sum()), V)
     xt = torch.tensor([[1, MASK, MASK, MASK, 2]])
-    *_, state = Settings("topk", {"k": 1}, guidance=1.0, block_length=1)(MDLM(MASK), model, xt, generator())
+    *_, state = Settings("topk", {"k": 1}, guidance=1.0, block_length=1).states(MDLM(MASK), model, xt, generator())
     written = state.xt[0, 1:4].tolist()
     middles = [written[:i] + [MASK] * (3 - i) for i in range(3)]
     assert seen == [row for m in middles for row in ([1, *m, 2], [MASK, *m, MASK])]
@@ -524,7 +526,8 @@ def test_one_piece_is_the_sampler(settings):
     """A piece of all masks or more changes nothing: the same tokens, probabilities and steps in every State."""
     xt = masks(60)
     xt[:20, 0], xt[10:30, 1], xt[25:50, 2] = 2, 1, 0
-    run = lambda n: list(settings._replace(block_length=n)(MDLM(MASK), world.random_denoiser(2, True), xt, generator()))
+    run = lambda n: list(settings._replace(block_length=n).states(MDLM(MASK), world.random_denoiser(2, True), xt,
+                                                                  generator()))
     for n in (3, 9):
         for one, other in zip(run(0), run(n), strict=True):
             for a, b in zip(one, other):
@@ -536,7 +539,7 @@ def test_pieces_from_left_to_right(settings):
     """Each text has its own pieces of two masks. One is full before the next one begins, and stays as it is."""
     xt = torch.tensor([[MASK] * 6, [0, MASK, 1, MASK, MASK, MASK], [MASK, 2, 2, 2, 2, MASK], [1] * 6]).repeat(20, 1)
     model = lambda xt, t, where: torch.zeros(int(where.sum()), V)
-    states = list(settings._replace(block_length=2)(MDLM(MASK), model, xt, generator()))
+    states = list(settings._replace(block_length=2).states(MDLM(MASK), model, xt, generator()))
     piece = torch.where(xt == MASK, ((xt == MASK).cumsum(1) - 1) // 2, -1)
     begun = [torch.where(state.xt != MASK, piece, -1).amax(1, keepdim=True) for state in states]
     for state, last in zip(states, begun):
@@ -560,7 +563,7 @@ def test_only_what_is_drawn_is_asked_and_timed():
     objective.time = time
     for settings in ALL:
         calls.clear(), ticks.clear()
-        list(settings(objective, model, masks(2, 5), generator()))
+        list(settings.states(objective, model, masks(2, 5), generator()))
         assert len(calls) == len(ticks) > 0
 
 
@@ -573,7 +576,7 @@ def test_default_settings():
         assert {p.default for p in found if p} == {value}
     config = configs.replace(configs.demo(), T=3, schedule="cosine")
     assert default_settings(config).options["grid"] == pytest.approx([1, math.cos(math.pi / 6), 0.5, 0])
-    states = list(default_settings(config)(MDLM(MASK, "cosine"), world.oracle, masks(2), generator()))
+    states = list(default_settings(config).states(MDLM(MASK, "cosine"), world.oracle, masks(2), generator()))
     assert len(states) <= 4 and (sum(state.steps for state in states) == 3).all() and (states[-1].xt != MASK).all()
 
 
@@ -595,7 +598,7 @@ def test_left_to_right_follows_the_data():
     assert chi_square_excess(counts_of(x0), world.P_DATA) < 4
     xt = masks(50)
     xt[:, 0], xt[:25, 2] = 2, 1
-    *_, state = Settings("left_to_right")(AutoRegressive(MASK), model, xt, generator())
+    *_, state = Settings("left_to_right").states(AutoRegressive(MASK), model, xt, generator())
     assert (state.xt[:, 0] == 2).all() and (state.xt[:25, 2] == 1).all() and (state.xt != MASK).all()
     assert lengths[3:] == [(1, 2), (2, 1)]
 

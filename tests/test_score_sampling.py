@@ -40,7 +40,7 @@ def distribution_of(steps, states, first):
 
 def sample(objective, model, settings, xt=None, seed=0):
     xt = masks(N_SAMPLES) if xt is None else xt
-    *_, state = settings(objective, model, xt, torch.Generator().manual_seed(seed))
+    *_, state = settings.states(objective, model, xt, torch.Generator().manual_seed(seed))
     return state.xt
 
 
@@ -276,8 +276,8 @@ def test_uniform_infilling():
     xt = torch.tensor([[0, V, 2], [V, 1, V], [0, 1, 2]]).repeat(50, 1)
     for name in Uniform.samplers:
         before = None
-        for state, r in zip(Settings(name, {"grid": rates})(objective, model, xt, torch.Generator().manual_seed(0)),
-                            rates[:-1]):
+        way = Settings(name, {"grid": rates})
+        for state, r in zip(way.states(objective, model, xt, torch.Generator().manual_seed(0)), rates[:-1]):
             assert (state.xt < V).all() and torch.equal(state.xt[xt != V], xt[xt != V])
             assert state.p[xt != V].isnan().all() and ((state.p[xt == V] >= 0) & (state.p[xt == V] <= 1)).all()
             if before is not None:

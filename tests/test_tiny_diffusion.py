@@ -249,7 +249,7 @@ def test_golden_runs(run, settings, golden):
 
     def go():
         denoiser, revealed, xt = Counted(model), torch.full_like(canvas, -1), canvas
-        states = settings._replace(temperature=0.0)(objective, denoiser, canvas, torch.Generator())
+        states = settings._replace(temperature=0.0).states(objective, denoiser, canvas, torch.Generator())
         for step, state in enumerate(states):
             revealed[xt != state.xt], xt = step, state.xt
         return xt, revealed, denoiser.nfe
