@@ -1,11 +1,30 @@
 """A direct implementation of D3PM from the paper: correct and slow. It is the place to begin reading.
 
+    python studies/textbook.py      # trains a tiny network on README.md for a minute, and samples from it
+
 Every step builds the true and the learned posterior over all V + 1 states of all tokens, (B, L, V + 1), in float32.
 docs/maths.md, section 4, shows why diffusion.py needs none of them. bench.py compares the speed of the two.
 """
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import run
+
 import torch
 import torch.nn.functional as F
+
+
+def forward_process(x0, T):
+    """Draw the noise of texts x0 (B, L): a step s of each text from 1 ... T, and masks with probability s/T each.
+
+    Returns `t` = s/T (B,) and `mask` (B, L) bool, as D3PM.noise of diffusion.py does.
+    """
+    t = torch.randint(1, T + 1, (len(x0),)) / T
+    return SimpleNamespace(t=t, mask=torch.rand(x0.shape) < t[:, None])
 
 
 def posterior(xt, p_x0, a, a_before, mask_id):
@@ -25,9 +44,9 @@ def posterior(xt, p_x0, a, a_before, mask_id):
 
 
 def loss(model, x0, noise, T, mask_id):
-    """KL(q || p) of one random step, nats per token (arXiv 2107.03006, eq. 1). x0 (B, L), noise: from D3PM.noise.
+    """KL(q || p) of one random step, nats per token (arXiv 2107.03006, eq. 1). x0 (B, L), noise: from forward_process.
 
-    It equals D3PM.loss of diffusion.py with the linear schedule and without the auxiliary term.
+    T times this is an estimate of the bound on -log p(x0). It equals D3PM.loss of diffusion.py with the linear schedule and without the auxiliary term.
     """
     s = (noise.t * T).round()
     a, a_before = 1 - s / T, 1 - (s - 1) / T
@@ -40,12 +59,16 @@ def loss(model, x0, noise, T, mask_id):
 
 
 def train_step(model, parts, T, mask_id, optimizer, grad_clip):
-    """Take one training step as tutorials do. parts: (x0, noise) of each micro-batch."""
+    """Take one training step as tutorials do. parts: (x0, noise) of each micro-batch. Returns the loss."""
+    total = 0.0
     for x0, noise in parts:
-        (loss(model, x0, noise, T, mask_id) / len(parts)).backward()
+        part = loss(model, x0, noise, T, mask_id) / len(parts)
+        part.backward()
+        total += part.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
     optimizer.zero_grad()
+    return total
 
 
 @torch.no_grad()
@@ -60,3 +83,27 @@ def sample(objective, model, xt, generator, T=1000):
         p = posterior(xt, p_x0, 1 - t, 1 - t + 1 / T, objective.mask_id)
         xt = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(xt.shape)
         yield xt
+
+
+def main(T=100, L=64, steps=1000):
+    from configs import Config
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    letters = sorted(set(text))
+    tokens, mask_id = torch.tensor([letters.index(letter) for letter in text]), len(letters)
+    torch.manual_seed(0)
+    model = Config(n_layer=2, n_head=4, n_embd=128, seq_len=L, T=T, shift_tokens=True).make_model(mask_id)
+    optimizer, total = torch.optim.AdamW(model.parameters(), 3e-3), 0.0
+    for step in range(1, steps + 1):
+        x0 = tokens[torch.randint(len(tokens) - L, (32, 1)) + torch.arange(L)]
+        total += train_step(model, [(x0, forward_process(x0, T))], T, mask_id, optimizer, grad_clip=1.0).item()
+        if step % 100 == 0:
+            print(f"step {step}: the bound of the last 100 is {T * total / 100:.2f} nats per letter", flush=True)
+            total = 0.0
+    xt = torch.full((1, L), mask_id)
+    for step, xt in enumerate(sample(SimpleNamespace(mask_id=mask_id), model, xt, torch.Generator(), T), 1):
+        if step % 20 == 0:
+            print(f"{T - step:3} steps left: {''.join((letters + ['_'])[i] for i in xt[0])!r}")
+
+
+if __name__ == "__main__":
+    run(main)
