@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -34,7 +35,6 @@ import torch
 import configs
 import parallel
 from categorical import Counted, Draw
-from configs import replace
 from costs import check_fits, count_parameters, flops_per_token, training_bytes, weight_bytes
 from data.loader import load_meta, prefetch
 from data.tokenizer import KNOWN

@@ -79,7 +79,7 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
     So `--init_from` of any size needs no flags for the size. Only the main process calls it. Raises UserError if the
     checkpoint cannot be read or has another kind of network.
     """
-    if not cfg.network.of_source or cfg.backbone:
+    if not cfg.network_class.of_source or cfg.backbone:
         return cfg
     where, payload = None, None
     if resume == "auto":
@@ -94,7 +94,7 @@ def with_sizes_of_source(cfg, resume, init_from, out_dir):
     if source.architecture != cfg.architecture:
         raise UserError(f"{where} has architecture={source.architecture}, and this run "
                         f"{cfg.architecture}: use --architecture={source.architecture}")
-    found = {key: getattr(source, key) for key in cfg.network.of_source}
+    found = {key: getattr(source, key) for key in cfg.network_class.of_source}
     other = [f"{key}={value} (not {getattr(cfg, key)})" for key, value in found.items()
              if key != "backbone" and value != getattr(cfg, key)]
     if other:

@@ -2,12 +2,12 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
 import optim
 from cli import UserError, memory_of
-from configs import replace
 from randomness import give_prefix, prefix_lengths, uniforms
 
 

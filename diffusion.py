@@ -191,7 +191,7 @@ class Objective:
     description = "predicts masked tokens"  # what a checkpoint of this objective does; completes "it ..." in messages
     has_mask = True     # the noise makes masks, so the network has one token more than the vocabulary
     causal = False      # the network sees only tokens on the left
-    any_order = True    # it predicts any masked tokens from any visible ones, as samplers and studies of masks need it
+    any_order = True    # it predicts masks in whole texts: any of them, from any visible tokens
     both_sides = True   # a token sees the text on its right, too, so that blanks in the middle of a text can be filled
     everywhere = False  # the loss asks for logits at all positions, visible ones included
     normalised = True   # the prediction of a token sums to 1
@@ -413,6 +413,8 @@ class MDLM(Absorbing):
     'uniform', 'stratified': t = u, and tokens are masked independently. If alpha(0) = 1, the estimate has no finite
         variance: use this for training and to match papers, never for error bars.
     'exact_k': exactly k tokens are masked (the method exact_k).
+    'uniform' draws the u of a batch independently; the other two spread them evenly over (0, 1], as MDLM's
+    low-discrepancy sampler does. train.batches draws u, so for `noise` 'uniform' and 'stratified' are the same.
 
     weighting 'simple' trains on 2 sum CE / L, the same weight for every masked token. For the linear schedule a term of
     the bound is (1/t) sum CE / L, so each is multiplied by 2t, which is 1 on average. This is not the bound, but it

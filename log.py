@@ -110,7 +110,7 @@ class Tally(NamedTuple):
                      torch.maximum(self.most_in_a_row, in_a_row))
 
     def of_all(self):
-        """The tally of all workers together (local_sgd.py): the sums, but the largest in_a_row and most_in_a_row."""
+        """The tally of all workers together (local_sgd.py): sums of the first three, maxima of the other two."""
         if parallel.n_teams == 1:
             return self
         counts, runs = torch.stack(self[:3]), torch.stack(self[3:])

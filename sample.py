@@ -153,7 +153,7 @@ def check(args, config):
         raise UserError(f"--context {args.context} is no multiple of the block size of {args.checkpoint}: use "
                         f"{n_blocks * config.block_size}")
     if args.guidance:
-        if not (objective.has_mask and objective.any_order) or args.sampler in ("analytic", "euler"):
+        if not objective.any_order or args.sampler in ("analytic", "euler"):
             raise UserError("--guidance needs a model of masks in whole texts, and a sampler that normalises its "
                             "prediction, such as ancestral: leave it out")
         if config.prefix_range[0]:

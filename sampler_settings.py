@@ -115,7 +115,7 @@ def pick_sampler(sampler, flags, common, objective, described):
 
     sampler, flags: as for settings_of. common: from common_flags. described: the checkpoint in words.
     """
-    if "block_length" in common and not (objective.has_mask and objective.any_order):
+    if "block_length" in common and not objective.any_order:
         raise UserError(f"--block_length is for models of masks in whole texts, and {described}: leave it out")
     if objective.causal and (sampler or flags):
         raise UserError(f"{described} and takes one step per token: leave out "

@@ -28,12 +28,12 @@ All samplers take the same arguments, and then those of their own:
     xt         (B, L) long; objective.mask_id where a token is to be written
     objective  that of the model, whose `time` says what the network is told at a mask rate
     draw       categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
-    start      (B,) float64, the share of masks at first, among the tokens that noise could hit in training: all, or
-               those after the prefix (Settings.states). It is below 1 if other tokens are given, too. The grid begins
-               at 1 all the same. At its rate r the share is start * r, so the network is told the time of this rate
+    rate0      (B,) float64, the mask rate of xt: its masks divided by the tokens that noise could hit in training (all
+               tokens, or those after the prefix; Settings.states). It is below 1 if other tokens are given, too. Grids
+               begin at 1 all the same: at the rate r of a grid, the network is told the time of rate0 * r
     grid       (samplers with steps) mask rates, never rising: from 1, or the schedule's rate at t = 1, to 0
 
-Networks trained on uniform noise have samplers of their own, in uniform.py. They do not use `start`.
+Networks trained on uniform noise have samplers of their own, in uniform.py. They do not use `rate0`.
 """
 
 import copy
@@ -51,7 +51,7 @@ from uniform import uniform_ancestral, uniform_euler
 # ---- what the samplers share -----------------------------------------------------------------------------------------
 
 
-def of_rows(model, past=None):
+def skip_finished(model, past=None):
     """The denoiser that runs `model` only for the sequences in which `where` has any position.
 
     past: of all B sequences, what model.remember() returned for the tokens before (model.DiT)."""
@@ -115,7 +115,7 @@ def accept(state, proposed, sure, n):
 
 
 @torch.no_grad()
-def ancestral(model, xt, objective, draw, start, grid):
+def ancestral(model, xt, objective, draw, rate0, grid):
     """The reverse chain on a grid of mask rates rho_0 > rho_1 > ... > 0 (D3PM, eq. 4; MDLM, eq. 6).
 
     From r to rho each mask is revealed with probability 1 - rho/r, whatever the network says. Its token is drawn from
@@ -144,7 +144,7 @@ def ancestral(model, xt, objective, draw, start, grid):
     for j in range(int(turn[masked].max()) + 1 if masked.any() else 0):
         where = masked & (turn == j)
         step = torch.where(where, step_of, last[:, None]).amax(1)
-        state = fill(model, state, where, objective, start * rates[step.clamp(min=0).cpu()], draw)
+        state = fill(model, state, where, objective, rate0 * rates[step.clamp(min=0).cpu()], draw)
         yield state._replace(steps=(step - last).cpu())
         last = step
     if (last < n_steps - 1).any():  # the empty steps at the end
@@ -152,7 +152,7 @@ def ancestral(model, xt, objective, draw, start, grid):
 
 
 @torch.no_grad()
-def first_hitting(model, xt, objective, draw, start):
+def first_hitting(model, xt, objective, draw, rate0):
     """The reverse chain in continuous time, without a grid (first-hitting sampler, arXiv 2409.02908); L States at most.
 
     At rate r there are k masks, each with its own reveal rate, uniform on [0, r). The next one is the largest of these:
@@ -160,7 +160,7 @@ def first_hitting(model, xt, objective, draw, start):
     probability. Its token is drawn from the network's prediction at that rate. No two masks are revealed at once, so
     the draw is exact for the chain in continuous time.
     """
-    state, rate = begin(xt), start
+    state, rate = begin(xt), rate0
     while (masked := state.xt == objective.mask_id).any():
         rate = rate * draw.uniform(len(xt)).cpu() ** (1 / masked.sum(1).clamp(min=1).cpu())
         which = draw.uniform(xt.shape).masked_fill(~masked.to(draw.generator.device), -1).argmax(1).to(xt.device)
@@ -168,18 +168,19 @@ def first_hitting(model, xt, objective, draw, start):
         yield state
 
 
-def rate_left(start, left, n):
+def rate_left(rate0, left, n):
     """The mask rate of sequences with `left` of their n masks: (B,) float64."""
-    return start * left.cpu().double() / n.cpu().clamp(min=1)
+    return rate0 * left.cpu().double() / n.cpu().clamp(min=1)
 
 
 @torch.no_grad()
-def topk(model, xt, objective, draw, start, grid=None, k=1, by="probability"):
+def topk(model, xt, objective, draw, rate0, grid=None, k=1, by="probability"):
     """Reveal the surest tokens first, a fixed number in each step (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
 
     A token is drawn for every mask, and the surest ones are kept. How sure the network is follows from its prediction
-    at temperature 1, as `by` says (categorical.SURE). On a grid of mask rates a share rho_m/rho_0 of the masks, rounded
-    down, is left after step m. Without one, each step reveals k tokens.
+    at temperature 1, as `by` says (categorical.SURE). MaskGIT adds Gumbel noise to this measure; here there is none.
+    On a grid of mask rates a share rho_m/rho_0 of the masks, rounded down, is left after step m. Without one, each step
+    reveals k tokens.
     Texts do not have the distribution of the model: they look better, and become more alike.
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1).cpu()
@@ -192,7 +193,7 @@ def topk(model, xt, objective, draw, start, grid=None, k=1, by="probability"):
         steps += 1
         if (kept < left).any():
             masked = state.xt == objective.mask_id
-            proposed, sure = propose(model, state, masked, objective, rate_left(start, left, n), draw, by)
+            proposed, sure = propose(model, state, masked, objective, rate_left(rate0, left, n), draw, by)
             state = accept(state, proposed, sure, (left - kept).to(xt.device))
             yield state._replace(steps=steps)
             left, steps = kept, 0
@@ -201,18 +202,18 @@ def topk(model, xt, objective, draw, start, grid=None, k=1, by="probability"):
 
 
 @torch.no_grad()
-def threshold(model, xt, objective, draw, start, threshold=0.9):
+def threshold(model, xt, objective, draw, rate0, threshold=0.9):
     """Reveal all tokens to which the network gives at least `threshold`, and always the surest one (Fast-dLLM, arXiv
     2505.22618). A token is drawn for every mask, as in topk. Texts do not have the distribution of the model."""
     state, n = begin(xt), (xt == objective.mask_id).sum(1)
     while (masked := state.xt == objective.mask_id).any():
-        proposed, sure = propose(model, state, masked, objective, rate_left(start, masked.sum(1), n), draw)
+        proposed, sure = propose(model, state, masked, objective, rate_left(rate0, masked.sum(1), n), draw)
         state = accept(state, proposed, sure, (sure >= threshold).sum(1).clamp(min=1))
         yield state
 
 
 @torch.no_grad()
-def entropy_bound(model, xt, objective, draw, start, gamma=0.1):
+def entropy_bound(model, xt, objective, draw, rate0, gamma=0.1):
     """Reveal the tokens of least entropy, as many as have (sum of their entropies - the largest of them) <= gamma nats
     (EB-Sampler, arXiv 2505.24857).
 
@@ -226,7 +227,7 @@ def entropy_bound(model, xt, objective, draw, start, gamma=0.1):
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1)
     while (masked := state.xt == objective.mask_id).any():
-        rate = rate_left(start, masked.sum(1), n)
+        rate = rate_left(rate0, masked.sum(1), n)
         proposed, sure = propose(model, state, masked, objective, rate, draw, "entropy")
         costs = -sure.sort(dim=1, descending=True).values
         n_now = (costs.cumsum(1) - costs <= gamma).sum(1)  # at visible tokens inf - inf is no number, hence False
@@ -238,7 +239,7 @@ DEFAULT_ETA = {"cap": 0.02, "rescale": 0.05, "conf": 1.0, "loop": 0.02}  # {rule
 
 
 @torch.no_grad()
-def remdm(model, xt, objective, draw, start, grid, remask="cap", eta=None):
+def remdm(model, xt, objective, draw, rate0, grid, remask="cap", eta=None):
     """ancestral, but revealed tokens may become masks again, so that mistakes can be mended (ReMDM, arXiv 2503.00307,
     eq. 7, which calls g sigma_t).
 
@@ -270,13 +271,13 @@ def remdm(model, xt, objective, draw, start, grid, remask="cap", eta=None):
         h = 1 - rho / r + (0 if remask == "conf" else g * (1 - r) / r)
         revealed = masked & draw.happens(h, xt)
         again = ~masked & ~given & draw.happens(g, xt)
-        state = fill(model, state, revealed, objective, start * r, draw)
+        state = fill(model, state, revealed, objective, rate0 * r, draw)
         state = State(state.xt.masked_fill(again, objective.mask_id), state.p.masked_fill(again, torch.nan))
         yield state
 
 
 @torch.no_grad()
-def analytic(model, xt, objective, draw, start, grid, chance=lambda schedule, r, rho: 1 - rho / r):
+def analytic(model, xt, objective, draw, rate0, grid, chance=lambda schedule, r, rho: 1 - rho / r):
     """SEDD's analytic predictor, or Tweedie denoiser (arXiv 2310.16834), with masks.
 
     From rate r to rho a mask becomes y with probability (1 - rho/r) f_y, where f is the network's prediction, whose sum
@@ -288,7 +289,7 @@ def analytic(model, xt, objective, draw, start, grid, chance=lambda schedule, r,
     for r, rho in zip(grid, grid[1:]):
         masked = state.xt == objective.mask_id
         if masked.any():
-            t = objective.time(start * r).to(xt.device)
+            t = objective.time(rate0 * r).to(xt.device)
             logits = model(state.xt, t, where=masked)
             Z = objective.log_prediction(logits, t[:, None].expand_as(masked)[masked]).exp().sum(-1)
             tokens, p = draw(logits)
@@ -308,17 +309,17 @@ def euler_chance(schedule, r, rho):
     return ((t - tau) * schedule.weight(t)).item()
 
 
-def euler(model, xt, objective, draw, start, grid):
+def euler(model, xt, objective, draw, rate0, grid):
     """SEDD's Euler predictor (arXiv 2310.16834), with masks: analytic with euler_chance in place of 1 - rho/r. For
     linear and log-linear noise the two numbers are equal.
 
     As in that project the chain ends just before t = 0, and a step of noise removal follows.
     """
-    return analytic(model, xt, objective, draw, start, with_denoising(grid), euler_chance)
+    return analytic(model, xt, objective, draw, rate0, with_denoising(grid), euler_chance)
 
 
 @torch.no_grad()
-def left_to_right(model, xt, objective, draw, start):
+def left_to_right(model, xt, objective, draw, rate0):
     """Fill the masks from left to right with a causal network (diffusion.AutoRegressive), and yield a State for each.
 
     Given tokens stay, but only the tokens on their right see them. The network runs once for each position where a
@@ -343,7 +344,7 @@ def piece_by_piece(sampler, model, xt, objective, draw, size, n, options):
     network sees them as masks. Of `size` tokens, m are masks of the piece at first, and m' of later pieces. At rate r
     of the sampler's grid, m r + m' masks are expected. So the network is told the time of the rate
 
-        (m r + m')/size = start * r + m'/size,   where start = m/size.
+        (m r + m')/size = rate0 * r + m'/size,   where rate0 = m/size.
 
     If n is at least the number of masks, there is one piece and m' = 0: this is the sampler itself. size: as in
     Settings. options: those of the sampler.
@@ -352,12 +353,12 @@ def piece_by_piece(sampler, model, xt, objective, draw, size, n, options):
     place = masked.cumsum(1)  # 1, 2, ... at the masks, from left to right
     for end in range(n, int(place.max()) + n, n):
         here, later = masked & (place > end - n) & (place <= end), masked & (place > end)
-        start, share_later = (where.sum(1).cpu().double() / size for where in (here, later))
+        rate0, share_later = (where.sum(1).cpu().double() / size for where in (here, later))
         told = copy.copy(objective)
         told.time = lambda rate: objective.time(rate + share_later)
         network = lambda x, t, where: model(x.masked_fill(later, objective.mask_id), t, where)
         p = state.p  # that of the pieces before
-        for part in sampler(network, state.xt.masked_fill(later, 0), told, draw, start, **options):
+        for part in sampler(network, state.xt.masked_fill(later, 0), told, draw, rate0, **options):
             xt = part.xt.masked_fill(later, objective.mask_id)
             state = State(xt, torch.where(part.p.isnan(), p, part.p), part.steps)
             yield state
@@ -417,14 +418,14 @@ class Settings(NamedTuple):
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
         size = xt.shape[1] if size is None else size.cpu()
         sampler = SAMPLERS[objective.samplers[self.sampler]]
-        denoiser = model if sampler.keeps_past else of_rows(model, past)
+        denoiser = model if sampler.keeps_past else skip_finished(model, past)
         if self.guidance:
             denoiser = guided(denoiser, xt != objective.mask_id, objective, size, self.guidance)
         if self.block_length:
             return piece_by_piece(sampler.function, denoiser, xt, objective, draw, size, self.block_length,
                                   self.options)
-        start = (xt == objective.mask_id).sum(1).cpu().double() / size
-        return sampler.function(denoiser, xt, objective, draw, start, **self.options)
+        rate0 = (xt == objective.mask_id).sum(1).cpu().double() / size
+        return sampler.function(denoiser, xt, objective, draw, rate0, **self.options)
 
 
 # ---- texts of any length ---------------------------------------------------------------------------------------------

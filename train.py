@@ -127,8 +127,8 @@ def validate(model, objective, ema, data, cfg):
 class Run:
     """A run: its settings and data, what training changes, and its log.
 
-    All processes call every method together, but refuse_infinite, which sends nothing to the others. In one process
-    `together` and `on_main` only call the function that they are given, and `exchange` does nothing.
+    All processes call every method together. Only refuse_infinite may be called by some, as it sends nothing. In one
+    process `together` and `on_main` only call the function that they are given, and `exchange` does nothing.
     """
 
     def __init__(self, name, cfg, args):

@@ -307,7 +307,7 @@ def uniform_chain(model, xt, objective, draw, grid, step):
         yield state
 
 
-def uniform_ancestral(model, xt, objective, draw, start, grid):
+def uniform_ancestral(model, xt, objective, draw, rate0, grid):
     """The reverse chain of uniform noise: draw each token from the posterior given the network's prediction (UDLM,
     arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor, and negative probabilities count as 0.
     Rates above the last one that a score network knows are left out."""
@@ -325,7 +325,7 @@ def uniform_ancestral(model, xt, objective, draw, start, grid):
     return uniform_chain(model, xt, objective, draw, known, step)
 
 
-def uniform_euler(model, xt, objective, draw, start, grid):
+def uniform_euler(model, xt, objective, draw, rate0, grid):
     """SEDD's Euler predictor with uniform noise. From time t to tau a token z becomes y != z with probability
     (t - tau) dsigma/dt S_y / V, where S_y is the score. Otherwise it stays. The last step removes the noise, as in
     `euler`."""

@@ -18,8 +18,8 @@ from categorical import SURE, Draw, entropy, inverse_cdf
 from diffusion import D3PM, MDLM, Absorbing, AutoRegressive, make_schedule
 from sampler_settings import (DEFAULTS, best_grid, bound_on_grid, default_settings, enough_steps, loop_grid,
                               schedule_grid)
-from sampling import (DEFAULT_ETA, SAMPLERS, Settings, ancestral, entropy_bound, first_hitting, left_to_right, of_rows,
-                      remdm, threshold, topk)
+from sampling import (DEFAULT_ETA, SAMPLERS, Settings, ancestral, entropy_bound, first_hitting, left_to_right, remdm,
+                      skip_finished, threshold, topk)
 from world import MASK, L, V, picked
 
 
@@ -129,7 +129,7 @@ def test_the_network_is_asked_only_for_what_is_revealed():
 
     xt = masks(300, 6)
     xt[:, 0] = torch.arange(300) + 10 * MASK  # given, to tell the rows apart
-    states_of(ancestral, of_rows(model), xt, schedule_grid("linear", 100))
+    states_of(ancestral, skip_finished(model), xt, schedule_grid("linear", 100))
     assert len(asked) <= 5
     for row in range(300):
         times, numbers = zip(*[call[row + 10 * MASK] for call in asked if row + 10 * MASK in call])
