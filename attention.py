@@ -117,6 +117,8 @@ def annealed(L, step, anneal_steps, seed):
 
 @functools.cache
 def compiled_flex_attention():
+    """FlexAttention, compiled for networks that are not. It needs a graph for each shape (parallel.allow_graphs)."""
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention)
 
 

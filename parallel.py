@@ -220,6 +220,19 @@ def compile_trunk(model):
     model.trunk = trunk_for_any_masks
 
 
+def compiled_for_any_masks(function):
+    """Compile a function of tokens, (B, L, ...) or the N masked ones alone, (N, ...), as one graph for any N."""
+    compiled = torch.compile(function)
+
+    def call(x, *more):
+        if x.dim() == 2:
+            for part in (x, *more):
+                torch._dynamo.maybe_mark_dynamic(part, 0)
+        return compiled(x, *more)
+
+    return call
+
+
 MANY_TOKENS = 1000  # with a vocabulary of this size or more, compiling the head and the cost pays (LOG.md)
 
 
@@ -234,12 +247,12 @@ def compile_parts(model, objective):
     if model.vocab_size < MANY_TOKENS:
         return
     head, cost = model.head, objective.cost
-    objective.cost = compiled_cost = torch.compile(cost)
+    objective.cost = compiled_cost = compiled_for_any_masks(cost)
     if isinstance(head, torch.nn.Module):  # compiled, its parameters would get other names
         return
-    model.head = compiled_head = torch.compile(head)
+    model.head = compiled_head = compiled_for_any_masks(head)
     if objective.has_mask:
-        head_and_cost = torch.compile(lambda x, *more: cost(head(x), *more))
+        head_and_cost = compiled_for_any_masks(lambda x, *more: cost(head(x), *more))
         training = torch.is_grad_enabled
         model.head = lambda x: x if training() else compiled_head(x)
         objective.cost = lambda x, *more: head_and_cost(x, *more) if training() else compiled_cost(x, *more)
@@ -268,7 +281,7 @@ def spread(model, objective, device, fsdp, compiled):
         # later updates.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         if compiled and model.vocab_size >= MANY_TOKENS:
-            objective.cost = torch.compile(objective.cost)
+            objective.cost = compiled_for_any_masks(objective.cost)
         if hasattr(model, "remember"):  # samplers call it, and it needs whole parameters, as forward does
             register_fsdp_forward_method(model, "remember")
         return model

@@ -117,23 +117,30 @@ def test_bfloat16(kind):
     torch.testing.assert_close(bounds(kind, DEVICE, torch.bfloat16), bounds(kind, DEVICE), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("more", [[], ["--local_steps=3", "--outer_lr=1", "--outer_momentum=0"]])
+# Only several processes build DistributedDataParallel, share Muon's matrices out and split tensors for FSDP.
+PROCESSES = min(2, torch.cuda.device_count()) if DEVICE == "cuda" else 2
+
+
+@pytest.mark.parametrize("more", [[], ["--local_steps=3", f"--local_group={PROCESSES}", "--outer_lr=1",
+                                       "--outer_momentum=0"]])
 def test_torchrun(data_dir, tmp_path, more):
-    """One process of torchrun, with nccl on a GPU, has the losses of a plain one, also with exchanges."""
+    """Processes of torchrun, with nccl on GPUs, have the losses of a plain one, also with exchanges."""
     config, own = flags("mdlm")
     command = [*own, "--no-compile", "--eval_interval=6", "--ema_decay=0"]
     finish_well(start(config, data_dir, tmp_path / "plain", *command))
-    finish_well(start(config, data_dir, tmp_path / "torchrun", *command, *more, torchrun=["--standalone"]))
+    finish_well(start(config, data_dir, tmp_path / "torchrun", *command, *more, n=PROCESSES,
+                      torchrun=["--standalone"]))
     validations = [losses(tmp_path / name, "val_bits_per_token") for name in ("plain", "torchrun")]
     assert validations[0] and validations[1] == pytest.approx(validations[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["mdlm", "fast", "blocks"])
 def test_fsdp(data_dir, tmp_path, kind):
-    """FSDP with one process has the losses of a plain run, and can draw a sample."""
+    """FSDP has the losses of a plain run, and can draw a sample."""
     config, own = flags(kind, "--no-compile", "--eval_interval=6", "--sample_interval=6")
     finish_well(start(config, data_dir, tmp_path / "plain", *own))
-    finish_well(start(config, data_dir, tmp_path / "fsdp", *own, "--fsdp", torchrun=["--standalone"]))
+    finish_well(start(config, data_dir, tmp_path / "fsdp", *own, "--fsdp", n=PROCESSES,
+                      torchrun=["--standalone"]))
     assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
     assert any(line.get("sample") for line in log(tmp_path / "fsdp"))
 
