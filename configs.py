@@ -196,10 +196,10 @@ class Config:
         if not 0 < self.timeout_minutes <= 1e6:
             raise UserError("timeout_minutes must be above 0 and at most a million")
         try:
-            whole = make_schedule(self.schedule).whole
+            full_range = make_schedule(self.schedule).full_range
         except ValueError as error:
             raise UserError(f"schedule={error}")
-        if whole and self.conditioning == "sigma":
+        if full_range and self.conditioning == "sigma":
             raise UserError(f"conditioning=sigma needs a finite sigma, and schedule={self.schedule} ends at an "
                             "infinite one: use loglinear or geometric")
         if self.seed >= 2**63:

@@ -56,7 +56,7 @@ class Schedule(NamedTuple):
         return -self.dalpha(t) / self.alpha(t).clamp(min=1e-30)
 
     @property
-    def whole(self):
+    def full_range(self):
         """True if alpha goes from 1 to 0, up to rounding: then T steps are possible, and sigma(1) is infinite."""
         first, last = self.alpha(torch.tensor((0.0, 1.0), dtype=torch.float64, device="cpu")).tolist()
         return max(1 - first, last) < 1e-15
@@ -122,14 +122,14 @@ def make_schedule(name):
         raise ValueError(f"{name!r} is not valid: {error}")
 
 
-WHOLE = [name for name in SCHEDULES if make_schedule(name).whole]
+FULL_RANGE = [name for name in SCHEDULES if make_schedule(name).full_range]
 
 
 def misfit_of_steps(schedule):
     """A message if a chain of T steps cannot run on the schedule with this name, or None."""
-    if not make_schedule(schedule).whole:
+    if not make_schedule(schedule).full_range:
         return (f"objective=d3pm needs a schedule from alpha = 1 to 0, which schedule={schedule} is not: use "
-                f"{' or '.join(WHOLE)}")
+                f"{' or '.join(FULL_RANGE)}")
 
 
 def to_device(x, device):
@@ -318,7 +318,7 @@ class D3PM(Absorbing):
         KL(q(x_{s-1} | x_s, x0) || p(x_{s-1} | x_s)) = (a_{s-1} - a_s)/(1 - a_s) * CE   at masks, else 0,
 
     which is CE/s for the linear schedule. Drawing one s of T uniformly multiplies the weight by T. There is no prior
-    term, because alpha(1) = 0. With alpha(1) > 0 it would be infinite, so the schedule must be whole.
+    term, because alpha(1) = 0. With alpha(1) > 0 it would be infinite, so the schedule must have its full range.
 
     lambda_ce adds the auxiliary loss of eq. 5: lambda_ce * CE at all positions, visible ones included, beside one term
     of the sum over s (not the whole sum), as in the published code. With T = 1000, the linear schedule and nanoDD's
@@ -479,7 +479,7 @@ class SEDD(MDLM):
 
     @classmethod
     def misfit(cls, config):
-        if make_schedule(config.schedule).whole and not config.scale_by_sigma:
+        if make_schedule(config.schedule).full_range and not config.scale_by_sigma:
             return (f"scale_by_sigma=False needs a finite sigma, and schedule={config.schedule} ends at an infinite "
                     "one: use loglinear or geometric")
         return super().misfit(config)

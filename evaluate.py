@@ -162,7 +162,7 @@ def pick_estimator(subject, args):
         if objective.block_size:
             raise UserError(f"the T-step bound is for whole texts, and {subject.path} {objective.description}: leave "
                             "out --T and --estimator")
-        if not make_schedule(subject.config.schedule).whole:
+        if not make_schedule(subject.config.schedule).full_range:
             raise UserError(f"the T-step bound needs a schedule from alpha = 1 to 0, which schedule="
                             f"{subject.config.schedule} of {subject.path} is not: leave out --T and --estimator")
         if not objective.normalised:

@@ -99,11 +99,11 @@ def own_device(name):
     """The device of this process: pick_device(name), and on CUDA under torchrun the GPU with its LOCAL_RANK."""
     device = pick_device(name)
     if device.type == "cuda" and dist.is_initialized():
-        n_gpus, place = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-        if place >= n_gpus:
+        n_gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if local_rank >= n_gpus:
             raise UserError(f"this machine has {n_gpus} GPUs, and each process needs one: use torchrun with "
                             f"--nproc_per_node={n_gpus} or less")
-        device = torch.device("cuda", place)
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if device.type == "mps" and dist.is_initialized():
         if name != "auto":

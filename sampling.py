@@ -350,9 +350,9 @@ def piece_by_piece(sampler, model, xt, objective, draw, size, n, options):
     Settings. options: those of the sampler.
     """
     state, masked = begin(xt), xt == objective.mask_id
-    place = masked.cumsum(1)  # 1, 2, ... at the masks, from left to right
-    for end in range(n, int(place.max()) + n, n):
-        here, later = masked & (place > end - n) & (place <= end), masked & (place > end)
+    number = masked.cumsum(1)  # 1, 2, ... at the masks, from left to right
+    for end in range(n, int(number.max()) + n, n):
+        here, later = masked & (number > end - n) & (number <= end), masked & (number > end)
         rate0, share_later = (where.sum(1).cpu().double() / size for where in (here, later))
         told = copy.copy(objective)
         told.time = lambda rate: objective.time(rate + share_later)

@@ -46,7 +46,7 @@ from sampling import denoise
 def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, pad=None):
     """Yield for each step this process's share of the batch: a list of micro-batches (x0, noise).
 
-    indices: the places in the batch of this process's sequences. micro: number of sequences in a micro-batch.
+    indices: which sequences of the batch are those of this process. micro: number of sequences in a micro-batch.
     pin: put them in pinned memory, for the copy to a GPU. record, pad: from data.loader.records.
     """
     for step in range(first_step, cfg.max_steps):

@@ -203,7 +203,7 @@ class UniformSEDD(Uniform):
 
     @classmethod
     def misfit(cls, config):
-        if make_schedule(config.schedule).whole:
+        if make_schedule(config.schedule).full_range:
             return (f"objective=sedd needs a finite sigma, and schedule={config.schedule} ends at an infinite one: use "
                     "loglinear or geometric")
         return super().misfit(config)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import run
+from cli import ArgumentParser, run
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,8 @@ def posterior(xt, p_x0, a, a_before, mask_id):
 def loss(model, x0, noise, T, mask_id):
     """KL(q || p) of one random step, nats per token (arXiv 2107.03006, eq. 1). x0 (B, L), noise: from forward_process.
 
-    T times this is an estimate of the bound on -log p(x0). It equals D3PM.loss of diffusion.py with the linear schedule and without the auxiliary term.
+    T times this is an estimate of the bound on -log p(x0). It equals D3PM.loss of diffusion.py with the linear schedule
+    and without the auxiliary term.
     """
     s = (noise.t * T).round()
     a, a_before = 1 - s / T, 1 - (s - 1) / T
@@ -86,6 +87,7 @@ def sample(objective, model, xt, generator, T=1000):
 
 
 def main(T=100, L=64, steps=1000):
+    ArgumentParser(description=__doc__).parse_args()
     from configs import Config
     text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     letters = sorted(set(text))

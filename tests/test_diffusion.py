@@ -9,7 +9,7 @@ import torch
 import world
 from cli import UserError
 from configs import OBJECTIVES, Config
-from diffusion import D3PM, MDLM, SCHEDULES, SEDD, WHOLE, AutoRegressive, Noise, Schedule, make_schedule
+from diffusion import D3PM, FULL_RANGE, MDLM, SCHEDULES, SEDD, AutoRegressive, Noise, Schedule, make_schedule
 from foreign.bert import BERT
 from likelihood import ORDERS
 from networks import network
@@ -104,8 +104,8 @@ def test_whole_schedules(monkeypatch):
     power = lambda p=2.0: Schedule(lambda t: 1 - t**p, lambda t: -p * t ** (p - 1), lambda a: (1 - a) ** (1 / p),
                                    lambda t: -torch.log1p(-t**p))
     monkeypatch.setitem(SCHEDULES, "power", power)
-    assert all(make_schedule(name).whole for name in ("linear", "cosine", "power", "power:3"))
-    assert not any(make_schedule(name).whole for name in ("loglinear:1e-6", "geometric", "geometric:1e-9:30"))
+    assert all(make_schedule(name).full_range for name in ("linear", "cosine", "power", "power:3"))
+    assert not any(make_schedule(name).full_range for name in ("loglinear:1e-6", "geometric", "geometric:1e-9:30"))
     assert Config(schedule="power:3").make_objective(5).schedule.alpha(torch.tensor(0.5)) == 1 - 0.5**3
     with pytest.raises(UserError, match="schedule=power:3 ends at an infinite one"):
         Config(schedule="power:3", conditioning="sigma")
@@ -113,7 +113,7 @@ def test_whole_schedules(monkeypatch):
         Config(schedule="loglinear:2")
 
 
-@pytest.mark.parametrize("schedule", WHOLE)
+@pytest.mark.parametrize("schedule", FULL_RANGE)
 def test_marginals_are_products_of_one_step_matrices(schedule):
     """The share of v in (0, 1] masked at step s is the mask's entry of Q_1 ... Q_s; a token never changes otherwise."""
     objective, n = D3PM(MASK, T, schedule), 10_000
@@ -140,7 +140,7 @@ def test_the_edges_of_u_fall_into_the_right_steps():
 # ---- closed forms against definitions -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", WHOLE)
+@pytest.mark.parametrize("schedule", FULL_RANGE)
 @pytest.mark.parametrize("sees_time", [False, True])
 def test_d3pm_estimates_its_definition(schedule, sees_time):
     """The exact expectation of D3PM's estimate is the sum of all T posterior KLs, for an arbitrary denoiser."""
@@ -149,7 +149,7 @@ def test_d3pm_estimates_its_definition(schedule, sees_time):
                                world.t_step_bound(model, alphas(schedule, T)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", WHOLE)
+@pytest.mark.parametrize("schedule", FULL_RANGE)
 def test_t_step_bound_is_a_bound_on_its_own_sampler(schedule):
     """The T-step bound of every sequence is at least -log p_T(x0) under the enumerated reverse chain."""
     for model in (world.oracle, world.random_denoiser(2, sees_time=True)):
@@ -163,7 +163,7 @@ def test_t_step_bound_is_a_bound_on_its_own_sampler(schedule):
 # ---- which bounds equal the entropy (Bayes-optimal denoiser) ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", WHOLE)
+@pytest.mark.parametrize("schedule", FULL_RANGE)
 def test_continuous_bound_is_the_log_likelihood(schedule):
     """With the Bayes-optimal denoiser, MDLM's bound of every single x is -log p(x), whatever the schedule."""
     objective = MDLM(MASK, schedule)
@@ -210,7 +210,7 @@ def continuous_bound(model, schedule, pieces=1):
 @pytest.mark.parametrize("kind, estimator", [
     ("d3pm", "noise"), ("d3pm", "t_step"), ("d3pm", "t_step_uniform"), ("d3pm", "exact_k"), ("d3pm", "continuous"),
     ("mdlm", "noise"), ("mdlm", "exact_k"), ("mdlm", "continuous")])
-@pytest.mark.parametrize("schedule", WHOLE)
+@pytest.mark.parametrize("schedule", FULL_RANGE)
 @pytest.mark.parametrize("sees_time", [False, True])
 def test_estimators_are_unbiased(kind, estimator, schedule, sees_time):
     """On the noise of evaluation, 20,000 draws average to within 4 standard errors of the exact bound; with four

@@ -466,9 +466,11 @@ def test_the_sample_during_training_is_told_all(call, data_dir, tmp_path, monkey
     recorded = sampler_settings.default_settings
 
     def watch(cfg):
-        settings = recorded(cfg)
-        return lambda objective, model, xt, generator, size: sizes.append((size.item(), (xt != 27).sum().item())) or (
-            settings.states(objective, model, xt, generator, size))
+        def states(objective, model, xt, generator, size):
+            sizes.append((size.item(), (xt != 27).sum().item()))
+            return recorded(cfg).states(objective, model, xt, generator, size)
+
+        return SimpleNamespace(states=states)
 
     monkeypatch.setattr(sampler_settings, "default_settings", watch)
     assert train(call, "mdlm_text8", data_dir, tmp_path / "out", "--prefix=fixed:8", "--max_steps=2",
