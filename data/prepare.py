@@ -125,6 +125,8 @@ def fetch(url, sha256, file=None):
 def read_bytes(path):
     try:
         return Path(path).read_bytes()
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: name its files")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
 

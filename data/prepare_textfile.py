@@ -4,10 +4,12 @@
     python data/prepare_textfile.py *.txt.gz --name letters --tokenizer gpt2
     python data/prepare_textfile.py book.txt --name book_bpe --tokenizer bpe:4096       # a vocabulary of this text
     python data/prepare_textfile.py book.txt --name book_roberta --tokenizer roberta    # or hf://OWNER/NAME, a folder
+    python data/prepare_textfile.py book.txt --name tuned --tokenizer pretrained/prose  # to fine-tune a checkpoint
     python data/prepare_textfile.py train.txt --val val.txt --test test.txt --name mine --alphabet text8
 
-Files are UTF-8, plain, .gz or .xz, and are joined in the order given. Without --val and --test, the last tenth of the
-text becomes val and test, half each. To train on the data set, pass --dataset=NAME.
+Files are UTF-8, plain, .gz or .xz, and are joined in the order given, with a line end between them. Without --val and
+--test, the last tenth of the text becomes val and test, half each. (prepare_openwebtext.py holds out whole documents.)
+To train on the data set, pass --dataset=NAME.
 """
 
 import re
@@ -21,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli import UserError, named, note, progress, run
 from data.loader import SPLITS
 from data.prepare import check_name, cut, is_prepared, named_files, parser, read_text, write_splits
-from data.tokenizer import KNOWN, characters, make_tokenizer, size_of_bpe, text8_words, tokens_of
+from data.tokenizer import (KNOWN, TEXT8_ALPHABET, characters, is_checkpoint, make_tokenizer, size_of_bpe, text8_words,
+                            tokens_of, tokens_of_checkpoint)
 
 CHUNK = 1 << 20  # characters encoded at a time
 
@@ -32,10 +35,10 @@ def main():
     p.add_argument("--name", required=True, help="name of the data set")
     p.add_argument("--val", type=named, metavar="FILE", help="text to validate on; needs --test")
     p.add_argument("--test", type=named, metavar="FILE", help="text to test on; needs --val")
-    p.add_argument("--tokenizer", type=named, default="char", metavar="KIND|hf://NAME|FOLDER",
+    p.add_argument("--tokenizer", type=named, default="char", metavar="KIND|CKPT|hf://NAME",
                    help="kind of tokens: char (default), gpt2, bpe:SIZE (a vocabulary of this many tokens, made of the "
-                   "text to train on), bert, roberta, or the tokenizer of a model of transformers, which the data set "
-                   "then has a copy of")
+                   "text to train on), bert, roberta, those of a checkpoint, to fine-tune it, or the tokenizer of a "
+                   "model of transformers (hf://NAME or a folder), which the data set then has a copy of")
     p.add_argument("--alphabet", choices=("own", "text8"), default="own",
                    help="symbols of --tokenizer char: the text's own (default), or text8's 27 (the text is converted)")
     args = p.parse_args()
@@ -52,20 +55,29 @@ def main():
     if is_prepared(folder, request):
         return
 
-    texts = ["".join(map(read_text, args.files))] + [read_text(path) for path in held_out]
+    *first, last = map(read_text, args.files)
+    texts = ["".join(text if text.endswith("\n") else text + "\n" for text in first) + last]
+    texts += [read_text(path) for path in held_out]
     if args.alphabet == "own" and any("\r\n" in text for text in texts):
         note("the text has Windows' line ends, \\r\\n, and both characters are kept: convert it first if you want \\n")
-    if args.alphabet == "text8":
+    known = tokens_of_checkpoint(args.tokenizer) if is_checkpoint(Path(args.tokenizer)) else None
+    of_letters = known and known.get("characters", known.get("alphabet")) == TEXT8_ALPHABET
+    if args.alphabet == "text8" or of_letters:
         texts = [" ".join(text8_words(text)) for text in texts]
         if not all(texts):
-            raise UserError("the text has no letters from a to z: leave out --alphabet text8")
+            raise UserError("the text has no letters from a to z: choose "
+                            + ("another --tokenizer" if of_letters else "--alphabet own"))
+        if of_letters:
+            note(f"the text is converted into a ... z and spaces, because {args.tokenizer} knows nothing else")
     if args.val:
         splits = dict(zip(SPLITS, texts))
     else:
         splits = cut(texts[0], train=0.9, val=0.05)
         if args.tokenizer != "char":
             splits = whole_lines(*splits.values())
-    if args.tokenizer != "char":
+    if known:
+        meta = known
+    elif args.tokenizer != "char":
         meta = tokens_of(args.tokenizer, lambda: [splits["train"]])
     elif args.alphabet == "text8":
         meta = dict(KNOWN["text8"])

@@ -294,8 +294,26 @@ def train_bpe(texts, vocab_size):
 HUB = {"bert": "hf://google-bert/bert-base-uncased", "roberta": "hf://FacebookAI/roberta-base"}
 
 
+def is_checkpoint(path):
+    """Tell whether a path is a file, as of a checkpoint, or a folder that train.py or checkpoint.py export has made."""
+    settings = path / "config.json"
+    return path.is_file() or (path / "ckpt.pt").exists() or (
+        settings.is_file() and "discrete-diffusion" in settings.read_text(encoding="utf-8", errors="replace"))
+
+
+def tokens_of_checkpoint(path):
+    """The meta of a checkpoint's tokens, so that it can go on with other text. Raises UserError for models of items."""
+    from storage import read
+    meta = read(path)["meta"]
+    if "record" in meta:
+        raise UserError(f"{path} is a model of items of {meta['record']} tokens: prepare them with "
+                        "data/prepare_names.py")
+    return {key: meta[key] for key in ("tokenizer", "alphabet", "vocab_size", "definition", "characters")
+            if key in meta}
+
+
 def tokens_of(name, texts):
-    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, bpe:SIZE, hf://owner/name or a folder.
+    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, bpe:SIZE, hf://owner/name, a folder, or a checkpoint.
 
     texts: a function that returns the texts of which bpe:SIZE is made. It is called for nothing else, and only after
     the name is checked. Raises UserError if there is no such tokenizer.
@@ -309,9 +327,11 @@ def tokens_of(name, texts):
             note(f"--tokenizer {name}: the text repeats so little that it gives no more than {meta['vocab_size']:,} "
                  "tokens")
         return meta
+    if is_checkpoint(Path(name)):
+        return tokens_of_checkpoint(name)
     if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
         raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like bpe:4096 or "
-                        "hf://owner/name, nor a folder")
+                        "hf://owner/name, nor a folder, nor a checkpoint")
     return hub_meta(definition_of(from_hub(HUB.get(name, name))))
 
 

@@ -17,8 +17,10 @@ import zipfile
 import numpy as np
 import pytest
 
+import storage
 from cli import UserError
-from commands import ROOT, assert_one_line
+from commands import ROOT, assert_one_line, train
+from conftest import TRAINED
 from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
 from data.loader import (PIECE, SPLITS, check_same_data, gather, load_meta, load_split, prefetch, prepare_command,
                          random_crops, recode, subset, windows)
@@ -244,7 +246,7 @@ def test_textfile(monkeypatch, tmp_path):
     """Plain, .gz and .xz files are joined; 90/5/5; the alphabet is the text's own."""
     parts = ["Alpha, beta.\n" * 50, "Gamma delta!\n" * 50, "äöü\n" * 50]
     (tmp_path / "a.txt").write_text(parts[0])
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(parts[1].encode()))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(parts[1][:-1].encode()))  # its last line has no end, and gets one
     (tmp_path / "c.txt.xz").write_bytes(lzma.compress(parts[2].encode()))
     prepare(monkeypatch, prepare_textfile, tmp_path / "a.txt", tmp_path / "b.txt.gz", tmp_path / "c.txt.xz",
             "--name", "mine", "--data_dir", tmp_path)
@@ -262,6 +264,23 @@ def test_textfile_with_its_own_splits(monkeypatch, tmp_path):
     prepare(monkeypatch, prepare_textfile, tmp_path / "train.txt", "--val", tmp_path / "val.txt", "--test",
             tmp_path / "test.txt", "--name", "mine", "--alphabet", "text8", "--data_dir", tmp_path)
     assert [read(tmp_path / "mine", s) for s in ("train", "val", "test")] == ["yes it is", "no it isnt", "maybe"]
+
+
+def test_textfile_in_the_tokens_of_a_checkpoint(call, trained, tmp_path):
+    """A checkpoint of any kind of tokens gives them; one of letters gets letters. Fine-tuning takes the data set."""
+    (tmp_path / "a.txt").write_text("The cat's 3 mats!\n" * 100)
+    prepare = lambda name, tokens: call("data/prepare_textfile.py", tmp_path / "a.txt", "--name", name, "--data_dir",
+                                        tmp_path, "--tokenizer", tokens)
+    for name, tokens in (("letters", trained), ("file", trained / "ckpt.pt"), ("bpe", ROOT / "pretrained/prose")):
+        result = prepare(name, tokens)
+        assert result.code == 0 and "converted into a ... z and spaces" in result.err
+        meta, known = load_meta(name, tmp_path), storage.read(tokens)["meta"]
+        assert all(meta.get(key) == known.get(key) for key in ("tokenizer", "alphabet", "vocab_size", "definition"))
+        assert read(tmp_path / name, "train").startswith("the cats mats the cats")
+    assert train(call, "mdlm_text8", tmp_path, tmp_path / "out", *TRAINED, "--max_steps=1", "--dataset=letters",
+                 "--init_from", trained).code == 0
+    assert_one_line(prepare("no", tmp_path / "a.txt"), "a.txt")
+    assert_one_line(prepare("no", tmp_path), "has no tokenizer that can be read")
 
 
 @pytest.mark.parametrize("text", ["one two three four " * 400, "\n".join(["a line of words " * 200] * 3) + "\n"])
