@@ -39,9 +39,10 @@ def adapt(model, source, cfg, path):
         before, now = len(weights[POSITIONS]), len(ours[POSITIONS])
         weights[POSITIONS] = resize(weights[POSITIONS], now)
         resized.append(f"{POSITIONS} (from {before:,} to {now:,} rows)")
-    if config_of(source).noise != cfg.noise:  # with masks the embedding has one more row, the last
+    has_mask = cfg.objective_class.has_mask
+    if config_of(source).objective_class.has_mask != has_mask:  # then the embedding has one more row, the last
         rows = weights["embed.weight"]
-        weights["embed.weight"] = rows[:-1] if cfg.noise == "uniform" else torch.cat((rows, rows.mean(0, keepdim=True)))
+        weights["embed.weight"] = torch.cat((rows, rows.mean(0, keepdim=True))) if has_mask else rows[:-1]
         resized.append(f"embed.weight (from {len(rows):,} to {len(weights['embed.weight']):,} rows)")
     new = [name for name in ours if name not in weights and NEW.search(name)]
     for name in new:

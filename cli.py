@@ -70,6 +70,8 @@ class ArgumentParser(argparse.ArgumentParser):
             flag = unknown[0].split("=")[0]
             if flag in [f"--{action.dest}" for action in self._actions if not action.option_strings]:
                 self.error(f"unknown argument {unknown[0]}: write its value without {flag}")
+            if not flag.startswith("-"):
+                self.error(f"{flag} is one argument too many")
             known = [option for action in self._actions for option in action.option_strings]
             guess = f", did you mean {self.elsewhere[flag]}?" if flag in self.elsewhere else did_you_mean(flag, known)
             self.error(f"unknown argument {unknown[0]}{guess}")

@@ -101,7 +101,7 @@ def perturb(args):
 def prepared(x0, loaded):
     """(x0 (L,) padded as in training, number of given tokens). Raises UserError if the model cannot score the text."""
     if not loaded:
-        raise UserError("the demo loss needs a network: name a checkpoint with -m CKPT")
+        raise UserError("the demo loss needs a network: name a checkpoint, such as -m pretrained/prose")
     config, meta, given = loaded.config, loaded.meta, loaded.config.prefix_range[0]
     if not config.objective_class.both_sides:
         raise UserError(f"the checkpoint {config.objective_class.description}, and `loss` shows one time t of the "

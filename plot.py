@@ -94,9 +94,11 @@ def draw(runs, out, x, log_x):
                           label=f"{name}: {validation[-1][3]:.3f} {plus_minus(validation[-1][4] or None, 3)}")
     axes.set(xlabel=AXES[x], ylabel="bits per token (a bound; exact from left to right)",
              xscale="log" if log_x else "linear")
-    axes.set_title("line: training; points: validation of the averaged weights, ± 2 standard errors", fontsize=8)
+    axes.set_title("line: training; points: validation of the averaged weights, with bars of 2 standard errors\n"
+                   "Errors of runs on the same windows vary together: `evaluate.py A B` has that of their difference.",
+                   fontsize=8)
     axes.grid(alpha=0.3)
-    axes.legend(title="last validation" if any(validation for *_, validation in runs) else None)
+    axes.legend(title="last validation ± standard error" if any(validation for *_, validation in runs) else None)
     save(figure, out)
 
 

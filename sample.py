@@ -71,7 +71,7 @@ def parse_args():
     q = p.add_argument_group("output")
     q.add_argument("--show", action="store_true", help="show the denoising of the first sample as it happens")
     q.add_argument("--show_intermediate", type=number(int, 1), nargs="?", const=1, metavar="N",
-                   help="print every N-th state of the first sample (default: every one)")
+                   help="print every N-th state of the first sample, if it is new (default: every one)")
     q.add_argument("--html", type=Path, metavar="FILE", help="write a page that plays the denoising of all samples")
     q.add_argument("--gif", type=Path, metavar="FILE", help="write the denoising of the first sample as a moving GIF")
     q.add_argument("--png", type=Path, metavar="FILE", help="write some states of the first sample as a picture")

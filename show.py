@@ -149,7 +149,7 @@ def draw(ids, before, mask_id, tokenizer, width, color):
 class Screen:
     """Show on stderr how one text emerges: live on a terminal, elsewhere about ten states in plain lines.
 
-    every: print each every-th state in plain lines instead, also on a terminal. The number of steps need not be known:
+    every: print each every-th state that is new in plain lines instead, also on a terminal. The number of steps need not be known:
     a state is due when enough masks have been revealed since the last one. Live, at most 250 states are due, and each
     is shown for 1/25 s, so a fast run waits 10 s in all. Other changes are shown if no frame was drawn in the last
     1/25 s.
@@ -159,7 +159,7 @@ class Screen:
         self.mask_id, self.tokenizer, self.every = mask_id, tokenizer, every
         self.live = every is None and sys.stderr.isatty()
         self.latest = None  # the last state that was passed to show(), (step, ids)
-        self.step, self.ids = None, None  # of the state that was shown last
+        self.ids = None  # of the state that was shown last
         self.height, self.drawn = 0, -math.inf  # the number of lines on the terminal, and the time when they were drawn
 
     def show(self, step, ids, last=False):
@@ -169,18 +169,19 @@ class Screen:
         nothing."""
         if self.every and self.latest:
             last_step, last_ids = self.latest
-            for unchanged in range((last_step // self.every + 1) * self.every, step, self.every):
-                self.print(unchanged, last_ids)
+            due_step = (last_step // self.every + 1) * self.every
+            if due_step < step and last_ids != self.ids:
+                self.print(due_step, last_ids)
         self.latest = step, ids
         left = ids.count(self.mask_id)
         if self.ids is None:
             self.stride, self.due = left / (250 if self.live else 10), left
-        due = step % self.every == 0 if self.every else left <= self.due and ids != self.ids
+        due = ids != self.ids and (step % self.every == 0 if self.every else left <= self.due)
         if self.live:
             idle = time.monotonic() - self.drawn >= FRAME_SECONDS
             if last or due or (idle and ids != self.ids):
                 self.redraw(step, ids, last)
-        elif (last or due) and (step != self.step or ids != self.ids):
+        elif (last or due) and ids != self.ids:
             self.print(step, ids)
         if due:
             self.due = left - self.stride
@@ -190,7 +191,7 @@ class Screen:
         width = min(80, terminal_size()[0]) - 1
         lines = draw(ids, ids, self.mask_id, self.tokenizer, max(width, 2), color=False)
         print(status(step, ids, self.mask_id), *lines, sep="\n", file=sys.stderr, flush=True)
-        self.step, self.ids = step, ids
+        self.ids = ids
 
     def redraw(self, step, ids, last):
         """Draw a frame over the last one, not sooner than 1/25 s after it: the lines that fit, and status().
@@ -208,7 +209,7 @@ class Screen:
         back = f"\x1b[{self.height}A" if self.height else ""
         sys.stderr.write(back + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
         sys.stderr.flush()
-        self.step, self.ids, self.height, self.drawn = step, ids, len(lines), time.monotonic()
+        self.ids, self.height, self.drawn = ids, len(lines), time.monotonic()
 
 
 # ---- web page --------------------------------------------------------------------------------------------------------

@@ -44,8 +44,10 @@ class Subject(NamedTuple):
         if self.path.startswith("hf://") and not folder:
             raise UserError(f"{self.path} is on the Hub: name a folder for the results with --out_dir")
         folder = folder or (path if path.is_dir() else path.parent)
-        if not folder.is_dir():
-            raise UserError(f"--out_dir {folder} is not a folder")
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out_dir {folder} cannot be made: {error.strerror}")
         if not os.access(folder, os.W_OK):
             raise UserError(f"there is no permission to write to {folder}: name another folder with --out_dir")
         return folder / name

@@ -535,7 +535,8 @@ def test_other_bad_input(call, data_dir, trained, tmp_path, monkeypatch):
     assert_one_line(go("--curve", "--T=5"), "are for the bound")
     assert_one_line(go(trained, "--curve"), "--curve takes one checkpoint, not two")
     assert_one_line(go("--baselines", "--seq_len=8"), "needs the whole split")
-    assert_one_line(go("--curve", "--out_dir", tmp_path / "nowhere"), "is not a folder")
+    assert_one_line(go("--curve", "--out_dir", tmp_path / "no" / "where"), "cannot be made: No such file or directory")
+    assert_one_line(call("evaluate.py", trained, trained, "third"), "third is one argument too many")
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert_one_line(go("--curve", "--out_dir", tmp_path), "there is no permission to write to", "--out_dir")

@@ -229,7 +229,7 @@ def test_refuses(call, trained, untrained, tmp_path):
     refuse(["geometric"], "noise", "--schedule", "geometric:2:1")
     refuse(["folder that does not exist"], "noise", "--out", tmp_path / "no" / "n.png")
     refuse(["n.jpg"], "noise", "--out", tmp_path / "n.jpg")
-    refuse(["-m CKPT"], "loss", "a")
+    refuse(["-m pretrained/prose"], "loss", "a")
     refuse(["33 tokens", "32"], "loss", "a" * 33, "-m", trained)
     refuse(["--sed", "did you mean"], "perturb", "a", "--sed", "1")
     path, _ = untrained(objective="ar", conditioning="none")

@@ -8,7 +8,7 @@ import torch
 
 import world
 from cli import UserError
-from configs import OBJECTIVES, Config
+from configs import OBJECTIVES, OWNERS, Config
 from diffusion import D3PM, FULL_RANGE, MDLM, SCHEDULES, SEDD, AutoRegressive, Noise, Schedule, make_schedule
 from foreign.bert import BERT
 from likelihood import ORDERS
@@ -525,6 +525,14 @@ def test_attributes_of_an_objective(key):
     assert loss.dim() == 0 and nelbo.shape == (3,) and asked == [objective.everywhere]
     assert objective.own == () or set(objective.own) <= Config.__dataclass_fields__.keys()
     assert loss.requires_grad and not nelbo.requires_grad
+
+
+def test_attributes_that_are_settings():
+    """Every setting of the group "objective and noise" belongs to some objectives, or to all of them: otherwise it
+    would be taken without a word by an objective that ignores it."""
+    names = list(Config.__dataclass_fields__)
+    group = set(names[names.index("objective"):names.index("batch_size")])
+    assert group - OWNERS.keys() == {"objective", "noise", "T", "schedule", "time_sampling", "anneal_steps"}
 
 
 @pytest.mark.parametrize("objective", [MDLM(MASK), SEDD(MASK), SEDD(MASK, scaled=False), D3PM(MASK, 10)],

@@ -244,7 +244,7 @@ def test_bad_samples(call, trained, ar, data_dir, tmp_path):
     assert_one_line(go("--samples", "2", "--judge", tmp_path / "after"), "cannot be a judge: it needs a prefix")
     assert_one_line(go("--samples", "2", "--sampler=best"), "'best' is unknown: choose from ancestral")
     assert_one_line(go("--samples", "2", "--steps=4,x"), "'x' is not an integer")
-    assert_one_line(go("--samples", "2", "--out_dir", tmp_path / "nowhere"), "is not a folder")
+    assert_one_line(go("--samples", "2", "--out_dir", tmp_path / "no" / "where"), "cannot be made")
     (tmp_path / "strange.txt").write_text("Ünknown letters\n")
     assert_one_line(go("--samples", tmp_path / "strange.txt", "--steps=3"), "--samples FILE draws no samples")
     assert_one_line(go("--samples", tmp_path / "strange.txt"), "not in the alphabet")

@@ -235,6 +235,17 @@ def test_every(monkeypatch, steps):
     assert "\x1b" not in terminal.getvalue() and terminal.slept == 0
 
 
+@pytest.mark.parametrize("every, steps", [(1, [0, 3, 5]), (2, [0, 4, 6])])
+def test_states_that_are_not_new_are_not_printed_again(monkeypatch, every, steps):
+    """Steps 1, 2 and 4 reveal nothing. With every=2 the state of step 3 is due at step 4, and that of step 5 at 6."""
+    terminal = Terminal(monkeypatch, 80, 24)
+    screen = Screen(MASK, LETTERS, every)
+    for step, ids in ((0, [MASK] * 2), (3, [0, MASK]), (5, [0, 1]), (9, [0, 1])):
+        screen.show(step, ids)
+    screen.show(9, [0, 1], last=True)
+    assert re.findall(r"step (\d+)", terminal.getvalue()) == list(map(str, steps))
+
+
 # ---- web page --------------------------------------------------------------------------------------------------------
 
 
