@@ -201,7 +201,8 @@ def main():
     end = end_of(config, tokenizer)
     fill = lambda canvas: denoise(settings, objective, network, canvas.to(device), config, args.context or 0,
                                   generator, end)
-    with (autocast(device, pick_dtype(device, args.dtype)),
+    dtype = pick_dtype(device, args.dtype)
+    with (autocast(device, dtype),
           progress(total=None if uniform else n_masks, desc="sampling", unit="step" if uniform else "token",
                    leave=False, show=not screen) as bar):
         history = fill_all(prompts, args.batch_size, objective.mask_id, fill, bar, screen, uniform)
@@ -219,13 +220,15 @@ def main():
     try:
         if args.json:
             print(json.dumps({
-                "samples": [{"text": text, "tokens": tokens, "steps": history.revealed(b), "p": history.confidence(b)}
+                "samples": [{"text": text, "tokens": tokens, "steps": history.revealed(b), "p": history.confidence(b),
+                             "prompt": b // args.batch_size}
                             for b, (text, tokens) in enumerate(zip(texts, samples))],
                 "sampler": settings.sampler, "steps": history.steps, **options,
                 "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
                 "guidance": settings.guidance, "block_length": args.block_length, "context": args.context,
                 "nfe": denoiser.nfe, "tokens_read": denoiser.tokens, "seconds": seconds,
-                "tokens_per_second": n_masks / seconds, "seed": args.seed, "checkpoint": args.checkpoint}), flush=True)
+                "tokens_per_second": n_masks / seconds, "seed": args.seed, "dtype": str(dtype).removeprefix("torch."),
+                "checkpoint": args.checkpoint}), flush=True)
         else:
             print(for_terminal("\n\n".join(texts), sys.stdout), flush=True)
     finally:  # also if nothing reads stdout

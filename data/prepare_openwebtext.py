@@ -64,7 +64,8 @@ def load_documents(files, source=SOURCE, name=None, split="train"):
                         + ("" if files else "; download its parquet files elsewhere and pass --file"))
     first = files[0] if files else source
     if "text" not in documents.column_names:
-        raise UserError(f"{first} has no column `text`, only {', '.join(documents.column_names)}")
+        raise UserError(f"{first} has no column `text`, only {', '.join(documents.column_names)}: rename "
+                        "the one that has the texts")
     if (kind := getattr(documents.features["text"], "dtype", "list")) not in ("string", "large_string", "null"):
         raise UserError(f"the column `text` of {first} has values of type {kind}, and not text")
     return documents

@@ -122,7 +122,8 @@ def test_known_tokens_stay(flags, call, trained, tmp_path):
         assert [p is None for p in one["p"]] == [c is not None for c in known]
         assert all(0 < p <= 1 for p in one["p"] if p is not None) and max(one["steps"]) <= found["steps"]
     states = re.findall(r"step \d+, .*\n(.*)\n", result.err)
-    assert len(states) == found["steps"] + 1 and states[0] == "the ░░░░░░░ of ░░ a"
+    assert states[0] == "the ░░░░░░░ of ░░ a" and states[-1] == found["samples"][0]["text"]
+    assert all(one != next_one for one, next_one in zip(states, states[1:]))
     assert all(re.fullmatch("the .{7} of .. a", state) for state in states)
     assert re.search(rf"{flags[0][10:]}, (\d+ steps, )?{found['nfe']} network calls", result.err)
 
@@ -145,6 +146,7 @@ def test_infill(call, trained, sample, tmp_path):
     texts = [one["text"] for one in found["samples"]]
     assert len(texts) == 10 and all(re.fullmatch(patterns[i // 2], text) for i, text in enumerate(texts))
     assert found["nfe"] == 4 + 2 + 5 and len(set(texts)) > 5
+    assert [one["prompt"] for one in found["samples"]] == [i // 2 for i in range(10)]
     for flag in ("html", "gif", "png"):
         assert call("sample.py", trained, "--infill", tmp_path / "t.txt", f"--{flag}", tmp_path / f"a.{flag}").code == 0
     assert (tmp_path / "a.html").read_text().count('"events"') == 5
