@@ -294,8 +294,12 @@ def train_bpe(texts, vocab_size):
 HUB = {"bert": "hf://google-bert/bert-base-uncased", "roberta": "hf://FacebookAI/roberta-base"}
 
 
-def is_checkpoint(path):
-    """Tell whether a path is a file, as of a checkpoint, or a folder that train.py or checkpoint.py export has made."""
+def is_checkpoint(name):
+    """Tell whether a `--tokenizer NAME` is a file, as of a checkpoint, or a folder that train.py or checkpoint.py export
+    has made."""
+    path = Path(name)
+    if name in ("char", "gpt2", *HUB):
+        return False
     settings = path / "config.json"
     return path.is_file() or (path / "ckpt.pt").exists() or (
         settings.is_file() and "discrete-diffusion" in settings.read_text(encoding="utf-8", errors="replace"))
@@ -327,7 +331,7 @@ def tokens_of(name, texts):
             note(f"--tokenizer {name}: the text repeats so little that it gives no more than {meta['vocab_size']:,} "
                  "tokens")
         return meta
-    if is_checkpoint(Path(name)):
+    if is_checkpoint(name):
         return tokens_of_checkpoint(name)
     if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
         raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like bpe:4096 or "
