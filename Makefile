@@ -18,8 +18,8 @@ check: .venv/all
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)'; exit 1; }
-	@$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv || { \
-		echo 'The venv was not made, see above. On Debian or Ubuntu: sudo apt install python3-venv, then run make again'; exit 1; }
+	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || $(PYTHON) -m venv .venv || { \
+		echo 'No venv was made, see above. On Debian or Ubuntu: sudo apt install python3-venv, then make again'; exit 1; }
 	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt
 	@touch $@
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from parallel import allow_graphs
 from randomness import rng
 
 
@@ -117,8 +118,8 @@ def annealed(L, step, anneal_steps, seed):
 
 @functools.cache
 def compiled_flex_attention():
-    """FlexAttention, compiled for networks that are not. It needs a graph for each shape (parallel.allow_graphs)."""
-    torch._dynamo.config.recompile_limit = 64
+    """FlexAttention, compiled for networks that are not. It needs a graph for each shape."""
+    allow_graphs()
     return torch.compile(flex_attention)
 
 

@@ -66,8 +66,8 @@ def inverse_cdf(p, u):
 
     p is float32 and not all zero; u is float64 in [0, 1). First the group of about sqrt(V) tokens is found, then the
     token in it: two short cumulative sums in float64 instead of a long one. The groups' totals are float32, which
-    changes the probability of a token by less than a millionth of it. A token of weight zero is never drawn, because
-    the sum does not grow there. (A GPU adds in parallel. There rounding can draw one, once in some 1e16 draws.)
+    changes the probability of a token by less than a millionth of it. On a CPU a token of weight zero is never
+    drawn, because the sum does not grow there. A GPU adds in parallel, and rounding can draw one in some 1e16 draws.
 
     Raises UserError if p is not finite.
     """

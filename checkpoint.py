@@ -114,8 +114,8 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop):
     last = out_dir / "ckpt.pt"
     holds_run = any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt", "log.jsonl"))
     if not resume and holds_run:
-        raise UserError(f"{out_dir} already holds a run: continue it with --resume auto (without a checkpoint it begins "
-                        "again), or choose another --out_dir")
+        raise UserError(f"{out_dir} already holds a run: continue it with --resume auto (without a checkpoint it "
+                        "begins again), or choose another --out_dir")
     path, payload, source = None, None, None
     if resume == "auto":
         path, payload = read_latest(out_dir)

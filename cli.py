@@ -40,8 +40,7 @@ except ImportError:  # Windows
     resource = None
 
 
-# What torchrun tells each process that it starts, in the environment.
-TORCHRUN = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+HINT = "fix the cause, then continue the run (train.py: --resume auto; studies/simulator.py: --resume)"
 
 
 class UserError(Exception):
@@ -58,13 +57,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.endswith("expected one argument"):
-            message += "; one that begins with - is written after =, as in --seed=-1"
+            message += "; a value that begins with - is written after =, as in --prefix=-x"
         raise UserError(f"{message} (--help lists the options)")
 
     def parse_args(self, args=None):
         for word in sys.argv[1:] if args is None else args:
             if word.startswith("--") and word.endswith("=--"):
-                self.error(f"{word}: argparse takes -- for the end of the options, so it cannot be a value")
+                self.error(f"{word}: -- cannot be a value, because Python before 3.13 loses it")
         parsed, unknown = self.parse_known_intermixed_args(args)  # options may stand between CKPTs
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -124,6 +123,16 @@ def lacks_memory(error):
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
+def torchrun_lacks():
+    """Return the first variable of those by which torchrun tells a process of the others that is missing or wrong, or
+    None."""
+    for key in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(key, "")
+        if not re.fullmatch("[0-9]{1,5}", value) or int(value) > 65_535:
+            return key
+    return None if os.environ.get("MASTER_ADDR") else "MASTER_ADDR"
+
+
 def run(main, processes=False):
     """Call main(), which returns an exit code or None, and end the process with the exit code.
 
@@ -131,7 +140,7 @@ def run(main, processes=False):
     UserError and OSError: one line on stderr and exit code 2. Ctrl-C: exit code 130. SIGTERM, where main does not
     handle it: 143. Other errors: exit code 1."""
     name = os.path.basename(sys.argv[0])
-    rank = os.environ["RANK"] if processes and all(key in os.environ for key in TORCHRUN) else None
+    rank = os.environ["RANK"] if processes and not torchrun_lacks() else None
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if rank is None and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -324,9 +333,11 @@ def table(rows, columns, out):
 def check_place(flag, path, ending):
     """Raise UserError if the file that a flag names cannot be written, or lacks this ending. Devices need no ending."""
     try:
-        path.resolve()
-    except RuntimeError:
-        raise UserError(f"{flag} {path} is a link that leads to itself")
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # such as a link that leads to itself
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}")
     special = path.exists() and not path.is_file()
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")

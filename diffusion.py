@@ -194,7 +194,7 @@ class Objective:
     any_order = True    # it predicts masks in whole texts: any of them, from any visible tokens
     both_sides = True   # a token sees the text on its right, too, so that blanks in the middle of a text can be filled
     everywhere = False  # the loss asks for logits at all positions, visible ones included
-    normalised = True   # the prediction of a token sums to 1
+    normalised = True   # with masks: the prediction of a token sums to 1
     T = None            # the number of steps, or None in continuous time
     block_size = 0      # tokens of a block, if blocks are predicted from left to right (block_diffusion.py)
     own = ()         # settings of Config that some other objectives do not have: they refuse all values but the default
@@ -204,7 +204,7 @@ class Objective:
 
     @classmethod
     def misfit(cls, config):
-        """What of a Config does not go with this objective, in words, or None."""
+        """A message that says which settings of a Config do not go with this objective, or None."""
 
     def __init__(self, mask_id, schedule="linear"):
         self.mask_id = mask_id

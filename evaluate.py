@@ -191,7 +191,8 @@ def nats_of(subject, estimator, args):
     objective, prefix = subject.objective(estimator, args.T), subject.config.prefix
     nats = bound(subject.model, objective, subject.data, seed=args.seed, repeats=args.repeats, estimator=estimator,
                  prefix_range=subject.config.prefix_range, show=True)
-    return nats, (ESTIMATORS.get(estimator, estimator).format(T=objective.T) + (", normalised" if args.normalised else "")
+    words = ESTIMATORS.get(estimator, estimator).format(T=objective.T)
+    return nats, (words + (", normalised" if args.normalised else "")
                   + ("" if prefix == "none" else f", given a prefix ({prefix})")
                   + (f", blocks of {objective.block_size}" if objective.block_size else ""))
 

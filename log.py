@@ -26,10 +26,9 @@ from typing import NamedTuple
 import torch
 
 import parallel
-from cli import UserError, first_line, for_terminal, note
+from cli import HINT, UserError, first_line, for_terminal, note
 
 
-HINT = "fix the cause, then run the same command again (train.py: with --resume auto)"
 
 
 def parse(path):
@@ -137,7 +136,7 @@ class Log:
     def __init__(self, out_dir, step, name, config, bar, wandb_id=None):
         self.path, self.bar, self.wandb, self.wandb_id = out_dir / "log.jsonl", bar, None, wandb_id
         self.terminal = True
-        if config["wandb"]:  # first: what is wrong with its settings leaves no log
+        if config["wandb"]:  # before the log, so that wrong settings of W&B leave none
             self.wandb = start_wandb(name, config, wandb_id)
             self.wandb_id = self.wandb.id
         try:
@@ -156,6 +155,8 @@ class Log:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.path.with_name(".log.jsonl.tmp").unlink()
+            if self.wandb:
+                self.wandb.finish(exit_code=1)
             raise UserError(f"cannot write {self.path}: {error.strerror}; {HINT}")
 
     def show(self, line):

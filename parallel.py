@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import TORCHRUN, UserError, pick_device
+from cli import UserError, pick_device, torchrun_lacks
 
 # One process, until join() finds others.
 rank, world, is_main = 0, 1, True
@@ -35,15 +35,11 @@ def join(timeout_minutes):
     global rank, world, is_main, on_this_machine, team_size, everyone
     if "RANK" not in os.environ:
         return
-    if missing := [key for key in TORCHRUN if key not in os.environ]:
-        raise UserError(f"RANK is set in the environment, and {missing[0]} is not: start several processes with "
-                        "torchrun, or unset RANK")
-    try:
-        rank, world, on_this_machine, _ = (
-            int(os.environ.get(key, 1)) for key in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"))
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE or MASTER_PORT in the environment is no number ({error}): start several "
-                        "processes with torchrun, or unset RANK")
+    if wrong := torchrun_lacks():
+        raise UserError(f"the environment has a RANK, and its {wrong} is missing or wrong: start several processes "
+                        "with torchrun, or unset RANK")
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     is_main, team_size = rank == 0, world
     timeout = timedelta(minutes=timeout_minutes)
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
@@ -99,6 +95,8 @@ def own_device(name):
     """The device of this process: pick_device(name), and on CUDA under torchrun the GPU with its LOCAL_RANK."""
     device = pick_device(name)
     if device.type == "cuda" and dist.is_initialized():
+        if not os.environ.get("LOCAL_RANK", "").isdecimal():
+            raise UserError("LOCAL_RANK, the number of a process's GPU, is not set: start the processes with torchrun")
         n_gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
         if local_rank >= n_gpus:
             raise UserError(f"this machine has {n_gpus} GPUs, and each process needs one: use torchrun with "
@@ -212,7 +210,7 @@ def compile_trunk(model):
     trunk = torch.compile(model.trunk)
 
     def trunk_for_any_masks(*inputs, **more):
-        for x in (*inputs, *more.values()):
+        for x in inputs:
             if torch.is_tensor(x) and x.dim() == 1 and not x.is_floating_point():  # the places of the masks
                 torch._dynamo.maybe_mark_dynamic(x, 0)  # else the next step, with other masks, would compile again
         return trunk(*inputs, **more)

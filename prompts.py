@@ -1,4 +1,4 @@
-"""Prompts: text with blanks -> canvases, lists of token ids with masks where the model is to write; and back to text.
+"""Prompts: text with blanks -> canvases, lists of token ids with masks where the model is to write.
 
 sampling.denoise() fills the masks."""
 

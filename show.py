@@ -149,10 +149,10 @@ def draw(ids, before, mask_id, tokenizer, width, color):
 class Screen:
     """Show on stderr how one text emerges: live on a terminal, elsewhere about ten states in plain lines.
 
-    every: print each every-th state that is new in plain lines instead, also on a terminal. The number of steps need not be known:
-    a state is due when enough masks have been revealed since the last one. Live, at most 250 states are due, and each
-    is shown for 1/25 s, so a fast run waits 10 s in all. Other changes are shown if no frame was drawn in the last
-    1/25 s.
+    every: print the state after each `every` steps in plain lines instead, if it is new, also on a terminal. The number
+    of steps need not be known: a state is due when enough masks have been revealed since the last one. Live, at most
+    250 states are due, and each is shown for 1/25 s, so a fast run waits 10 s in all. Other changes are shown if no
+    frame was drawn in the last 1/25 s.
     """
 
     def __init__(self, mask_id, tokenizer, every=None):

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cli import UserError, note
+from cli import HINT, UserError, note
 from configs import Config
 from data.tokenizer import describes_tokens
 from foreign import files, translate
@@ -99,8 +99,7 @@ def save(path, payload, keep_previous=False):
             cause = cause.__context__  # torch.save reports a full disk by another kind of error
         if cause is None:
             raise
-        raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are unchanged: fix the cause, "
-                        "then run the same command again (train.py: with --resume auto)")
+        raise UserError(f"cannot write {path}: {cause.strerror}; earlier checkpoints are unchanged: {HINT}")
 
 
 def versions():

@@ -77,8 +77,8 @@ def check_same_tokens(meta, data_meta, dataset):
                         f"{' '.join(map(repr, strange[:10]))}{' ...' if len(strange) > 10 else ''}; "
                         f"{advice}choose another with --dataset")
     if meta.get("definition") != data_meta.get("definition") and meta["tokenizer"] == data_meta["tokenizer"]:
-        raise UserError(f"data set {dataset!r} has another tokenizer than the checkpoint: prepare it with "
-                        "--tokenizer CHECKPOINT, or choose another with --dataset")
+        raise UserError(f"data set {dataset!r} has another tokenizer than the checkpoint: prepare its text "
+                        "with data/prepare_textfile.py --tokenizer CHECKPOINT, or choose another with --dataset")
     for key in ("tokenizer", "alphabet", "vocab_size"):
         if meta.get(key) != data_meta.get(key):
             raise UserError(f"the checkpoint's {key} is {meta.get(key)!r} and that of data set {dataset!r} is "

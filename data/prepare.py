@@ -123,10 +123,10 @@ def fetch(url, sha256, file=None):
 
 
 def read_bytes(path):
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: name its files")
     try:
         return Path(path).read_bytes()
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: name its files")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
 

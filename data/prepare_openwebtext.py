@@ -39,7 +39,7 @@ def load_documents(files, source=SOURCE, name=None, split="train"):
     files: local files, or None for a split of a data set on the Hub (source, and name, one of its parts). Raises
     UserError if they cannot be loaded, or have no text.
     """
-    require("datasets", f"the download of {source}")
+    require("datasets", f"the text of {files[0]}" if files else f"the download of {source}")
     from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
     from datasets.utils.logging import CRITICAL, set_verbosity

@@ -295,8 +295,8 @@ HUB = {"bert": "hf://google-bert/bert-base-uncased", "roberta": "hf://FacebookAI
 
 
 def is_checkpoint(name):
-    """Tell whether a `--tokenizer NAME` is a file, as of a checkpoint, or a folder that train.py or checkpoint.py export
-    has made."""
+    """Tell whether the NAME of prepare_textfile.py --tokenizer is a file, as of a checkpoint, or a folder that train.py
+    or checkpoint.py export has made."""
     path = Path(name)
     if name in ("char", "gpt2", *HUB):
         return False
@@ -306,7 +306,9 @@ def is_checkpoint(name):
 
 
 def tokens_of_checkpoint(path):
-    """The meta of a checkpoint's tokens, so that it can go on with other text. Raises UserError for models of items."""
+    """The meta of a checkpoint's tokens, to prepare a text for its fine-tuning.
+
+    Raises UserError for models of items."""
     from storage import read
     meta = read(path)["meta"]
     if "record" in meta:
@@ -317,7 +319,7 @@ def tokens_of_checkpoint(path):
 
 
 def tokens_of(name, texts):
-    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, bpe:SIZE, hf://owner/name, a folder, or a checkpoint.
+    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, bpe:SIZE, hf://owner/name or a folder.
 
     texts: a function that returns the texts of which bpe:SIZE is made. It is called for nothing else, and only after
     the name is checked. Raises UserError if there is no such tokenizer.
@@ -331,11 +333,9 @@ def tokens_of(name, texts):
             note(f"--tokenizer {name}: the text repeats so little that it gives no more than {meta['vocab_size']:,} "
                  "tokens")
         return meta
-    if is_checkpoint(name):
-        return tokens_of_checkpoint(name)
     if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
         raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like bpe:4096 or "
-                        "hf://owner/name, nor a folder, nor a checkpoint")
+                        "hf://owner/name, nor a folder")
     return hub_meta(definition_of(from_hub(HUB.get(name, name))))
 
 

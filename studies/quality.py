@@ -276,10 +276,10 @@ def samples(subject, samples, settings, judge, folder, seed, out):
     samples: their number, or texts. settings: a list of sampling.Settings, one for each row. judge: from open_judge, or
     None.
     """
-    path = subject.output(folder, "quality.csv")
     if judge and judge.meta and judge.meta.get("alphabet") not in (None, subject.meta.get("alphabet")):
         raise UserError(f"--judge {judge.name} has another alphabet than {subject.path}, so its perplexity would mean "
                         "nothing: choose a judge trained on the same data")
+    path = subject.output(folder, "quality.csv")
     rows = measure(subject, samples, judge, settings, seed)
     columns = {"sampler": ("", ""), "steps": ("steps", "d"), "setting": ("", ""), "nfe": ("NFE", ".1f"),
                "tokens_read": ("tokens read", ",.0f"), "judge_perplexity": ("perplexity", ".3f"),

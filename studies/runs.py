@@ -103,7 +103,7 @@ def read(path):
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: delete it, and the same command writes it again")
+        raise UserError(f"{path} is damaged: restore it, or delete it, and the same command writes it again")
     return found
 
 

@@ -93,7 +93,7 @@ class Study:
     def first(self, seed):
         """The network that all go on from."""
         out, steps = self.args.folder / f"first_{seed}", self.args.first
-        runs.once(out.with_suffix(".done"), lambda: {"step": runs.train(
+        runs.once(out.with_name(f"{out.name}.json"), lambda: {"step": runs.train(
             out, *self.flags_of(seed), f"--max_steps={steps}", f"--eval_interval={steps}")[-1]["step"]})
         return out
 

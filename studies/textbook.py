@@ -104,7 +104,7 @@ def main(T=100, L=64, steps=1000):
     xt = torch.full((1, L), mask_id)
     for step, xt in enumerate(sample(SimpleNamespace(mask_id=mask_id), model, xt, torch.Generator(), T), 1):
         if step % 20 == 0:
-            print(f"{T - step:3} steps left: {''.join((letters + ['_'])[i] for i in xt[0])!r}")
+            print(f"{T - step:3} steps left: {''.join((letters + ['░'])[i] for i in xt[0])!r}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 asks how fast anything is."""
 
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_textbook_sampler_draws_from_the_model():
     counts = torch.bincount((xt * torch.tensor([9, 3, 1])).sum(1), minlength=27)
     expected = world.chain_distribution(world.oracle, [1 - i / 4 for i in range(5)])
     assert (counts / n - expected).abs().sum() / 2 < 0.02
+
+
+def test_textbook_trains(monkeypatch, capsys):
+    """Steps from 1 to T come up, and masks as often as they say; the command trains and samples."""
+    torch.manual_seed(0)
+    noise = textbook.forward_process(torch.zeros(4000, 20), T=4)
+    assert sorted(set(noise.t.tolist())) == [0.25, 0.5, 0.75, 1.0]
+    for t in (0.25, 0.5, 1.0):
+        assert noise.mask[noise.t == t].float().mean().item() == pytest.approx(t, abs=0.02)
+    monkeypatch.setattr(sys, "argv", ["textbook.py"])
+    textbook.main(T=20, L=8, steps=100)
+    trained, *states = capsys.readouterr().out.splitlines()
+    assert 2 < float(trained.split()[-4]) < 5 and len(states) == 1 and "░" not in states[0]
 
 
 # ---- bench.py --------------------------------------------------------------------------------------------------------

@@ -535,6 +535,9 @@ def test_other_bad_input(call, data_dir, trained, tmp_path, monkeypatch):
     assert_one_line(go("--curve", "--T=5"), "are for the bound")
     assert_one_line(go(trained, "--curve"), "--curve takes one checkpoint, not two")
     assert_one_line(go("--baselines", "--seq_len=8"), "needs the whole split")
+    shutil.copytree(data_dir / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny/train.bin").unlink()
+    assert_one_line(go("--baselines", "--data_dir", tmp_path), "train.bin is missing")  # before anything is scored
     assert_one_line(go("--curve", "--out_dir", tmp_path / "no" / "where"), "cannot be made: No such file or directory")
     assert_one_line(call("evaluate.py", trained, trained, "third"), "third is one argument too many")
     with monkeypatch.context() as patch:

@@ -266,7 +266,7 @@ def test_textfile_with_its_own_splits(monkeypatch, tmp_path):
     assert [read(tmp_path / "mine", s) for s in ("train", "val", "test")] == ["yes it is", "no it isnt", "maybe"]
 
 
-def test_textfile_in_the_tokens_of_a_checkpoint(call, trained, tmp_path):
+def test_textfile_in_the_tokens_of_a_checkpoint(call, trained, tmp_path, monkeypatch):
     """A checkpoint of any kind of tokens gives them; one of letters gets letters. Fine-tuning takes the data set."""
     (tmp_path / "a.txt").write_text("The cat's 3 mats!\n" * 100)
     prepare = lambda name, tokens: call("data/prepare_textfile.py", tmp_path / "a.txt", "--name", name, "--data_dir",
@@ -281,6 +281,16 @@ def test_textfile_in_the_tokens_of_a_checkpoint(call, trained, tmp_path):
                  "--init_from", trained).code == 0
     assert_one_line(prepare("no", tmp_path / "a.txt"), "a.txt")
     assert_one_line(prepare("no", tmp_path), "has no tokenizer that can be read")
+    items = storage.read(trained)
+    items["meta"]["record"] = 8
+    storage.save(tmp_path / "items.pt", items)
+    assert_one_line(prepare("no", tmp_path / "items.pt"), "is a model of items of 8 tokens")
+    (tmp_path / "a.txt").write_text("1 + 2 = 3\n" * 100)
+    assert_one_line(prepare("no", trained), "no letters from a to z: choose another --tokenizer")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "char").touch()  # the kind of tokens is meant, not this file
+    assert prepare("plain", "char").code == 0
+    assert_one_line(call("data/prepare_textfile.py", tmp_path, "--name=no"), "is a folder: name its files")
 
 
 @pytest.mark.parametrize("text", ["one two three four " * 400, "\n".join(["a line of words " * 200] * 3) + "\n"])

@@ -11,7 +11,7 @@ import torch
 
 import parallel
 import storage
-from cli import TORCHRUN, UserError, run
+from cli import UserError, run
 from commands import (ROOT, STEADY, assert_same_training, finish, finish_well, log, losses, read_until,
                       start, train)
 from conftest import TRAINED
@@ -325,38 +325,40 @@ parallel.join(1)
 print(parallel.rank, parallel.world, parallel.on_this_machine)
 """
     assert joined(code, RANK=2, WORLD_SIZE=4, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2, MASTER_ADDR="localhost",
-                  MASTER_PORT=1234) == "2 4 2\n"
+                  MASTER_PORT=1234).stdout == "2 4 2\n"
+
+
+VARIABLES = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"  # those of torchrun
 
 
 def joined(code, **environment):
-    """Return the stdout of Python code that runs with no variables of torchrun but these."""
-    others = {key: value for key, value in os.environ.items() if key not in TORCHRUN}
-    return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True,
-                                   env=others | {key: str(value) for key, value in environment.items()})
+    """Run Python code with no variables of torchrun but these."""
+    others = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                          env=others | {key: str(value) for key, value in environment.items()})
 
 
 def test_only_torchrun_makes_processes():
     """A WORLD_SIZE that something else has left in the environment does not make a single process one of two."""
     code = "import parallel; parallel.join(1); print(parallel.rank, parallel.world)"
-    assert joined(code, WORLD_SIZE=2) == "0 1\n"
+    assert joined(code, WORLD_SIZE=2).stdout == "0 1\n"
 
 
-@pytest.mark.parametrize("environment, message", [
-    (dict(RANK=0), "LOCAL_RANK is not"), (dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2), "MASTER_ADDR is not"),
-    (dict(RANK="x", LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="localhost", MASTER_PORT=1), "no number.*'x'")])
-def test_rank_without_torchrun(environment, message, monkeypatch):
-    """A cluster's environment can have a RANK, which torchrun did not set."""
-    for key in TORCHRUN:
-        monkeypatch.delenv(key, raising=False)
-    for key, value in environment.items():
-        monkeypatch.setenv(key, str(value))
-    with pytest.raises(UserError, match=f"{message}.*start several processes with torchrun, or unset RANK"):
-        parallel.join(1)
+@pytest.mark.parametrize("wrong, more", [
+    ("WORLD_SIZE", dict(WORLD_SIZE="")), ("MASTER_ADDR", dict(MASTER_ADDR="")), ("RANK", dict(RANK="x")),
+    ("MASTER_PORT", dict(MASTER_PORT="abc")), ("MASTER_PORT", dict(MASTER_PORT=99999))])
+def test_rank_without_torchrun(wrong, more):
+    """A cluster's environment can have a RANK, which torchrun did not set. Every process says so in one line."""
+    code = "import cli, parallel; cli.run(lambda: parallel.join(1), processes=True)"
+    environment = dict(RANK=1, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=1234) | more
+    result = joined(code, **environment)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"its {wrong} is missing or wrong: start several processes with torchrun" in result.stderr
 
 
 def test_commands_of_one_process_report_errors_with_any_rank(monkeypatch, capsys):
     """sample.py and evaluate.py report their errors also where a cluster's environment says RANK=1."""
-    for key in TORCHRUN:
+    for key in VARIABLES:
         monkeypatch.setenv(key, "1")
 
     def fail():

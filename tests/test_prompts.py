@@ -289,7 +289,8 @@ def test_bad_requests(call, trained, tmp_path):
     (tmp_path / "none.txt").write_text("\n\n")
     (tmp_path / "plain.txt").write_text("a_\nno blanks\n")
     (tmp_path / "long.txt").write_text("a_\n{40}\nb_\n")
-    out = tmp_path / "out.html"
+    out, loop = tmp_path / "out.html", tmp_path / "loop"
+    loop.symlink_to(loop)
     for flags, words in (
             (["--prefix", "a" * 40], "or use a larger --length and a --context"),
             (["--prefix", "a" * 20, "--suffix", "b" * 12], "the prompt has 32 tokens, which leaves nothing of 32"),
@@ -312,7 +313,7 @@ def test_bad_requests(call, trained, tmp_path):
             (["--steps=many"], "not an integer"), (["--grid=1,0.5"], "mask rates that fall from 1 to 0"),
             (["--grid=1,0.5,0.7,0"], "rates that fall from 1 to 0"),
             (["--grid=loglinear:1e-12"], "eps must be from 1e-6 to 0.5"),
-            (["--prefix=--"], "--prefix=--: argparse takes --"), (["--prefix", "-x"], "is written after =, as in"),
+            (["--prefix=--"], "--prefix=--: -- cannot be a value"), (["--prefix", "-x"], "is written after =, as in"),
             (["--grid=1,0.5,1e-300,0"], "each by more than 1e-9"), (["--grid=square"], "rates that fall from 1 to 0"),
             (["--grid=1,0.5,0", "--steps=2"], "already sets 2 steps"),
             (["--sampler=remdm", "--remask=best"], "invalid choice"),
@@ -330,7 +331,7 @@ def test_bad_requests(call, trained, tmp_path):
             (["--template=a{" + "9" * 5000 + "}"], "is too long a blank"),
             (["--out", trained / "ckpt.pt"], "is also part of the checkpoint"),
             (["--out", tmp_path / "both.png", "--png", tmp_path / "both.png"], "is also --out"),
-            (["--png", tmp_path / "picture"], "must end in .png"),
+            (["--png", tmp_path / "picture"], "must end in .png"), (["--out", loop], "cannot be written"),
             (["--infill", tmp_path / "plain.txt", "--out", tmp_path / "plain.txt"], "is also --infill")):
         assert_one_line(call("sample.py", trained, *flags, "--html", out) if "--html" not in flags else
                         call("sample.py", trained, *flags), words)

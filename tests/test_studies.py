@@ -391,7 +391,7 @@ def test_settings_before_the_first_run_can_change(monkeypatch, tmp_path):
         runs.make_folder(tmp_path / "study", args)
     for damaged in ("{", "[]"):
         (tmp_path / "study" / "settings.json").write_text(damaged)
-        with pytest.raises(UserError, match="settings.json is damaged: delete it"):
+        with pytest.raises(UserError, match="settings.json is damaged: restore it"):
             runs.make_folder(tmp_path / "study", args)
 
 

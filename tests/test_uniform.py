@@ -8,7 +8,8 @@ import torch
 
 import world
 from randomness import uniforms
-from uniform import Uniform, UniformD3PM, UniformNoise, UniformSEDD, prior_kl
+from sampling import Settings
+from uniform import Uniform, UniformD3PM, UniformNoise, UniformSEDD, noise_at, prior_kl
 from world import ENTROPY, P_DATA, SEQUENCES, L, V
 
 N_SEQUENCES = len(SEQUENCES)
@@ -296,3 +297,16 @@ def test_noise_depends_on_seed_and_index_alone():
     parts = [objective.noise(*uniforms(3, 7, [i], 4, 16, stratified=True)) for i in range(4)]
     for a, b in zip(whole, zip(*parts)):
         assert torch.equal(a, torch.cat(b))
+
+
+@pytest.mark.parametrize("sampler, common", [("ancestral", {}), ("ancestral", {"top_p": 0.9}),
+                                             ("ancestral", {"temperature": 0.5}), ("euler", {})])
+def test_scores_of_no_distribution(sampler, common):
+    """The prediction of such scores can be negative. What is drawn, and its probability, are in range all the same."""
+    objective, generator = UniformSEDD(V, "loglinear"), torch.Generator().manual_seed(0)
+    model = lambda xt, t, where: 3 * torch.randn(int(where.sum()), V, generator=generator)
+    logits, z = 3 * torch.randn(9, V), torch.zeros(9, dtype=torch.long)
+    assert (objective.prediction(logits, z, noise_at(0.5, z)) < 0).any()
+    xt = torch.full((50, 4), objective.mask_id)
+    *_, state = Settings(sampler, {"grid": [1, 0.7, 0.3, 0]}, **common).states(objective, model, xt, generator)
+    assert ((0 <= state.xt) & (state.xt < V)).all() and ((0 <= state.p) & (state.p <= 1)).all()
