@@ -521,7 +521,10 @@ def test_attributes_of_an_objective(key):
         asked.append(where is None or len(where) == xt.numel())
         return model(xt, t, where, **more)
 
+    cost, used = objective.cost, []
+    objective.cost = lambda *inputs: used.append(inputs) or cost(*inputs)
     loss, nelbo = objective.loss(network, torch.randint(5, (3, 4)), noise)
+    assert used  # so that what parallel.compile_parts puts there is used
     assert loss.dim() == 0 and nelbo.shape == (3,) and asked == [objective.everywhere]
     assert objective.own == () or set(objective.own) <= Config.__dataclass_fields__.keys()
     assert loss.requires_grad and not nelbo.requires_grad
