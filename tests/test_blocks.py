@@ -706,6 +706,7 @@ def test_commands(call, data_dir, tmp_path):
             (sample("--suffix=ab"), "sees only the text on the left"),
             (sample("--template=a__"), "sees only the text on"),
             (sample("--block_length=4"), "of masks in whole texts"),
+            (sample("--prefix=ab", "--guidance=1"), "--guidance needs a model of masks in whole texts"),
             (sample("--sampler=euler"), "--sampler euler"), (sample("--steps=auto"), "--steps N"),
             (call("sample.py", mdlm, "--no_cache"), "block diffusion"),
             (sample("--length=70"), "such as 8\n"), (sample("--length=70", "--context=11"), "use 16"),

@@ -159,3 +159,10 @@ def test_models_with_different_tokens(call, gpt2, text_file, tmp_path):
     few = json.loads(call("evaluate.py", *pair, "--text", text_file, "--n_tokens=5000", "--json").out)
     assert 2 <= few["n_chunks"] < result["n_chunks"]
     assert_one_line(call("evaluate.py", *pair, "--text", text_file, "--order=l2r"), "leave it out")
+    # The second model is checked before the first is scored: nothing is on stdout.
+    for name, flags, words in (("blocks", ["bd3_demo", "--block_size=4"], "no multiple of its blocks"),
+                               ("after", ["mdlm_text8", "--prefix=fixed:8"], "scores whole windows")):
+        done = call("train.py", *flags, *SMALL, "--dataset=char", f"--data_dir={tmp_path}", "--max_steps=2",
+                    f"--out_dir={tmp_path / name}")
+        assert done.code == 0, done.err
+        assert_one_line(call("evaluate.py", pair[1], tmp_path / name, "--text", text_file), words)

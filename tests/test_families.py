@@ -87,6 +87,7 @@ def test_what_uniform_noise_has_not(call, run):
     assert_one_line(call("sample.py", out, "--sampler=euler", "--top_k=2"), "--top_k changes",
                     "choose --sampler ancestral")
     assert_one_line(call("sample.py", out, "--block_length=4"), "--block_length is for models of masks in whole texts")
+    assert_one_line(call("evaluate.py", out, "--block_size=4"), "--block_size is for models of objective=mdlm or block")
     assert call("sample.py", out, "--grid=1,0.5,0.4,0").code == 0
     if name == "udlm":
         assert call("sample.py", out, "--grid=geometric", "--steps=5").code == 0
