@@ -40,6 +40,7 @@ except ImportError:  # Windows
     resource = None
 
 
+# How a run that could not write goes on: the end of such messages.
 HINT = "fix the cause, then continue the run (train.py: --resume auto; studies/simulator.py: --resume)"
 
 

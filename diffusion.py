@@ -178,7 +178,7 @@ class Objective:
     """An objective: how text is made noisy, what training minimises, and the bound that is reported.
 
     A new one is a class that inherits from this one, or from Absorbing for masks, and one line in configs.OBJECTIVES.
-    It defines what is different of the attributes and methods below, and always these methods:
+    It defines those of the attributes and methods below that differ, and always these methods:
 
     from_config(config, vocab_size): the objective of a Config
     noise(u, v): the noise to train on, a NamedTuple with `t` and the methods `to` and `split` of Noise

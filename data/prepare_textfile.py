@@ -61,7 +61,7 @@ def main():
     if args.alphabet == "own" and any("\r\n" in text for text in texts):
         note("the text has Windows' line ends, \\r\\n, and both characters are kept: convert it first if you want \\n")
     known = tokens_of_checkpoint(args.tokenizer) if is_checkpoint(args.tokenizer) else None
-    of_letters = known and known.get("characters", known.get("alphabet")) == TEXT8_ALPHABET
+    of_letters = known and make_tokenizer(known).alphabet == TEXT8_ALPHABET
     if args.alphabet == "text8" or of_letters:
         texts = [" ".join(text8_words(text)) for text in texts]
         if not all(texts):

@@ -20,6 +20,8 @@ def characters(alphabet):
     return {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet)}
 
 
+TOKENS = "tokenizer", "alphabet", "vocab_size", "definition", "characters"  # the fields of a meta that define its ids
+
 # Vocabularies by name. Other projects' checkpoints do not contain theirs.
 KNOWN = {
     "text8": characters(TEXT8_ALPHABET),
@@ -314,8 +316,7 @@ def tokens_of_checkpoint(path):
     if "record" in meta:
         raise UserError(f"{path} is a model of items of {meta['record']} tokens: prepare them with "
                         "data/prepare_names.py")
-    return {key: meta[key] for key in ("tokenizer", "alphabet", "vocab_size", "definition", "characters")
-            if key in meta}
+    return {key: meta[key] for key in TOKENS if key in meta}
 
 
 def tokens_of(name, texts):

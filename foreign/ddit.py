@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cli import UserError, note
 from data.loader import load_meta
-from data.tokenizer import KNOWN
+from data.tokenizer import KNOWN, TOKENS
 from foreign.files import BUFFERS, check_floats, rename, tensors
 
 NAMES = (
@@ -134,8 +134,7 @@ def vocabulary(rows, table, uniform, hints, path):
     V, theirs = rows - (not uniform), None
     if dataset and (dataset not in KNOWN or not known):
         meta = load_meta(dataset, hints.data_dir) | {"name": dataset}
-        keys = ("name", "tokenizer", "alphabet", "definition", "characters", "vocab_size", "pad", "record")
-        theirs = {key: meta[key] for key in keys if key in meta}
+        theirs = {key: meta[key] for key in ("name", *TOKENS, "pad", "record") if key in meta}
     if known:
         meta = dict(KNOWN[known], name=DATA_OF.get(known, known))
         same = theirs and theirs["tokenizer"] == meta["tokenizer"] and (

@@ -12,10 +12,13 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+# before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import ArgumentParser, run
 
 import torch
 import torch.nn.functional as F
+
+from configs import Config
 
 
 def forward_process(x0, T):
@@ -88,7 +91,6 @@ def sample(objective, model, xt, generator, T=1000):
 
 def main(T=100, L=64, steps=1000):
     ArgumentParser(description=__doc__).parse_args()
-    from configs import Config
     text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     letters = sorted(set(text))
     tokens, mask_id = torch.tensor([letters.index(letter) for letter in text]), len(letters)
