@@ -15,6 +15,7 @@ from typing import NamedTuple
 from cli import ArgumentParser, UserError, named, note, run
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optim
 import parallel
@@ -203,23 +204,48 @@ def add_model_flags(parser):
                         "slow, the others faster (docs/speed.md)")
 
 
-def load_model(path, device, hints=Hints(), raw=False, compiled=False):
+class Undrawn(TorchDispatchMode):
+    """In this context random numbers are zeros. For billions of weights that are read next: to draw them is slower."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return args[0].zero_()
+        return operation(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def undrawn(dtype):
+    """In this context random numbers are zeros, and new tensors of floats have this number format."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with Undrawn():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def load_model(path, device, hints=Hints(), raw=False, compiled=False, dtype=torch.float32):
     """Load a checkpoint's model, ready to use, with its EMA weights (or the raw ones), and compile it if `compiled`.
 
-    Raises UserError if the weights do not fit or are not finite. If a foreign checkpoint should know English, but its
-    predictions make no sense of it, a line on stderr says so.
+    dtype: number format of the products. Large language models keep their weights in it, as their authors do. All other
+    models have weights in float32. Raises UserError if the weights do not fit or are not finite. If a foreign
+    checkpoint should know English, but its predictions make no sense of it, a line on stderr says so.
     """
     payload = read(path, hints)
     config, vocab_size = config_of(payload), payload["meta"]["vocab_size"]
+    large = config.architecture == "llm"
+    needed = weight_bytes(config, vocab_size) * (dtype.itemsize / 4 if large else 1)
     for where in map(torch.device, ("cpu", device)):
-        check_fits(weight_bytes(config, vocab_size), where, f"the model of {path}", "use a machine with more memory")
-    model = config.make_model(vocab_size)
+        check_fits(needed, where, f"the model of {path}", "use a machine with more memory")
     weights = payload["model"] if raw else payload["ema"]
-    check_fit(model, weights, path)
     check_finite(weights, path)
+    with undrawn(dtype) if large else contextlib.nullcontext():
+        model = config.make_model(vocab_size)
+    check_fit(model, weights, path)
     load_weights(model, weights)
     model = model.to(device).eval()
-    if payload.get("foreign") and payload["meta"]["name"] in OF_ENGLISH:
+    if payload.get("foreign") and (large or payload["meta"]["name"] in OF_ENGLISH):
         translate.warn_if_implausible(model, config.make_objective(payload["meta"]["vocab_size"]),
                                       make_tokenizer(payload["meta"]), config, device, path)
     if compiled:

@@ -18,6 +18,7 @@ from cli import ArgumentParser, UserError, did_you_mean
 from diffusion import D3PM, MDLM, SCHEDULES, SEDD, AutoRegressive, make_schedule
 from foreign.bert import BERT
 from foreign.gpt2 import GPT2, NanoGPT
+from foreign.llm import LLM
 from foreign.masked_lm import MaskedLM
 from foreign.tiny_diffusion import TinyDiffusion
 from mixers import MIXERS, RESIDUALS, MixerDiT
@@ -33,7 +34,7 @@ OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): 
 OWNERS = {key: [name for (name, _), other in OBJECTIVES.items() if key in other.own]
           for objective in OBJECTIVES.values() for key in objective.own}
 NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion, "gpt2": GPT2, "nanogpt": NanoGPT,
-            "masked_lm": MaskedLM, "mixers": MixerDiT}
+            "masked_lm": MaskedLM, "llm": LLM, "mixers": MixerDiT}
 
 
 def setting(default, help, choices=None, same_run=True):
@@ -72,8 +73,10 @@ class Config:
                            "together at a random place in its text", ("end", "random"))
 
     architecture: str = setting("dit", "network: dit (model.py), mixers (mixers.py), or one of foreign/: masked_lm is "
-                                "BERT, RoBERTa and others of transformers", tuple(NETWORKS))
-    backbone: str = setting("", "settings of architecture=masked_lm, as JSON; empty: those of --init_from or --resume")
+                                "BERT, RoBERTa and others of transformers, llm is Llama, Qwen and others",
+                                tuple(NETWORKS))
+    backbone: str = setting("", "settings of architecture=masked_lm and llm, as JSON; empty: those of --init_from or "
+                            "--resume")
     n_layer: int = setting(12, "number of transformer blocks")
     n_head: int = setting(12, "number of attention heads")
     n_embd: int = setting(768, "width of the network: features per token")

@@ -170,7 +170,8 @@ def check(args, config):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    model, config, meta, _ = load_model(args.checkpoint, device, hints_of(args), args.raw, args.compile)
+    dtype = pick_dtype(device, args.dtype)
+    model, config, meta, _ = load_model(args.checkpoint, device, hints_of(args), args.raw, args.compile, dtype)
     if args.dataset and "sha256" in meta:
         raise UserError(f"{args.checkpoint} already names its data set: leave out --dataset")
     check(args, config)
@@ -201,7 +202,6 @@ def main():
     end = end_of(config, tokenizer)
     fill = lambda canvas: denoise(settings, objective, network, canvas.to(device), config, args.context or 0,
                                   generator, end)
-    dtype = pick_dtype(device, args.dtype)
     with (autocast(device, dtype),
           progress(total=None if uniform else n_masks, desc="sampling", unit="step" if uniform else "token",
                    leave=False, show=not screen) as bar):

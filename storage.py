@@ -359,5 +359,5 @@ def load_weights(model, weights):
 
 def check_finite(weights, path):
     """Raise UserError unless all weights are finite."""
-    if not all(value.float().isfinite().all() for value in weights.values()):
+    if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"the weights in {path} are not finite numbers: take an earlier checkpoint of that run")

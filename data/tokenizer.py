@@ -1,6 +1,5 @@
 """Convert text to token ids and back. The `meta` of a data set or checkpoint, plain JSON types, names its tokenizer."""
 
-import functools
 import json
 import re
 import string
@@ -20,7 +19,7 @@ def characters(alphabet):
     return {"tokenizer": "char", "alphabet": alphabet, "vocab_size": len(alphabet)}
 
 
-TOKENS = "tokenizer", "alphabet", "vocab_size", "definition", "characters"  # the fields of a meta that define its ids
+TOKENS = "tokenizer", "alphabet", "vocab_size", "definition", "characters", "end"  # fields of a meta: what its ids are
 
 # Vocabularies by name. Other projects' checkpoints do not contain theirs.
 KNOWN = {
@@ -126,11 +125,12 @@ class HubTokenizer:
     0 ... V - 1, in the tokenizer's order. An unknown token stays if the tokenizer makes it of unknown characters.
     """
 
-    unit, end, space_first = "token", None, True
+    unit, space_first = "token", True
 
-    def __init__(self, definition, left_out=None, alphabet=None):
+    def __init__(self, definition, left_out=None, alphabet=None, end=None):
         """definition: what a tokenizer.json contains. left_out: the ids to leave out, if not those of special tokens.
-        alphabet: see CharTokenizer. The vocabulary does not say it: a byte-level BPE has tokens for all bytes.
+        alphabet, end: see CharTokenizer. The vocabulary does not say the alphabet: a byte-level BPE has tokens for all
+        bytes.
 
         Raises UserError if it is no such definition.
         """
@@ -154,7 +154,7 @@ class HubTokenizer:
         self.tokenizer.encode_special_tokens = True
         self.ids = sorted(self.pieces.keys() - (special if left_out is None else left_out))  # ours -> the tokenizer's
         self.left_out = sorted(set(range(most + 1)) - set(self.ids))
-        self.vocab_size, self.alphabet = len(self.ids), alphabet
+        self.vocab_size, self.alphabet, self.end = len(self.ids), alphabet, end
 
     def unknown_of(self, model):
         """The token for characters that the tokenizer does not know, or None if it knows all, as byte-level ones do."""
@@ -187,6 +187,7 @@ class HubTokenizer:
 
         A character of several bytes counts for the token in which it starts. WordPiece drops spaces. One is counted
         before every token that neither continues a word nor is a punctuation mark. An unknown token counts as its name.
+        The token that ends a text is no text: 0 and 0.
         """
         pieces = [self.pieces[i] for i in self.ids]
         if self.byte_level:  # a character of a piece stands for a byte
@@ -203,11 +204,12 @@ class HubTokenizer:
         else:  # a mark stands for a space; <0x0A> is a byte
             pieces = [bytes([int(piece[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", piece)
                       else piece.replace("\u2581", " ").encode() for piece in pieces]
-        return lengths_of(pieces)
+        return lengths_of(b"" if i == self.end else piece for i, piece in enumerate(pieces))
 
 
 def lengths_of(pieces):
     """Return the length of each of some bytes: in characters of UTF-8 that start in it, and in bytes."""
+    pieces = list(pieces)
     return (np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]),
             np.array([len(piece) for piece in pieces]))
 
@@ -224,23 +226,32 @@ def id_type(vocab_size):
     return np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
+def read_tokenizer(place, **revision):
+    """The tokenizer of transformers in a folder or in the Hub's cache. Code that it brings along is not executed."""
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False, **revision)
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise
+    return Qwen2Tokenizer.from_pretrained(place, local_files_only=True, **revision)  # Dream's has the form of Qwen2's
+
+
 def from_hub(name):
     """Return the tokenizer of transformers that a folder or hf://owner/name[@revision] has. Raises UserError."""
     require("transformers", f"the tokenizer of {name}")
     from huggingface_hub import snapshot_download
-    from transformers import AutoTokenizer
     on_hub = str(name).startswith("hf://")
     place, _, revision = str(name).removeprefix("hf://").partition("@") if on_hub else (str(name), "", "")
-    read = functools.partial(AutoTokenizer.from_pretrained, local_files_only=True, trust_remote_code=False)
     try:
         try:
-            found = read(place, revision=revision or "main")
+            found = read_tokenizer(place, revision=revision or "main")
         except Exception:
             if not on_hub:
                 raise
             # not in the cache; AutoTokenizer would try each file for a minute if there is no network
-            found = read(snapshot_download(place, revision=revision or "main",
-                                           allow_patterns=["*.json", "*.txt", "*.model"]))
+            found = read_tokenizer(snapshot_download(place, revision=revision or "main",
+                                                     allow_patterns=["*.json", "*.txt", "*.model"]))
         if found.backend_tokenizer.get_vocab_size() > len(found.all_special_ids):  # else it was made of no file
             return found
         raise FileNotFoundError
@@ -262,6 +273,29 @@ def definition_of(tokenizer):
 def hub_meta(definition):
     """The meta of a HubTokenizer that leaves out the special tokens."""
     return {"tokenizer": "hf", "vocab_size": HubTokenizer(definition).vocab_size, "definition": definition}
+
+
+def tokens_of_hub(name):
+    """The meta of the tokens of a model in a folder or on the Hub, as its checkpoint is read. Raises UserError."""
+    from foreign.llm import is_llm, tokens_and_mask
+    tokenizer, settings = from_hub(name), settings_of(name)
+    return tokens_and_mask(settings, tokenizer, name)[0] if is_llm(settings) else hub_meta(definition_of(tokenizer))
+
+
+def settings_of(name):
+    """The config.json, a dict, of a folder or of hf://owner/name[@revision] in the Hub's cache; {} if there is none."""
+    path = Path(name, "config.json")
+    if str(name).startswith("hf://"):
+        from huggingface_hub import try_to_load_from_cache
+        place, _, revision = name.removeprefix("hf://").partition("@")
+        path = try_to_load_from_cache(place, "config.json", revision=revision or "main")
+        if not isinstance(path, str):
+            return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def size_of_bpe(name):
@@ -337,7 +371,7 @@ def tokens_of(name, texts):
     if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
         raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like bpe:4096 or "
                         "hf://owner/name, nor a folder")
-    return hub_meta(definition_of(from_hub(HUB.get(name, name))))
+    return tokens_of_hub(HUB.get(name, name))
 
 
 def describes_tokens(meta):
@@ -355,7 +389,8 @@ def describes_tokens(meta):
                 and (pad is None or isinstance(pad, str) and len(pad) == 1 and pad in alphabet))
     if pad is not None or not isinstance(meta.get("alphabet", ""), str):
         return False
-    if kind == "hf" and not isinstance(meta.get("definition"), str):
+    if kind == "hf" and not (isinstance(meta.get("definition"), str) and type(meta.get("end", 0)) is int
+                             and 0 <= meta.get("end", 0) < size):
         return False
     return size >= {"gpt2": 50257, "bert": 30521}.get(kind, 1) and isinstance(meta.get("characters", ""), str)
 
@@ -370,7 +405,7 @@ def make_tokenizer(meta):
         mask = {103} if meta["vocab_size"] == 30521 else set()  # MDLM's models lack [MASK], UDLM's have it
         return HubTokenizer(definition_of(from_hub(HUB["bert"])), left_out=mask)
     if meta["tokenizer"] == "hf":
-        tokenizer = HubTokenizer(meta["definition"], alphabet=meta.get("characters"))
+        tokenizer = HubTokenizer(meta["definition"], alphabet=meta.get("characters"), end=meta.get("end"))
         if tokenizer.vocab_size != meta["vocab_size"]:
             raise UserError(f"the definition of the tokenizer has {tokenizer.vocab_size:,} tokens, and the vocabulary "
                             f"beside it {meta['vocab_size']:,}: one of them is damaged")

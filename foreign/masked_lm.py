@@ -35,8 +35,8 @@ class PassThrough(nn.Module):
     """In place of the body of a model of transformers: returns the features that it is given as inputs_embeds."""
 
     def forward(self, input_ids=None, inputs_embeds=None, **_):
-        from transformers.modeling_outputs import BaseModelOutput
-        return BaseModelOutput(last_hidden_state=inputs_embeds)
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def read_settings(settings):
@@ -44,7 +44,7 @@ def read_settings(settings):
 
     Raises UserError if transformers does not know the model, or if a size is out of range.
     """
-    require("transformers", "a masked language model of transformers")
+    require("transformers", "a language model of transformers")
     from transformers import AutoConfig
     from transformers.utils import logging
     logging.set_verbosity_error()
@@ -61,15 +61,17 @@ def read_settings(settings):
     return found
 
 
-def build(settings):
-    """The model of transformers of these settings, with random weights. Raises UserError if there is none."""
-    from transformers import AutoModelForMaskedLM
+def build(settings, task):
+    """The model of transformers of these settings, with random weights. Raises UserError if there is none.
+
+    task: AutoModelForMaskedLM, or another class of transformers that knows the models of a task."""
+    import transformers
     try:
         with warnings.catch_warnings(action="ignore"):  # about tensors without elements
-            return AutoModelForMaskedLM.from_config(settings)
+            return getattr(transformers, task).from_config(settings)
     except Exception as error:
-        raise UserError(f"transformers cannot build a masked language model of model_type {settings.model_type} with "
-                        f"these settings: {first_line(error)}")
+        raise UserError(f"transformers cannot build a {task.removeprefix('AutoModelFor')} of model_type "
+                        f"{settings.model_type} with these settings: {first_line(error)}")
 
 
 def name_of(settings):
@@ -111,12 +113,14 @@ class MaskedLM(nn.Module):
     """
 
     own, of_source = ("backbone",), ("backbone", *SIZES)
+    task = "AutoModelForMaskedLM"  # the class of transformers that builds the network
+    defaults = ("tied", "head_bias", "norm_bias", "shift_tokens", "predict_next", "anneal_steps")  # must have them
 
     @classmethod
     def from_config(cls, config, vocab_size):
         if not config.backbone:
-            raise UserError("architecture=masked_lm is a network of a checkpoint: a run takes its network from a "
-                            "checkpoint that --init_from names, such as hf://FacebookAI/roberta-base")
+            raise UserError(f"architecture={config.architecture} is a network of a checkpoint: a run takes its network "
+                            "from a checkpoint that --init_from names, such as hf://FacebookAI/roberta-base")
         backbone = read_backbone(config.backbone)
         settings = read_settings(backbone["settings"])
         for ours, theirs in SIZES.items():
@@ -126,25 +130,23 @@ class MaskedLM(nn.Module):
         for key, value in settings.to_dict().items():
             if "dropout" in key and type(value) in (int, float):
                 setattr(settings, key, config.dropout)
-        return cls(vocab_size, build(settings), backbone, config.checkpoint_blocks)
+        return cls(vocab_size, build(settings, cls.task), backbone, config.predict_next, config.checkpoint_blocks)
 
     @classmethod
     def misfit(cls, config):
         objective = config.objective_class
         if (config.conditioning != "none" or not objective.has_mask or objective.causal or config.block_size
-                or not config.tied or config.head_bias or config.norm_bias or config.shift_tokens
-                or config.predict_next or config.anneal_steps or config.fsdp):
-            return ("architecture=masked_lm needs conditioning=none, noise=mask, an objective other than ar and block, "
-                    "no --fsdp, and the defaults of tied, head_bias, norm_bias, shift_tokens, predict_next and "
-                    "anneal_steps")
+                or config.fsdp or config.changed(cls.defaults)):
+            return (f"architecture={config.architecture} needs conditioning=none, noise=mask, an objective other than "
+                    f"ar and block, no --fsdp, and the defaults of {', '.join(cls.defaults)}")
         if config.backbone:
             longest = longest_text(read_backbone(config.backbone))
             if config.seq_len > longest:
                 return f"seq_len={config.seq_len} is more than the {longest} tokens that the network has positions for"
 
-    def __init__(self, vocab_size, model, backbone, checkpoint_blocks=False):
+    def __init__(self, vocab_size, model, backbone, predict_next=False, checkpoint_blocks=False):
         super().__init__()
-        self.vocab_size, self.body = vocab_size, model.base_model
+        self.vocab_size, self.predict_next, self.body = vocab_size, predict_next, model.base_model
         setattr(model, model.base_model_prefix, PassThrough())
         self.head = model
         if checkpoint_blocks:
@@ -159,22 +161,24 @@ class MaskedLM(nn.Module):
         for name, p in self.named_parameters():
             p.requires_grad_(name not in backbone["unused"])  # DistributedDataParallel would wait for their gradients
 
-    def trunk(self, xt):
-        """Tokens xt (B, L) -> features (B, L, D), the input of the head."""
+    def trunk(self, xt, sees=None):
+        """Tokens xt (B, L) -> features (B, L, D), the input of the head. sees: see forward."""
         B, L = xt.shape
         ids = torch.cat((self.before.expand(B, -1), self.ids[xt], self.after.expand(B, -1)), 1)
-        more = {}
+        more = {} if sees is None else {"attention_mask": sees[None, None]}
         if self.first is not None:
             more["position_ids"] = self.first + torch.arange(ids.shape[1], device=xt.device)[None]
         x = self.body(input_ids=ids, **more)[0]
-        return x[:, self.n_before:self.n_before + L]
+        start = self.n_before - self.predict_next
+        return x[:, start:start + L]
 
-    def forward(self, xt, t, where=None):
+    def forward(self, xt, t, where=None, sees=None):
         """Map xt (B, L) long in [0, V], and t, which is not used, to logits (B, L, V), or (N, V) at the N
-        True positions of `where` (B, L), or at the places `where` (N,)."""
+        True positions of `where` (B, L), or at the places `where` (N,). sees: which tokens each one sees, (n, n) bool,
+        for the n = L + 1 tokens of a network with predict_next, the first of which stands before the text."""
         kind = xt.device.type
         with torch.autocast(kind, enabled=self.autocast and torch.is_autocast_enabled(kind)):
-            x = self.trunk(xt)
+            x = self.trunk(xt, sees)
             x = x if where is None else x.flatten(0, 1)[places(where)][None]
             logits = self.head(inputs_embeds=x).logits.index_select(-1, self.ids[:-1])
         return logits if where is None else logits[0]
@@ -214,7 +218,7 @@ def translate(found, hints):
     try:
         settings = read_settings(found.settings)
         with torch.device("meta"):
-            kind = type(build(settings))
+            kind = type(build(settings, MaskedLM.task))
     except UserError as error:
         raise UserError(f"{found.path} cannot be used: {error}")
     state = {key: value for key, value in found.payload.items()

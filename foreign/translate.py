@@ -19,6 +19,8 @@ files.py reads the checkpoints. ddit.py translates the network that most of them
                     github.com/karpathy/nanoGPT
     diffugpt        github.com/HKUNLP/DiffuLLaMA, DiffuGPT       GPT-2 with full attention, masks
     masked_lm       all ...ForMaskedLM of transformers           themselves (masked_lm.py)
+    llm             LLaDA, Dream, A2D of ZHZisZZ/dllm;           Llama or Qwen of transformers, masks (llm.py)
+                    ...ForCausalLM of transformers, to train
 
 Sizes are read from the file. Only two formats lack some: nanoDD may lack its seq_len, and tiny-diffusion lacks its
 n_head and seq_len. These get defaults. The mask becomes the last token and is never predicted.
@@ -35,13 +37,13 @@ from cli import UserError, first_line, note, number
 from configs import Config
 from data.tokenizer import KNOWN, CharTokenizer, characters
 from diffusion import Noise
-from foreign import ddit, gpt2, masked_lm
+from foreign import ddit, gpt2, llm, masked_lm
 from foreign.files import BUFFERS, plain_key, rename, tensors
 from foreign.masked_lm import is_masked_lm
 from foreign.tiny_diffusion import our_weights
 
 FORMATS = ("nanodd", "tiny-diffusion", "sedd", "oxen", "mdlm", "bd3lm", "duo", "udlm", "radd",
-           "gpt2", "nanogpt", "diffugpt", "masked_lm")
+           "gpt2", "nanogpt", "diffugpt", "masked_lm", "llm")
 # Settings that the user may override, because the file does not hold them reliably.
 UNSAID = {name: ("n_head", "seq_len", "prefix") if name == "tiny-diffusion" else ("seq_len",) for name in FORMATS}
 
@@ -78,6 +80,8 @@ def detect(found):
         return "tiny-diffusion"
     if is_masked_lm(settings):
         return "masked_lm"
+    if llm.is_llm(settings):
+        return "llm"
     state = tensors(payload)
     if {"wte.weight", "transformer.wte.weight"} & state.keys():
         return "nanogpt" if "model_args" in payload else "gpt2"
@@ -136,8 +140,8 @@ def unknown(found, state):
     what = [f"{verb} {', '.join(keys)}" for verb, keys in (("lacks", lacking), ("has", more)) if keys]
     if found.settings.get("model_type"):
         return UserError(f"{found.path} is a model of transformers, {masked_lm.name_of(found.settings)}: if it has a "
-                         "masked language model (a class ...ForMaskedLM), use --format masked_lm; LLaDA, Dream and "
-                         "DiffuLLaMA are not read")
+                         "masked language model (a class ...ForMaskedLM), use --format masked_lm; DiffuLLaMA and "
+                         "mixtures of experts (LLaDA-MoE, LLaDA2) are not read")
     return UserError(f"{found.path} has no known format; the most similar are {near[0]}, then {near[1]}; compared with "
                      f"the first, it {' and '.join(what)}")
 
@@ -164,6 +168,8 @@ def translate(found, hints):
             payload = gpt2.translate(found, name, hints)
         elif name == "masked_lm":
             payload = masked_lm.translate(found, hints)
+        elif name == "llm":
+            payload = llm.translate(found, hints)
         else:
             payload = ddit.translate(found, name, hints)
         Config(**payload["config"])

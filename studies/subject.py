@@ -73,7 +73,7 @@ def open_subject(path, args, device, dtype, n_windows=None):
 
     n_windows: number of windows without --n_tokens; None: all of them. Raises UserError if flags do not fit together.
     """
-    model, config, meta, step = load_model(path, device, hints_of(args), args.raw, args.compile)
+    model, config, meta, step = load_model(path, device, hints_of(args), args.raw, args.compile, dtype)
     seq_len = args.seq_len or config.seq_len
     config = config_to_score(config, path, seq_len, args.normalised, args.block_size)
     if args.block_size:

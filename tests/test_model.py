@@ -25,7 +25,7 @@ def batch(B=3):
     return torch.randint(0, 6, (B, 16), generator=g), torch.rand(B, generator=g)
 
 
-@pytest.mark.parametrize("name", sorted(set(configs.NETWORKS) - {"masked_lm"}))  # that one: test_masked_lm.py
+@pytest.mark.parametrize("name", sorted(set(configs.NETWORKS) - {"masked_lm", "llm"}))  # test_masked_lm.py, test_llm.py
 def test_what_a_network_has(name):
     """A network has what the README asks for: settings; logits of V tokens at all positions, or at `where` (bool or
     places); a trunk and a head for --compile; matrices and an output layer that get gradients; operations."""

@@ -1,0 +1,173 @@
+"""LLaDA, Dream and other diffusion models that have the network of a large language model, as denoisers.
+
+LLaDA (arXiv 2502.09992) is a Llama and Dream (arXiv 2508.15487) a Qwen2 in which every token sees all others. So
+transformers has their networks (see_all). What differs from masked_lm.py:
+
+tokens     Special tokens are tokens like others, because conversations are written with them. Only the mask is not.
+shift      Dream's output at a token predicts the one on its right, as in the language model that it began with
+           (predict_next). So a token must stand before the text: the begin of text, or the mask.
+weights    They are only renamed, because they have billions of numbers. The tokenizer and config.json say the rest.
+
+A left-to-right model (Llama, Qwen) is read in the same way, with predict_next. It is no denoiser before it is trained
+as one (docs/adaptation.md).
+"""
+
+import json
+
+import torch
+
+from cli import UserError, note
+from data.tokenizer import HubTokenizer, definition_of, from_hub, hub_meta
+from foreign.files import check_floats, rename, tensors
+from foreign.masked_lm import (NOT_KEPT, SIZES, MaskedLM, build, frame_of, longest_text, name_of, read_backbone,
+                               read_settings)
+
+LONGEST = 4096  # tokens of a text if the user does not say; some networks have positions for 131,072
+# Families of transformers that see_all works with, as the tests check. Some others see the left side all the same.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "olmo2", "smollm3")
+LEFT_TO_RIGHT = "it predicts from left to right: train it as a diffusion model first (docs/adaptation.md)"
+
+
+class LLM(MaskedLM):
+    """Denoiser over V = vocab_size tokens and the mask (id V), which is not told the time. See MaskedLM."""
+
+    task = "AutoModelForCausalLM"
+    defaults = ("tied", "head_bias", "norm_bias", "shift_tokens")
+
+    @classmethod
+    def misfit(cls, config):
+        if config.anneal_steps and not config.predict_next:
+            return "anneal_steps needs predict_next with architecture=llm"
+        if config.predict_next and config.backbone and not read_backbone(config.backbone)["before"]:
+            return "predict_next needs a token before the text, and this checkpoint has none: leave it out"
+        return super().misfit(config)
+
+    def __init__(self, vocab_size, model, *others):
+        super().__init__(vocab_size, see_all(model), *others)
+
+
+def see_all(model):
+    """Let every token of a model of transformers see all others. Newer versions need only is_causal in its settings."""
+    model.config.is_causal = False
+    for part in model.modules():
+        if hasattr(part, "is_causal"):
+            part.is_causal = False
+    return model
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+# LLaDA's names for what LlamaForCausalLM has. ff_out is the output layer of each MLP, and of the whole network.
+LLADA_NAMES = (
+    (r"^model\.transformer\.wte\.", "model.embed_tokens."),
+    (r"^model\.transformer\.ln_f\.", "model.norm."),
+    (r"^model\.transformer\.ff_out\.", "lm_head."),
+    (r"^model\.transformer\.blocks\.", "model.layers."),
+    (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.ff_norm\.", ".post_attention_layernorm."),
+    (r"\.([qkv])_proj\.", r".self_attn.\1_proj."),
+    (r"\.attn_out\.", ".self_attn.o_proj."),
+    (r"\.ff_proj\.", ".mlp.gate_proj."),
+    (r"\.up_proj\.", ".mlp.up_proj."),
+    (r"\.ff_out\.", ".mlp.down_proj."),
+)
+LLADA_SETTINGS = {  # theirs -> those of LlamaConfig
+    "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "vocab_size": "vocab_size",
+    "embedding_size": "vocab_size",  # with rows that are no tokens; null: there are none
+    "max_sequence_length": "max_position_embeddings", "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+    "weight_tying": "tie_word_embeddings",
+}
+LLADA_FIXED = {  # what makes it a Llama; other values are other networks
+    "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True, "alibi": False,
+    "attention_layer_norm": False, "bias_for_layer_norm": False, "include_bias": False, "include_qkv_bias": False,
+    "input_emb_norm": False, "scale_logits": False, "multi_query_attention": None,
+}
+
+
+def is_llm(settings):
+    """Tell whether a config.json is that of LLaDA, Dream, A2D of dllm, or a left-to-right model of transformers."""
+    kind, architectures = name_of(settings), settings.get("architectures")
+    return kind in ("llada", "Dream") or kind.startswith("a2d-") or (
+        isinstance(architectures, list) and any(str(name).endswith("ForCausalLM") for name in architectures))
+
+
+def network_settings(settings, path):
+    """Return (settings of transformers, whether outputs predict the next token) for a config.json, both as dicts.
+
+    Raises UserError for a LLaDA that is no Llama.
+    """
+    kind = name_of(settings)
+    if kind == "llada":
+        other = [f"{key}={settings[key]}" for key, value in LLADA_FIXED.items() if settings.get(key, value) != value]
+        if other:
+            raise UserError(f"{path} is a variant of LLaDA that is not supported: {', '.join(other)}")
+        return {"model_type": "llama"} | {ours: settings[key] for key, ours in LLADA_SETTINGS.items()
+                                          if settings[key] is not None}, False
+    if kind == "Dream":
+        return settings | {"model_type": "qwen2"}, True
+    if kind.startswith("a2d-"):
+        return settings | {"model_type": kind.removeprefix("a2d-")}, False
+    if kind not in FAMILIES:
+        raise UserError(f"{path} is a language model of the family {kind}; those that are read are "
+                        f"{', '.join(FAMILIES)}")
+    note(f"{path} is a language model: {LEFT_TO_RIGHT}")
+    return settings, True
+
+
+def tokens_and_mask(settings, tokenizer, path):
+    """Return (meta, mask) for a config.json and the tokenizer of transformers beside it.
+
+    Special tokens are tokens; only the mask is left out. Its number is that of config.json or of the tokenizer, else of
+    a row of the embedding that is no token, else of the unknown token. Raises UserError if there is none of these.
+    """
+    rows, used = settings.get("embedding_size") or settings.get("vocab_size"), max(tokenizer.get_vocab().values()) + 1
+    if type(rows) is not int:
+        raise UserError(f"the config.json of {path} has no vocab_size")
+    if used > rows:
+        raise UserError(f"{path} has {rows:,} tokens, and the tokenizer beside it {used:,}")
+    masks = (settings.get("mask_token_id"), tokenizer.mask_token_id, used, tokenizer.unk_token_id)
+    mask = next((mask for mask in masks if type(mask) is int and 0 <= mask < rows), None)
+    if mask is None:
+        raise UserError(f"{path} has no token that can be the mask: no mask, no unknown token, and no unused row")
+    parts = json.loads(definition_of(tokenizer))
+    for token in parts["added_tokens"]:
+        token["special"] = token["id"] == mask
+    meta = hub_meta(json.dumps(parts, ensure_ascii=False))
+    ids, end = HubTokenizer(meta["definition"]).ids, settings.get("eos_token_id")
+    return meta | ({"end": ids.index(end)} if end in ids else {}), mask
+
+
+def translate(found, hints):
+    """Translate a folder with config.json, a tokenizer, and the weights of a language model. Nothing in it is executed.
+
+    The objective is mdlm, which LLaDA, Dream and A2D were trained with.
+    """
+    path, state = found.path, tensors(found.payload)
+    check_floats(state, path)
+    theirs, predict_next = network_settings(found.settings, path)
+    try:
+        settings = read_settings(theirs)
+        with torch.device("meta"):
+            model = build(settings, LLM.task)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}")
+    tokenizer = from_hub(path.parent)
+    meta, mask = tokens_and_mask(found.settings, tokenizer, path)
+    before, after = frame_of(tokenizer)
+    if predict_next and not before:
+        before = [mask if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    kept = {key: value for key, value in settings.to_diff_dict().items() if key not in NOT_KEPT}
+    backbone = {"settings": kept | {"model_type": settings.model_type}, "mask": mask, "before": before, "after": after,
+                "left_out": HubTokenizer(meta["definition"]).left_out, "first": None, "unused": [], "autocast": True}
+    config = dict(dataset="wikitext", architecture="llm", backbone=json.dumps(backbone), objective="mdlm",
+                  conditioning="none", predict_next=predict_next,
+                  seq_len=hints.overrides.get("seq_len", min(longest_text(backbone), LONGEST)),
+                  **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
+    prefix = model.base_model_prefix + "."
+    weights = {f"body.{key.removeprefix(prefix)}" if key.startswith(prefix) else f"head.{key}": value
+               for key, value in rename(state, LLADA_NAMES if name_of(found.settings) == "llada" else ()).items()}
+    if settings.tie_word_embeddings:  # the head's weights are those of the embeddings
+        weights.pop("head.lm_head.weight", None)
+    name = name_of(found.settings).lower().replace("-", "_")
+    return dict(name=name, config=config, meta=meta | {"name": "wikitext"}, model=weights, ema=weights, step=0)

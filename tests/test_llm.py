@@ -1,0 +1,227 @@
+"""Networks of large language models, LLaDA, Dream and their kin: the same logits and tokens, and what is refused."""
+
+import functools
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import storage
+from commands import assert_one_line
+from configs import replace
+from data.tokenizer import make_tokenizer
+from foreign.llm import FAMILIES, see_all
+from hub_models import TEXT, byte_level
+from model import places
+
+pytest.importorskip("transformers")
+CPU = torch.device("cpu")
+SPECIAL = ["<|endoftext|>", "<|start|>", "<|end|>", "<|begin|>", "<|mask|>"]  # of 295 tokens the last five
+END, BEGIN, MASK, ROWS = 290, 293, 294, 300
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             vocab_size=ROWS, max_position_embeddings=64)
+LLADA = dict(model_type="llada", architectures=["LLaDAModelLM"], auto_map={"AutoModel": "modeling_llada.LLaDAModelLM"},
+             d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=48, vocab_size=ROWS, embedding_size=ROWS,
+             max_sequence_length=64, rms_norm_eps=1e-5, rope_theta=500000.0, weight_tying=False, mask_token_id=MASK,
+             eos_token_id=END, block_type="llama", layer_norm_type="rms", activation_type="silu", rope=True,
+             alibi=False, include_bias=False, scale_logits=False, multi_query_attention=None)
+
+
+def llada_state():
+    """Random weights under the names of LLaDA's files."""
+    shapes = {"wte.weight": (ROWS, 32), "ln_f.weight": (32,), "ff_out.weight": (ROWS, 32)}
+    for i in range(2):
+        shapes |= {f"blocks.{i}.{name}.weight": (32, 32) for name in ("q_proj", "k_proj", "v_proj", "attn_out")}
+        shapes |= {f"blocks.{i}.ff_proj.weight": (48, 32), f"blocks.{i}.up_proj.weight": (48, 32),
+                   f"blocks.{i}.ff_out.weight": (32, 48),
+                   f"blocks.{i}.attn_norm.weight": (32,), f"blocks.{i}.ff_norm.weight": (32,)}
+    draw = lambda shape: torch.randn(shape) / 4 if len(shape) > 1 else 1 + torch.randn(shape) / 4
+    return {f"model.transformer.{key}": draw(shape) for key, shape in shapes.items()}
+
+
+def llada_logits(state, ids):
+    """LLaDA's network by its definition: ids (B, L) -> (B, L, rows)."""
+    w = {key.removeprefix("model.transformer."): value for key, value in state.items()}
+    (B, L), heads, d = ids.shape, 4, 8
+    norm = lambda x, gain: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+    angle = torch.arange(L)[:, None] / 500000.0 ** (torch.arange(0, d, 2) / d)
+    turn = torch.polar(torch.ones_like(angle), angle)  # complex: x[i] + i x[i + d/2] is turned
+
+    def rotated(x):
+        z = torch.complex(x[..., :d // 2], x[..., d // 2:]) * turn
+        return torch.cat((z.real, z.imag), -1)
+
+    x = w["wte.weight"][ids]
+    for i in range(2):
+        get = lambda name: w[f"blocks.{i}.{name}.weight"]
+        h = norm(x, get("attn_norm"))
+        q, k, v = ((h @ get(f"{name}_proj").T).view(B, L, heads, d).transpose(1, 2) for name in "qkv")
+        seen = (rotated(q) @ rotated(k).mT / d ** 0.5).softmax(-1) @ v
+        x = x + seen.transpose(1, 2).reshape(B, L, -1) @ get("attn_out").T
+        h = norm(x, get("ff_norm"))
+        x = x + (F.silu(h @ get("ff_proj").T) * (h @ get("up_proj").T)) @ get("ff_out").T
+    return norm(x, w["ln_f.weight"]) @ w["ff_out.weight"].T
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    """Function: kind -> (folder, function ids (B, L) -> logits of the original network with full attention)."""
+    import transformers as hf
+    hf.logging.set_verbosity_error()
+
+    @functools.cache
+    def get(kind):
+        torch.manual_seed(0)
+        folder, tokens = tmp_path_factory.mktemp(kind) / kind, byte_level([])
+        tokens.add_special_tokens(SPECIAL)
+        folder.mkdir()
+        names = dict(bos_token="<|begin|>", eos_token="<|endoftext|>")
+        names |= {} if kind in ("llada", "qwen2") else {"mask_token": "<|mask|>"}
+        hf.PreTrainedTokenizerFast(tokenizer_object=tokens, **names).save_pretrained(folder)
+        if kind == "llada":
+            state, settings = llada_state(), LLADA
+            reference = functools.partial(llada_logits, state)
+        else:
+            family = {"dream": "qwen2", "a2d": "qwen3"}.get(kind, kind)
+            config = hf.AutoConfig.for_model(family, **SIZES, head_dim=8, tie_word_embeddings=kind == "a2d")
+            model = hf.AutoModelForCausalLM.from_config(config).eval()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.copy_(torch.randn_like(p) / 4 + (p.dim() == 1))
+            state = {name: p.detach().clone() for name, p in model.named_parameters()}
+            settings = {"dream": dict(model_type="Dream", architectures=["DreamModel"], mask_token_id=MASK),
+                        "a2d": dict(model_type="a2d-qwen3", architectures=["A2DQwen3LMHeadModel"])}.get(kind, {})
+            settings = config.to_dict() | {"eos_token_id": END, "architectures": ["Qwen2ForCausalLM"]} | settings
+
+            def reference(ids):
+                everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+                return model(input_ids=ids, attention_mask=everything).logits
+        if kind == "dream":  # its tokenizer has code of its own, and the files of Qwen2's
+            parts = json.loads((folder / "tokenizer.json").read_text())
+            (folder / "tokenizer.json").unlink()
+            (folder / "vocab.json").write_text(json.dumps(parts["model"]["vocab"]))
+            (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, parts["model"]["merges"])))
+            (folder / "tokenizer_config.json").write_text(json.dumps(names | {
+                "tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_dream.Dream", None]},
+                "added_tokens_decoder": {str(END + i): {"content": text, "special": True}
+                                         for i, text in enumerate(SPECIAL)}}))
+        (folder / "config.json").write_text(json.dumps(settings))
+        save_file({key: value.bfloat16() for key, value in state.items()}, folder / "model.safetensors")
+        for value in state.values():
+            value.copy_(value.bfloat16())  # the file's precision
+        if kind != "llada":
+            model.load_state_dict(state, strict=False)
+        return folder, torch.no_grad()(reference)
+    return get
+
+
+@pytest.mark.parametrize("kind", ("llada", "dream", "a2d", "qwen2"))
+def test_logits(llm, kind):
+    """The network computes what the original does, whatever the length, at some positions and at all."""
+    folder, reference = llm(kind)
+    loaded, config, meta, _ = checkpoint.load_model(folder, CPU)
+    ours = make_tokenizer(meta)
+    mask = 295 if kind == "qwen2" else MASK  # it has none: the first row that is no token
+    before = {"llada": [], "a2d": []}.get(kind, [BEGIN])
+    assert config.architecture == "llm" and config.objective == "mdlm" and config.seq_len == 64 - len(before)
+    assert config.predict_next == bool(before) and ours.left_out == [MASK][kind == "qwen2":]
+    generator = torch.Generator().manual_seed(1)
+    for L in (config.seq_len, 7):
+        xt = torch.randint(ours.vocab_size, (3, L), generator=generator)
+        where = torch.rand(3, L, generator=generator) < 0.4
+        xt[where] = ours.vocab_size
+        theirs = torch.tensor([*ours.ids, mask])[xt]
+        expected = reference(F.pad(theirs, (len(before), 0), value=BEGIN))
+        expected = (expected[:, :-1] if before else expected)[..., ours.ids]
+        assert expected.std() > 0.1
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(xt, torch.ones(3)), expected, atol=1e-4, rtol=1e-4)
+            for positions in (where, places(where)):
+                torch.testing.assert_close(loaded(xt, torch.ones(3), positions), expected[where], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_token_sees_all(family):
+    """A token sees those on its right, as with a mask of ones."""
+    import transformers as hf
+    config = hf.AutoConfig.for_model(family, **SIZES, head_dim=8, pad_token_id=None)
+    model, ids = see_all(hf.AutoModelForCausalLM.from_config(config).eval()), torch.randint(ROWS, (1, 8))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        with_ones = model(input_ids=ids, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool)).logits
+        torch.testing.assert_close(with_ones, logits)
+        ids[0, -1] = (ids[0, -1] + 1) % ROWS
+        assert (model(input_ids=ids).logits - logits).abs().amax(-1).min() > 1e-3
+
+
+def test_special_tokens_are_tokens(llm):
+    """A conversation is encoded with its special tokens, and decoded; the mask's name is plain text."""
+    for kind in ("llada", "dream", "a2d"):
+        ours = make_tokenizer(checkpoint.load_model(llm(kind)[0], CPU).meta)
+        text = "<|start|>the cat<|end|>" + TEXT
+        ids = ours.encode(text)
+        assert ours.decode(ids) == text and [ours.ids[i] for i in ids].count(END + 1) == 1
+        assert ours.vocab_size == 294 and len(ours.encode("<|mask|>")) > 1
+        assert ours.ids[ours.end] == END and ours.lengths()[0][ours.end] == 0
+
+
+def test_annealing_begins_as_the_language_model(llm):
+    """With causal attention the network is the left-to-right model, whose output at a token predicts the next one."""
+    import transformers as hf
+    folder, _ = llm("qwen2")
+    loaded, config, meta, _ = checkpoint.load_model(folder, CPU)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    xt = torch.randint(290, (2, 9))
+    with torch.no_grad():
+        expected = theirs(input_ids=F.pad(xt, (1, 0), value=BEGIN)).logits[:, :-1, :meta["vocab_size"]]
+        found = loaded(xt, torch.ones(2), sees=torch.ones(10, 10, dtype=torch.bool).tril())
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert (loaded(xt, torch.ones(2)) - expected).abs().max() > 0.1
+    replace(config, anneal_steps=10)
+    with pytest.raises(storage.UserError, match="anneal_steps needs predict_next"):
+        replace(config, predict_next=False, anneal_steps=10)
+    with pytest.raises(storage.UserError, match="predict_next needs a token before the text"):
+        replace(checkpoint.load_model(llm("llada")[0], CPU).config, predict_next=True)
+
+
+def test_sample_and_evaluate_and_train(llm, call, tmp_path):
+    """The commands take them: samples after a conversation, a score, and a run that begins with their weights."""
+    folder = llm("llada")[0]
+    assert call("sample.py", folder, "--prefix", "<|start|>the cat<|end|>", "--length", 40, "--block_length", 8,
+                "--sampler", "topk", "--k", 1, "--temperature", 0).code == 0
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 9)
+    for kind, more in (("llada", []), ("qwen2", ["--predict_next", "--anneal_steps=2"])):
+        where = ["--data_dir", tmp_path, "--dataset", kind]
+        assert call("data/prepare_textfile.py", text, "--tokenizer", llm(kind)[0], "--name", kind, *where[:2]).code == 0
+        done = call("train.py", "roberta_wikitext", "--architecture=llm", *where, "--init_from", llm(kind)[0],
+                    "--seq_len=32", "--prefix=none", "--max_steps=2", "--batch_size=2", "--dropout=0",
+                    "--eval_sequences=4", *more, f"--out_dir={tmp_path / 'out' / kind}")
+        assert done.code == 0, done.err
+        for checkpoint_ in (tmp_path / "out" / kind, llm(kind)[0]):
+            assert call("evaluate.py", checkpoint_, *where).code == 0
+
+
+def test_what_is_refused(llm, call, tmp_path):
+    shutil.copytree(llm("llada")[0], tmp_path / "x")
+    folder, settings = tmp_path / "x", LLADA
+
+    def go(**changes):
+        (folder / "config.json").write_text(json.dumps(settings | changes))
+        return call("sample.py", folder, "--steps", 2, "--length", 8)
+
+    assert_one_line(go(include_qkv_bias=True), "is a variant of LLaDA that is not supported: include_qkv_bias=True")
+    assert_one_line(go(n_layers=1), "do not fit the model", "body.layers.1")
+    assert_one_line(go(n_layers=10**7), "its num_hidden_layers is 10000000")
+    assert_one_line(go(embedding_size=200), "tokens, and the tokenizer beside it")
+    assert_one_line(go(model_type="llada_moe"), "mixtures of experts")
+    assert_one_line(go(model_type="stablelm", architectures=["StableLmForCausalLM"]), "those that are read are llama")
+    assert_one_line(go(n_heads=5), str(folder))  # the words depend on the version of transformers
+    assert go(embedding_size=None).code == 0
+    save_file({key: value.to(torch.int8) for key, value in load_file(folder / "model.safetensors").items()},
+              folder / "model.safetensors")
+    assert_one_line(go(), "such as quantised ones")
