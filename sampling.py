@@ -337,7 +337,7 @@ def left_to_right(model, xt, objective, draw, rate0):
 
 
 @torch.no_grad()
-def piece_by_piece(sampler, model, xt, objective, draw, size, n, options):
+def piece_by_piece(sampler, model, xt, objective, draw, size, n, options, end=None):
     """Fill the masks of xt (B, L) from left to right, n at a time: semi-autoregressive (LLaDA, arXiv 2502.09992).
 
     The sampler fills one piece of n masks after the other. It takes the masks of later pieces for given tokens, and the
@@ -347,12 +347,15 @@ def piece_by_piece(sampler, model, xt, objective, draw, size, n, options):
         (m r + m')/size = rate0 * r + m'/size,   where rate0 = m/size.
 
     If n is at least the number of masks, there is one piece and m' = 0: this is the sampler itself. size: as in
-    Settings. options: those of the sampler.
+    Settings. options: those of the sampler. end: the id of the token that ends a text, or None. Once a piece has it,
+    all later masks of that text are filled with `end`, without the network.
     """
     state, masked = begin(xt), xt == objective.mask_id
     number = masked.cumsum(1)  # 1, 2, ... at the masks, from left to right
-    for end in range(n, int(number.max()) + n, n):
-        here, later = masked & (number > end - n) & (number <= end), masked & (number > end)
+    for last in range(n, int(number.max()) + n, n):
+        if not (state.xt == objective.mask_id).any():  # all texts have ended
+            break
+        here, later = masked & (number > last - n) & (number <= last), masked & (number > last)
         rate0, share_later = (where.sum(1).cpu().double() / size for where in (here, later))
         told = copy.copy(objective)
         told.time = lambda rate: objective.time(rate + share_later)
@@ -361,6 +364,9 @@ def piece_by_piece(sampler, model, xt, objective, draw, size, n, options):
         for part in sampler(network, state.xt.masked_fill(later, 0), told, draw, rate0, **options):
             xt = part.xt.masked_fill(later, objective.mask_id)
             state = State(xt, torch.where(part.p.isnan(), p, part.p), part.steps)
+            yield state
+        if end is not None and (state.xt == end).any():
+            state = state._replace(xt=finish(state.xt, ~masked, end, objective.mask_id), steps=0)
             yield state
 
 
@@ -409,11 +415,12 @@ class Settings(NamedTuple):
         """Number of steps, with block_length of each piece, if it is known beforehand; else None."""
         return len(self.options["grid"]) - 1 if self.options.get("grid") else None
 
-    def states(self, objective, model, xt, generator, size=None, past=None):
+    def states(self, objective, model, xt, generator, size=None, past=None, end=None):
         """An iterator over the States from xt (B, L) on.
 
         size: (B,), the tokens of each sequence that noise can hit. Its mask rate is its masks / size. Default: all L.
         past: what model.remember() returned for the tokens before xt.
+        end: the token after which piece_by_piece() stops a text, or None.
         """
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
         size = xt.shape[1] if size is None else size.cpu()
@@ -423,7 +430,7 @@ class Settings(NamedTuple):
             denoiser = guided(denoiser, xt != objective.mask_id, objective, size, self.guidance)
         if self.block_length:
             return piece_by_piece(sampler.function, denoiser, xt, objective, draw, size, self.block_length,
-                                  self.options)
+                                  self.options, end)
         rate0 = (xt == objective.mask_id).sum(1).cpu().double() / size
         return sampler.function(denoiser, xt, objective, draw, rate0, **self.options)
 
@@ -451,8 +458,9 @@ def denoise(settings, objective, model, canvas, config, context, generator, end=
 
     Yields the State of the whole canvas after each step. The time that a network for masks is told follows from the
     share of masks: among the tokens after the given ones if it was trained to continue a prefix, else among all tokens
-    of the window. Block diffusion fills each window block by block, and stops a text at its token `end`, if that is not
-    None. There context must be a multiple of the block size, so that each window begins with whole blocks.
+    of the window. Block diffusion fills each window block by block. There context must be a multiple of the block size,
+    so that each window begins with whole blocks. A text stops after the block, piece or window that has its token
+    `end`, if that is not None.
     """
     given, size = canvas != objective.mask_id, None
     state = begin(canvas)
@@ -463,12 +471,12 @@ def denoise(settings, objective, model, canvas, config, context, generator, end=
         if config.prefix != "none":
             size = (b - a - n_given(xt, objective.mask_id)).clamp(min=1)
         parts = (in_blocks(settings, objective, model, xt, generator, end) if objective.block_size
-                 else settings.states(objective, model, xt, generator, size))
+                 else settings.states(objective, model, xt, generator, size, end=end))
         for part in parts:
             part_p = torch.where(part.p.isnan(), p, part.p)  # p: what an earlier window drew
             state = State(torch.cat((state.xt[:, :a], part.xt, state.xt[:, b:]), 1),
                           torch.cat((state.p[:, :a], part_p, state.p[:, b:]), 1), part.steps)
             yield state
-        if objective.block_size and end is not None and b < canvas.shape[1]:
+        if end is not None and b < canvas.shape[1]:
             state = state._replace(xt=finish(state.xt, given, end, objective.mask_id), steps=0)
             yield state

@@ -206,6 +206,21 @@ def test_sample_and_evaluate_and_train(llm, call, tmp_path):
             assert call("evaluate.py", checkpoint_, *where).code == 0
 
 
+def test_samples_stop_at_the_end(llm, call, tmp_path):
+    """With a head that always predicts end-of-text, one piece is computed and nothing is written after the prompt."""
+    shutil.copytree(llm("llada")[0], tmp_path / "x")
+    state = load_file(tmp_path / "x/model.safetensors")
+    state["model.transformer.ff_out.weight"].zero_()
+    state["model.transformer.ln_f.weight"].zero_()[0] = 1e4
+    state["model.transformer.wte.weight"][:, 0] = 1e4
+    state["model.transformer.ff_out.weight"][END, 0] = 1
+    save_file(state, tmp_path / "x/model.safetensors")
+    for length in (["--length", 60], ["--length", 100, "--context", 32]):  # one window, or two
+        found = json.loads(call("sample.py", tmp_path / "x", "--prefix", "the cat", *length, "--block_length", 4,
+                                "--json", "--steps", 3).out)
+        assert found["samples"][0]["text"] == "the cat" and found["nfe"] <= found["steps"] == 3
+
+
 def test_what_is_refused(llm, call, tmp_path):
     shutil.copytree(llm("llada")[0], tmp_path / "x")
     folder, settings = tmp_path / "x", LLADA

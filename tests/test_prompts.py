@@ -469,7 +469,7 @@ def test_the_sample_during_training_is_told_all(call, data_dir, tmp_path, monkey
     recorded = sampler_settings.default_settings
 
     def watch(cfg):
-        def states(objective, model, xt, generator, size):
+        def states(objective, model, xt, generator, size, end):
             sizes.append((size.item(), (xt != 27).sum().item()))
             return recorded(cfg).states(objective, model, xt, generator, size)
 

@@ -461,6 +461,29 @@ def test_pieces_follow_the_data(n):
 
 
 @pytest.mark.parametrize("n", [1, 2])
+def test_pieces_stop_at_the_end(n):
+    """Texts that stop after the piece with their `end` follow the data up to it. A given `end` does not stop a text."""
+    END = 2
+    settings, rows = Settings("first_hitting", block_length=n), []
+
+    def network(xt, t, where):
+        rows.append(len(xt))
+        return world.oracle(xt, t, where)
+
+    *_, state = settings.states(MDLM(MASK), network, masks(30_000), generator(), end=END)
+    goes_on = lambda k: world.P_DATA[(world.SEQUENCES[:, :k] != END).all(1)].sum().item()
+    assert sum(rows) == pytest.approx(30_000 * sum(goes_on(k) * min(n, L - k) for k in range(0, L, n)), rel=0.02)
+    stopped = lambda texts: torch.where(((texts == END).int().cumsum(1) > 0), END, texts)
+    expected = torch.zeros(27, dtype=torch.float64).index_add(
+        0, (stopped(world.SEQUENCES) * torch.tensor([9, 3, 1])).sum(1), world.P_DATA)
+    counts = counts_of(stopped(state.xt))
+    assert counts[expected == 0].sum() == 0 and chi_square_excess(counts[expected > 0], expected[expected > 0]) < 4
+    *_, state = settings.states(MDLM(MASK), network, torch.tensor([[END, MASK, MASK]]).expand(1000, 3), generator(),
+                                end=END)
+    assert (state.xt[:, 2] != END).sum() > 100
+
+
+@pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("sampler, grid", [("ancestral", [1, 0.7, 0.2, 0]), ("first_hitting", None)])
 def test_pieces_follow_their_chain(sampler, grid, n):
     """A network that sees the time: the enumerated chain, piece by piece; of first_hitting, its limit of many steps.
