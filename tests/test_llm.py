@@ -24,7 +24,8 @@ SPECIAL = ["<|endoftext|>", "<|start|>", "<|end|>", "<|begin|>", "<|mask|>"]  # 
 END, BEGIN, MASK, ROWS = 290, 293, 294, 300
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=ROWS, max_position_embeddings=64)
-LLADA = dict(model_type="llada", architectures=["LLaDAModelLM"], auto_map={"AutoModel": "modeling_llada.LLaDAModelLM"},
+LLADA = dict(model_type="llada", architectures=["LLaDAModelLM"],
+             auto_map={"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"},
              d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=48, vocab_size=ROWS, embedding_size=ROWS,
              max_sequence_length=64, rms_norm_eps=1e-5, rope_theta=500000.0, weight_tying=False, mask_token_id=MASK,
              eos_token_id=END, block_type="llama", layer_norm_type="rms", activation_type="silu", rope=True,
@@ -93,7 +94,8 @@ def llm(tmp_path_factory):
                 for p in model.parameters():
                     p.copy_(torch.randn_like(p) / 4 + (p.dim() == 1))
             state = {name: p.detach().clone() for name, p in model.named_parameters()}
-            settings = {"dream": dict(model_type="Dream", architectures=["DreamModel"], mask_token_id=MASK),
+            settings = {"dream": dict(model_type="Dream", architectures=["DreamModel"], mask_token_id=MASK,
+                                      auto_map={"AutoConfig": "configuration_dream.DreamConfig"}),
                         "a2d": dict(model_type="a2d-qwen3", architectures=["A2DQwen3LMHeadModel"])}.get(kind, {})
             settings = config.to_dict() | {"eos_token_id": END, "architectures": ["Qwen2ForCausalLM"]} | settings
 
