@@ -67,8 +67,8 @@ class Config:
     data_dir: str = setting("", "folder that has the data sets; empty: data/ of this repository", same_run=False)
     seq_len: int = setting(256, "tokens per sequence")
     unique_tokens: int = setting(0, "number of tokens of the training split to train on, evenly spread over it; 0: all")
-    prefix: str = setting("none", "number of first tokens that are given and not in the loss: none, fixed:64, or "
-                          "uniform:0:128 (random)")
+    prefix: str = setting("none", "first tokens of a text that are given and not in the loss: none, fixed:64, "
+                          "uniform:0:128 (a random number), or until:= (those up to the last = of an item)")
     padding: str = setting("end", "where the pads of an item (such as a name) are in training: at the end, or all "
                            "together at a random place in its text", ("end", "random"))
 
@@ -268,13 +268,21 @@ class Config:
     @property
     def prefix_range(self):
         """(fewest, most) given tokens, from `prefix`. Raises UserError if `prefix` is malformed."""
+        if self.prefix_symbol:
+            return 1, self.seq_len - 1
         kind, *numbers = self.prefix.split(":")
         known = (kind, len(numbers)) in (("none", 0), ("fixed", 1), ("uniform", 2))
         if known and all(n.isdecimal() and len(n) < 10 for n in numbers):
             fewest, most = (int(numbers[0]), int(numbers[-1])) if numbers else (0, 0)
             if fewest <= most:
                 return fewest, most
-        raise UserError(f"prefix={self.prefix!r} is not valid: use none, or numbers as in fixed:64 or uniform:0:128")
+        raise UserError(f"prefix={self.prefix!r} is not valid: use none, numbers as in fixed:64 or uniform:0:128, or a "
+                        "token as in until:=")
+
+    @property
+    def prefix_symbol(self):
+        """The text of the token with which the given tokens end, from prefix=until:TEXT, or None."""
+        return self.prefix.removeprefix("until:") if self.prefix.startswith("until:") else None
 
     def make_model(self, vocab_size):
         return self.network_class.from_config(self, vocab_size)

@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import load_model
+from data.loader import end_of_prefix
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM, SCHEDULES, make_schedule
 from plot import panels
 from prompts import encode
-from randomness import give_prefix, uniforms
+from randomness import give_prefix, prefix_lengths, uniforms
 from show import piece
 from storage import Hints
 from studies.names import names
@@ -102,7 +103,9 @@ def prepared(x0, loaded):
     """(x0 (L,) padded as in training, number of given tokens). Raises UserError if the model cannot score the text."""
     if not loaded:
         raise UserError("the demo loss needs a network: name a checkpoint, such as -m pretrained/prose")
-    config, meta, given = loaded.config, loaded.meta, loaded.config.prefix_range[0]
+    config, meta = loaded.config, loaded.meta
+    until = end_of_prefix(config, make_tokenizer(meta))
+    given = prefix_lengths(config.prefix_range[:1] * 2, 0, 0, [0], x0[None], until)[0]
     if not config.objective_class.both_sides:
         raise UserError(f"the checkpoint {config.objective_class.description}, and `loss` shows one time t of the "
                         "whole text: use evaluate.py for its loss")

@@ -37,6 +37,7 @@ from storage import digest
 from studies.baselines import reference_points
 from studies.curves import context, curse, curve
 from studies.orders import orders
+from studies.answers import answers
 from studies.quality import open_judge, read_samples, samples
 from studies.raw_text import compare_on_text
 from studies.subject import check_comparable, count_tokens, different_tokens, open_subject
@@ -115,7 +116,10 @@ def parse_args():
     modes.add_argument("--samples", type=samples_flag, metavar="N|FILE",
                        help="measure the quality of N new samples, or of those in FILE; writes quality.csv, and for N "
                             "quality.png")
-    q = p.add_argument_group("flags of --samples")
+    modes.add_argument("--answers", type=number(int, 1, 10**7), metavar="N",
+                       help="measure how many of N items are completed exactly after their given tokens (--prefix of "
+                            "the training)")
+    q = p.add_argument_group("flags of --samples and --answers")
     q.add_argument("--judge", type=named, metavar="CKPT|hf://NAME",
                    help="judge that scores the samples: an autoregressive checkpoint, or a model of transformers")
     q.add_argument("--steps", type=several_steps,
@@ -190,7 +194,7 @@ def nats_of(subject, estimator, args):
                 f"negative log-likelihood, order {estimator}")
     objective, prefix = subject.objective(estimator, args.T), subject.config.prefix
     nats = bound(subject.model, objective, subject.data, seed=args.seed, repeats=args.repeats, estimator=estimator,
-                 prefix_range=subject.config.prefix_range, show=True)
+                 prefix_range=subject.config.prefix_range, until=subject.until, show=True)
     words = ESTIMATORS.get(estimator, estimator).format(T=objective.T)
     return nats, (words + (", normalised" if args.normalised else "")
                   + ("" if prefix == "none" else f", given a prefix ({prefix})")
@@ -210,8 +214,9 @@ def likelihood(subject, estimator, args):
         raise UserError(f"the likelihood of {subject.path} is not finite: its weights are damaged, or it predicts 0")
     bits, error = mean_and_error(nats / math.log(2), strata_of(subject, args))
     unit = subject.tokenizer.unit
-    given = prefix_lengths((0, 0) if estimator in ORDERS else subject.config.prefix_range, args.seed, 0,
-                           range(data.n))
+    given = (np.zeros(data.n, dtype=int) if estimator in ORDERS else
+             prefix_lengths(subject.config.prefix_range, args.seed, 0, range(data.n),
+                            data.read(slice(None)) if subject.until is not None else None, subject.until))
     in_all = nats.numpy() @ (data.seq_len - given) / math.log(2)  # bits of all scored tokens
     counts = sum(np.bincount(data.tokens[i + c:i + data.seq_len], minlength=subject.meta["vocab_size"])
                  for i, c in zip(data.starts, given))
@@ -359,17 +364,20 @@ def main():
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)
     out = sys.stderr if args.json else sys.stdout
-    mode = next((mode for mode in ("orders", "curve", "curse", "context", "samples") if getattr(args, mode)), None)
+    modes = "orders", "curve", "curse", "context", "samples", "answers"
+    mode = next((mode for mode in modes if getattr(args, mode)), None)
     if mode and (args.estimator or args.T or args.repeats > 1 or args.baselines or args.normalised or args.block_size):
         raise UserError("--estimator, --T, --repeats, --normalised, --block_size and --baselines are for the bound: "
                         f"leave them out with --{mode}")
-    if mode == "samples" and args.n_tokens:
-        raise UserError("--samples compares with as many windows as there are samples: leave out --n_tokens")
+    if mode in ("samples", "answers") and args.n_tokens:
+        raise UserError(f"--{mode} takes as many windows as it says: leave out --n_tokens")
     if mode == "samples" and args.text:
         raise UserError("--samples compares with the data set: leave out --text")
-    if mode != "samples" and (args.judge or args.sampler or given_flags(args, args.steps) or common_flags(args)):
-        raise UserError("--judge and the flags of samplers need --samples")
-    if args.out_dir and mode in (None, "orders"):
+    if mode != "samples" and args.judge:
+        raise UserError("--judge needs --samples")
+    if mode not in ("samples", "answers") and (args.sampler or given_flags(args, args.steps) or common_flags(args)):
+        raise UserError("the flags of samplers need --samples or --answers")
+    if args.out_dir and mode in (None, "orders", "answers"):
         raise UserError("--out_dir needs --curve, --curse, --context or --samples, which write files: leave it out")
     if args.other and mode not in (None, "curse"):
         raise UserError(f"--{mode} takes one checkpoint, not two")
@@ -378,7 +386,7 @@ def main():
         require("matplotlib", f"--{mode}, which draws a picture,")
 
     def opened(path):
-        return open_subject(path, args, device, dtype, None if mode in (None, "samples") else 256)
+        return open_subject(path, args, device, dtype, None if mode in (None, "samples") else args.answers or 256)
 
     if mode == "orders":
         result = orders(opened(args.checkpoint), args.orders, args.seed, out)
@@ -391,6 +399,9 @@ def main():
         result = context(opened(args.checkpoint), args.context, args.out_dir, args.seed, out)
     elif mode == "samples":
         result = quality(opened(args.checkpoint), args, out)
+    elif mode == "answers":
+        subject = opened(args.checkpoint)
+        result = answers(subject, ways(subject, args), args.seed, out)
     else:
         result = score(args, opened, out)
     if args.json:

@@ -73,10 +73,11 @@ def by_rate(n, seed=0, repeats=1, n_times=1):
 
 
 @torch.no_grad()
-def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, prefix_range=(0, 0), show=False):
+def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, prefix_range=(0, 0), until=None,
+          show=False):
     """Estimate the bound on windows `mine` (default: all) of the data (Windows): (len(mine),) float64, nats per token.
 
-    prefix_range: (fewest, most) tokens at the beginning of each window that are given, and not scored.
+    prefix_range, until: what is given at the beginning of each window, and not scored (randomness.prefix_lengths).
     repeats: draws of the noise for each window. Its value is their mean.
     estimator: one of objective.estimators (default: objective.reported).
 
@@ -90,9 +91,10 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
     with progress(total=repeats * len(mine), desc="evaluating", unit="seq", leave=False, show=show) as bar:
         for i in range(0, len(mine), size):
             chunk = mine[i:i + size]
-            x0 = data.read(chunk).repeat_interleave(repeats, 0)
+            texts = data.read(chunk)
+            x0 = texts.repeat_interleave(repeats, 0)
             u, v, pick = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len, objective.n_times(data.seq_len))
-            v = give_prefix(v, prefix_lengths(prefix_range, seed, 0, chunk))
+            v = give_prefix(v, prefix_lengths(prefix_range, seed, 0, chunk, texts, until))
             noise = draw(u.flatten(0, 1), v.flatten(0, 1), pick.flatten(0, 1))
             for x, part in zip(x0.split(data.batch_size), noise.split(data.batch_size)):
                 with autocast(data.device, data.dtype):

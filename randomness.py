@@ -68,8 +68,12 @@ def repeated_uniforms(seed, indices, n, repeats, seq_len, n_times=1):
     return tuple(map(torch.from_numpy, (u, v, pick)))
 
 
-def prefix_lengths(prefix_range, seed, step, indices):
-    """The number of given tokens of each sequence, uniform on fewest ... most of prefix_range: (N,) int."""
+def prefix_lengths(prefix_range, seed, step, indices, x0=None, until=None):
+    """The number of given tokens of each sequence, uniform on fewest ... most of prefix_range: (N,) int.
+
+    With `until`, the id of a token: all tokens of x0 (N, L) up to the last `until` in it."""
+    if until is not None:
+        return x0.shape[1] - (x0 == until).flip(1).int().argmax(1).numpy()
     fewest, most = prefix_range
     if fewest == most:
         return np.full(len(indices), most)

@@ -184,7 +184,7 @@ def main():
         raise UserError("--guidance strengthens a prompt: add text by --prefix, --suffix, --template or --infill")
     check_fits(RECORD * args.batch_size * sum(map(len, prompts)), torch.device("cpu"),
                f"--batch_size={args.batch_size} x {sum(map(len, prompts)):,} tokens", "ask for fewer tokens at a time")
-    if config.prefix.startswith("fixed") and not args.prefix and not args.template and not args.infill:
+    if config.prefix_range[0] and not args.prefix and not args.template and not args.infill:
         note(f"{args.checkpoint} was trained to continue text ({config.prefix}): without --prefix its text is worse")
     if args.known_words:
         data_dir = args.data_dir or config.data_dir  # the data's own tokenizer: the model's may have another alphabet

@@ -43,11 +43,11 @@ from sampler_settings import default_settings
 from sampling import denoise
 
 
-def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, pad=None):
+def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, pad=None, until=None):
     """Yield for each step this process's share of the batch: a list of micro-batches (x0, noise).
 
     indices: which sequences of the batch are those of this process. micro: number of sequences in a micro-batch.
-    pin: put them in pinned memory, for the copy to a GPU. record, pad: from data.loader.records.
+    pin: put them in pinned memory, for the copy to a GPU. record, pad, until: from data.loader.open_data.
     """
     for step in range(first_step, cfg.max_steps):
         x0 = random_crops(tokens, cfg.seq_len, cfg.seed, step, indices, record)
@@ -55,7 +55,7 @@ def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, p
             x0 = move_padding(x0, pad, cfg.seed, step, indices)
         u, v = uniforms(cfg.seed, step, indices, cfg.batch_size, cfg.seq_len, cfg.time_sampling != "uniform",
                         objective.n_times(cfg.seq_len))
-        v = give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, step, indices))
+        v = give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, step, indices, x0, until))
         parts = list(zip(x0.split(micro), objective.noise(u, v).split(micro)))
         if pin:
             parts = [(x0.pin_memory(), type(noise)(*(x.pin_memory() for x in noise))) for x0, noise in parts]
@@ -104,7 +104,7 @@ def add_arguments(parser):
                         "--resume finds a run")
 
 
-def validate(model, objective, ema, data, cfg):
+def validate(model, objective, ema, data, cfg, until=None):
     """Score the averaged weights on fixed windows with fixed noise. Returns (bits per token, standard error).
 
     All processes call it, and score equally many windows, because with FSDP each call of the network needs all
@@ -118,7 +118,7 @@ def validate(model, objective, ema, data, cfg):
         for average in ema.average:
             parallel.copy_from_main(average, average)
     with ema.applied():
-        sums[0, mine] = bound(model, objective, data, mine, prefix_range=cfg.prefix_range)
+        sums[0, mine] = bound(model, objective, data, mine, prefix_range=cfg.prefix_range, until=until)
     sums[1, mine] = 1
     nats, times_scored = parallel.total(sums)
     return mean_and_error(nats / times_scored / math.log(2), by_rate(n, n_times=objective.n_times(cfg.seq_len)))
@@ -149,7 +149,7 @@ class Run:
         cfg = on_main(lambda: checkpoint.with_sizes_of_source(cfg, args.resume, args.init_from, self.out_dir))
 
         # data and model
-        meta, self.train_tokens, self.val_tokens, self.record, self.pad = together(lambda: open_data(cfg))
+        meta, self.train_tokens, self.val_tokens, *self.items = together(lambda: open_data(cfg))
         main_meta = on_main(lambda: meta)
         together(lambda: check_same_data(meta, main_meta, cfg.dataset, "the main process"))
         self.cfg, self.meta, self.tokenizer = cfg, meta, together(lambda: make_tokenizer(meta))
@@ -249,7 +249,7 @@ class Run:
 
     def report_validation(self):
         """Validate and report. The best weights so far are saved."""
-        bits, error = validate(self.model, self.objective, self.ema, self.val_data, self.cfg)
+        bits, error = validate(self.model, self.objective, self.ema, self.val_data, self.cfg, self.items[-1])
         is_best = bits < self.best_val
         self.report(f"step {self.step:,}  validation bits/{self.tokenizer.unit} {bits:.4f}"
                     f"{f' {plus_minus(error)}' if math.isfinite(bits) else ''}{'  (best so far)' if is_best else ''}",
@@ -262,8 +262,10 @@ class Run:
         """Draw one text from the averaged weights, the same in all processes, and report it. If the model needs a
         prefix, the text continues the first tokens of the validation split."""
         cfg, end = self.cfg, end_of(self.cfg, self.tokenizer)
-        given = torch.from_numpy(self.val_tokens[:cfg.prefix_range[0]].astype("int64")).to(self.device)
-        xt = torch.nn.functional.pad(given[None], (0, cfg.seq_len - len(given)), value=self.objective.mask_id)
+        xt = torch.from_numpy(self.val_tokens[:cfg.seq_len].astype("int64"))[None]
+        n_given = prefix_lengths(cfg.prefix_range[:1] * 2, cfg.seed, 0, [0], xt, self.items[-1])[0]
+        xt[:, n_given:] = self.objective.mask_id
+        xt = xt.to(self.device)
         with self.ema.applied(), autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
             together(lambda: self.refuse_infinite(parallel.local(self.model.parameters())))
             *_, state = denoise(default_settings(cfg), self.objective, self.model, xt, cfg, 0,
@@ -297,7 +299,7 @@ def main():
     run.report_start()
     cfg, device, pace, stopped = run.cfg, run.device, Pace(run.step), 0
     stream = prefetch(batches(run.train_tokens, run.objective, cfg, run.step, run.indices, run.micro,
-                              device.type == "cuda", run.record, run.pad))
+                              device.type == "cuda", *run.items))
     run.model.train()
     for parts in stream:
         lr = learning_rate(run.step, cfg)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cli import UserError
-from data.tokenizer import TEXT8_ALPHABET, describes_tokens, id_type
+from data.tokenizer import TEXT8_ALPHABET, describes_tokens, id_type, make_tokenizer
 from randomness import rng
 
 DATA_DIR = Path(__file__).resolve().parent
@@ -163,22 +163,52 @@ def records(cfg, meta):
     record, pad = meta.get("record", 1), meta.get("pad")
     if record not in (1, cfg.seq_len):
         raise UserError(f"data set {cfg.dataset!r} has items of {record} tokens each: use --seq_len={record}")
+    if record == 1 and cfg.prefix_symbol:
+        raise UserError(f"prefix={cfg.prefix} needs items, such as questions with answers (docs/names.md), and data "
+                        f"set {cfg.dataset!r} is one long text: use --prefix=none")
     if cfg.padding == "random" and pad is None:
         raise UserError(f"padding=random needs items with pads, such as names, and data set {cfg.dataset!r} has "
                         "no pads: use --padding=end")
     return record, None if pad is None else meta["alphabet"].index(pad)
 
 
-def open_data(cfg):
-    """Open the data that a Config trains on. Returns (meta, tokens of train, tokens of val, record, pad).
+def end_of_prefix(config, tokenizer):
+    """The id of the token with which the given tokens of an item end (prefix=until:TEXT), or None.
 
-    record and pad are those of records(). Raises UserError if the data set is missing or damaged, or does not fit the
-    Config.
+    Raises UserError if the text is not one token."""
+    if not config.prefix_symbol:
+        return None
+    ids = tokenizer.encode(config.prefix_symbol)
+    if len(ids) != 1:
+        raise UserError(f"prefix={config.prefix}: {config.prefix_symbol!r} is {len(ids)} tokens of the data set, and "
+                        "must be one")
+    return int(ids[0])
+
+
+def check_items(tokens, length, until, what):
+    """Raise UserError unless each item (of `length` tokens) has the token `until`, if it is not None, and others after
+    its last one."""
+    if until is None:
+        return
+    found = (tokens[:len(tokens) // length * length].reshape(-1, length) == until)
+    bad = int((~found.any(1) | found[:, -1]).sum())
+    if bad:
+        raise UserError(f"{bad:,} of the {len(found):,} items of {length} tokens of {what} do not have the token that "
+                        "ends their prefix, or have nothing after it: leave them out of the data set")
+
+
+def open_data(cfg):
+    """Open the data that a Config trains on. Returns (meta, tokens of train, tokens of val, record, pad, until).
+
+    record and pad are those of records(), and until is that of end_of_prefix(). Raises UserError if the data set is
+    missing or damaged, or does not fit the Config.
     """
     meta = load_meta(cfg.dataset, cfg.data_dir)
-    record, pad = records(cfg, meta)
+    (record, pad), until = records(cfg, meta), end_of_prefix(cfg, make_tokenizer(meta))
     train, val = (load_split(cfg.dataset, split, cfg.seq_len, cfg.data_dir) for split in ("train", "val"))
-    return meta, subset(train, cfg.unique_tokens, record), val, record, pad
+    for split, tokens in (("train", train), ("val", val)):
+        check_items(tokens, cfg.seq_len, until, f"the {split} split of {cfg.dataset}")
+    return meta, subset(train, cfg.unique_tokens, record), val, record, pad, until
 
 
 def random_crops(tokens, seq_len, seed, step, indices, record=1):

@@ -65,6 +65,7 @@ def area(rows):
 def curve(subject, folder, seed, out):
     """Print, write and draw the cross-entropy of one checkpoint by mask rate."""
     subject.masked_only("--curve")
+    subject.one_prefix("--curve")
     path = subject.output(folder, "curve.json")
     rows = in_bits(measure_curve(subject.model, subject.objective(), subject.data, seed,
                                  subject.config.prefix_range[0]), "ce", "stderr")
@@ -185,6 +186,7 @@ def context(subject, contexts, folder, seed, out):
     """Print and write the bound of the same tokens after contexts of different lengths."""
     if not subject.config.objective_class.has_mask or subject.config.block_size:
         subject.masked_only("--context")
+    subject.one_prefix("--context")
     if max(contexts) >= subject.data.seq_len:
         raise UserError(f"--context {max(contexts)} leaves nothing of windows of {subject.data.seq_len}: use less")
     path, unit = subject.output(folder, "context.json"), subject.tokenizer.unit

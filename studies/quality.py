@@ -280,6 +280,7 @@ def samples(subject, samples, settings, judge, folder, seed, out):
         raise UserError(f"--judge {judge.name} has another alphabet than {subject.path}, so its perplexity would mean "
                         "nothing: choose a judge trained on the same data")
     path = subject.output(folder, "quality.csv")
+    subject.one_prefix("--samples")
     rows = measure(subject, samples, judge, settings, seed)
     columns = {"sampler": ("", ""), "steps": ("steps", "d"), "setting": ("", ""), "nfe": ("NFE", ".1f"),
                "tokens_read": ("tokens read", ",.0f"), "judge_perplexity": ("perplexity", ".3f"),

@@ -246,7 +246,8 @@ class Simulation:
             return
         self.logged = step
         with self.ema.applied():
-            nats = bound(self.model, self.objective, self.windows, prefix_range=self.cfg.prefix_range)
+            nats = bound(self.model, self.objective, self.windows, prefix_range=self.cfg.prefix_range,
+                         until=self.records[-1])
         order = by_rate(self.windows.n, n_times=self.objective.n_times(self.cfg.seq_len))
         bits, error = mean_and_error(nats / math.log(2), order)
         means = {key: value / self.updates if self.updates else None for key, value in self.sums.items()}

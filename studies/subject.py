@@ -9,7 +9,7 @@ import torch
 
 from checkpoint import load_model
 from cli import UserError, note
-from data.loader import check_same_data, load_meta, load_split, recode, windows
+from data.loader import check_items, check_same_data, end_of_prefix, load_meta, load_split, recode, windows
 from data.prepare import read_text
 from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
 from likelihood import Windows
@@ -32,6 +32,11 @@ class Subject(NamedTuple):
     data: Windows
     n_bytes: int = None   # bytes of UTF-8 of the text that all tokens were made of; None: unknown (an old data set)
     text: str = None      # the text of a text file, as it was encoded
+
+    @property
+    def until(self):
+        """The id of the token that ends the given tokens of each window, or None."""
+        return end_of_prefix(self.config, self.tokenizer)
 
     def training_tokens(self):
         """Return all tokens of the train split of the data set, in the checkpoint's ids."""
@@ -56,6 +61,11 @@ class Subject(NamedTuple):
         objective = self.config.objective_class
         if not objective.any_order:
             raise UserError(f"{flag} needs a model of masks in whole texts, and {self.path} {objective.description}")
+
+    def one_prefix(self, flag):
+        if self.until is not None:
+            raise UserError(f"{flag} gives as many tokens of each window, and {self.path} was trained on prefixes of "
+                            f"any length ({self.config.prefix})")
 
     def whole_windows(self, flag):
         if self.config.prefix_range[0]:
@@ -91,6 +101,7 @@ def open_subject(path, args, device, dtype, n_windows=None):
         dataset, split, content = args.dataset or config.dataset, args.split, None
         where = f"{dataset} {split}"
         tokens, n_bytes = read_split(dataset, split, data_dir, seq_len, meta, None if args.dataset else path)
+    check_items(tokens, seq_len, end_of_prefix(config, tokenizer), where)
     if args.n_tokens:
         n_windows = max(1, round(args.n_tokens / seq_len))
     data = Windows(tokens, windows(tokens, seq_len, n_windows), seq_len, args.batch_size, device, dtype)
@@ -192,7 +203,7 @@ def check_comparable(one, two, named_data):
     if one.dataset != two.dataset:
         raise UserError(f"{one.path} and {two.path} have different data ({one.dataset} and {two.dataset}): "
                         "choose one for both with --dataset")
-    if one.config.prefix_range != two.config.prefix_range:
+    if (one.config.prefix_range, one.until) != (two.config.prefix_range, two.until):
         raise UserError(f"{one.path} and {two.path} are scored after different prefixes ({one.config.prefix} and "
                         f"{two.config.prefix}): score each of them with --context")
     if not named_data and "sha256" in one.meta and "sha256" in two.meta:

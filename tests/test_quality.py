@@ -214,8 +214,9 @@ def test_bad_samples(call, trained, ar, data_dir, tmp_path):
     assert_one_line(go("--samples", "\u00b2"), "neither a number nor a file")
     assert_one_line(go("--samples", "2", "--text", tmp_path / "bad.json"), "leave out --text")
     assert_one_line(go("--samples", "2", "--n_tokens=64"), "leave out --n_tokens")
-    for flag in (("--judge", ar), ("--steps=3",), ("--sampler=topk",), ("--gamma=1",), ("--top_p=0.5",)):
-        assert_one_line(go(*flag), "need --samples")
+    assert_one_line(go("--judge", ar), "--judge needs --samples")
+    for flag in ("--steps=3", "--sampler=topk", "--gamma=1", "--top_p=0.5"):
+        assert_one_line(go(flag), "need --samples or --answers")
     assert_one_line(go("--samples=2", "--sampler=topk,remdm", "--gamma=1"), "--sampler topk does not use --gamma")
     assert_one_line(call("evaluate.py", ar, "--samples=2", "--steps=3", "--data_dir", data_dir), "one step per token")
     assert_one_line(call("sample.py", ar, "--sampler=topk"), "one step per token")
