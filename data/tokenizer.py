@@ -157,8 +157,9 @@ class HubTokenizer:
         self.vocab_size, self.alphabet, self.end = len(self.ids), alphabet, end
 
     def unknown_of(self, model):
-        """The token for characters that the tokenizer does not know, or None if it knows all, as byte-level ones do."""
-        if self.byte_level:
+        """The token for characters that the tokenizer does not know, or None if it knows all, as those of bytes do."""
+        all_bytes = {f"<0x{byte:02X}>" for byte in range(256)} <= set(self.pieces.values())
+        if self.byte_level or model.get("byte_fallback") and all_bytes:
             return None
         return self.pieces[model["unk_id"]] if model.get("unk_id") is not None else model.get("unk_token")
 

@@ -13,6 +13,7 @@ as one (docs/adaptation.md).
 """
 
 import json
+import re
 
 import torch
 
@@ -31,7 +32,7 @@ LEFT_TO_RIGHT = "it predicts from left to right: train it as a diffusion model f
 class LLM(MaskedLM):
     """Denoiser over V = vocab_size tokens and the mask (id V), which is not told the time. See MaskedLM."""
 
-    task = "AutoModelForCausalLM"
+    task, example = "AutoModelForCausalLM", "hf://Qwen/Qwen3-0.6B"
     defaults = ("tied", "head_bias", "norm_bias", "shift_tokens")
 
     @classmethod
@@ -71,6 +72,8 @@ LLADA_NAMES = (
     (r"\.up_proj\.", ".mlp.up_proj."),
     (r"\.ff_out\.", ".mlp.down_proj."),
 )
+GPT_NEOX_NAMES = ((r"^embed_out\.", "lm_head."),)
+GPT_NEOX_BUFFERS = re.compile(r"\.attention\.(masked_)?bias$")  # of Pythia's files
 LLADA_SETTINGS = {  # theirs -> those of LlamaConfig
     "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "vocab_size": "vocab_size",
@@ -87,9 +90,15 @@ LLADA_FIXED = {  # what makes it a Llama; other values are other networks
 
 def is_llm(settings):
     """Tell whether a config.json is that of LLaDA, Dream, A2D of dllm, or a left-to-right model of transformers."""
-    kind, architectures = name_of(settings), settings.get("architectures")
-    return kind in ("llada", "Dream") or kind.startswith("a2d-") or (
+    architectures = settings.get("architectures")
+    return is_denoiser(settings) or (
         isinstance(architectures, list) and any(str(name).endswith("ForCausalLM") for name in architectures))
+
+
+def is_denoiser(settings):
+    """Tell whether a config.json is that of LLaDA, Dream or A2D, which were trained with masks."""
+    kind = name_of(settings)
+    return kind in ("llada", "Dream") or kind.startswith("a2d-")
 
 
 def network_settings(settings, path):
@@ -118,23 +127,34 @@ def network_settings(settings, path):
 def tokens_and_mask(settings, tokenizer, path):
     """Return (meta, mask) for a config.json and the tokenizer of transformers beside it.
 
-    Special tokens are tokens; only the mask is left out. Its number is that of config.json or of the tokenizer, else of
-    a row of the embedding that is no token, else of the unknown token. Raises UserError if there is none of these.
+    Special tokens are tokens; only the mask is left out. Its number is that of config.json, else of the tokenizer. A
+    left-to-right model may have none: then it is a row of the embedding that is no token, else the unknown token.
+    Raises UserError if there is none of these, or if texts have this token, too.
     """
     rows, used = settings.get("embedding_size") or settings.get("vocab_size"), max(tokenizer.get_vocab().values()) + 1
     if type(rows) is not int:
         raise UserError(f"the config.json of {path} has no vocab_size")
     if used > rows:
         raise UserError(f"{path} has {rows:,} tokens, and the tokenizer beside it {used:,}")
-    masks = (settings.get("mask_token_id"), tokenizer.mask_token_id, used, tokenizer.unk_token_id)
-    mask = next((mask for mask in masks if type(mask) is int and 0 <= mask < rows), None)
+    mask = settings.get("mask_token_id")
+    mask = tokenizer.mask_token_id if mask is None else mask
+    if mask is None and is_denoiser(settings):
+        raise UserError(f"{path} does not say which token is the mask: write mask_token_id into its config.json")
+    if mask is None:
+        mask = used if used < rows else tokenizer.unk_token_id
     if mask is None:
         raise UserError(f"{path} has no token that can be the mask: no mask, no unknown token, and no unused row")
+    if type(mask) is not int or not 0 <= mask < rows:
+        raise UserError(f"the mask_token_id of {path} is {str(mask)[:30]}, not a number from 0 to {rows - 1:,}")
     parts = json.loads(definition_of(tokenizer))
     for token in parts["added_tokens"]:
         token["special"] = token["id"] == mask
     meta = hub_meta(json.dumps(parts, ensure_ascii=False))
-    ids, end = HubTokenizer(meta["definition"]).ids, settings.get("eos_token_id")
+    ids, ends = HubTokenizer(meta["definition"]).ids, settings.get("eos_token_id")
+    if mask in ids:
+        raise UserError(f"texts of {path} have the token {tokenizer.convert_ids_to_tokens(mask)!r}, which is its mask, "
+                        "too: write another mask_token_id into its config.json")
+    end = ends[0] if isinstance(ends, list) and ends else ends
     return meta | ({"end": ids.index(end)} if end in ids else {}), mask
 
 
@@ -143,7 +163,8 @@ def translate(found, hints):
 
     The objective is mdlm, which LLaDA, Dream and A2D were trained with.
     """
-    path, state = found.path, tensors(found.payload)
+    path = found.path
+    state = {key: value for key, value in tensors(found.payload).items() if not GPT_NEOX_BUFFERS.search(key)}
     check_floats(state, path)
     theirs, predict_next = network_settings(found.settings, path)
     try:
@@ -165,8 +186,9 @@ def translate(found, hints):
                   seq_len=hints.overrides.get("seq_len", min(longest_text(backbone), LONGEST)),
                   **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
     prefix = model.base_model_prefix + "."
+    names = LLADA_NAMES if name_of(found.settings) == "llada" else GPT_NEOX_NAMES
     weights = {f"body.{key.removeprefix(prefix)}" if key.startswith(prefix) else f"head.{key}": value
-               for key, value in rename(state, LLADA_NAMES if name_of(found.settings) == "llada" else ()).items()}
+               for key, value in rename(state, names).items()}
     if settings.tie_word_embeddings:  # the head's weights are those of the embeddings
         weights.pop("head.lm_head.weight", None)
     name = name_of(found.settings).lower().replace("-", "_")

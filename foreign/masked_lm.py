@@ -28,7 +28,7 @@ SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_emb
 MOST = {"num_hidden_layers": 1000, "num_attention_heads": 1000, "hidden_size": 10**5, "vocab_size": 10**7,
         "max_position_embeddings": 10**6}
 NOT_KEPT = ("auto_map", "quantization_config", "dtype", "torch_dtype", "transformers_version", "attn_implementation",
-            "_attn_implementation", "experts_implementation", "_experts_implementation")  # code, kernels, formats
+            "_attn_implementation", "experts_implementation", "_experts_implementation", "return_dict")  # code, formats
 
 
 class PassThrough(nn.Module):
@@ -114,13 +114,14 @@ class MaskedLM(nn.Module):
 
     own, of_source = ("backbone",), ("backbone", *SIZES)
     task = "AutoModelForMaskedLM"  # the class of transformers that builds the network
+    example = "hf://FacebookAI/roberta-base"
     defaults = ("tied", "head_bias", "norm_bias", "shift_tokens", "predict_next", "anneal_steps")  # must have them
 
     @classmethod
     def from_config(cls, config, vocab_size):
         if not config.backbone:
             raise UserError(f"architecture={config.architecture} is a network of a checkpoint: a run takes its network "
-                            "from a checkpoint that --init_from names, such as hf://FacebookAI/roberta-base")
+                            f"from a checkpoint that --init_from names, such as {cls.example}")
         backbone = read_backbone(config.backbone)
         settings = read_settings(backbone["settings"])
         for ours, theirs in SIZES.items():

@@ -14,7 +14,7 @@ import storage
 from commands import assert_one_line
 from configs import replace
 from data.tokenizer import make_tokenizer
-from foreign.llm import FAMILIES, see_all
+from foreign.llm import FAMILIES, see_all, tokens_and_mask
 from hub_models import TEXT, byte_level
 from model import places
 
@@ -160,6 +160,67 @@ def test_every_token_sees_all(family):
         assert (model(input_ids=ids).logits - logits).abs().amax(-1).min() > 1e-3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_models_are_read(llm, family, tmp_path):
+    """A folder of save_pretrained gives the logits of full attention; old files of Pythia have buffers, too."""
+    import transformers as hf
+    torch.manual_seed(0)
+    shutil.copytree(llm("qwen2")[0], tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = hf.AutoConfig.for_model(family, **SIZES, pad_token_id=None, bos_token_id=BEGIN, eos_token_id=END)
+    original = see_all(hf.AutoModelForCausalLM.from_config(config).eval())
+    original.save_pretrained(tmp_path / "x")
+    if family == "gpt_neox":
+        file = tmp_path / "x" / "model.safetensors"
+        save_file(load_file(file) | {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 9, 9, dtype=torch.bool),
+                                     "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}, file)
+    xt = torch.randint(290, (2, 9))
+    with torch.no_grad():
+        expected = original(input_ids=F.pad(xt, (1, 0), value=BEGIN)).logits[:, :-1, :295]
+        found = checkpoint.load_model(tmp_path / "x", CPU).model(xt, torch.ones(2))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_settings_of_outputs_change_nothing(llm, tmp_path):
+    shutil.copytree(llm("dream")[0], tmp_path / "x")
+    settings = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps(settings | {"return_dict": False}))
+    xt = torch.randint(294, (1, 9))
+    folders = tmp_path / "x", llm("dream")[0]
+    found, expected = (checkpoint.load_model(folder, CPU).model(xt, None) for folder in folders)
+    assert torch.equal(found, expected)
+
+
+def word_marks(byte_fallback):
+    """A tokenizer like Llama 2's, whose only token that can be the mask is <unk> (0); no token has the letter z."""
+    import transformers as hf
+    from tokenizers import Tokenizer, models, trainers
+    found = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=byte_fallback))
+    found.train_from_iterator([TEXT], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256))], show_progress=False))
+    return hf.PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>", eos_token="</s>")
+
+
+def test_which_token_is_the_mask():
+    """The mask is never a token of texts, nor a guess where the network was trained with another one."""
+    tokenizer = word_marks(byte_fallback=True)
+    rows = len(tokenizer)
+    qwen, dream = ({"model_type": kind, "vocab_size": rows, "eos_token_id": [1, 5]} for kind in ("qwen2", "Dream"))
+    meta, mask = tokens_and_mask(qwen, tokenizer, "x")
+    ours = make_tokenizer(meta)
+    assert mask == 0 and ours.ids == list(range(1, rows)) and ours.ids[ours.end] == 1
+    assert [ours.ids[i] for i in ours.encode("z")] == [2 + ord("z")]
+    assert tokens_and_mask(qwen | {"vocab_size": rows + 2}, tokenizer, "x")[1] == rows
+    assert tokens_and_mask(dream | {"mask_token_id": 1}, tokenizer, "x")[1] == 1
+    for settings, words in ((dream, "does not say which token is the mask"),
+                            (dream | {"mask_token_id": rows}, f"is {rows}, not a number from 0 to {rows - 1}"),
+                            (dream | {"mask_token_id": "x"}, "is x, not a number"),
+                            (dream | {"mask_token_id": rows - 1}, "which is its mask, too")):
+        with pytest.raises(storage.UserError, match=words):
+            tokens_and_mask(settings, tokenizer, "x")
+    with pytest.raises(storage.UserError, match="'<unk>', which is its mask, too"):
+        tokens_and_mask(qwen, word_marks(byte_fallback=False), "x")
+
+
 def test_special_tokens_are_tokens(llm):
     """A conversation is encoded with its special tokens, and decoded; the mask's name is plain text."""
     for kind in ("llada", "dream", "a2d"):
@@ -206,6 +267,8 @@ def test_sample_and_evaluate_and_train(llm, call, tmp_path):
         assert done.code == 0, done.err
         for checkpoint_ in (tmp_path / "out" / kind, llm(kind)[0]):
             assert call("evaluate.py", checkpoint_, *where).code == 0
+    assert_one_line(call("train.py", "roberta_wikitext", "--architecture=llm", *where, "--seq_len=32",
+                         f"--out_dir={tmp_path / 'new'}"), "architecture=llm is a network of a checkpoint", "such as hf://Qwen/")
 
 
 def test_samples_stop_at_the_end(llm, call, tmp_path):
