@@ -39,8 +39,12 @@ class LLM(MaskedLM):
     def misfit(cls, config):
         if config.anneal_steps and not config.predict_next:
             return "anneal_steps needs predict_next with architecture=llm"
-        if config.predict_next and config.backbone and not read_backbone(config.backbone)["before"]:
+        frame = read_backbone(config.backbone) if config.backbone else {"before": [None], "after": []}
+        if config.predict_next and not frame["before"]:
             return "predict_next needs a token before the text, and this checkpoint has none: leave it out"
+        if config.anneal_steps and len(frame["before"] + frame["after"]) != 1:
+            return ("anneal_steps needs one token around a text, the one before it, and the tokenizer of this "
+                    f"checkpoint puts {len(frame['before'])} before and {len(frame['after'])} after it: leave it out")
         return super().misfit(config)
 
     def __init__(self, vocab_size, model, *others):

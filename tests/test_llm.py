@@ -247,6 +247,9 @@ def test_annealing_begins_as_the_language_model(llm):
     replace(config, anneal_steps=10)
     with pytest.raises(storage.UserError, match="anneal_steps needs predict_next"):
         replace(config, predict_next=False, anneal_steps=10)
+    for other in ({"before": [BEGIN, BEGIN]}, {"after": [END]}):
+        with pytest.raises(storage.UserError, match="anneal_steps needs one token around a text"):
+            replace(config, backbone=json.dumps(json.loads(config.backbone) | other), anneal_steps=10)
     with pytest.raises(storage.UserError, match="predict_next needs a token before the text"):
         replace(checkpoint.load_model(llm("llada")[0], CPU).config, predict_next=True)
 
@@ -267,8 +270,9 @@ def test_sample_and_evaluate_and_train(llm, call, tmp_path):
         assert done.code == 0, done.err
         for checkpoint_ in (tmp_path / "out" / kind, llm(kind)[0]):
             assert call("evaluate.py", checkpoint_, *where).code == 0
-    assert_one_line(call("train.py", "roberta_wikitext", "--architecture=llm", *where, "--seq_len=32",
-                         f"--out_dir={tmp_path / 'new'}"), "architecture=llm is a network of a checkpoint", "such as hf://Qwen/")
+    done = call("train.py", "roberta_wikitext", "--architecture=llm", *where, "--seq_len=32",
+                f"--out_dir={tmp_path / 'new'}")
+    assert_one_line(done, "architecture=llm is a network of a checkpoint", "such as hf://Qwen/")
 
 
 def test_samples_stop_at_the_end(llm, call, tmp_path):
