@@ -14,7 +14,7 @@ import storage
 from commands import assert_one_line
 from configs import replace
 from data.tokenizer import make_tokenizer
-from foreign.llm import FAMILIES, see_all, tokens_and_mask
+from foreign.llm import FAMILIES, network_settings, see_all, tokens_and_mask
 from hub_models import TEXT, byte_level
 from model import places
 
@@ -299,9 +299,16 @@ def test_what_is_refused(llm, call, tmp_path):
         return call("sample.py", folder, "--steps", 2, "--length", 8)
 
     assert_one_line(go(include_qkv_bias=True), "is a variant of LLaDA that is not supported: include_qkv_bias=True")
+    other = dict(block_type="sequential", layer_norm_type="default", activation_type="gelu", rope=False,
+                 multi_query_attention=True, **dict.fromkeys(
+                     ("alibi", "attention_layer_norm", "bias_for_layer_norm", "include_bias", "input_emb_norm",
+                      "scale_logits"), True))
+    for key, value in other.items():
+        with pytest.raises(storage.UserError, match=f"not supported: {key}={value}"):
+            network_settings(settings | {key: value}, folder)
     assert_one_line(go(n_layers=1), "do not fit the model", "body.layers.1")
     assert_one_line(go(n_layers=10**7), "its num_hidden_layers is 10000000")
-    assert_one_line(go(embedding_size=200), "tokens, and the tokenizer beside it")
+    assert_one_line(go(embedding_size=294), "tokens, and the tokenizer beside it")
     assert_one_line(go(model_type="llada_moe"), "mixtures of experts")
     assert_one_line(go(model_type="stablelm", architectures=["StableLmForCausalLM"]), "those that are read are llama")
     assert_one_line(go(n_heads=5), str(folder))  # the words depend on the version of transformers
