@@ -190,6 +190,25 @@ def test_settings_of_outputs_change_nothing(llm, tmp_path):
     assert torch.equal(found, expected)
 
 
+def test_without_a_begin_of_text_the_mask_stands_before_it(llm, tmp_path):
+    """Qwen's tokenizer has no begin of text."""
+    shutil.copytree(llm("qwen2")[0], tmp_path / "x")
+    names = tmp_path / "x" / "tokenizer_config.json"
+    names.write_text(json.dumps(json.loads(names.read_text()) | {"bos_token": None}))
+    loaded = checkpoint.load_model(tmp_path / "x", CPU)
+    assert loaded.model.before.tolist() == [295] and loaded.config.seq_len == 63
+
+
+def test_a_tied_head_may_be_in_the_file_too(llm, tmp_path):
+    shutil.copytree(llm("a2d")[0], tmp_path / "x")
+    file = tmp_path / "x" / "model.safetensors"
+    state = load_file(file)
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, file)
+    xt, folders = torch.randint(294, (1, 9)), (tmp_path / "x", llm("a2d")[0])
+    found, expected = (checkpoint.load_model(folder, CPU).model(xt, None) for folder in folders)
+    assert torch.equal(found, expected)
+
+
 def word_marks(byte_fallback):
     """A tokenizer like Llama 2's, whose only token that can be the mask is <unk> (0); no token has the letter z."""
     import transformers as hf
