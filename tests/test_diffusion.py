@@ -1,6 +1,5 @@
 """diffusion.py against brute force: closed forms, bounds and estimators on a world that can be enumerated."""
 
-import itertools
 import math
 
 import pytest
@@ -170,20 +169,6 @@ def test_continuous_bound_is_the_log_likelihood(schedule):
     rate = lambda u: 1 - objective.schedule.alpha(torch.tensor(u, dtype=torch.float64)).item()
     bound = exact_mean(world.oracle, objective, independent_draws(quadrature(), rate))
     torch.testing.assert_close(bound, -world.P_DATA.log(), rtol=1e-4, atol=1e-5)
-
-
-def exact_k_draws():
-    """Every k with every order of v, whose values are random: a network that does not see the time does not notice."""
-    values = torch.rand(L, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort().values
-    for k in range(1, L + 1):
-        for order in itertools.permutations(range(L)):
-            yield 1 / (L * math.factorial(L)), (k - 0.5) / L, values[list(order)]
-
-
-def test_exact_k_bound_is_the_log_likelihood():
-    """The same for exactly k masks with weight L/k."""
-    bound = exact_mean(world.oracle, MDLM(MASK, time_sampling="exact_k"), exact_k_draws())
-    torch.testing.assert_close(bound, -world.P_DATA.log(), rtol=1e-5, atol=1e-6)
 
 
 # ---- estimators ------------------------------------------------------------------------------------------------------
@@ -477,18 +462,6 @@ def test_normalised_scores_are_mdlm():
                                mdlm.nelbo(model, SEQUENCES, noise).float() + penalty)
     torch.testing.assert_close(sedd.log_prediction(shifted(world.STATES[:1], torch.ones(1), None)[0], torch.ones(L)),
                                model(world.STATES[:1], torch.ones(1)).log_softmax(-1)[0].float() + log_z)
-
-
-def test_score_entropy_of_the_optimum_is_the_entropy():
-    """Also pointwise: exactly k masks, the true scores, every order of masks."""
-    objective = SEDD(MASK)
-    model = lambda xt, t, where: world.oracle(xt, t, where) + math.log(V)
-    total = torch.zeros(27, dtype=torch.float64)
-    for mask in MASKS[1:]:
-        k = int(mask.sum())
-        noise = Noise(mask.expand(27, L), torch.full((27,), 0.5), torch.full((27,), L / k))
-        total += objective.nelbo(model, SEQUENCES, noise).double() * L / math.comb(L, k) / L
-    torch.testing.assert_close(total, -world.P_DATA.log(), rtol=1e-5, atol=1e-5)
 
 
 # ---- what objectives say of themselves, and times for each token -----------------------------------------------------

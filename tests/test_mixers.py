@@ -188,33 +188,6 @@ def test_identity_at_first(name, conditioning):
         assert torch.equal(y, x) == (residual != "plain")
 
 
-@torch.no_grad()
-def test_order_tells_them_apart():
-    """Permuting the tokens, and shifting them, tells the layers apart.
-
-    Dense synthesizers permute the rows of their weights but not the columns; static maps follow neither. A Toeplitz map
-    commutes with a shift inside a text that is zero at its ends, and a full map does not. MLPs commute with all.
-    """
-    order, x = torch.tensor([3, 0, 5, 1, 4, 2]), torch.randn(1, L, D, dtype=torch.float64)
-    mlp = layers(shape("attention"))[1].double()
-    torch.testing.assert_close(mlp(x[:, order], None), mlp(x, None)[:, order])
-    still = one_layer("attention")
-    still.cos.fill_(1)  # attention without positions
-    still.sin.fill_(0)
-    torch.testing.assert_close(still(x[:, order], None), still(x, None)[:, order])
-    for name in MIXERS:
-        layer = one_layer(name)
-        assert not torch.allclose(layer(x[:, order], None), layer(x, None)[:, order]), name
-    inner = torch.zeros(1, L, D, dtype=torch.float64)
-    inner[:, 1:3] = torch.randn(1, 2, D, dtype=torch.float64)
-    for kind, commutes in (("toeplitz", True), ("full", False)):
-        table = Map(H, L, kind, "1")
-        table.init_weights()
-        apply = lambda x: (table(L).double() @ x.view(1, L, H, -1).transpose(1, 2)).transpose(1, 2).flatten(2)
-        moved, same = apply(inner.roll(1, 1))[:, 1:], apply(inner)[:, :-1]
-        assert torch.allclose(moved, same) == commutes
-
-
 def test_first_weights_of_maps():
     torch.manual_seed(0)
     for init, std in (("0.5", 0.5), ("2/L", 2 / 40), ("0", 0)):

@@ -214,24 +214,6 @@ def test_sm3_is_the_papers(shape, nesterov):
     torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_sm3_bounds_adagrad_and_is_it_for_vectors():
-    """nu is at least the sum of squares, and for vectors equal to it: torch's Adagrad."""
-    torch.manual_seed(0)
-    matrix = torch.nn.Parameter(torch.zeros(4, 6))
-    ours, theirs = (torch.nn.Parameter(torch.zeros(7)) for _ in range(2))
-    optimizer, adagrad = SM3([matrix, ours], 0.1, momentum=0.0), torch.optim.Adagrad([theirs], lr=0.1, eps=0)
-    squares = torch.zeros(4, 6)
-    for _ in range(5):
-        matrix.grad, ours.grad = torch.randn(4, 6), torch.randn(7)
-        theirs.grad = ours.grad.clone()
-        squares += matrix.grad ** 2
-        optimizer.step_unless(GOOD)
-        adagrad.step()
-        rows, columns = optimizer.state[matrix]["max_0"], optimizer.state[matrix]["max_1"]
-        assert (torch.minimum(rows, columns) >= squares - 1e-6).all()
-    torch.testing.assert_close(ours, theirs)
-
-
 def test_sm3_takes_half_the_memory():
     """The state is the momentum and a number for each row and column; AdamW has two numbers for each weight."""
     cfg = replace(CFG, optimizer="sm3")

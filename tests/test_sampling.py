@@ -83,14 +83,6 @@ def test_ancestral_follows_its_chain(schedule, steps, sees_time):
     assert chi_square_excess(counts_of(x0), expected) < 4
 
 
-def test_ancestral_follows_any_grid():
-    """An uneven grid: its own enumerated chain, not that of even steps."""
-    grid = [1, 0.7, 0.65, 0.2, 0]
-    x0 = states_of(ancestral, world.oracle, masks(30_000), grid)[-1]
-    assert chi_square_excess(counts_of(x0), world.chain_distribution(world.oracle, alphas([1, 0.75, 0.5, 0.25, 0]))) > 5
-    assert chi_square_excess(counts_of(x0), world.chain_distribution(world.oracle, alphas(grid))) < 4
-
-
 def test_ancestral_from_less_than_pure_noise():
     """A grid that begins below rate 1, as log-linear noise ends: the first step reveals 1 - r_1/r_0 of the masks."""
     grid = [0.8, 0.4, 0.0]
@@ -445,7 +437,7 @@ def test_remdm_remasks_in_a_template(settings):
 # ---- piece by piece --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2])
 def test_pieces_follow_the_data(n):
     """Samples of the Bayes-optimal denoiser follow the data for every length of pieces, because every order gives the
     data. This holds after given tokens, too."""
