@@ -26,6 +26,7 @@ from foreign.masked_lm import (NOT_KEPT, SIZES, MaskedLM, build, frame_of, longe
 LONGEST = 4096  # tokens of a text if the user does not say; some networks have positions for 131,072
 # Families of transformers that see_all works with, as the tests check. Some others see the left side all the same.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "olmo2", "smollm3")
+WHOLE_TEXT = {"sliding_window": None, "use_sliding_window": False, "layer_types": None}  # no windows of attention
 LEFT_TO_RIGHT = "it predicts from left to right: train it as a diffusion model first (docs/adaptation.md)"
 
 
@@ -172,7 +173,7 @@ def translate(found, hints):
     check_floats(state, path)
     theirs, predict_next = network_settings(found.settings, path)
     try:
-        settings = read_settings(theirs)
+        settings = read_settings(theirs | WHOLE_TEXT)
         with torch.device("meta"):
             model = build(settings, LLM.task)
     except UserError as error:

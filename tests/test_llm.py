@@ -190,6 +190,17 @@ def test_settings_of_outputs_change_nothing(llm, tmp_path):
     assert torch.equal(found, expected)
 
 
+def test_windows_of_attention_are_left_out(llm, tmp_path):
+    """A token sees the whole text, even if the language model saw so many tokens on the left."""
+    shutil.copytree(llm("qwen2")[0], tmp_path / "x")
+    file = tmp_path / "x" / "config.json"
+    window = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, "layer_types": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | window))
+    xt, folders = torch.randint(290, (1, 30)), (tmp_path / "x", llm("qwen2")[0])
+    found, expected = (checkpoint.load_model(folder, CPU).model(xt, None) for folder in folders)
+    assert torch.equal(found, expected)
+
+
 def test_without_a_begin_of_text_the_mask_stands_before_it(llm, tmp_path):
     """Qwen's tokenizer has no begin of text."""
     shutil.copytree(llm("qwen2")[0], tmp_path / "x")
