@@ -32,7 +32,8 @@ def prepare_command(name, meta={}):
     request = meta.get("request", {})
     if "record" in meta:
         length = f" --length {meta['record']}" if meta["record"] != 32 else ""
-        return f"python data/prepare_names.py --file FILE --name {shlex.quote(name)}{length}"
+        tokens = f" --tokenizer {shlex.quote(request['tokenizer'])}" if "tokenizer" in request else ""
+        return f"python data/prepare_names.py --file FILE --name {shlex.quote(name)}{length}{tokens}"
     if "held_out" in request:
         return (f"python data/prepare_openwebtext.py --file FILE --name {shlex.quote(name)} --held_out "
                 f"{request['held_out']}")

@@ -120,13 +120,13 @@ def network_settings(settings, path):
                                           if settings[key] is not None}, False
     if kind == "Dream":
         return settings | {"model_type": "qwen2"}, True
-    if kind.startswith("a2d-"):
-        return settings | {"model_type": kind.removeprefix("a2d-")}, False
-    if kind not in FAMILIES:
-        raise UserError(f"{path} is a language model of the family {kind}; those that are read are "
+    family = kind.removeprefix("a2d-")
+    if family not in FAMILIES:
+        raise UserError(f"{path} is a language model of the family {family}; those that are read are "
                         f"{', '.join(FAMILIES)}")
-    note(f"{path} is a language model: {LEFT_TO_RIGHT}")
-    return settings, True
+    if family == kind:
+        note(f"{path} is a language model: {LEFT_TO_RIGHT}")
+    return settings | {"model_type": family}, family == kind
 
 
 def tokens_and_mask(settings, tokenizer, path):

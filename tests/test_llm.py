@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import storage
-from commands import assert_one_line
+from commands import ROOT, assert_one_line
 from configs import replace
+from data.loader import load_meta, load_split, prepare_command
 from data.tokenizer import make_tokenizer
 from foreign.llm import FAMILIES, network_settings, see_all, tokens_and_mask
 from hub_models import TEXT, byte_level
@@ -305,6 +306,29 @@ def test_sample_and_evaluate_and_train(llm, call, tmp_path):
     assert_one_line(done, "architecture=llm is a network of a checkpoint", "such as hf://Qwen/")
 
 
+def test_conversations(llm, call, tmp_path):
+    """Items in a model's tokens, filled up with its end of text; a run learns what follows the last <|start|>."""
+    folder, where = llm("llada")[0], ["--data_dir", tmp_path, "--dataset", "chats"]
+    chats = [f"<|start|>{a} {b}<|end|>\n<|start|>{b} {a}<|end|>"
+             for a in ("the", "cat", "sat", "on", "mat") for b in "abcdefgh"]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*chats, "x" * 99]))
+    prepare = lambda *flags: call("data/prepare_names.py", "--file", tmp_path / "chats.jsonl", "--name", "chats",
+                                  "--data_dir", tmp_path, "--length", 24, *flags)
+    assert_one_line(prepare("--tokenizer", ROOT / "pretrained/prose"), "has no token that ends a text")
+    assert "40 names; left out: 1 longer than 24" in prepare("--tokenizer", folder).err
+    meta, items = load_meta("chats", tmp_path), load_split("chats", "train", 24, tmp_path).reshape(-1, 24)
+    ours = make_tokenizer(meta)
+    texts = [ours.decode(item).partition("<|endoftext|>")[0] for item in items.tolist()]
+    assert len(texts) == 36 and set(texts) < set(chats)
+    assert prepare_command("chats", meta).endswith(f"--name chats --length 24 --tokenizer {folder}")
+    done = call("train.py", "roberta_wikitext", "--architecture=llm", *where, "--init_from", folder, "--seq_len=24",
+                "--prefix=until:<|start|>", "--max_steps=2", "--batch_size=2", "--dropout=0",
+                f"--out_dir={tmp_path / 'x'}")
+    assert done.code == 0, done.err
+    found = json.loads(call("evaluate.py", tmp_path / "x", *where, "--answers", 2, "--steps", 2, "--json").out)
+    assert found["n_sequences"] == 2 and found["prefix"] == "until:<|start|>"
+
+
 def test_samples_stop_at_the_end(llm, call, tmp_path):
     """With a head that always predicts end-of-text, one piece is computed and nothing is written after the prompt."""
     shutil.copytree(llm("llada")[0], tmp_path / "x")
@@ -340,7 +364,8 @@ def test_what_is_refused(llm, call, tmp_path):
     assert_one_line(go(n_layers=10**7), "its num_hidden_layers is 10000000")
     assert_one_line(go(embedding_size=294), "tokens, and the tokenizer beside it")
     assert_one_line(go(model_type="llada_moe"), "mixtures of experts")
-    assert_one_line(go(model_type="stablelm", architectures=["StableLmForCausalLM"]), "those that are read are llama")
+    for kind in ("stablelm", "a2d-stablelm"):
+        assert_one_line(go(model_type=kind, architectures=["StableLmForCausalLM"]), "those that are read are llama")
     assert_one_line(go(n_heads=5), str(folder))  # the words depend on the version of transformers
     assert go(embedding_size=None).code == 0
     save_file({key: value.to(torch.int8) for key, value in load_file(folder / "model.safetensors").items()},

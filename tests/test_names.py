@@ -79,7 +79,7 @@ def test_data_set(names_dir):
 def test_what_is_left_out():
     """Empty lines, names that are too long or have the pad in them, and repeated ones, are left out and counted."""
     text = f"Ada\r\n\nZo\u00eb  \nAda\n{'x' * 33}\n{'y' * 32}\nan{PAD}na\n"
-    found, left_out = prepare_names.clean(text)
+    found, left_out = prepare_names.clean(text.splitlines())
     assert found == ["Ada", "Zo\u00eb", "y" * 32]
     assert list(left_out.values()) == [1, 1, 1, 1]
 
