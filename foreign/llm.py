@@ -77,7 +77,6 @@ LLADA_NAMES = (
     (r"\.up_proj\.", ".mlp.up_proj."),
     (r"\.ff_out\.", ".mlp.down_proj."),
 )
-GPT_NEOX_NAMES = ((r"^embed_out\.", "lm_head."),)
 GPT_NEOX_BUFFERS = re.compile(r"\.attention\.(masked_)?bias$")  # of Pythia's files
 LLADA_SETTINGS = {  # theirs -> those of LlamaConfig
     "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -191,10 +190,12 @@ def translate(found, hints):
                   seq_len=hints.overrides.get("seq_len", min(longest_text(backbone), LONGEST)),
                   **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
     prefix = model.base_model_prefix + "."
-    names = LLADA_NAMES if name_of(found.settings) == "llada" else GPT_NEOX_NAMES
+    head = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())
+    names = (*(LLADA_NAMES if name_of(found.settings) == "llada" else ()),
+             (r"^(lm_head|embed_out)\.", f"{head}."))  # GPT-NeoX's has both names, depending on the version
     weights = {f"body.{key.removeprefix(prefix)}" if key.startswith(prefix) else f"head.{key}": value
                for key, value in rename(state, names).items()}
     if settings.tie_word_embeddings:  # the head's weights are those of the embeddings
-        weights.pop("head.lm_head.weight", None)
+        weights.pop(f"head.{head}.weight", None)
     name = name_of(found.settings).lower().replace("-", "_")
     return dict(name=name, config=config, meta=meta | {"name": "wikitext"}, model=weights, ema=weights, step=0)

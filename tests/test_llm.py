@@ -308,6 +308,7 @@ def test_sample_and_evaluate_and_train(llm, call, tmp_path):
 
 def test_conversations(llm, call, tmp_path):
     """Items in a model's tokens, filled up with its end of text; a run learns what follows the last <|start|>."""
+    pytest.importorskip("datasets")
     folder, where = llm("llada")[0], ["--data_dir", tmp_path, "--dataset", "chats"]
     chats = [f"<|start|>{a} {b}<|end|>\n<|start|>{b} {a}<|end|>"
              for a in ("the", "cat", "sat", "on", "mat") for b in "abcdefgh"]
