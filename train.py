@@ -29,7 +29,7 @@ import parallel
 import storage
 from attention import annealed
 from costs import check_fits, count_parameters, flops_per_token, numbers_kept, training_bytes, weight_bytes
-from data.loader import check_same_data, move_padding, open_data, prefetch, random_crops, windows
+from data.loader import Items, check_same_data, move_padding, open_data, prefetch, random_crops, windows
 from data.tokenizer import make_tokenizer
 from diffusion import to_device
 from likelihood import Windows, bound, by_rate, mean_and_error, plus_minus
@@ -43,19 +43,19 @@ from sampler_settings import default_settings
 from sampling import denoise
 
 
-def batches(tokens, objective, cfg, first_step, indices, micro, pin, record=1, pad=None, until=None):
+def batches(tokens, objective, cfg, first_step, indices, micro, pin, items=Items()):
     """Yield for each step this process's share of the batch: a list of micro-batches (x0, noise).
 
     indices: which sequences of the batch are those of this process. micro: number of sequences in a micro-batch.
-    pin: put them in pinned memory, for the copy to a GPU. record, pad, until: from data.loader.open_data.
+    pin: put them in pinned memory, for the copy to a GPU. items: those of data.loader.open_data.
     """
     for step in range(first_step, cfg.max_steps):
-        x0 = random_crops(tokens, cfg.seq_len, cfg.seed, step, indices, record)
-        if cfg.padding == "random" and pad is not None:  # bench.py trains on random tokens, without pads
-            x0 = move_padding(x0, pad, cfg.seed, step, indices)
+        x0 = random_crops(tokens, cfg.seq_len, cfg.seed, step, indices, items.record)
+        if cfg.padding == "random" and items.pad is not None:  # bench.py trains on random tokens, without pads
+            x0 = move_padding(x0, items.pad, cfg.seed, step, indices)
         u, v = uniforms(cfg.seed, step, indices, cfg.batch_size, cfg.seq_len, cfg.time_sampling != "uniform",
                         objective.n_times(cfg.seq_len))
-        v = give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, step, indices, x0, until))
+        v = give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, step, indices, x0, items.until))
         parts = list(zip(x0.split(micro), objective.noise(u, v).split(micro)))
         if pin:
             parts = [(x0.pin_memory(), type(noise)(*(x.pin_memory() for x in noise))) for x0, noise in parts]
@@ -149,7 +149,7 @@ class Run:
         cfg = on_main(lambda: checkpoint.with_sizes_of_source(cfg, args.resume, args.init_from, self.out_dir))
 
         # data and model
-        meta, self.train_tokens, self.val_tokens, *self.items = together(lambda: open_data(cfg))
+        meta, self.train_tokens, self.val_tokens, self.items = together(lambda: open_data(cfg))
         main_meta = on_main(lambda: meta)
         together(lambda: check_same_data(meta, main_meta, cfg.dataset, "the main process"))
         self.cfg, self.meta, self.tokenizer = cfg, meta, together(lambda: make_tokenizer(meta))
@@ -249,7 +249,7 @@ class Run:
 
     def report_validation(self):
         """Validate and report. The best weights so far are saved."""
-        bits, error = validate(self.model, self.objective, self.ema, self.val_data, self.cfg, self.items[-1])
+        bits, error = validate(self.model, self.objective, self.ema, self.val_data, self.cfg, self.items.until)
         is_best = bits < self.best_val
         self.report(f"step {self.step:,}  validation bits/{self.tokenizer.unit} {bits:.4f}"
                     f"{f' {plus_minus(error)}' if math.isfinite(bits) else ''}{'  (best so far)' if is_best else ''}",
@@ -263,7 +263,7 @@ class Run:
         prefix, the text continues the first tokens of the validation split."""
         cfg, end = self.cfg, end_of(self.cfg, self.tokenizer)
         xt = torch.from_numpy(self.val_tokens[:cfg.seq_len].astype("int64"))[None]
-        n_given = prefix_lengths(cfg.prefix_range[:1] * 2, cfg.seed, 0, [0], xt, self.items[-1])[0]
+        n_given = prefix_lengths(cfg.prefix_range[:1] * 2, cfg.seed, 0, [0], xt, self.items.until)[0]
         xt[:, n_given:] = self.objective.mask_id
         xt = xt.to(self.device)
         with self.ema.applied(), autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
@@ -299,7 +299,7 @@ def main():
     run.report_start()
     cfg, device, pace, stopped = run.cfg, run.device, Pace(run.step), 0
     stream = prefetch(batches(run.train_tokens, run.objective, cfg, run.step, run.indices, run.micro,
-                              device.type == "cuda", *run.items))
+                              device.type == "cuda", run.items))
     run.model.train()
     for parts in stream:
         lr = learning_rate(run.step, cfg)

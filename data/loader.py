@@ -6,6 +6,7 @@ import re
 import shlex
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -157,10 +158,16 @@ def gather(tokens, starts, seq_len):
     return torch.from_numpy(np.stack([tokens[start:start + seq_len] for start in starts]).astype(np.int64))
 
 
-def records(cfg, meta):
-    """(length of an item, id of the pad), or (1, None) if the data set is one long text.
+class Items(NamedTuple):
+    """What training must know of the items of a data set, such as names. The defaults are for one long text."""
 
-    Raises UserError if the config does not fit the data set."""
+    record: int = 1     # tokens of an item
+    pad: int = None     # the id of the pad, which is no part of the text
+    until: int = None   # the id of the token with which the given tokens of an item end (end_of_prefix)
+
+
+def items_of(cfg, meta):
+    """The Items of a data set. Raises UserError if the config does not fit the data set."""
     record, pad = meta.get("record", 1), meta.get("pad")
     if record not in (1, cfg.seq_len):
         raise UserError(f"data set {cfg.dataset!r} has items of {record} tokens each: use --seq_len={record}")
@@ -170,16 +177,16 @@ def records(cfg, meta):
     if cfg.padding == "random" and pad is None:
         raise UserError(f"padding=random needs items with pads, such as names, and data set {cfg.dataset!r} has "
                         "no pads: use --padding=end")
-    return record, None if pad is None else meta["alphabet"].index(pad)
+    return Items(record, None if pad is None else meta["alphabet"].index(pad), end_of_prefix(cfg, meta))
 
 
-def end_of_prefix(config, tokenizer):
+def end_of_prefix(config, meta):
     """The id of the token with which the given tokens of an item end (prefix=until:TEXT), or None.
 
     Raises UserError if the text is not one token."""
     if not config.prefix_symbol:
         return None
-    ids = tokenizer.encode(config.prefix_symbol)
+    ids = make_tokenizer(meta).encode(config.prefix_symbol)
     if len(ids) != 1:
         raise UserError(f"prefix={config.prefix}: {config.prefix_symbol!r} is {len(ids)} tokens of the data set, and "
                         "must be one")
@@ -199,17 +206,16 @@ def check_items(tokens, length, until, what):
 
 
 def open_data(cfg):
-    """Open the data that a Config trains on. Returns (meta, tokens of train, tokens of val, record, pad, until).
+    """Open the data that a Config trains on. Returns (meta, tokens of train, tokens of val, Items).
 
-    record and pad are those of records(), and until is that of end_of_prefix(). Raises UserError if the data set is
-    missing or damaged, or does not fit the Config.
+    Raises UserError if the data set is missing or damaged, or does not fit the Config.
     """
     meta = load_meta(cfg.dataset, cfg.data_dir)
-    (record, pad), until = records(cfg, meta), end_of_prefix(cfg, make_tokenizer(meta))
+    items = items_of(cfg, meta)
     train, val = (load_split(cfg.dataset, split, cfg.seq_len, cfg.data_dir) for split in ("train", "val"))
     for split, tokens in (("train", train), ("val", val)):
-        check_items(tokens, cfg.seq_len, until, f"the {split} split of {cfg.dataset}")
-    return meta, subset(train, cfg.unique_tokens, record), val, record, pad, until
+        check_items(tokens, cfg.seq_len, items.until, f"the {split} split of {cfg.dataset}")
+    return meta, subset(train, cfg.unique_tokens, items.record), val, items
 
 
 def random_crops(tokens, seq_len, seed, step, indices, record=1):

@@ -79,7 +79,7 @@ def main():
     parallel.join(cfg.timeout_minutes)
     rank, world, h = parallel.rank, parallel.world, cfg.local_steps
     device = parallel.own_device(cfg.device)
-    meta, tokens, _, *items = open_data(cfg)
+    meta, tokens, _, items = open_data(cfg)
     dtype, out = pick_dtype(device, cfg.dtype), Path(cfg.out_dir or Path("out", f"elastic_{name}"), str(group))
     _ = parallel.together(lambda: claim_new(out) if parallel.is_main else None)  # locked until this process ends
     local, micro = parallel.share_of_batch(cfg, n_groups * world)
@@ -110,7 +110,7 @@ def main():
         for _ in range(h):  # the exchange without training
             clock.step()
         while (r := manager.current_step()) <= cfg.max_steps // h:
-            nats, stream = 0.0, batches(tokens, objective, cfg, (r - 1) * h, mine, micro, False, *items)
+            nats, stream = 0.0, batches(tokens, objective, cfg, (r - 1) * h, mine, micro, False, items)
             for step, parts in zip(range((r - 1) * h, r * h), stream):
                 set_learning_rate(optimizers, learning_rate(step, cfg))
                 nats += train_step(net, objective, parts, optimizers, cfg, device, dtype)[0].item() / h

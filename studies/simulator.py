@@ -109,7 +109,7 @@ def add_arguments(parser):
 def data_of(sim, k, taken):
     """The batches of worker k from its step `taken` on, as process k of K of train.py has them; see train.batches."""
     endless, mine = replace(sim.cfg, max_steps=10**9), range(k * sim.local, (k + 1) * sim.local)
-    return batches(sim.tokens, sim.objective, endless, taken, mine, sim.micro, False, *sim.records)
+    return batches(sim.tokens, sim.objective, endless, taken, mine, sim.micro, False, sim.items)
 
 
 class Copy:
@@ -168,7 +168,7 @@ class Simulation:
         self.device, self.dtype = torch.device("cpu"), pick_dtype(torch.device("cpu"), cfg.dtype)
         self.local = cfg.batch_size // self.K
         self.micro = min(cfg.micro_batch_size, self.local)
-        self.meta, self.tokens, val, *self.records = open_data(cfg)
+        self.meta, self.tokens, val, self.items = open_data(cfg)
         self.objective = cfg.make_objective(self.meta["vocab_size"])
         self.windows = Windows(val, windows(val, cfg.seq_len, cfg.eval_sequences), cfg.seq_len, self.micro, self.device,
                                self.dtype)
@@ -247,7 +247,7 @@ class Simulation:
         self.logged = step
         with self.ema.applied():
             nats = bound(self.model, self.objective, self.windows, prefix_range=self.cfg.prefix_range,
-                         until=self.records[-1])
+                         until=self.items.until)
         order = by_rate(self.windows.n, n_times=self.objective.n_times(self.cfg.seq_len))
         bits, error = mean_and_error(nats / math.log(2), order)
         means = {key: value / self.updates if self.updates else None for key, value in self.sums.items()}

@@ -36,7 +36,7 @@ class Subject(NamedTuple):
     @property
     def until(self):
         """The id of the token that ends the given tokens of each window, or None."""
-        return end_of_prefix(self.config, self.tokenizer)
+        return end_of_prefix(self.config, self.meta)
 
     def training_tokens(self):
         """Return all tokens of the train split of the data set, in the checkpoint's ids."""
@@ -101,7 +101,7 @@ def open_subject(path, args, device, dtype, n_windows=None):
         dataset, split, content = args.dataset or config.dataset, args.split, None
         where = f"{dataset} {split}"
         tokens, n_bytes = read_split(dataset, split, data_dir, seq_len, meta, None if args.dataset else path)
-    check_items(tokens, seq_len, end_of_prefix(config, tokenizer), where)
+    check_items(tokens, seq_len, end_of_prefix(config, meta), where)
     if args.n_tokens:
         n_windows = max(1, round(args.n_tokens / seq_len))
     data = Windows(tokens, windows(tokens, seq_len, n_windows), seq_len, args.batch_size, device, dtype)

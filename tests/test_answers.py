@@ -9,7 +9,7 @@ import torch
 
 from cli import UserError
 from commands import assert_one_line, train
-from data.loader import check_items, load_meta, load_split
+from data.loader import Items, check_items, load_meta, load_split
 from data.tokenizer import make_tokenizer
 from diffusion import D3PM, MDLM
 from likelihood import Windows, bound
@@ -51,7 +51,8 @@ def test_batches_give_the_questions(sums):
     until = meta["alphabet"].index("=")
     cfg = SimpleNamespace(seq_len=L, seed=1, batch_size=256, max_steps=1, padding="end", prefix_range=(1, L - 1),
                           time_sampling="uniform")
-    (x0, noise), = next(batches(tokens, MDLM(meta["vocab_size"]), cfg, 0, range(256), 256, False, L, None, until))
+    (x0, noise), = next(batches(tokens, MDLM(meta["vocab_size"]), cfg, 0, range(256), 256, False,
+                                Items(L, None, until)))
     given = torch.tensor([row.index(until) + 1 for row in x0.tolist()])
     answer = torch.arange(L) >= given[:, None]
     assert len(given.unique()) > 2 and not (noise.mask & ~answer).any() and (noise.mask == answer).all(1).any()

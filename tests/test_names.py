@@ -10,7 +10,7 @@ import torch
 from commands import assert_one_line, train
 from configs import Config
 from data import prepare_names
-from data.loader import load_meta, load_split, move_padding, prepare_command, random_crops, records
+from data.loader import items_of, load_meta, load_split, move_padding, prepare_command, random_crops
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM
 from show import piece
@@ -146,10 +146,10 @@ def test_batches_move_the_padding_of_every_share_alike(names_dir):
     tokens = load_split("names", "train", 32, names_dir)
     config = Config(dataset="names", seq_len=32, batch_size=16, padding="random", seed=3, n_embd=16, n_head=2,
                     objective="mdlm", conditioning="none", max_steps=9)
-    record, pad = records(config, meta)
+    known = items_of(config, meta)
 
     def x0(indices, step=4):
-        parts = next(batches(tokens, MDLM(len(meta["alphabet"])), config, step, indices, 4, False, record, pad))
+        parts = next(batches(tokens, MDLM(len(meta["alphabet"])), config, step, indices, 4, False, known))
         return torch.cat([x for x, _ in parts])
 
     whole = x0(range(16))
