@@ -501,7 +501,7 @@ def test_a_model_that_needs_a_prefix(call, data_dir, tmp_path):
     rows = json.loads(call("evaluate.py", out, "--samples=2", "--sampler=first_hitting", "--data_dir", data_dir,
                            "--out_dir", tmp_path / "ends", "--json").out)["samples"]
     assert rows[0]["nfe"] == 24
-    for value, words in (("fixed:32", "leaves nothing"), ("fixed", "is not valid: use none, or"),
+    for value, words in (("fixed:32", "leaves nothing"), ("fixed", "is not valid: use none, numbers"),
                          ("uniform:5:2", "is not valid"), ("some:3", "is not valid"), ("uniform:0:-3", "is not valid")):
         assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "bad", f"--prefix={value}"), words)
     assert_one_line(train(call, "d3pm_text8", data_dir, tmp_path / "bad", "--prefix=fixed:8"), "lambda_ce")
