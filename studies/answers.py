@@ -17,10 +17,10 @@ def measure_answers(subject, settings, seed):
     """
     data, objective, decode = subject.data, subject.objective(), subject.tokenizer.decode
     denoiser, generator, right = Counted(subject.model), generator_on(data.device, seed), []
-    end = end_of(subject.config, subject.tokenizer)
+    end, until = end_of(subject.config, subject.tokenizer), subject.until
     for chunk in progress(data.batches(), desc="answering", leave=False):
         x0 = data.read(chunk)
-        given = prefix_lengths(subject.config.prefix_range, seed, 0, chunk, x0, subject.until)
+        given = prefix_lengths(subject.config.prefix_range, seed, 0, chunk, x0, until)
         is_given = torch.arange(data.seq_len) < torch.from_numpy(given)[:, None]
         xt = torch.where(is_given, x0, objective.mask_id).to(data.device)
         with autocast(data.device, data.dtype):

@@ -64,7 +64,7 @@ class Subject(NamedTuple):
 
     def one_prefix(self, flag):
         if self.until is not None:
-            raise UserError(f"{flag} gives as many tokens of each window, and {self.path} was trained on prefixes of "
+            raise UserError(f"{flag} gives the same number of tokens of each window, and {self.path} was trained on prefixes of "
                             f"any length ({self.config.prefix})")
 
     def whole_windows(self, flag):
@@ -204,8 +204,9 @@ def check_comparable(one, two, named_data):
         raise UserError(f"{one.path} and {two.path} have different data ({one.dataset} and {two.dataset}): "
                         "choose one for both with --dataset")
     if (one.config.prefix_range, one.until) != (two.config.prefix_range, two.until):
+        remedy = "score each of them with --context" if one.until is two.until is None else "compare runs of one --prefix"
         raise UserError(f"{one.path} and {two.path} are scored after different prefixes ({one.config.prefix} and "
-                        f"{two.config.prefix}): score each of them with --context")
+                        f"{two.config.prefix}): {remedy}")
     if not named_data and "sha256" in one.meta and "sha256" in two.meta:
         check_same_data(one.meta, two.meta, one.dataset, two.path)
     if not same_tokens(one.data.tokens, two.data.tokens):

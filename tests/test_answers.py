@@ -1,21 +1,26 @@
 """Questions with answers: what is given (prefix=until:TEXT), the loss of the rest, and the share of right answers."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from checkpoint import load_model
 from cli import UserError
 from commands import assert_one_line, train
-from data.loader import Items, check_items, load_meta, load_split
+from configs import Config
+from data.loader import Items, check_items, load_meta, load_split, open_data
 from data.tokenizer import make_tokenizer
+from demos import prepared
 from diffusion import D3PM, MDLM
 from likelihood import Windows, bound
 from randomness import prefix_lengths
 from sampling import Settings
 from studies.answers import measure_answers
+from test_checkpoint import changed
 from train import batches
 from world import picked
 
@@ -125,12 +130,30 @@ def test_commands(call, sums, tmp_path):
         ("ancestral", 2), ("ancestral", 4), ("topk", 2), ("topk", 4)] and found["n_sequences"] == 5
     assert all(0 <= row["right"] <= 1 for row in found["answers"])
     assert call("demos.py", "loss", "3 + 9 = 12", "-m", out).code == 0
+    assert prepared(torch.from_numpy(tokens[0].astype("int64")), load_model(out, CPU))[1] == first.index(until) + 1
     assert "without --prefix its text is worse" in call("sample.py", out).err
     for flag in ("--curve", "--context=2", "--samples=2"):
         assert_one_line(call("evaluate.py", out, flag), "was trained on prefixes of any length (until:=)")
     (tmp_path / "text.txt").write_text("1 + 2 + 3 + 4 + 5 = 15 " * 2)
     assert_one_line(call("evaluate.py", out, "--text", tmp_path / "text.txt"), "do not have the token that ends their")
     assert_one_line(call("evaluate.py", out, "--order=l2r"), "needs a prefix (until:=)")
+    assert_one_line(call("evaluate.py", out, "--baselines"), "scores whole texts", "after a prefix (until:=)")
+    assert_one_line(call("evaluate.py", out, "--answers=2", "--judge", out), "--judge needs --samples")
+    assert_one_line(call("evaluate.py", out, "--answers=2", "--out_dir", tmp_path), "--out_dir needs --curve")
+    assert_one_line(call("evaluate.py", out, "--answers=2", "--n_tokens=99"), "leave out --n_tokens")
+    other = changed(out, tmp_path / "other", config=lambda config: config | {"prefix": "until:+"})
+    assert_one_line(call("evaluate.py", out, other), "different prefixes (until:= and until:+): compare runs of one")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_split_is_checked(sums, split, tmp_path):
+    shutil.copytree(sums / "sums", tmp_path / "sums")
+    tokens = np.fromfile(tmp_path / "sums" / f"{split}.bin", np.uint8)
+    tokens[:L] = 0
+    tokens.tofile(tmp_path / "sums" / f"{split}.bin")
+    config = Config(dataset="sums", data_dir=str(tmp_path), seq_len=L, prefix="until:=")
+    with pytest.raises(UserError, match=f"1 of the .* of the {split} split of sums do not have"):
+        open_data(config)
 
 
 def test_items_without_an_answer():
