@@ -70,7 +70,7 @@ def main():
         return
     lines, tokenizer = lines_of(args.file) if args.file else fetch(URL, SHA256).decode("ascii").splitlines(), None
     if args.tokenizer != "char":
-        meta = (tokens_of_checkpoint(args.tokenizer) if is_checkpoint(args.tokenizer) else
+        meta = (tokens_of_checkpoint(args.tokenizer, items=True) if is_checkpoint(args.tokenizer) else
                 tokens_of(args.tokenizer, lambda: lines))
         tokenizer = make_tokenizer(meta)
         if tokenizer.end is None:

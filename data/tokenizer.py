@@ -230,6 +230,8 @@ def id_type(vocab_size):
 def read_tokenizer(place, **revision):
     """The tokenizer of transformers in a folder or in the Hub's cache. Code that it brings along is not executed."""
     from transformers import AutoTokenizer, Qwen2Tokenizer
+    from transformers.utils import logging
+    logging.set_verbosity_error()  # it warns of a config.json of a kind that it does not know, such as LLaDA's
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False, **revision)
     except ValueError as error:
@@ -277,7 +279,7 @@ def hub_meta(definition):
 
 
 def tokens_of_hub(name):
-    """The meta of the tokens of a model in a folder or on the Hub, as its checkpoint is read. Raises UserError."""
+    """The meta of the tokens of a model in a folder or on the Hub, the same as its checkpoint gets. Raises UserError."""
     from foreign.llm import is_llm, tokens_and_mask
     tokenizer, settings = from_hub(name), settings_of(name)
     return tokens_and_mask(settings, tokenizer, name)[0] if is_llm(settings) else hub_meta(definition_of(tokenizer))
@@ -342,13 +344,13 @@ def is_checkpoint(name):
         settings.is_file() and "discrete-diffusion" in settings.read_text(encoding="utf-8", errors="replace"))
 
 
-def tokens_of_checkpoint(path):
-    """The meta of a checkpoint's tokens, to prepare a text for its fine-tuning.
+def tokens_of_checkpoint(path, items=False):
+    """The meta of a checkpoint's tokens, to prepare a text for its fine-tuning, or items.
 
-    Raises UserError for models of items."""
+    Raises UserError for models of items, unless `items`."""
     from storage import read
     meta = read(path)["meta"]
-    if "record" in meta:
+    if "record" in meta and not items:
         raise UserError(f"{path} is a model of items of {meta['record']} tokens: prepare them with "
                         "data/prepare_names.py")
     return {key: meta[key] for key in TOKENS if key in meta}

@@ -14,7 +14,7 @@ import storage
 from commands import ROOT, assert_one_line
 from configs import replace
 from data.loader import load_meta, load_split, prepare_command
-from data.tokenizer import make_tokenizer
+from data.tokenizer import describes_tokens, make_tokenizer
 from foreign.llm import FAMILIES, network_settings, see_all, tokens_and_mask
 from hub_models import TEXT, byte_level
 from model import places
@@ -261,6 +261,32 @@ def test_special_tokens_are_tokens(llm):
         assert ours.decode(ids) == text and [ours.ids[i] for i in ids].count(END + 1) == 1
         assert ours.vocab_size == 294 and len(ours.encode("<|mask|>")) > 1
         assert ours.ids[ours.end] == END and ours.lengths()[0][ours.end] == 0
+    meta = checkpoint.load_model(llm("llada")[0], CPU).meta
+    assert describes_tokens(meta)
+    for end in (-1, 294, "x", True, None):
+        assert not describes_tokens(meta | {"end": end})
+
+
+def test_number_format_of_weights(llm, trained, monkeypatch, capsys):
+    """Large language models keep their weights in the format of the products, and need its memory; others float32."""
+    needed = []
+    monkeypatch.setattr(checkpoint, "check_fits", lambda n_bytes, *_: needed.append(n_bytes))
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = checkpoint.load_model(llm("dream")[0], CPU, dtype=dtype).model
+        assert {p.dtype for p in loaded.parameters()} == {dtype} and torch.get_default_dtype() == torch.float32
+        rotations = [value for name, value in loaded.named_buffers() if "inv_freq" in name]
+        assert rotations and all(value.dtype == torch.float32 for value in rotations)
+        assert "look wrong or untrained" in capsys.readouterr().err  # random weights do not know English
+    assert needed[0] == 2 * needed[-1] > 0
+    other = checkpoint.load_model(trained, CPU, dtype=torch.bfloat16).model
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+
+
+def test_undrawn_weights_are_zeros():
+    with checkpoint.undrawn(torch.bfloat16):
+        weight = torch.nn.Linear(3, 3).weight
+        assert not weight.any() and not torch.empty(3).normal_().any() and weight.dtype == torch.bfloat16
+    assert torch.empty(3).normal_().all() and torch.empty(3).dtype == torch.float32
 
 
 def test_annealing_begins_as_the_language_model(llm):
@@ -309,14 +335,19 @@ def test_sample_and_evaluate_and_train(llm, call, tmp_path):
 def test_conversations(llm, call, tmp_path):
     """Items in a model's tokens, filled up with its end of text; a run learns what follows the last <|start|>."""
     pytest.importorskip("datasets")
+    import transformers as hf
     folder, where = llm("llada")[0], ["--data_dir", tmp_path, "--dataset", "chats"]
     chats = [f"<|start|>{a} {b}<|end|>\n<|start|>{b} {a}<|end|>"
              for a in ("the", "cat", "sat", "on", "mat") for b in "abcdefgh"]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*chats, "x" * 99]))
+    hf.logging.set_verbosity_warning()
+    chats[0] += " \N{MIDDLE DOT}"  # here it is a character like others
+    lines = [*chats, "x" * 99, None]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
     prepare = lambda *flags: call("data/prepare_names.py", "--file", tmp_path / "chats.jsonl", "--name", "chats",
                                   "--data_dir", tmp_path, "--length", 24, *flags)
     assert_one_line(prepare("--tokenizer", ROOT / "pretrained/prose"), "has no token that ends a text")
-    assert "40 names; left out: 1 longer than 24" in prepare("--tokenizer", folder).err
+    assert "40 names; left out: 1 empty, 1 longer than 24" in prepare("--tokenizer", folder).err
+    assert hf.logging.get_verbosity() == hf.logging.ERROR  # no warning of LLaDA's config.json
     meta, items = load_meta("chats", tmp_path), load_split("chats", "train", 24, tmp_path).reshape(-1, 24)
     ours = make_tokenizer(meta)
     texts = [ours.decode(item).partition("<|endoftext|>")[0] for item in items.tolist()]
@@ -328,6 +359,9 @@ def test_conversations(llm, call, tmp_path):
     assert done.code == 0, done.err
     found = json.loads(call("evaluate.py", tmp_path / "x", *where, "--answers", 2, "--steps", 2, "--json").out)
     assert found["n_sequences"] == 2 and found["prefix"] == "until:<|start|>"
+    assert prepare("--tokenizer", tmp_path / "x", "--name=again").code == 0  # the tokens of the run, and its end
+    again = load_meta("again", tmp_path)
+    assert again["end"] == meta["end"] and again["sha256"] == meta["sha256"]
 
 
 def test_samples_stop_at_the_end(llm, call, tmp_path):
