@@ -219,8 +219,9 @@ def test_recomputation_and_flops(saved):
     assert {part.p for part in dropping if isinstance(part, torch.nn.Dropout)} == {0.3}
     head = sum(p.numel() for p in network.head.parameters() if p.dim() == 2)
     assert network.flops(8, 1.0) - network.flops(8, 0.5) == pytest.approx(3 * head)
-    with pytest.raises(storage.UserError, match="no --fsdp"):
-        replace(config, fsdp=True)
+    for other in ({"fsdp": True}, {"predict_next": True}, {"anneal_steps": 5}, {"norm_bias": True}):
+        with pytest.raises(storage.UserError, match="no --fsdp, and the defaults of tied"):
+            replace(config, **other)
     for wrong in ("{}", "x", "[1]", json.dumps(json.loads(config.backbone) | {"mask": 10**6}),
                   json.dumps(json.loads(config.backbone) | {"before": ["a"]})):
         with pytest.raises(storage.UserError, match="backbone is not what"):
