@@ -205,7 +205,7 @@ def add_model_flags(parser):
 
 
 class Undrawn(TorchDispatchMode):
-    """In this context random numbers are zeros. For billions of weights that are read next: to draw them is slower."""
+    """Context in which random numbers are zeros: billions of weights that are read next need not be drawn first."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
@@ -215,7 +215,7 @@ class Undrawn(TorchDispatchMode):
 
 @contextlib.contextmanager
 def undrawn(dtype):
-    """In this context random numbers are zeros, and new tensors of floats have this number format."""
+    """Context in which random numbers are zeros, and new tensors of floats have this number format."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

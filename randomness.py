@@ -71,7 +71,7 @@ def repeated_uniforms(seed, indices, n, repeats, seq_len, n_times=1):
 def prefix_lengths(prefix_range, seed, step, indices, x0=None, until=None):
     """The number of given tokens of each sequence, uniform on fewest ... most of prefix_range: (N,) int.
 
-    With `until`, the id of a token: all tokens of x0 (N, L) up to the last `until` in it."""
+    until: the id of a token, or None. If it is not None, each text of x0 (N, L) is given up to its last `until`."""
     if until is not None:
         return x0.shape[1] - (x0 == until).flip(1).int().argmax(1).numpy()
     fewest, most = prefix_range

@@ -194,8 +194,9 @@ def end_of_prefix(config, meta):
 
 
 def check_items(tokens, length, until, what):
-    """Raise UserError unless each item (of `length` tokens) has the token `until`, if it is not None, and others after
-    its last one."""
+    """Raise UserError unless each item of `length` tokens has the token `until`, and a token after the last `until`.
+
+    until=None: nothing is checked."""
     if until is None:
         return
     found = (tokens[:len(tokens) // length * length].reshape(-1, length) == until)
