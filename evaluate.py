@@ -264,7 +264,8 @@ def score(args, open_subject, out):
     if args.baselines and one.meta["tokenizer"] != "char":
         raise UserError("--baselines works only with character data")
     if args.baselines and one.config.prefix != "none":
-        raise UserError(f"--baselines scores whole texts, and {one.path} is scored after a prefix ({one.config.prefix})")
+        raise UserError(f"--baselines scores whole texts, and {one.path} is scored after a prefix "
+                        f"({one.config.prefix})")
     if args.order and (args.estimator or args.T or args.repeats > 1):
         raise UserError("--order is exact and has no noise: leave out --estimator, --T and --repeats")
     if args.other:

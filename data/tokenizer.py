@@ -279,7 +279,7 @@ def hub_meta(definition):
 
 
 def tokens_of_hub(name):
-    """The meta of the tokens of a model in a folder or on the Hub, the same as its checkpoint gets. Raises UserError."""
+    """The meta of the tokens of a model in a folder or on the Hub: that of its checkpoint. Raises UserError."""
     from foreign.llm import is_llm, tokens_and_mask
     tokenizer, settings = from_hub(name), settings_of(name)
     return tokens_and_mask(settings, tokenizer, name)[0] if is_llm(settings) else hub_meta(definition_of(tokenizer))

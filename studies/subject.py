@@ -64,8 +64,8 @@ class Subject(NamedTuple):
 
     def one_prefix(self, flag):
         if self.until is not None:
-            raise UserError(f"{flag} gives the same number of tokens of each window, and {self.path} was trained on prefixes of "
-                            f"any length ({self.config.prefix})")
+            raise UserError(f"{flag} gives the same number of tokens of each window, and {self.path} was trained on "
+                            f"prefixes of any length ({self.config.prefix})")
 
     def whole_windows(self, flag):
         if self.config.prefix_range[0]:
@@ -204,7 +204,8 @@ def check_comparable(one, two, named_data):
         raise UserError(f"{one.path} and {two.path} have different data ({one.dataset} and {two.dataset}): "
                         "choose one for both with --dataset")
     if (one.config.prefix_range, one.until) != (two.config.prefix_range, two.until):
-        remedy = "score each of them with --context" if one.until is two.until is None else "compare runs of one --prefix"
+        by_number = one.until is two.until is None
+        remedy = "score each of them with --context" if by_number else "compare runs of one --prefix"
         raise UserError(f"{one.path} and {two.path} are scored after different prefixes ({one.config.prefix} and "
                         f"{two.config.prefix}): {remedy}")
     if not named_data and "sha256" in one.meta and "sha256" in two.meta:
