@@ -184,21 +184,20 @@ def topk(model, xt, objective, draw, rate0, grid=None, k=1, by="probability"):
     Texts do not have the distribution of the model: they look better, and become more alike.
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1).cpu()
-    left, steps = n, 0  # steps: since the last State
-    for i in range(len(grid) - 1 if grid else math.ceil(int(n.max()) / k)):
-        if grid:
-            kept = (n.double() * (grid[i + 1] / grid[0]) + 1e-9).floor().long()  # the masks after this step
-        else:
-            kept = (left - k).clamp(min=0)
-        steps += 1
-        if (kept < left).any():
-            masked = state.xt == objective.mask_id
-            proposed, sure = propose(model, state, masked, objective, rate_left(rate0, left, n), draw, by)
-            state = accept(state, proposed, sure, (left - kept).to(xt.device))
-            yield state._replace(steps=steps)
-            left, steps = kept, 0
-    if steps:
-        yield state._replace(steps=steps)
+    numbers, which = n.unique(return_inverse=True)  # different numbers of masks, (K,): often all texts have the same
+    if grid:
+        left = (torch.tensor(grid, dtype=torch.float64)[:, None] / grid[0] * numbers + 1e-9).floor().long()
+    else:
+        left = (numbers - k * torch.arange(math.ceil(int(n.max()) / k) + 1)[:, None]).clamp(min=0)
+    done, n_steps = 0, len(left) - 1  # left: the masks after 0, 1, ..., n_steps steps, (n_steps + 1, K)
+    for i in (left[1:] < left[:-1]).any(1).nonzero().flatten().tolist():  # the steps that reveal something
+        masked = state.xt == objective.mask_id
+        proposed, sure = propose(model, state, masked, objective, rate_left(rate0, left[i, which], n), draw, by)
+        state = accept(state, proposed, sure, (left[i] - left[i + 1])[which].to(xt.device))
+        yield state._replace(steps=i + 1 - done)
+        done = i + 1
+    if done < n_steps:
+        yield state._replace(steps=n_steps - done)
 
 
 @torch.no_grad()
