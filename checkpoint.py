@@ -204,7 +204,7 @@ def add_model_flags(parser):
                         "slow, the others faster (docs/speed.md)")
 
 
-class Undrawn(TorchDispatchMode):
+class ZeroDraws(TorchDispatchMode):
     """Context in which random numbers are zeros: billions of weights that are read next need not be drawn first."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -219,7 +219,7 @@ def undrawn(dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with Undrawn():
+        with ZeroDraws():
             yield
     finally:
         torch.set_default_dtype(before)
@@ -234,7 +234,7 @@ def load_model(path, device, hints=Hints(), raw=False, compiled=False, dtype=tor
     """
     payload = read(path, hints)
     config, vocab_size = config_of(payload), payload["meta"]["vocab_size"]
-    large = config.architecture == "llm"
+    large = config.network_class.large
     needed = weight_bytes(config, vocab_size) * (dtype.itemsize / 4 if large else 1)
     for where in map(torch.device, ("cpu", device)):
         check_fits(needed, where, f"the model of {path}", "use a machine with more memory")

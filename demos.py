@@ -104,7 +104,8 @@ def prepared(x0, loaded):
     if not loaded:
         raise UserError("the demo loss needs a network: name a checkpoint, such as -m pretrained/prose")
     config, meta = loaded.config, loaded.meta
-    given = prefix_lengths(config.prefix_range[:1] * 2, 0, 0, [0], x0[None], end_of_prefix(config, meta))[0]
+    until = end_of_prefix(config, make_tokenizer(meta))
+    given = prefix_lengths(config.prefix_range[:1] * 2, 0, 0, [0], x0[None], until)[0]
     if not config.objective_class.both_sides:
         raise UserError(f"the checkpoint {config.objective_class.description}, and `loss` shows one time t of the "
                         "whole text: use evaluate.py for its loss")

@@ -214,9 +214,9 @@ def likelihood(subject, estimator, args):
         raise UserError(f"the likelihood of {subject.path} is not finite: its weights are damaged, or it predicts 0")
     bits, error = mean_and_error(nats / math.log(2), strata_of(subject, args))
     unit = subject.tokenizer.unit
-    given = (np.zeros(data.n, dtype=int) if estimator in ORDERS else
-             prefix_lengths(subject.config.prefix_range, args.seed, 0, range(data.n),
-                            data.read(slice(None)) if subject.until is not None else None, subject.until))
+    questions = None if subject.until is None else data.read(slice(None))
+    given = prefix_lengths((0, 0) if estimator in ORDERS else subject.config.prefix_range, args.seed, 0,
+                           range(data.n), questions, subject.until)
     in_all = nats.numpy() @ (data.seq_len - given) / math.log(2)  # bits of all scored tokens
     counts = sum(np.bincount(data.tokens[i + c:i + data.seq_len], minlength=subject.meta["vocab_size"])
                  for i, c in zip(data.starts, given))

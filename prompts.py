@@ -98,7 +98,7 @@ def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
 def end_of(config, tokenizer):
     """The id of the token at which a text of this model ends, or None: for block diffusion and for large language
     models, if the data have one. Other models write several texts in a row."""
-    stops = config.block_size and config.padding == "end" or config.architecture == "llm"
+    stops = config.block_size and config.padding == "end" or config.network_class.large
     return tokenizer.end if stops else None
 
 

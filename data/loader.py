@@ -159,7 +159,7 @@ def gather(tokens, starts, seq_len):
 
 
 class Items(NamedTuple):
-    """What training must know of the items of a data set, such as names. The defaults are for one long text."""
+    """Facts about the items of a data set, such as names, that training needs. The defaults are for one long text."""
 
     record: int = 1     # tokens of an item
     pad: int = None     # the id of the pad, which is no part of the text
@@ -177,16 +177,17 @@ def items_of(cfg, meta):
     if cfg.padding == "random" and pad is None:
         raise UserError(f"padding=random needs items with pads, such as names, and data set {cfg.dataset!r} has "
                         "no pads: use --padding=end")
-    return Items(record, None if pad is None else meta["alphabet"].index(pad), end_of_prefix(cfg, meta))
+    return Items(record, None if pad is None else meta["alphabet"].index(pad),
+                 end_of_prefix(cfg, cfg.prefix_symbol and make_tokenizer(meta)))
 
 
-def end_of_prefix(config, meta):
+def end_of_prefix(config, tokenizer):
     """The id of the token with which the given tokens of an item end (prefix=until:TEXT), or None.
 
     Raises UserError if the text is not one token."""
     if not config.prefix_symbol:
         return None
-    ids = make_tokenizer(meta).encode(config.prefix_symbol)
+    ids = tokenizer.encode(config.prefix_symbol)
     if len(ids) != 1:
         raise UserError(f"prefix={config.prefix}: {config.prefix_symbol!r} is {len(ids)} tokens of the data set, and "
                         "must be one")

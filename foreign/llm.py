@@ -27,12 +27,12 @@ LONGEST = 4096  # tokens of a text if the user does not say; some networks have 
 # Families of transformers that see_all works with, as the tests check. Some others see the left side all the same.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "olmo2", "smollm3")
 WHOLE_TEXT = {"sliding_window": None, "use_sliding_window": False, "layer_types": None}  # no windows of attention
-LEFT_TO_RIGHT = "it predicts from left to right: train it as a diffusion model first (docs/adaptation.md)"
 
 
 class LLM(MaskedLM):
     """Denoiser over V = vocab_size tokens and the mask (id V), which is not told the time. See MaskedLM."""
 
+    large = True
     task, example = "AutoModelForCausalLM", "hf://Qwen/Qwen3-0.6B"
     defaults = ("tied", "head_bias", "norm_bias", "shift_tokens")
 
@@ -40,12 +40,13 @@ class LLM(MaskedLM):
     def misfit(cls, config):
         if config.anneal_steps and not config.predict_next:
             return "anneal_steps needs predict_next with architecture=llm"
-        frame = read_backbone(config.backbone) if config.backbone else {"before": [None], "after": []}
-        if config.predict_next and not frame["before"]:
-            return "predict_next needs a token before the text, and this checkpoint has none: leave it out"
-        if config.anneal_steps and len(frame["before"] + frame["after"]) != 1:
-            return ("anneal_steps needs one token around a text, the one before it, and the tokenizer of this "
-                    f"checkpoint puts {len(frame['before'])} before and {len(frame['after'])} after it: leave it out")
+        if config.predict_next and config.backbone:
+            before, after = (read_backbone(config.backbone)[key] for key in ("before", "after"))
+            if not before:
+                return "predict_next needs a token before the text, and this checkpoint has none: leave it out"
+            if config.anneal_steps and len(before + after) != 1:
+                return ("anneal_steps needs one token around a text, the one before it, and the tokenizer of this "
+                        f"checkpoint puts {len(before)} before and {len(after)} after it: leave it out")
         return super().misfit(config)
 
     def __init__(self, vocab_size, model, *others):
@@ -124,7 +125,8 @@ def network_settings(settings, path):
         raise UserError(f"{path} is a language model of the family {family}; those that are read are "
                         f"{', '.join(FAMILIES)}")
     if family == kind:
-        note(f"{path} is a language model: {LEFT_TO_RIGHT}")
+        note(f"{path} is a language model, which predicts from left to right: train it as a diffusion model first "
+             "(docs/adaptation.md)")
     return settings | {"model_type": family}, family == kind
 
 

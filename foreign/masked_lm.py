@@ -113,6 +113,7 @@ class MaskedLM(nn.Module):
     """
 
     own, of_source = ("backbone",), ("backbone", *SIZES)
+    large = False
     task = "AutoModelForMaskedLM"  # the class of transformers that builds the network
     example = "hf://FacebookAI/roberta-base"
     defaults = ("tied", "head_bias", "norm_bias", "shift_tokens", "predict_next", "anneal_steps")  # must have them

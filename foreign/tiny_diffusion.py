@@ -42,7 +42,7 @@ class Block(nn.Module):
 class TinyDiffusion(nn.Module):
     """Denoiser over V = vocab_size tokens and the mask (id V). It is told the step round(t T) of T."""
 
-    own = of_source = ()
+    own, of_source, large = (), (), False
 
     @classmethod
     def from_config(cls, config, vocab_size):

@@ -2,12 +2,9 @@
 
 import torch
 
-from categorical import Counted
-from cli import UserError, autocast, generator_on, progress, table
+from cli import UserError, table
 from likelihood import mean_and_error
-from prompts import end_of
 from randomness import prefix_lengths
-from sampling import denoise
 
 
 def measure_answers(subject, settings, seed):
@@ -15,18 +12,12 @@ def measure_answers(subject, settings, seed):
 
     An answer is right if the whole text is that of the window; pads are no text. settings: a sampling.Settings.
     """
-    data, objective, decode = subject.data, subject.objective(), subject.tokenizer.decode
-    denoiser, generator, right = Counted(subject.model), generator_on(data.device, seed), []
-    end, until = end_of(subject.config, subject.tokenizer), subject.until
-    for chunk in progress(data.batches(), desc="answering", leave=False):
-        x0 = data.read(chunk)
-        given = prefix_lengths(subject.config.prefix_range, seed, 0, chunk, x0, until)
-        is_given = torch.arange(data.seq_len) < torch.from_numpy(given)[:, None]
-        xt = torch.where(is_given, x0, objective.mask_id).to(data.device)
-        with autocast(data.device, data.dtype):
-            *_, state = denoise(settings, objective, denoiser, xt, subject.config, 0, generator, end)
-        right += [decode(found) == decode(asked) for found, asked in zip(state.xt.tolist(), x0.tolist())]
-    return torch.tensor(right), denoiser.sequences / data.n
+    data, decode = subject.data, subject.tokenizer.decode
+    x0 = data.read(slice(None))
+    given = prefix_lengths(subject.config.prefix_range, seed, 0, range(data.n), x0, subject.until)
+    is_given = torch.arange(data.seq_len) < torch.from_numpy(given)[:, None]
+    filled, nfe, _ = subject.fill(torch.where(is_given, x0, subject.objective().mask_id), settings, seed)
+    return torch.tensor([decode(found) == decode(asked) for found, asked in zip(filled.tolist(), x0.tolist())]), nfe
 
 
 def answers(subject, settings, seed, out):

@@ -16,15 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from categorical import Counted
 from checkpoint import load_model
-from cli import UserError, autocast, first_line, generator_on, note, progress, require, table, write_file
+from cli import UserError, autocast, first_line, note, progress, require, table, write_file
 from data.loader import gather, windows
 from data.tokenizer import END, make_tokenizer
 from diffusion import AutoRegressive, cross_entropy
 from plot import picture
 from prompts import end_of, text_of
-from sampling import denoise
 from studies.baselines import known_word_share, words_of
 
 
@@ -213,23 +211,6 @@ def read_samples(path):
     return texts
 
 
-def draw_samples(subject, objective, given, settings, seed):
-    """Draw texts that continue the prefixes given (n, c); c = 0 if the model was trained without a prefix.
-
-    Returns n texts without their prefixes, the mean numbers of network evaluations and of tokens that the network read,
-    per text, and seconds.
-    """
-    data, denoiser, texts, start = subject.data, Counted(subject.model), [], time.perf_counter()
-    generator, (n, c) = generator_on(data.device, seed), given.shape
-    end = end_of(subject.config, subject.tokenizer)
-    for i in progress(range(0, n, data.batch_size), desc=f"{settings.sampler} {settings.steps or ''}", leave=False):
-        xt = torch.nn.functional.pad(given[i:i + data.batch_size], (0, data.seq_len - c), value=objective.mask_id)
-        with autocast(data.device, data.dtype):
-            *_, state = denoise(settings, objective, denoiser, xt.to(data.device), subject.config, 0, generator, end)
-        texts += [text_of(*pair, end, subject.tokenizer) for pair in zip(state.xt[:, c:].tolist(), xt[:, c:].tolist())]
-    return texts, denoiser.sequences / n, denoiser.tokens / n, time.perf_counter() - start
-
-
 def measure(subject, samples, judge, settings, seed):
     """Measure samples of each of several sampling.Settings, and as many pieces of real text, if there are so many.
 
@@ -237,7 +218,7 @@ def measure(subject, samples, judge, settings, seed):
     open_judge, or None. A piece is as long as a sample; if the samples are texts, as long as they are on average. The
     prefix of a model that needs one is left out.
     """
-    rows, objective, data = [], subject.objective(), subject.data
+    rows, data, end = [], subject.data, end_of(subject.config, subject.tokenizer)
     known = words_of(subject.training_tokens(), subject.tokenizer)
 
     def add(name, texts, **more):
@@ -258,9 +239,13 @@ def measure(subject, samples, judge, settings, seed):
                      "with those of real text")
     else:
         starts, c = windows(data.tokens, length, samples), subject.config.prefix_range[0]
-        given = gather(data.tokens, np.resize(starts, samples), c)
+        xt = gather(data.tokens, np.resize(starts, samples), length)
+        xt[:, c:] = subject.objective().mask_id
         for way in settings:
-            texts, nfe, tokens_read, seconds = draw_samples(subject, objective, given, way, seed)
+            began = time.perf_counter()
+            filled, nfe, tokens_read = subject.fill(xt, way, seed)
+            seconds = time.perf_counter() - began
+            texts = [text_of(*pair, end, subject.tokenizer) for pair in zip(filled[:, c:].tolist(), xt[:, c:].tolist())]
             options = way.options | {"grid": way.grid_name, "block_length": way.block_length or ""}
             others = " ".join(f"{key}={value}" for key, value in options.items() if value != "")
             add(way.sampler, texts, steps=way.steps, setting=others or None, nfe=nfe, tokens_read=tokens_read,

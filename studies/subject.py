@@ -7,12 +7,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from categorical import Counted
 from checkpoint import load_model
-from cli import UserError, note
+from cli import UserError, autocast, generator_on, note, progress
 from data.loader import check_items, check_same_data, end_of_prefix, load_meta, load_split, recode, windows
 from data.prepare import read_text
 from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
 from likelihood import Windows
+from prompts import end_of
+from sampling import denoise
 from storage import hints_of
 
 
@@ -36,7 +39,20 @@ class Subject(NamedTuple):
     @property
     def until(self):
         """The id of the token that ends the given tokens of each window, or None."""
-        return end_of_prefix(self.config, self.meta)
+        return end_of_prefix(self.config, self.tokenizer)
+
+    def fill(self, xt, settings, seed):
+        """Fill the masks of texts xt (n, L). Returns (ids (n, L), network calls and tokens read by them, per text).
+
+        settings: a sampling.Settings."""
+        data, objective, end = self.data, self.objective(), end_of(self.config, self.tokenizer)
+        denoiser, generator, filled = Counted(self.model), generator_on(data.device, seed), []
+        name = f"{settings.sampler} {settings.steps or ''}"
+        for part in progress(xt.to(data.device).split(data.batch_size), desc=name, leave=False):
+            with autocast(data.device, data.dtype):
+                *_, state = denoise(settings, objective, denoiser, part, self.config, 0, generator, end)
+            filled.append(state.xt.cpu())
+        return torch.cat(filled), denoiser.sequences / len(xt), denoiser.tokens / len(xt)
 
     def training_tokens(self):
         """Return all tokens of the train split of the data set, in the checkpoint's ids."""
@@ -101,7 +117,7 @@ def open_subject(path, args, device, dtype, n_windows=None):
         dataset, split, content = args.dataset or config.dataset, args.split, None
         where = f"{dataset} {split}"
         tokens, n_bytes = read_split(dataset, split, data_dir, seq_len, meta, None if args.dataset else path)
-    check_items(tokens, seq_len, end_of_prefix(config, meta), where)
+    check_items(tokens, seq_len, end_of_prefix(config, tokenizer), where)
     if args.n_tokens:
         n_windows = max(1, round(args.n_tokens / seq_len))
     data = Windows(tokens, windows(tokens, seq_len, n_windows), seq_len, args.batch_size, device, dtype)

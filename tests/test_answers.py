@@ -20,6 +20,7 @@ from likelihood import Windows, bound
 from randomness import prefix_lengths
 from sampling import Settings
 from studies.answers import measure_answers
+from studies.subject import Subject
 from test_checkpoint import changed
 from train import batches
 from world import picked
@@ -105,9 +106,8 @@ def test_right_answers(sums):
 
     data = Windows(tokens, np.arange(0, len(tokens), L)[:20], L, 8, CPU, torch.float32)
     for more, share in ((0, 1), (1, 0)):
-        config = SimpleNamespace(prefix_range=(1, L - 1), prefix="until:=", seq_len=L, block_size=0, architecture="dit")
-        subject = SimpleNamespace(data=data, objective=lambda: MDLM(V), tokenizer=tokenizer, model=adds(more),
-                                  until=until, config=config)
+        config = Config(dataset="sums", prefix="until:=", seq_len=L, objective="mdlm")
+        subject = Subject("", adds(more), config, meta, 0, tokenizer, "sums", "train", "", sums, data)
         right, nfe = measure_answers(subject, Settings("topk", {"k": 2}), seed=0)
         assert right.double().mean() == share and len(right) == 20 and 3 <= nfe <= 5
 

@@ -290,7 +290,7 @@ def test_undrawn_weights_are_zeros():
 
 
 def test_annealing_begins_as_the_language_model(llm):
-    """With causal attention the network is the left-to-right model, whose output at a token predicts the next one."""
+    """A network with causal attention is the left-to-right model, whose output at a token predicts the next one."""
     import transformers as hf
     folder, _ = llm("qwen2")
     loaded, config, meta, _ = checkpoint.load_model(folder, CPU)
@@ -365,7 +365,7 @@ def test_conversations(llm, call, tmp_path):
 
 
 def test_samples_stop_at_the_end(llm, call, tmp_path):
-    """With a head that always predicts end-of-text, one piece is computed and nothing is written after the prompt."""
+    """A head always predicts end-of-text: one piece is computed, and nothing is written after the prompt."""
     shutil.copytree(llm("llada")[0], tmp_path / "x")
     state = load_file(tmp_path / "x/model.safetensors")
     state["model.transformer.ff_out.weight"].zero_()

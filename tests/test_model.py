@@ -32,6 +32,7 @@ def test_what_a_network_has(name):
     conditioning = "step" if name == "tiny_diffusion" else "none"
     model, (xt, t) = network(5, architecture=name, conditioning=conditioning), batch()
     assert {*model.own, *model.of_source} <= configs.Config.__dataclass_fields__.keys() and model.vocab_size == 5
+    assert not model.large
     where = torch.rand(xt.shape) < 0.4
     logits = model(xt, t)
     assert logits.shape == (3, 16, 5)
