@@ -21,6 +21,7 @@ from foreign.gpt2 import GPT2, NanoGPT
 from foreign.llm import LLM
 from foreign.masked_lm import MaskedLM
 from foreign.tiny_diffusion import TinyDiffusion
+from hybrid import Hybrid
 from mixers import MIXERS, RESIDUALS, MixerDiT
 from model import DiT
 from optim import OPTIMIZERS, TAKE_SHARES, parse_clip
@@ -29,9 +30,10 @@ from uniform import Uniform, UniformD3PM, UniformSEDD
 # A new objective or network gets a name here and a file of its own (diffusion.Objective lists what it must have).
 OBJECTIVES = {("d3pm", "mask"): D3PM, ("mdlm", "mask"): MDLM, ("sedd", "mask"): SEDD,
               ("block", "mask"): BlockDiffusion, ("bert", "mask"): BERT, ("ar", "mask"): AutoRegressive,
-              ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD}
-# {a setting that some objectives do not have: the names of those that have it}
-OWNERS = {key: [name for (name, _), other in OBJECTIVES.items() if key in other.own]
+              ("d3pm", "uniform"): UniformD3PM, ("mdlm", "uniform"): Uniform, ("sedd", "uniform"): UniformSEDD,
+              ("mdlm", "hybrid"): Hybrid}
+# {a setting that some objectives do not have: the names and noises of those that have it}
+OWNERS = {key: [names for names, other in OBJECTIVES.items() if key in other.own]
           for objective in OBJECTIVES.values() for key in objective.own}
 NETWORKS = {"dit": DiT, "tiny_diffusion": TinyDiffusion, "gpt2": GPT2, "nanogpt": NanoGPT,
             "masked_lm": MaskedLM, "llm": LLM, "mixers": MixerDiT}
@@ -112,8 +114,10 @@ class Config:
                              tuple(dict.fromkeys(name for name, _ in OBJECTIVES)))
     block_size: int = setting(0, "number of tokens in a block, a divisor of seq_len; objective=block only")
     rate_range: str = setting("0:1", "lowest and highest mask rate in training, such as 0.3:0.8; objective=block only")
-    noise: str = setting("mask", "kind of noise: tokens become the mask, or random tokens (mdlm is then UDLM)",
-                         tuple(dict.fromkeys(noise for _, noise in OBJECTIVES)))
+    noise: str = setting("mask", "kind of noise: tokens become the mask, random tokens (uniform: mdlm is then UDLM), or "
+                         "both (hybrid: GIDD)", tuple(dict.fromkeys(noise for _, noise in OBJECTIVES)))
+    uniform_share: float = setting(0.1, "largest share of random tokens on the way from text to masks; noise=hybrid "
+                                   "only")
     T: int = setting(1000, "steps of objective=d3pm and conditioning=step; default number of sampling steps")
     lambda_ce: float = setting(0.0, "weight of the auxiliary cross-entropy at all positions; d3pm only")
     schedule: str = setting("linear", f"noise schedule alpha(t): {', '.join(SCHEDULES)}; or with parameters: "
@@ -123,7 +127,7 @@ class Config:
                                  "spread evenly over the batch; or exact_k, a number of masks, also spread evenly (not "
                                  "for d3pm or uniform noise)", ("uniform", "stratified", "exact_k"))
     weighting: str = setting("nelbo", "loss weight of a masked token: nelbo, as in the bound; or simple, the same for "
-                             "all (mdlm, block); bert always has the same for all",
+                             "all (mdlm, block; hybrid.py); bert always has the same for all",
                              ("nelbo", "simple"))
     anneal_steps: int = setting(0, "steps in which attention grows from causal to full, at random places; 0: full at "
                                 "once")
@@ -236,8 +240,10 @@ class Config:
                 raise UserError(misfit)
         for key in self.changed(OWNERS):
             if key not in self.objective_class.own:
-                raise UserError(f"{key}={getattr(self, key)} is only for objective={' or '.join(OWNERS[key])}: use "
-                                f"{key}={default_of(key)}")
+                names, noises = (list(dict.fromkeys(part)) for part in zip(*OWNERS[key]))
+                with_noise = f" with noise={' or '.join(noises)}" if self.objective in names else ""
+                raise UserError(f"{key}={getattr(self, key)} is only for objective={' or '.join(names)}{with_noise}: "
+                                f"use {key}={default_of(key)}")
 
     def changed(self, keys):
         """Those of some settings whose values are not the defaults."""
@@ -245,7 +251,7 @@ class Config:
 
     def with_objective(self, name, **settings):
         """This Config with another objective. Settings that the other objective does not have get their defaults."""
-        others = {key: default_of(key) for key, names in OWNERS.items() if name not in names}
+        others = {key: default_of(key) for key, owners in OWNERS.items() if (name, self.noise) not in owners}
         return replace(self, objective=name, **others, **settings)
 
     @property
@@ -434,6 +440,11 @@ def udlm_text8():
     return replace(sedd_text8(), objective="mdlm", noise="uniform")
 
 
+def gidd_text8():
+    """as udlm_text8, with GIDD: noise of masks and random characters, a tenth of which are random at most"""
+    return replace(udlm_text8(), noise="hybrid", schedule="linear", conditioning="time", weighting="simple")
+
+
 def ar_twin(config):
     """The autoregressive baseline: the same data, size and optimisation, causal attention, exact likelihood."""
     return replace(config, objective="ar", conditioning="none", lambda_ce=0.0, time_sampling="uniform",
@@ -504,8 +515,9 @@ CONFIGS = {function.__name__: function for function in (
     demo, names,
     d3pm_shakespeare, d3pm_text8, d3pm_text8_8gpu, d3pm_openwebtext_8gpu, mdlm_shakespeare, shakespeare_context,
     mdlm_text8, mdlm_text8_8gpu, mdlm_openwebtext_8gpu, d3pm_mini, mdlm_mini_fast, prose, mdlm_text8_fast_8gpu,
-    mdlm_openwebtext_fast_8gpu, sedd_text8, sedd_openwebtext_8gpu, udlm_text8, ar_demo, ar_shakespeare, ar_text8,
-    ar_openwebtext_8gpu, bd3_demo, bd3_shakespeare, bd3_openwebtext_8gpu, roberta_wikitext, diffugpt_openwebtext_8gpu,
+    mdlm_openwebtext_fast_8gpu, sedd_text8, sedd_openwebtext_8gpu, udlm_text8, gidd_text8, ar_demo, ar_shakespeare,
+    ar_text8, ar_openwebtext_8gpu, bd3_demo, bd3_shakespeare, bd3_openwebtext_8gpu, roberta_wikitext,
+    diffugpt_openwebtext_8gpu,
 )}
 
 

@@ -27,6 +27,7 @@ from checkpoint import load_model
 from data.loader import end_of_prefix
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM, SCHEDULES, make_schedule
+from hybrid import Hybrid
 from plot import panels
 from prompts import encode
 from randomness import give_prefix, prefix_lengths, uniforms
@@ -77,11 +78,11 @@ def perturb(args):
     kind = args.noise or (loaded.config.noise if loaded else "mask")
     name = args.schedule or (loaded.config.schedule if loaded else "linear")
     V, L, t = tokenizer.vocab_size, len(x0), torch.tensor([args.t], dtype=torch.float64)
-    objective = Uniform(V, name) if kind == "uniform" else MDLM(V, name, "uniform")
+    objective = {"mask": MDLM, "uniform": Uniform, "hybrid": Hybrid}[kind](V, name)
     _, v = uniforms(args.seed, 0, [0], 1, L, stratified=False)
     noise = objective.noise(t, v)
     xt = objective.corrupt(x0, noise[0])[0]
-    hit = noise.token[0] >= 0 if kind == "uniform" else noise.mask[0]
+    hit = noise.token[0] >= 0 if objective.random_tokens else noise.mask[0]
     alpha, sigma = objective.schedule.alpha(t).item(), objective.schedule.sigma(t).item()
     print(f"t = {args.t:g}, schedule {name}: a token stays with probability alpha(t) = {alpha:.4f}\n"
           f"sigma(t) = -log alpha(t) = {sigma:.4f}, the total noise, which SEDD's networks are told\n"
@@ -90,13 +91,16 @@ def perturb(args):
           f"  {shown(x0, tokenizer)}\n  {shown(xt, tokenizer)}\n")
     moves = []
     for i in hit.nonzero().flatten().tolist():
-        became = f" -> {shown(xt[i:i + 1], tokenizer)!r}" if kind == "uniform" else ""
+        became = f" -> {shown(xt[i:i + 1], tokenizer)!r}" if objective.random_tokens else ""
         moves.append(f"{i} {shown(x0[i:i + 1], tokenizer)!r}{became}")
-    print(f"{'replaced by any token, maybe itself' if kind == 'uniform' else 'absorbed'}: {'  '.join(moves) or 'none'}")
+    how = {"mask": "absorbed", "uniform": "replaced by any token, maybe itself",
+           "hybrid": "replaced by the mask, or by any token, maybe itself"}[kind]
+    print(f"{how}: {'  '.join(moves) or 'none'}")
     say("""Each token has a random number in (0, 1] of its own and moves once 1 - alpha(t) reaches it: with the same
         --seed a larger -t moves the same tokens and more. """
-        + ("Nothing shows which tokens are noise: the network must doubt all of them." if kind == "uniform" else
-           "A mask shows where text is missing: the network fills it in."))
+        + {"mask": "A mask shows where text is missing: the network fills it in.",
+           "uniform": "Nothing shows which tokens are noise: the network must doubt all of them.",
+           "hybrid": "Masks show where text is missing, and the network must also doubt the tokens that it sees."}[kind])
 
 
 def prepared(x0, loaded):
@@ -160,7 +164,7 @@ def loss(args):
 
 def show_costs(objective, model, x0, given, args, tokenizer):
     """Print the numbers of the noise at time t, and the cost of each token of x0 (L,) under it."""
-    L, n, masks = len(x0), len(x0) - given, objective.has_mask
+    L, n, masks = len(x0), len(x0) - given, not objective.random_tokens
     _, v = uniforms(args.seed, 0, [0], 1, L, stratified=False)
     noise = objective.noise(torch.tensor([args.t], dtype=torch.float64), give_prefix(v, [given]))
     xt = objective.corrupt(x0[None], noise[0])
@@ -196,7 +200,7 @@ def show_costs(objective, model, x0, given, args, tokenizer):
 
 
 def meaning_of_weight(objective):
-    if not objective.has_mask:
+    if objective.random_tokens:
         return f"T, as one of T = {objective.T:,} steps is drawn" if objective.T else "dsigma/dt"
     formula = (f"T (a_(s-1) - a_s)/(1 - a_s), with a_s = alpha(s/T) and T = {objective.T:,}" if objective.T else
                "-alpha'(t)/(1 - alpha(t)) = odds dsigma/dt")
@@ -217,7 +221,7 @@ def show_other_draws(objective, model, x0, given, args):
     say("Training draws the time anew for every text, so single losses jump, and their mean counts. "
         + ("""A token counts as often as the weight says. The weight is large where few tokens are masked: there one
            hard token is a large number. In the draws of evaluate.py k masks have the weight L/k."""
-           if objective.has_mask else ""))
+           if not objective.random_tokens else ""))
 
 
 def noise(args):
@@ -257,7 +261,7 @@ FLAGS = {
     "checkpoint": dict(metavar="CKPT", help="checkpoint of a model of names: a file, or a folder with ckpt.pt"),
     "-n": dict(type=number(int, -10**6, 10**6), default=1, help="number to add to each id (default 1)"),
     "-t": dict(type=number(float, 1e-6, 1), default=0.5, help="time, in (0, 1] (default 0.5)"),
-    "--noise": dict(choices=("mask", "uniform"), help="kind of noise (default: the checkpoint's, or mask)"),
+    "--noise": dict(choices=("mask", "uniform", "hybrid"), help="kind of noise (default: the checkpoint's, or mask)"),
     "--schedule": dict(type=schedule, help=f"noise schedule: {', '.join(SCHEDULES)}, or like geometric:0.0001:20"),
     "--seed": dict(type=number(int, 0, 2**63 - 1), default=0, help="random seed (default 0)"),
     "-m --model": dict(type=named, metavar="CKPT", help="checkpoint: a file, or a folder with ckpt.pt"),

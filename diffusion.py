@@ -22,7 +22,8 @@ network's probability of the clean token. So every bound here is one sum,
     nelbo = E[ weight * sum over masks of CE ] / L,
 
 and a method is a way to draw (mask, t, weight). The posterior over all V + 1 states is never built; the tests build it,
-and compare. Score entropy (SEDD) is such a sum, too, with a penalty beside CE. Noise of random tokens is in uniform.py.
+and compare. Score entropy (SEDD) is such a sum, too, with a penalty beside CE. Noise of random tokens is in uniform.py,
+and of both in hybrid.py.
 
 All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (randomness.py).
 So an objective is a deterministic function of (x0, u, v). The first c tokens of a text may be given: its prefix. They
@@ -190,6 +191,7 @@ class Objective:
 
     description = "predicts masked tokens"  # what a checkpoint of this objective does; completes "it ..." in messages
     has_mask = True     # the noise makes masks, so the network has one token more than the vocabulary
+    random_tokens = False  # the noise makes tokens others at random, so nothing shows which are noise (uniform.py)
     causal = False      # the network sees only tokens on the left
     any_order = True    # it predicts masks in whole texts: any of them, from any visible tokens
     both_sides = True   # a token sees the text on its right, too, so that blanks in the middle of a text can be filled

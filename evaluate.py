@@ -45,8 +45,8 @@ from studies.subject import check_comparable, count_tokens, different_tokens, op
 ESTIMATORS = {
     "exact_k": "continuous-time bound, exact k", "continuous": "continuous-time bound, independent masks",
     "t_step": "T-step bound, T = {T}", "t_step_uniform": "T-step bound, T = {T}, uniform steps",
-    "rates": "continuous-time bound, uniform noise",
-    "flatter_rates": "continuous-time bound, uniform noise, flatter rates",
+    "rates": "continuous-time bound, random tokens",
+    "flatter_rates": "continuous-time bound, random tokens, flatter rates",
     "chain_rule": "negative log-likelihood, chain rule",
 }
 LIMIT = 4         # standard errors by which two estimates of one number may differ
@@ -90,7 +90,7 @@ def parse_args():
     how = p.add_argument_group("estimate of the likelihood")
     how.add_argument("--estimator", choices=[name for name in ESTIMATORS if name != "chain_rule"],
                      help="estimator of the bound (default: t_step for d3pm, exact_k for other masked models, rates "
-                          "for other models with uniform noise)")
+                          "for other noise of random tokens)")
     how.add_argument("--normalised", action="store_true",
                      help="score the normalised prediction of sedd with masks: a tighter bound than score entropy")
     how.add_argument("--T", type=number(int, 1, 10**7), help="steps of the T-step bound (default: the checkpoint's)")

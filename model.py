@@ -257,7 +257,7 @@ class DiT(nn.Module):
             return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
         objective = config.objective_class
         if (config.predict_next or config.anneal_steps) and (
-                objective.causal or config.block_size or not objective.has_mask):
+                objective.causal or config.block_size or objective.random_tokens):
             return "predict_next and anneal_steps are for masks in whole texts: use objective=mdlm, d3pm, sedd or bert"
 
     def __init__(self, vocab_size, config):

@@ -191,9 +191,9 @@ def main():
         known = words_of(load_split(config.dataset, "train", 1, data_dir),
                          make_tokenizer(load_meta(config.dataset, data_dir)))
     watching = args.show or args.show_intermediate
-    uniform = not objective.has_mask  # with uniform noise, a canvas has no masks left after the first step
+    rewrites = objective.random_tokens  # all tokens are drawn anew in each step, so that masks left do not count
     every = args.show_intermediate
-    if uniform and not every and not sys.stderr.isatty():
+    if rewrites and not every and not sys.stderr.isatty():
         every = -(-settings.steps // 10)  # with masks, Screen itself chooses the states
     screen = Screen(objective.mask_id, tokenizer, every) if watching else None
     denoiser, generator, began = Counted(model), generator_on(device, args.seed), time.perf_counter()
@@ -203,9 +203,9 @@ def main():
     fill = lambda canvas: denoise(settings, objective, network, canvas.to(device), config, args.context or 0,
                                   generator, end)
     with (autocast(device, dtype),
-          progress(total=None if uniform else n_masks, desc="sampling", unit="step" if uniform else "token",
+          progress(total=None if rewrites else n_masks, desc="sampling", unit="step" if rewrites else "token",
                    leave=False, show=not screen) as bar):
-        history = fill_all(prompts, args.batch_size, objective.mask_id, fill, bar, screen, uniform)
+        history = fill_all(prompts, args.batch_size, objective.mask_id, fill, bar, screen, rewrites)
     seconds = time.perf_counter() - began
     samples = [history.final(b) for b in range(len(history.start))]
     texts = [text_of(tokens, start, end, tokenizer) for tokens, start in zip(samples, history.start)]

@@ -33,7 +33,7 @@ All samplers take the same arguments, and then those of their own:
                begin at 1 all the same: at the rate r of a grid, the network is told the time of rate0 * r
     grid       (samplers with steps) mask rates, never rising: from 1, or the schedule's rate at t = 1, to 0
 
-Networks trained on uniform noise have samplers of their own, in uniform.py. They do not use `rate0`.
+Networks trained on random tokens have samplers of their own, in uniform.py and hybrid.py. They do not use `rate0`.
 """
 
 import copy
@@ -45,6 +45,7 @@ import torch.nn.functional as F
 
 from block_diffusion import finish, in_blocks
 from categorical import SURE, Draw, State, begin, with_denoising
+from hybrid import hybrid_ancestral
 from uniform import uniform_ancestral, uniform_euler
 
 
@@ -393,6 +394,7 @@ SAMPLERS = {
     "euler": Sampler(euler, ("steps", "grid")),
     "uniform_ancestral": Sampler(uniform_ancestral, ("steps", "grid")),
     "uniform_euler": Sampler(uniform_euler, ("steps", "grid"), draws_tokens=False),
+    "hybrid_ancestral": Sampler(hybrid_ancestral, ("steps", "grid")),
     "left_to_right": Sampler(left_to_right, keeps_past=True),
 }
 

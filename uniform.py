@@ -96,7 +96,7 @@ class Uniform(Objective):
     description = "was trained with uniform noise"
     score = False  # the logits are those of x_theta, not log S_y
     has_mask = any_order = False
-    everywhere = True
+    everywhere = random_tokens = True
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
 
@@ -107,10 +107,11 @@ class Uniform(Objective):
     @classmethod
     def misfit(cls, config):
         for_masks = {"prefix=none": config.prefix != "none", "lambda_ce=0": config.lambda_ce,
-                     "weighting=nelbo": config.weighting == "simple", "scale_by_sigma": not config.scale_by_sigma,
+                     "weighting=nelbo": config.weighting == "simple" and "weighting" not in cls.own,
+                     "scale_by_sigma": not config.scale_by_sigma,
                      "time_sampling=stratified (or uniform)": config.time_sampling == "exact_k"}
         if wrong := [f"--{setting}" for setting, is_wrong in for_masks.items() if is_wrong]:
-            return f"noise=uniform needs {' '.join(wrong)}: what is set now is for masks"
+            return f"noise={config.noise} needs {' '.join(wrong)}: what is set now is for masks"
 
     def __init__(self, vocab_size, schedule="loglinear"):
         super().__init__(vocab_size, schedule)
@@ -274,37 +275,49 @@ def noise_at(r, tokens):
 
 
 @torch.no_grad()
-def uniform_chain(model, xt, objective, draw, grid, step):
-    """Draw random tokens in place of the masks of xt (B, L), and draw them anew in each step, from noise rate r to rho.
+def chain(model, xt, start, objective, grid, step):
+    """Draw all tokens that are masks in xt (B, L) anew in each step of a grid, from noise rate r to rho.
+
+    start: (B, L) long, the tokens at rate grid[0], with those of xt where they are given. Given tokens never change.
+    step: (logits (N, V), tokens (N,), r, rho) -> new tokens (N,), and the network's probabilities of these (N,).
 
     The network is told the time of the rate r, even if tokens are given: r decides how much a token says of itself.
-    step: (x (N, V), logits (N, V), tokens (N,), r, rho) -> weights (N, V) to draw the new tokens from, where x is the
+    Yields States.
+    """
+    state, free = begin(start), xt == objective.mask_id
+    for r, rho in zip(grid, grid[1:]):
+        if free.any():
+            t = objective.time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
+            logits = in_pieces(model(state.xt, t, where=free))
+            now = state.xt[free].split([len(piece) for piece in logits])
+            new = [step(piece, z, r, rho) for piece, z in zip(logits, now)]
+            state = state.put(free, *map(torch.cat, zip(*new)))
+        yield state
+
+
+def uniform_chain(model, xt, objective, draw, grid, weigh):
+    """The chain that begins with random tokens in place of the masks of xt (B, L).
+
+    weigh: (x (N, V), logits (N, V), tokens (N,), r, rho) -> weights (N, V) to draw the new tokens from, where x is the
         network's prediction. Negative weights count as 0.
 
-    Tokens that are not masks in xt never change. Yields States. Their p is the network's probability that the new token
-    y is the clean one. With z = xt and q(z | x0 = y) = (1 - r) [y = z] + r/V, Bayes says
+    p of the States is the network's probability that the new token y is the clean one. With z = xt and q(z | x0 = y) =
+    (1 - r) [y = z] + r/V, Bayes says
 
         p(x0 = y | xt) = x[y] q(z | y) / sum over j of x[j] q(z | j)
                        = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
     """
-    free = xt == objective.mask_id
     noise = (draw.uniform(xt.shape) * objective.V).long().to(xt.device)
-    state = begin(torch.where(free, noise, xt))
-    for r, rho in zip(grid, grid[1:]):
-        if free.any():
-            t = objective.time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
-            now = state.xt[free]
-            logits, tokens, p = in_pieces(model(state.xt, t, where=free)), [], []
-            for piece, z in zip(logits, now.split([len(piece) for piece in logits])):
-                x = objective.prediction(piece, z, noise_at(r, z))
-                y = draw.pick(step(x, piece, z, r, rho).clamp(min=0))
-                x = x.clamp(min=0)
-                x_y, x_z = (x.gather(-1, token[:, None]).squeeze(-1) for token in (y, z))
-                extra = x.shape[-1] * (1 - r)
-                tokens.append(y)
-                p.append((x_y * r + x_z * extra * (y == z)) / (x.sum(-1) * r + x_z * extra))
-            state = state.put(free, torch.cat(tokens), torch.cat(p))
-        yield state
+
+    def step(logits, z, r, rho):
+        x = objective.prediction(logits, z, noise_at(r, z))
+        y = draw.pick(weigh(x, logits, z, r, rho).clamp(min=0))
+        x = x.clamp(min=0)
+        x_y, x_z = (x.gather(-1, token[:, None]).squeeze(-1) for token in (y, z))
+        extra = x.shape[-1] * (1 - r)
+        return y, (x_y * r + x_z * extra * (y == z)) / (x.sum(-1) * r + x_z * extra)
+
+    return chain(model, xt, torch.where(xt == objective.mask_id, noise, xt), objective, grid, step)
 
 
 def uniform_ancestral(model, xt, objective, draw, rate0, grid):
@@ -314,7 +327,7 @@ def uniform_ancestral(model, xt, objective, draw, rate0, grid):
     most = -math.expm1(-objective.last_sigma)
     cut = draw.temperature != 1 or draw.top_p < 1 or draw.top_k
 
-    def step(x, logits, now, r, rho):
+    def weigh(x, logits, now, r, rho):
         if cut:
             x = x.clamp(min=0)
             x = draw.cut(x.log(), x / x.sum(-1, keepdim=True))
@@ -322,18 +335,18 @@ def uniform_ancestral(model, xt, objective, draw, rate0, grid):
         return posterior(x, now, r, rho)
 
     known = sorted({min(rate, most) for rate in grid}, reverse=True)
-    return uniform_chain(model, xt, objective, draw, known, step)
+    return uniform_chain(model, xt, objective, draw, known, weigh)
 
 
 def uniform_euler(model, xt, objective, draw, rate0, grid):
     """SEDD's Euler predictor with uniform noise. From time t to tau a token z becomes y != z with probability
     (t - tau) dsigma/dt S_y / V, where S_y is the score. Otherwise it stays. The last step removes the noise, as in
     `euler`."""
-    def step(x, logits, now, r, rho):
+    def weigh(x, logits, now, r, rho):
         return posterior(x, now, r, rho) if rho == 0 else uniform_jumps(objective, logits, now, r, rho)
 
     least = 1 - objective.schedule.alpha(torch.zeros((), dtype=torch.float64)).item()  # 1e-4 for `geometric`
-    return uniform_chain(model, xt, objective, draw, with_denoising(grid, least), step)
+    return uniform_chain(model, xt, objective, draw, with_denoising(grid, least), weigh)
 
 
 def uniform_jumps(objective, logits, now, r, rho):

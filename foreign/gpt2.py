@@ -46,7 +46,7 @@ class GPT2(DiT):
 
     @classmethod
     def misfit(cls, config):
-        if (config.conditioning != "none" or not config.objective_class.has_mask or not config.tied
+        if (config.conditioning != "none" or config.objective_class.random_tokens or not config.tied
                 or config.head_bias or config.shift_tokens):
             return (f"architecture={config.architecture} needs conditioning=none, noise=mask, and the defaults of "
                     "tied, head_bias and shift_tokens")

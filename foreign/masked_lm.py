@@ -137,7 +137,7 @@ class MaskedLM(nn.Module):
     @classmethod
     def misfit(cls, config):
         objective = config.objective_class
-        if (config.conditioning != "none" or not objective.has_mask or objective.causal or config.block_size
+        if (config.conditioning != "none" or objective.random_tokens or objective.causal or config.block_size
                 or config.fsdp or config.changed(cls.defaults)):
             return (f"architecture={config.architecture} needs conditioning=none, noise=mask, an objective other than "
                     f"ar and block, no --fsdp, and the defaults of {', '.join(cls.defaults)}")

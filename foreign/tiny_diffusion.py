@@ -54,7 +54,7 @@ class TinyDiffusion(nn.Module):
         objective = config.objective_class
         if config.n_embd % (2 * config.n_head):
             return f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}"
-        if (config.conditioning != "step" or not objective.has_mask or objective.causal or config.block_size
+        if (config.conditioning != "step" or objective.random_tokens or objective.causal or config.block_size
                 or config.dropout or not config.tied or config.head_bias or config.norm_bias or config.shift_tokens
                 or config.checkpoint_blocks or config.predict_next or config.anneal_steps):
             return ("architecture=tiny_diffusion needs conditioning=step, noise=mask, dropout=0, an objective other "

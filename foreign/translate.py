@@ -275,7 +275,7 @@ def plausible(model, objective, tokenizer, seq_len, device):
     where = torch.zeros_like(x0, dtype=torch.bool)
     where[:, 3::7] = True
     t = objective.time(torch.tensor([1 / 7], dtype=torch.float64)).to(device)
-    if not objective.has_mask:
+    if objective.random_tokens:
         sigma = torch.full(x0.shape, -math.log(6 / 7), device=device)
         logits = objective.prediction(model(x0, t), x0, sigma).clamp(min=1e-9).log()[where]
     else:

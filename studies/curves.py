@@ -184,7 +184,7 @@ def measure_context(model, objective, data, contexts, seed=0, knows_prefixes=Fal
 
 def context(subject, contexts, folder, seed, out):
     """Print and write the bound of the same tokens after contexts of different lengths."""
-    if not subject.config.objective_class.has_mask or subject.config.block_size:
+    if subject.config.objective_class.random_tokens or subject.config.block_size:
         subject.masked_only("--context")
     subject.one_prefix("--context")
     if max(contexts) >= subject.data.seq_len:

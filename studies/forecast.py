@@ -36,7 +36,7 @@ def kept_bytes(cfg, vocab_size, n, device, dtype, masked=0.5):
     x0 = torch.randint(vocab_size, (n, cfg.seq_len), device=device)
     noise = objective.noise(torch.full((n, objective.n_times(cfg.seq_len)), masked, dtype=torch.float64).squeeze(1),
                             torch.rand(n, cfg.seq_len, dtype=torch.float64)).to(device)
-    if objective.has_mask and not objective.causal:  # the exact number of masks, anywhere
+    if not (objective.random_tokens or objective.causal):  # the exact number of masks, anywhere
         noise = noise._replace(mask=(torch.randperm(x0.numel(), device=device) < masked * x0.numel()).view_as(x0))
     with (mock.patch.object(attention, "MOST_PRODUCTS", 0),  # a GPU's attention keeps no scores
           torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(device, dtype)):
@@ -68,11 +68,11 @@ def gradient_bytes(cfg, vocab_size, masked=0.5):
     """Bytes of the gradients of one sequence's logits, and of what the cost computes from them, in float32.
 
     The backward pass begins with them, when all that autograd keeps is still there. Measured: a cross-entropy has two
-    such tensors at a time, the score entropy of masks has one, uniform noise three, and four with D3PM's steps.
+    such tensors at a time, the score entropy of masks has one, noise of random tokens three, and four with D3PM's steps.
     """
     objective = cfg.make_objective(vocab_size)
-    uniform, score_entropy = not objective.has_mask, not objective.normalised
-    tensors = (4 if objective.T else 3) if uniform else 1 if score_entropy else 2
+    random_tokens, score_entropy = objective.random_tokens, not objective.normalised
+    tensors = (4 if objective.T else 3) if random_tokens else 1 if score_entropy else 2
     return 4 * tensors * (1.0 if objective.everywhere else masked) * cfg.seq_len * vocab_size
 
 
@@ -140,7 +140,7 @@ def estimate(name, cfg, vocab_size, gpu, gpus, mfu):
         "largest_micro_batch_size": most, "tokens": tokens, "flops_per_token": work,
         "tokens_per_second": gpus * peak * mfu / work, "days": days,
     }
-    when = f", when {masked:.0%} of their tokens are masks" if objective.has_mask and not objective.causal else ""
+    when = f", when {masked:.0%} of their tokens are masks" if not (objective.random_tokens or objective.causal) else ""
     print(f"{name} on {gpus} x {gpu}\n"
           f"memory  {(state + activations) / 1e9:.1f} of {memory / 1e9:.0f} GB each: {state / 1e9:.1f} of weights, "
           f"gradients, moments and averages, {activations / 1e9:.1f} of activations of {micro} sequences in "

@@ -247,3 +247,64 @@ def uniform_t_step_bound(x_theta, alphas):
                 kl = torch.where(qi > 0, qi * (qi / p[:, i]).log(), 0.0).sum(-1)
                 total[n] += uniform_distribution(alphas[s])[n] @ kl
     return total
+
+
+# ---- masks and random tokens -----------------------------------------------------------------------------------------
+
+
+def hybrid_shares(alpha, p):
+    """(alpha, m, n) by bisection: m + n = 1 - alpha, n = B sqrt(alpha m), where B makes n = p if alpha = m."""
+    B = p / ((1 - p) / 2)  # n/alpha, as alpha = m = (1 - p)/2 there
+    low, high = 0.0, 1 - alpha
+    for _ in range(100):
+        m = (low + high) / 2
+        low, high = (m, high) if m + B * (alpha * m) ** 0.5 < 1 - alpha else (low, m)
+    return alpha, m, 1 - alpha - m
+
+
+def hybrid_matrix(alpha, m, n):
+    """Return Q (V, V+1): a token stays with probability alpha, becomes the mask with m, and any of V tokens with n."""
+    return torch.cat([torch.eye(V, dtype=torch.float64) * alpha + n / V, torch.full((V, 1), m, dtype=torch.float64)], 1)
+
+
+def hybrid_stage(before, now):
+    """Return the matrix (V+1, V+1) of the stage between two times with these shares: all states are hit alike."""
+    keep = now[0] / before[0]
+    hit = torch.tensor([(now[2] - keep * before[2]) / V] * V + [now[1] - keep * before[1]], dtype=torch.float64)
+    return torch.eye(V + 1, dtype=torch.float64) * keep + hit
+
+
+def hybrid_distribution(shares):
+    """Distribution q(xt | x0): (27 x0, 64 xt)."""
+    Q = hybrid_matrix(*shares)
+    return torch.stack([Q[SEQUENCES[:, i]][:, STATES[:, i]] for i in range(L)]).prod(0)
+
+
+def hybrid_oracle(shares, leave_one_out=True):
+    """p(x0_i | xt) for every xt: (64, L, V) probabilities. With leave_one_out, position i of xt is ignored."""
+    Q = hybrid_matrix(*shares)
+    factors = torch.stack([Q[SEQUENCES[:, i]][:, STATES[:, i]] for i in range(L)])  # (L, 27 x0, 64 xt)
+    found = []
+    for i in range(L):
+        others = torch.stack([factors[j] for j in range(L) if j != i or not leave_one_out]).prod(0)
+        found.append((P_DATA[:, None] * others).T @ ONE_HOT[:, i])
+    found = torch.stack(found, 1)
+    return found / found.sum(-1, keepdim=True)
+
+
+def hybrid_step(x, z, now, before):
+    """p(x_s | x_t = z) proportional to sum over x0 of q(x_s, x_t | x0) x(x0): x (..., V), z (...) -> (..., V+1).
+
+    0 for a z that is not possible.
+    """
+    joint = torch.einsum("kj,ji->kij", hybrid_matrix(*before), hybrid_stage(before, now))  # (x0, x_t, x_s)
+    p = torch.einsum("...k,k...j->...j", x, joint[:, z])
+    return p / p.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+def hybrid_chain_distribution(steps):
+    """Distribution p(x0) of a chain that starts from masks: (27,). steps: the results of hybrid_step for STATES."""
+    state_probs = (STATES == MASK).all(1).double()
+    for p in steps:
+        state_probs = state_probs @ torch.stack([p[:, i, STATES[:, i]] for i in range(L)]).prod(0)
+    return state_probs[(STATES != MASK).all(1)]

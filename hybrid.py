@@ -1,0 +1,139 @@
+"""Masks and random tokens together: the noise of GIDD (arXiv 2503.04482). The forward process, objective and sampler.
+
+A token stays with probability alpha(t), independently of the others. With probability m it becomes the mask, and with
+probability n one of the V tokens at random, itself included. With M for the mask,
+
+    q(xt = y | x0) = alpha [y = x0] + m [y = M] + n/V [y != M],     alpha + m + n = 1,     n = B sqrt(alpha m).
+
+So the share of random tokens, n, is 0 at both ends, and largest where alpha = m. There it is Config.uniform_share, p,
+if B = 2p/(1 - p). Text begins to change at random, and ends as masks.
+
+A network of this kind sees masks, and must also doubt the tokens that it sees. So it can correct what it has written:
+in sampling any token may change until the end. As with uniform noise (uniform.py), its softmax x_theta at a position
+estimates p(x0 there | all other tokens of xt), and every position has a cost.
+
+Names and conventions are those of diffusion.py and uniform.py. docs/maths.md, section 13, derives the formulas.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from uniform import Uniform, chain, excess
+
+
+class Hybrid(Uniform):
+    """GIDD in continuous time (arXiv 2503.04482), in terms of the total noise sigma = -log alpha.
+
+    Noise hits a token with the jump rate dsigma/dt. A hit makes a mask, or any one of the V tokens, with the chances
+
+        J_M = m/(m + n/2)     and     J_y = (n/2)/(m + n/2) / V.
+
+    Let z be the token of xt at a position, and p(y) = q(y | x0) with x_theta[y] in place of [y = x0]. Then
+
+        nelbo = integral over t of dsigma/dt * E[ sum_i J_z/q(z | x0) (KL(q(. | x0) || p) + f(log q(z | x0)/p(z))) ] / L
+
+    with f(d) = e^d - 1 - d. This is the score entropy of the scores S_y = p(y)/p(z), written without division by p.
+    At t = 1 all tokens are masks, so there is no prior term. There is no reconstruction term either (see Uniform).
+
+    weighting 'simple' multiplies each sample of the bound by 6 s (1 - s), where s = m/(alpha + m). Its mean is 1 for s
+    uniform on (0, 1). A position's factor is then 6 if it is a mask, 3 if it is a random token, and little if it is
+    clean: the paper's dynamic weights. The reported bound keeps its weights.
+    """
+
+    description = "was trained with masks and random tokens"
+    has_mask = True
+    samplers = {"ancestral": "hybrid_ancestral"}
+    own = ("uniform_share", "weighting")
+
+    @classmethod
+    def from_config(cls, config, vocab_size):
+        return cls(vocab_size, config.schedule, config.uniform_share, config.weighting)
+
+    @classmethod
+    def misfit(cls, config):
+        if not 1e-3 <= config.uniform_share <= 0.999:
+            return (f"uniform_share={config.uniform_share} must be from 0.001 to 0.999: for masks alone use noise=mask, "
+                    "for random tokens alone noise=uniform")
+        return super().misfit(config)
+
+    def __init__(self, vocab_size, schedule="linear", uniform_share=0.1, weighting="nelbo"):
+        super().__init__(vocab_size, schedule)
+        self.B, self.weighting = 2 * uniform_share / (1 - uniform_share), weighting
+
+    def shares(self, sigma):
+        """Return (alpha, m, n) at the total noise sigma, a tensor. The root of m solves m + B sqrt(alpha m) = 1 - alpha."""
+        alpha, rate = torch.exp(-sigma), -torch.expm1(-sigma)
+        b = self.B * alpha.sqrt()
+        root = 2 * rate / ((b * b + 4 * rate).sqrt() + b)
+        return alpha, root * root, b * root
+
+    def tokens(self, rate, v):
+        """The noise tokens (B, L) at rates (B,): a random one where v (B, L) <= n, the mask where n < v <= rate, else
+        -1."""
+        _, _, n = self.shares(-torch.log1p(-rate))
+        random = super().tokens(n, v)
+        return torch.where((random < 0) & (v <= rate[:, None]), self.mask_id, random)
+
+    def cost(self, logits, x0, xt, sigma):
+        """J_z/q(z | x0) (KL(q || p) + f(log q(z | x0)/p(z))): logits (B, L, V), sigma (B,) -> nats (B, L).
+
+        Let e = n/V: q(y | x0) is e for all tokens but x0, which has alpha + e. The masks' terms of the KL are zero.
+        With d = log p - log q, the others are q (e^d - 1 - d), as both q and p sum to alpha + n over the tokens.
+        """
+        alpha, m, n = (share[:, None] for share in self.shares(sigma))
+        each = (n / self.V).clamp(min=1e-30)
+        log_each, q_x0 = each.log()[..., None], alpha + each
+        log_x = logits.float().log_softmax(-1)
+        d = torch.logaddexp(log_x + alpha.log()[..., None], log_each) - log_each
+        d_x0 = d.gather(-1, x0[..., None]).squeeze(-1) + (each / q_x0).log()
+        kl = each * excess(d.scatter(-1, x0[..., None], 0.0)).sum(-1) + q_x0 * excess(d_x0)
+        masked, same = xt == self.mask_id, xt == x0
+        d_z = torch.where(same, d_x0, d.gather(-1, xt.masked_fill(masked, 0)[..., None]).squeeze(-1))
+        at_token = each / 2 / torch.where(same, q_x0, each) * (kl + excess(-d_z))
+        return torch.where(masked, kl, at_token) / (m + n / 2)
+
+    def loss(self, model, x0, noise):
+        nelbo = self.nelbo(model, x0, noise)
+        if self.weighting == "nelbo":
+            return nelbo.mean(), nelbo.detach()
+        alpha, m, _ = self.shares(noise.sigma)
+        return (6 * alpha * m / (alpha + m) ** 2 * nelbo).mean(), nelbo.detach()
+
+
+def posterior(x, z, now, before):
+    """Weights proportional to p(x_tau | x_t = z), if x (N, V) are the probabilities of x0: z (N,) -> (N, V + 1).
+
+    now, before: (alpha, m, n) at t and at tau < t. A token survives from tau to t with probability kappa, else it
+    becomes z with probability h(z). By Bayes, as q_t = kappa q_tau + h,
+
+        p(x_tau = y | x_t = z) is proportional to (kappa [y = z] + h(z)) q_tau(y),   q_tau(y) = alpha_tau x[y] + n_tau/V.
+    """
+    V = x.shape[-1]
+    (alpha, m, n), (alpha_tau, m_tau, n_tau) = now, before
+    kappa = alpha / alpha_tau
+    q = torch.cat((alpha_tau * x + n_tau / V, x.new_full((len(x), 1), m_tau)), 1)
+    h = torch.where(z == V, max(m - kappa * m_tau, 0), max(n - kappa * n_tau, 0) / V).to(x)
+    return (h[:, None] * q).scatter_add(-1, z[:, None], kappa * q.gather(-1, z[:, None]))
+
+
+def hybrid_ancestral(model, xt, objective, draw, rate0, grid):
+    """The reverse chain: from masks on, draw each token or mask from the posterior given the network's prediction.
+
+    Temperature, top_k and top_p change the prediction. p of the States is the network's probability that the new token
+    y is the clean one, given z = xt, as in uniform_chain. If z is the mask, it is x[y]. If y is the mask, it is nan.
+    """
+    def step(logits, z, r, rho):
+        now, before = ([share.item() for share in objective.shares(-torch.log1p(-torch.tensor(rate).double()))]
+                       for rate in (r, rho))
+        x = logits.float().softmax(-1)
+        weights = draw.cut(logits.float(), x)
+        y = draw.pick(posterior(weights / weights.sum(-1, keepdim=True), z, now, before))
+        alpha, _, n = now
+        V, masked = x.shape[-1], z == x.shape[-1]
+        x_y, x_z = (F.pad(x, (0, 1), value=math.nan).gather(-1, token[:, None]).squeeze(-1) for token in (y, z))
+        p = (n * x_y + V * alpha * x_z * (y == z)) / (n + V * alpha * x_z)
+        return y, torch.where(masked, x_y, torch.where(y == V, math.nan, p))
+
+    return chain(model, xt, xt, objective, [1.0, *grid[1:]], step)
