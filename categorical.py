@@ -98,7 +98,7 @@ class Draw:
 
     Uniform numbers are float64. Those of float32 are multiples of 2^-24, so the Gumbel noise that other code makes of
     them never exceeds 16.64. It draws a token of probability 1e-7 only 0.73 times as often as it should, and one of
-    1e-8 0.015 times, as if the temperature were lower (arXiv 2409.02908; docs/maths.md, section 14). mps has no
+    1e-8 0.015 times, as if the temperature were lower (arXiv 2409.02908; docs/maths.md, section 15). mps has no
     float64, so there the generator is on the CPU, and tokens are drawn on the CPU.
     """
 

@@ -3,10 +3,10 @@
 A token stays with probability alpha(t), independently of the others. With probability m it becomes the mask, and with
 probability n one of the V tokens at random, itself included. With M for the mask,
 
-    q(xt = y | x0) = alpha [y = x0] + m [y = M] + n/V [y != M],     alpha + m + n = 1,     n = B sqrt(alpha m).
+    q(xt = y | x0) = alpha [y = x0] + m [y = M] + n/V [y != M],     alpha + m + n = 1,     n = b sqrt(alpha m).
 
-So the share of random tokens, n, is 0 at both ends, and largest where alpha = m. There it is Config.uniform_share, p,
-if B = 2p/(1 - p). Text begins to change at random, and ends as masks.
+So n, the share of random tokens, is 0 at both ends, and largest where alpha = m. There it is b/(2 + b), which is
+Config.uniform_share. GIDD writes B for b. Text begins to change at random, and ends as masks.
 
 A network of this kind sees masks, and must also doubt the tokens that it sees. So it can correct what it has written:
 in sampling any token may change until the end. As with uniform noise (uniform.py), its softmax x_theta at a position
@@ -37,9 +37,9 @@ class Hybrid(Uniform):
     with f(d) = e^d - 1 - d. This is the score entropy of the scores S_y = p(y)/p(z), written without division by p.
     At t = 1 all tokens are masks, so there is no prior term. There is no reconstruction term either (see Uniform).
 
-    weighting 'simple' multiplies each sample of the bound by 6 s (1 - s), where s = m/(alpha + m). Its mean is 1 for s
-    uniform on (0, 1). A position's factor is then 6 if it is a mask, 3 if it is a random token, and little if it is
-    clean: the paper's dynamic weights. The reported bound keeps its weights.
+    weighting 'simple' multiplies each sample of the bound by 6 c (1 - c), where c = m/(alpha + m) is GIDD's time. Then
+    the KL of a mask has the factor 6, that of a random token 3, and that of a clean token little, at all times: these
+    are the paper's dynamic weights. The reported bound keeps its weights.
     """
 
     description = "was trained with masks and random tokens"
@@ -60,14 +60,14 @@ class Hybrid(Uniform):
 
     def __init__(self, vocab_size, schedule="linear", uniform_share=0.1, weighting="nelbo"):
         super().__init__(vocab_size, schedule)
-        self.B, self.weighting = 2 * uniform_share / (1 - uniform_share), weighting
+        self.b, self.weighting = 2 * uniform_share / (1 - uniform_share), weighting
 
     def shares(self, sigma):
-        """Return (alpha, m, n) at the total noise sigma, a tensor. The root of m solves m + B sqrt(alpha m) = 1 - alpha."""
+        """Return (alpha, m, n) at the total noise sigma, a tensor. m + b sqrt(alpha m) = 1 - alpha gives the root of m."""
         alpha, rate = torch.exp(-sigma), -torch.expm1(-sigma)
-        b = self.B * alpha.sqrt()
-        root = 2 * rate / ((b * b + 4 * rate).sqrt() + b)
-        return alpha, root * root, b * root
+        factor = self.b * alpha.sqrt()
+        root = 2 * rate / ((factor**2 + 4 * rate).sqrt() + factor)
+        return alpha, root**2, factor * root
 
     def tokens(self, rate, v):
         """The noise tokens (B, L) at rates (B,): a random one where v (B, L) <= n, the mask where n < v <= rate, else

@@ -1,4 +1,4 @@
-"""The likelihood from two sides, for evaluate.py --orders: log-means over K random orders (maths.md, section 13)."""
+"""The likelihood from two sides, for evaluate.py --orders: log-means over K random orders (maths.md, section 14)."""
 
 import math
 

@@ -11,6 +11,7 @@ FAMILIES = {
     "sedd_unscaled": ["sedd_text8", "--scale_by_sigma=false", "--schedule=geometric:0.001:6"],
     "udlm": ["udlm_text8"],
     "sedd_uniform": ["udlm_text8", "--objective=sedd", "--schedule=geometric"],
+    "gidd": ["udlm_text8", "--noise=hybrid", "--schedule=linear", "--conditioning=time", "--weighting=simple"],
     "d3pm_uniform": ["udlm_text8", "--objective=d3pm", "--schedule=cosine", "--conditioning=step"],
 }
 
@@ -37,11 +38,11 @@ def test_it_learns_and_is_scored(call, run):
     assert len(losses(out)) == 40
     result = json.loads(call("evaluate.py", out, "--repeats=8", "--json").out)
     assert 1 < result["bits_per_token"] < 4.75
-    rates = "continuous-time bound, uniform noise"
-    assert result["estimator"] == {"udlm": rates, "sedd_uniform": rates, "d3pm_uniform": "T-step bound, T = 50"}.get(
-        name, "continuous-time bound, exact k")
-    other = {"udlm": "flatter_rates", "sedd_uniform": "flatter_rates", "d3pm_uniform": "t_step_uniform"}.get(
-        name, "continuous")
+    rates = "continuous-time bound, random tokens"
+    expected = {"udlm": (rates, "flatter_rates"), "sedd_uniform": (rates, "flatter_rates"),
+                "gidd": (rates, "flatter_rates"), "d3pm_uniform": ("T-step bound, T = 50", "t_step_uniform")}
+    estimator, other = expected.get(name, ("continuous-time bound, exact k", "continuous"))
+    assert result["estimator"] == estimator
     again = json.loads(call("evaluate.py", out, "--repeats=8", "--json", f"--estimator={other}").out)
     assert abs(again["bits_per_token"] - result["bits_per_token"]) < 4 * (again["stderr"] + result["stderr"])
     if name.startswith("sedd") and name != "sedd_uniform":
@@ -54,9 +55,9 @@ def test_it_learns_and_is_scored(call, run):
 
 
 def test_it_samples(call, run):
-    """All three samplers, a prefix that stays, the same seed the same text, quality without a judge, an export."""
+    """All its samplers, a prefix that stays, the same seed the same text, quality without a judge, an export."""
     name, out = run
-    for sampler in ("ancestral", "analytic", "euler"):
+    for sampler in ("ancestral", "analytic", "euler") if name != "gidd" else ("ancestral",):
         command = ["sample.py", out, "--steps=6", "--sampler", sampler, "--prefix=the cat", "--batch_size=2", "--json"]
         result = json.loads(call(*command).out)
         assert all(sample["text"].startswith("the cat") and len(sample["text"]) == 32 for sample in result["samples"])
@@ -71,21 +72,23 @@ def test_it_samples(call, run):
         assert call("sample.py", out.parent / "shared", "--steps=4").out == call("sample.py", out, "--steps=4").out
 
 
-def test_what_uniform_noise_has_not(call, run):
+def test_what_random_tokens_have_not(call, run):
     """Studies and samplers of masks are refused in one line, and so are estimators of other processes."""
     name, out = run
-    if name not in ("udlm", "sedd_uniform", "d3pm_uniform"):
+    if name not in ("udlm", "sedd_uniform", "d3pm_uniform", "gidd"):
         assert_one_line(call("evaluate.py", out, "--T=10"), "the T-step bound needs a schedule from alpha = 1 to 0")
         assert_one_line(call("evaluate.py", out, "--estimator=rates"), "choose exact_k or continuous")
         return
     for flag in ("--curve", "--curse", "--context=0,4", "--order=l2r"):
-        assert_one_line(call("evaluate.py", out, flag), "trained with uniform noise", flag.split("=")[0])
+        assert_one_line(call("evaluate.py", out, flag), flag.split("=")[0],
+                        "trained with masks and random tokens" if name == "gidd" else "trained with uniform noise")
     assert_one_line(call("evaluate.py", out, "--estimator=exact_k"), "--estimator exact_k does not work with")
     assert_one_line(call("sample.py", out, "--sampler=topk"), "--sampler topk needs a model of masks in whole texts",
-                    "ancestral or analytic or euler")
+                    "choose ancestral" if name == "gidd" else "ancestral or analytic or euler")
     assert_one_line(call("sample.py", out, "--steps=auto"), "auto needs a model of masks in whole texts")
-    assert_one_line(call("sample.py", out, "--sampler=euler", "--top_k=2"), "--top_k changes",
-                    "choose --sampler ancestral")
+    assert_one_line(call("sample.py", out, "--sampler=euler", "--top_k=2"), "choose ancestral" if name == "gidd" else
+                    "--top_k changes the token distribution, which euler does not use with uniform noise: choose "
+                    "--sampler ancestral")
     assert_one_line(call("sample.py", out, "--block_length=4"), "--block_length is for models of masks in whole texts")
     assert_one_line(call("evaluate.py", out, "--block_size=4"), "--block_size is for models of objective=mdlm or block")
     assert call("sample.py", out, "--grid=1,0.5,0.4,0").code == 0

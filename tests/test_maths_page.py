@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diffusion import D3PM, MDLM, SEDD, Absorbing, make_schedule
+from hybrid import Hybrid
 from randomness import uniforms
 from sampler_settings import bound_on_grid
 from sampling import Settings, euler_chance
@@ -627,11 +628,68 @@ def test_uniform_variance():
         assert (2 * u)**2 * second_moment(u**2) < 16 * (math.log(u) - 1)**2
 
 
+# ---- masks and random tokens -----------------------------------------------------------------------------------------
+
+
+def shares_of(alpha, b):
+    """(μ, ν): the quadratic equation of section 13, solved by NumPy."""
+    root = max(np.roots([1, b * math.sqrt(alpha), alpha - 1]).real)
+    return root**2, b * math.sqrt(alpha) * root
+
+
+def hybrid_row(alpha, b, x):
+    """q(x_t = y) of a token with the distribution x (n,): (n + 1,), the mask last."""
+    mu, nu = shares_of(alpha, b)
+    return np.append(alpha * np.asarray(x) + nu / len(x), mu)
+
+
+@pytest.mark.parametrize("b", [0.2, 1.5])
+def test_masks_and_random_tokens(b):
+    """Section 13: the shares, the hits of a stage and their ratio, the posterior, the closed form of the sum over y,
+    its cases, and the factors of equal weights."""
+    alphas, n, dsigma = np.linspace(0.001, 1, 1000), 4, 1e-6
+    found = np.array([shares_of(alpha, b) for alpha in alphas])
+    largest = found[:, 1].argmax()
+    assert found[largest, 1] == pytest.approx(b / (2 + b), rel=1e-4)
+    assert found[largest, 0] == pytest.approx(alphas[largest], rel=1e-2)
+    alpha, earlier = 0.4, 0.4 * math.exp(dsigma)
+    (mu, nu), (mu_before, nu_before) = shares_of(alpha, b), shares_of(earlier, b)
+    kappa = alpha / earlier
+    H_mask, H_tokens = mu - kappa * mu_before, nu - kappa * nu_before
+    assert H_mask > 0 and H_tokens / H_mask == pytest.approx(nu / 2 / mu, rel=1e-3)
+    assert H_mask + H_tokens == pytest.approx(1 - kappa)
+    J = np.append(np.full(n, nu / 2 / n), mu) / (mu + nu / 2)
+    np.testing.assert_allclose(np.append(np.full(n, H_tokens / n), H_mask) / dsigma, J, rtol=1e-3)
+    x_theta = np.array([0.1, 0.2, 0.3, 0.4])
+    q, p = hybrid_row(alpha, b, np.eye(n)[1]), hybrid_row(alpha, b, x_theta)
+    objective = Hybrid(n, "linear", b / (2 + b))
+    for z in (n, 1, 2):
+        c, S = q / q[z], p / p[z]
+        cost = J[z] * np.delete(S - c * np.log(S) + c * (np.log(c) - 1), z).sum()
+        kl = (q * np.log(q / p)).sum()
+        assert cost == pytest.approx(J[z] / q[z] * (kl + q[z] / p[z] - 1 - math.log(q[z] / p[z])))
+        code = objective.cost(tensor(np.log(x_theta))[None, None], torch.tensor([[1]]), torch.tensor([[z]]),
+                              tensor([-math.log(alpha)]))
+        assert code.item() == pytest.approx(cost, rel=1e-4)
+        steps = []
+        for x in (np.eye(n)[1], x_theta):
+            keep = kappa * (np.arange(n + 1) == z)
+            H = H_mask if z == n else H_tokens / n
+            weights = (keep + H) * hybrid_row(earlier, b, x)
+            assert weights.sum() == pytest.approx(hybrid_row(alpha, b, x)[z])  # q(x_t = z | x_0)
+            steps.append(weights / weights.sum())
+        assert (steps[0] * np.log(steps[0] / steps[1])).sum() / dsigma == pytest.approx(cost, rel=2e-3)
+        factor = {n: 1, 1: nu / 2 / (n * alpha + nu), 2: 1 / 2}[z]
+        assert (mu + nu / 2) * J[z] / q[z] == pytest.approx(factor)
+    phi = [m / (a + m) for a in (alpha, earlier) for m in [shares_of(a, b)[0]]]
+    assert (phi[0] - phi[1]) / dsigma == pytest.approx(phi[0] * (1 - phi[0]) / (mu + nu / 2), rel=1e-3)
+
+
 # ---- drawing tokens --------------------------------------------------------------------------------------------------
 
 
 def test_float32_uniform_numbers():
-    """Section 14: exact numbers draw the first token with eta/(1 + eta), multiples of 2^-24 with the sum, and its ratio
+    """Section 15: exact numbers draw the first token with eta/(1 + eta), multiples of 2^-24 with the sum, and its ratio
     to eta is delta/(e^delta - 1). (test_sampling.py has the sum over both numbers.)"""
     assert (WEIGHTS * NODES ** (1 / 0.2)).sum() == pytest.approx(0.2 / 1.2)
     m = np.arange(1, 2**20)
@@ -699,8 +757,8 @@ def test_names_exist():
 
 
 def test_sections_and_lines():
-    """Sections 1 to 14, in this order, in lines of at most 120 characters."""
-    assert re.findall(r"^## (\d+)\. ", PAGE, re.MULTILINE) == [str(i) for i in range(1, 15)]
+    """Sections 1 to 15, in this order, in lines of at most 120 characters."""
+    assert re.findall(r"^## (\d+)\. ", PAGE, re.MULTILINE) == [str(i) for i in range(1, 16)]
     assert max(map(len, PAGE.splitlines())) <= 120
 
 
