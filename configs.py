@@ -114,8 +114,8 @@ class Config:
                              tuple(dict.fromkeys(name for name, _ in OBJECTIVES)))
     block_size: int = setting(0, "number of tokens in a block, a divisor of seq_len; objective=block only")
     rate_range: str = setting("0:1", "lowest and highest mask rate in training, such as 0.3:0.8; objective=block only")
-    noise: str = setting("mask", "kind of noise: tokens become the mask, random tokens (uniform: mdlm is then UDLM), or "
-                         "both (hybrid: GIDD)", tuple(dict.fromkeys(noise for _, noise in OBJECTIVES)))
+    noise: str = setting("mask", "kind of noise: tokens become the mask, random tokens (mdlm is then UDLM), or either "
+                         "(GIDD)", tuple(dict.fromkeys(noise for _, noise in OBJECTIVES)))
     uniform_share: float = setting(0.1, "largest share of random tokens on the way from text to masks; noise=hybrid "
                                    "only")
     T: int = setting(1000, "steps of objective=d3pm and conditioning=step; default number of sampling steps")

@@ -100,7 +100,7 @@ def perturb(args):
         --seed a larger -t moves the same tokens and more. """
         + {"mask": "A mask shows where text is missing: the network fills it in.",
            "uniform": "Nothing shows which tokens are noise: the network must doubt all of them.",
-           "hybrid": "Masks show where text is missing, and the network must also doubt the tokens that it sees."}[kind])
+           "hybrid": "Masks show where text is missing; the network must also doubt the tokens that it sees."}[kind])
 
 
 def prepared(x0, loaded):

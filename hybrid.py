@@ -54,8 +54,8 @@ class Hybrid(Uniform):
     @classmethod
     def misfit(cls, config):
         if not 1e-3 <= config.uniform_share <= 0.999:
-            return (f"uniform_share={config.uniform_share} must be from 0.001 to 0.999: for masks alone use noise=mask, "
-                    "for random tokens alone noise=uniform")
+            return (f"uniform_share={config.uniform_share} must be from 0.001 to 0.999 (noise=mask has no random tokens, "
+                    "noise=uniform no masks)")
         return super().misfit(config)
 
     def __init__(self, vocab_size, schedule="linear", uniform_share=0.1, weighting="nelbo"):
@@ -63,7 +63,7 @@ class Hybrid(Uniform):
         self.b, self.weighting = 2 * uniform_share / (1 - uniform_share), weighting
 
     def shares(self, sigma):
-        """Return (alpha, m, n) at the total noise sigma, a tensor. m + b sqrt(alpha m) = 1 - alpha gives the root of m."""
+        """Return (alpha, m, n) at the total noise sigma, a tensor. sqrt(m) solves m + b sqrt(alpha m) = 1 - alpha."""
         alpha, rate = torch.exp(-sigma), -torch.expm1(-sigma)
         factor = self.b * alpha.sqrt()
         root = 2 * rate / ((factor**2 + 4 * rate).sqrt() + factor)
@@ -108,7 +108,9 @@ def posterior(x, z, now, before):
     now, before: (alpha, m, n) at t and at tau < t. A token survives from tau to t with probability kappa, else it
     becomes z with probability h(z). By Bayes, as q_t = kappa q_tau + h,
 
-        p(x_tau = y | x_t = z) is proportional to (kappa [y = z] + h(z)) q_tau(y),   q_tau(y) = alpha_tau x[y] + n_tau/V.
+        p(x_tau = y | x_t = z) is proportional to (kappa [y = z] + h(z)) q_tau(y),
+
+    where q_tau(y) is alpha_tau x[y] + n_tau/V for a token y, and m_tau for the mask.
     """
     V = x.shape[-1]
     (alpha, m, n), (alpha_tau, m_tau, n_tau) = now, before

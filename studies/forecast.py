@@ -68,7 +68,7 @@ def gradient_bytes(cfg, vocab_size, masked=0.5):
     """Bytes of the gradients of one sequence's logits, and of what the cost computes from them, in float32.
 
     The backward pass begins with them, when all that autograd keeps is still there. Measured: a cross-entropy has two
-    such tensors at a time, the score entropy of masks has one, noise of random tokens three, and four with D3PM's steps.
+    such tensors at a time, the score entropy of masks one, noise of random tokens three, and four with D3PM's steps.
     """
     objective = cfg.make_objective(vocab_size)
     random_tokens, score_entropy = objective.random_tokens, not objective.normalised

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import world
-from diffusion import MDLM, Noise
+from diffusion import MDLM
 from hybrid import Hybrid, posterior
 from randomness import uniforms
 from sampling import Settings
