@@ -54,8 +54,8 @@ class Hybrid(Uniform):
     @classmethod
     def misfit(cls, config):
         if not 1e-3 <= config.uniform_share <= 0.999:
-            return (f"uniform_share={config.uniform_share} must be from 0.001 to 0.999 (noise=mask has no random tokens, "
-                    "noise=uniform no masks)")
+            return (f"uniform_share={config.uniform_share} must be from 0.001 to 0.999: noise=mask has no random tokens "
+                    "at all, noise=uniform no masks")
         return super().misfit(config)
 
     def __init__(self, vocab_size, schedule="linear", uniform_share=0.1, weighting="nelbo"):
