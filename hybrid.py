@@ -54,8 +54,8 @@ class Hybrid(Uniform):
     @classmethod
     def misfit(cls, config):
         if not 1e-3 <= config.uniform_share <= 0.999:
-            return (f"uniform_share={config.uniform_share} must be from 0.001 to 0.999: noise=mask has no random tokens "
-                    "at all, noise=uniform no masks")
+            return (f"uniform_share={config.uniform_share} must be from 0.001 to 0.999: for masks alone use noise=mask, "
+                    "for random tokens noise=uniform")
         return super().misfit(config)
 
     def __init__(self, vocab_size, schedule="linear", uniform_share=0.1, weighting="nelbo"):
@@ -132,10 +132,8 @@ def hybrid_ancestral(model, xt, objective, draw, rate0, grid):
         x = logits.float().softmax(-1)
         weights = draw.cut(logits.float(), x)
         y = draw.pick(posterior(weights / weights.sum(-1, keepdim=True), z, now, before))
-        alpha, _, n = now
-        V, masked = x.shape[-1], z == x.shape[-1]
+        V, (alpha, _, n) = x.shape[-1], now
         x_y, x_z = (F.pad(x, (0, 1), value=math.nan).gather(-1, token[:, None]).squeeze(-1) for token in (y, z))
-        p = (n * x_y + V * alpha * x_z * (y == z)) / (n + V * alpha * x_z)
-        return y, torch.where(masked, x_y, torch.where(y == V, math.nan, p))
+        return y, torch.where(z == V, x_y, (n * x_y + V * alpha * x_z * (y == z)) / (n + V * alpha * x_z))
 
     return chain(model, xt, xt, objective, [1.0, *grid[1:]], step)

@@ -19,7 +19,7 @@ DATA_DIR = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")
 VARIANTS = {"shakespeare27": "shakespeare.py --alphabet text8", "wikitext103": "wikitext.py --large"}
 # Data sets in other tokens, as prepare.folder_of names them.
-OTHER_TOKENS = re.compile(r"(pydoc(?=_gpt2)|gutenberg(?!_bert)|wikitext|wikitext103)_(gpt2|bert|bpe\d+)")
+OTHER_TOKENS = re.compile(r"(pydoc(?=_gpt2)|gutenberg|wikitext|wikitext103)_(gpt2|bert|bpe\d+)")
 
 
 def prepare_command(name, meta={}):
@@ -31,13 +31,13 @@ def prepare_command(name, meta={}):
         flags += ["--tokenizer", tokens.replace("bpe", "bpe:")] if tokens else []
         return " ".join([f"python data/prepare_{script}", *flags])
     request = meta.get("request", {})
+    tokens = f" --tokenizer {shlex.quote(request['tokenizer'])}" if "tokenizer" in request else ""
     if "record" in meta:
         length = f" --length {meta['record']}" if meta["record"] != 32 else ""
-        tokens = f" --tokenizer {shlex.quote(request['tokenizer'])}" if "tokenizer" in request else ""
         return f"python data/prepare_names.py --file FILE --name {shlex.quote(name)}{length}{tokens}"
     if "held_out" in request:
-        return (f"python data/prepare_openwebtext.py --file FILE --name {shlex.quote(name)} --held_out "
-                f"{request['held_out']}")
+        own = f" --file FILE --name {shlex.quote(name)}" if "files" in request else ""
+        return f"python data/prepare_openwebtext.py{own} --held_out {request['held_out']}{tokens}"
     words = ["python data/prepare_textfile.py FILE --name", shlex.quote(name)]
     for key, default in (("tokenizer", "char"), ("alphabet", "own")):
         if request.get(key, default) != default:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, named, progress, run
 from data.prepare import DatasetWriter, folder_of, is_prepared, named_files, parser, read_text
-from data.tokenizer import KNOWN, TEXT8_ALPHABET, make_tokenizer, size_of_bpe, text8_words, tokens_of
+from data.tokenizer import KNOWN, TEXT8_ALPHABET, make_tokenizer, text8_words, tokens_of
 
 LIST = Path(__file__).with_name("gutenberg.tsv")
 URL = "https://raw.githubusercontent.com/{repo}/{commit}/{path}"
@@ -104,10 +104,10 @@ def main():
     p = parser(__doc__)
     p.add_argument("--file", nargs=2, type=named, metavar=("TRAIN", "VAL"),
                    help="local files with the cleaned text (.txt, .gz or .xz) to use instead of downloads")
-    p.add_argument("--tokenizer", type=named, default="char", help="kind of tokens: char (default), gpt2 or bpe:SIZE")
+    p.add_argument("--tokenizer", type=named, default="char", metavar="KIND|CKPT|hf://NAME",
+                   help="kind of tokens: char (default), gpt2, bpe:SIZE, those of a checkpoint, or of a model of "
+                   "transformers")
     args = p.parse_args()
-    if args.tokenizer not in ("char", "gpt2"):
-        size_of_bpe(args.tokenizer)
     folder = folder_of(args, "gutenberg", "char")
     request = {"files": named_files(args.file)} if args.file else {}
     if is_prepared(folder, request, "choose another --data_dir"):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli import UserError, named, note, number, run
 from data.prepare import DatasetWriter, check_name, cut, fetch, is_prepared, named_files, parser, read_text
 from data.prepare_openwebtext import load_documents
-from data.tokenizer import CharTokenizer, characters, is_checkpoint, make_tokenizer, tokens_of, tokens_of_checkpoint
+from data.tokenizer import CharTokenizer, characters, make_tokenizer, tokens_of
 
 URL = "https://raw.githubusercontent.com/karpathy/makemore/master/names.txt"
 SHA256 = "0a30b5557f192f32ab962680889aac5f6fda0f4cecf40a6d0b5694f58ea8cc4d"
@@ -70,8 +70,7 @@ def main():
         return
     lines, tokenizer = lines_of(args.file) if args.file else fetch(URL, SHA256).decode("ascii").splitlines(), None
     if args.tokenizer != "char":
-        meta = (tokens_of_checkpoint(args.tokenizer, items=True) if is_checkpoint(args.tokenizer) else
-                tokens_of(args.tokenizer, lambda: lines))
+        meta = tokens_of(args.tokenizer, lambda: lines, items=True)
         tokenizer = make_tokenizer(meta)
         if tokenizer.end is None:
             raise UserError(f"--tokenizer {args.tokenizer} has no token that ends a text, to fill shorter items up: "

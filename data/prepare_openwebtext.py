@@ -1,12 +1,13 @@
 """Prepare `openwebtext`: 8 million web pages (Gokaslan and Cohen), GPT-2 tokens, 9 billion of them: 18 GB on disk.
 
-Every document is followed by end-of-text. A hash of its text assigns a document to train, val or test, so copies of a
-page stay in one split. Documents stream from disk through a pool of processes, so memory use does not grow with the
-corpus.
+Every document is followed by the token that ends a text. A hash of its text assigns a document to train, val or test,
+so copies of a page stay in one split. Documents stream from disk through a pool of processes, so memory use does not
+grow with the corpus.
 
     python data/prepare_openwebtext.py --num_proc 16
     python data/prepare_openwebtext.py --file shard-*.parquet    # .parquet, .jsonl (field text) or .txt (a line each)
     python data/prepare_openwebtext.py --file docs.jsonl --name docs --held_out 0.05       # documents of your own
+    python data/prepare_openwebtext.py --file docs.jsonl --name docs_qwen --tokenizer hf://Qwen/Qwen3-0.6B
 """
 
 import glob
@@ -25,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, named, note, number, progress, require, run
 from data.loader import SPLITS
-from data.prepare import DatasetWriter, check_name, is_prepared, named_files, parser
-from data.tokenizer import KNOWN, GPT2Tokenizer
+from data.prepare import DatasetWriter, check_name, folder_of, is_prepared, named_files, parser
+from data.tokenizer import id_type, make_tokenizer, tokens_of
 
 SOURCE = "Skylion007/openwebtext"  # on the Hugging Face Hub, as parquet files
 BATCH = 200  # documents that a process encodes at a time
@@ -71,13 +72,13 @@ def load_documents(files, source=SOURCE, name=None, split="train"):
     return documents
 
 
-def start_worker(share):
+def start_worker(meta, share):
     global tokenizer, held_out
-    tokenizer, held_out = GPT2Tokenizer(), share
+    tokenizer, held_out = make_tokenizer(meta), share
 
 
 def encode(texts):
-    """Encode documents as {split: (tokens, bytes)}, with end-of-text, which has no bytes, after each document."""
+    """Encode documents as {split: (tokens, bytes)}, with the end of a text, which has no bytes, after each document."""
     tokens, n_bytes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     for text in filter(None, texts):  # a document may have no text
         text = text.removeprefix("\ufeff")  # the byte order mark of some editors
@@ -85,14 +86,22 @@ def encode(texts):
         split = "test" if place < held_out else "val" if place < 2 * held_out else "train"
         tokens[split] += [tokenizer.encode(text), [tokenizer.end]]
         n_bytes[split] += len(text.encode())
-    return {split: (np.concatenate(parts).astype(np.uint16), n_bytes[split])
+    return {split: (np.concatenate(parts).astype(id_type(tokenizer.vocab_size)), n_bytes[split])
             for split, parts in tokens.items() if parts}
+
+
+def no_end(tokenizer):
+    raise UserError(f"--tokenizer {tokenizer} has no token that ends a text, to stand after each document: use gpt2, "
+                    "or the tokens of a large language model")
 
 
 def main():
     p = parser(__doc__)
     p.add_argument("--file", nargs="+", type=named, metavar="FILE", help="local files to use instead of a download")
     p.add_argument("--name", default="openwebtext", help="name of the data set (default: openwebtext)")
+    p.add_argument("--tokenizer", type=named, default="gpt2", metavar="KIND|CKPT|hf://NAME",
+                   help="kind of tokens: gpt2 (default), those of a checkpoint, or of a model of transformers, if one "
+                   "of them ends a text")
     p.add_argument("--num_proc", type=number(int, 1), default=os.cpu_count(),
                    help="number of processes (default: one per core)")
     p.add_argument("--held_out", type=number(float, 1e-6, 0.5), default=0.0005, metavar="SHARE",
@@ -101,17 +110,21 @@ def main():
     check_name(args.name)
     if args.name != "openwebtext" and not args.file:
         p.error("--name is for documents of your own: name their files with --file")
-    folder = args.data_dir / args.name
+    folder = folder_of(args, args.name, "gpt2") if args.name == "openwebtext" else args.data_dir / args.name
     request = {"held_out": args.held_out} | ({"files": named_files(args.file, hashed=False)} if args.file else {})
+    request |= {"tokenizer": args.tokenizer} if args.tokenizer != "gpt2" else {}
     if is_prepared(folder, request, "choose another --name" if args.file else "choose another --data_dir"):
         return
+    tokens = tokens_of(args.tokenizer, lambda: no_end(args.tokenizer))  # a BPE of these documents would have no end
+    if make_tokenizer(tokens).end is None:  # it also fills a cache for the workers
+        no_end(args.tokenizer)
     documents = load_documents(args.file)
     if (held_out := len(documents) * args.held_out) < 50:
         note(f"val and test get about {held_out:.0f} of the {len(documents):,} documents each: a larger --held_out "
              "gives them more")
-    GPT2Tokenizer()  # fails here, in one line, if there is no vocabulary; else fills the cache for the workers
-    meta = dict(KNOWN["openwebtext"], source=", ".join(args.file) if args.file else SOURCE, request=request)
-    pool = ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("spawn"), start_worker, (args.held_out,))
+    meta = tokens | {"source": ", ".join(args.file) if args.file else SOURCE, "request": request}
+    pool = ProcessPoolExecutor(args.num_proc, multiprocessing.get_context("spawn"), start_worker,
+                               (tokens, args.held_out))
     with DatasetWriter(folder, meta) as writer, pool, progress(total=len(documents), unit="doc") as bar:
         batches = (batch["text"] for batch in documents.iter(BATCH))
         try:

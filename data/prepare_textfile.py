@@ -24,7 +24,7 @@ from cli import UserError, named, note, progress, run
 from data.loader import SPLITS
 from data.prepare import check_name, cut, is_prepared, named_files, parser, read_text, write_splits
 from data.tokenizer import (KNOWN, TEXT8_ALPHABET, characters, is_checkpoint, make_tokenizer, size_of_bpe, text8_words,
-                            tokens_of, tokens_of_checkpoint)
+                            tokens_of)
 
 CHUNK = 1 << 20  # characters encoded at a time
 
@@ -60,7 +60,7 @@ def main():
     texts += [read_text(path) for path in held_out]
     if args.alphabet == "own" and any("\r\n" in text for text in texts):
         note("the text has Windows' line ends, \\r\\n, and both characters are kept: convert it first if you want \\n")
-    known = tokens_of_checkpoint(args.tokenizer) if is_checkpoint(args.tokenizer) else None
+    known = tokens_of(args.tokenizer, None) if is_checkpoint(args.tokenizer) else None
     of_letters = known and make_tokenizer(known).alphabet == TEXT8_ALPHABET
     if args.alphabet == "text8" or of_letters:
         texts = [" ".join(text8_words(text)) for text in texts]

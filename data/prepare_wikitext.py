@@ -3,7 +3,7 @@
 2 million words of training text; with --large (`wikitext103`) 103 million. Splits are those of its authors.
 
     python data/prepare_wikitext.py
-    python data/prepare_wikitext.py --tokenizer bert       # `wikitext_bert`; also gpt2, hf://OWNER/NAME, or a folder
+    python data/prepare_wikitext.py --tokenizer bert       # `wikitext_bert`; also gpt2, hf://OWNER/NAME, a checkpoint
     python data/prepare_wikitext.py --file train.parquet val.parquet test.parquet
 """
 
@@ -38,8 +38,8 @@ def texts(large, files):
 def main():
     p = parser(__doc__)
     p.add_argument("--large", action="store_true", help="WikiText-103 instead, as `wikitext103`")
-    p.add_argument("--tokenizer", type=named, default="roberta", metavar="KIND|hf://NAME|FOLDER",
-                   help="gpt2, bert, roberta (default), bpe:SIZE, or the tokenizer of a model of transformers")
+    p.add_argument("--tokenizer", type=named, default="roberta", metavar="KIND|CKPT|hf://NAME",
+                   help="gpt2, bert, roberta (default), bpe:SIZE, those of a checkpoint, or of a model of transformers")
     p.add_argument("--file", nargs=3, type=named, metavar=("TRAIN", "VAL", "TEST"),
                    help="local copies: .parquet with a column `text`, or plain text")
     args = p.parse_args()

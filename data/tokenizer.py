@@ -334,8 +334,8 @@ HUB = {"bert": "hf://google-bert/bert-base-uncased", "roberta": "hf://FacebookAI
 
 
 def is_checkpoint(name):
-    """Tell whether the NAME of prepare_textfile.py --tokenizer is a file, as of a checkpoint, or a folder that train.py
-    or checkpoint.py export has made."""
+    """Tell whether the NAME of --tokenizer is a file, as of a checkpoint, or a folder that train.py or checkpoint.py
+    export has made."""
     path = Path(name)
     if name in ("char", "gpt2", *HUB):
         return False
@@ -356,12 +356,14 @@ def tokens_of_checkpoint(path, items=False):
     return {key: meta[key] for key in TOKENS if key in meta}
 
 
-def tokens_of(name, texts):
-    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, bpe:SIZE, hf://owner/name or a folder.
+def tokens_of(name, texts, items=False):
+    """The meta of `--tokenizer NAME`: gpt2, bert, roberta, bpe:SIZE, a checkpoint, hf://owner/name or a folder.
 
     texts: a function that returns the texts of which bpe:SIZE is made. It is called for nothing else, and only after
-    the name is checked. Raises UserError if there is no such tokenizer.
+    the name is checked. items: as for tokens_of_checkpoint. Raises UserError if there is no such tokenizer.
     """
+    if is_checkpoint(name):
+        return tokens_of_checkpoint(name, items)
     if name == "gpt2":
         return dict(KNOWN["openwebtext"])
     if name.startswith("bpe:"):
@@ -373,7 +375,7 @@ def tokens_of(name, texts):
         return meta
     if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
         raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like bpe:4096 or "
-                        "hf://owner/name, nor a folder")
+                        "hf://owner/name, nor a folder or a checkpoint")
     return tokens_of_hub(HUB.get(name, name))
 
 

@@ -14,7 +14,7 @@ import checkpoint
 import storage
 from adapt import adapt, check_same_network, resize
 from attention import annealed
-from commands import assert_one_line, assert_resumes_exactly, losses, train
+from commands import ROOT, assert_one_line, assert_resumes_exactly, losses, train
 from configs import Config, replace
 from data.loader import load_meta, load_split
 from data.tokenizer import make_tokenizer
@@ -38,7 +38,6 @@ def roberta_data(saved, tmp_path_factory):
     import subprocess
     folder = tmp_path_factory.mktemp("roberta_data")
     (folder / "text.txt").write_text(TEXT * 10)
-    from commands import ROOT
     subprocess.run([sys.executable, ROOT / "data/prepare_textfile.py", folder / "text.txt", "--name", "words",
                     "--tokenizer", saved("roberta")[0], "--data_dir", folder], check=True)
     return folder
@@ -111,6 +110,11 @@ def test_prepare(saved, call, tmp_path):
     meta = load_meta(name, tmp_path)
     assert meta["tokenizer"] == "hf" and "the cat sat" in make_tokenizer(meta).decode(
         load_split(name, "val", 1, tmp_path)[:20])
+    prose = ROOT / "pretrained/prose"  # the tokens of a checkpoint
+    result = call("data/prepare_wikitext.py", "--tokenizer", prose, "--data_dir", tmp_path, "--file", *files)
+    meta = load_meta("wikitext_prose", tmp_path)
+    assert result.code == 0 and meta["vocab_size"] == 8192 and "the cat sat" in make_tokenizer(meta).decode(
+        load_split("wikitext_prose", "val", 1, tmp_path)[:20])
     assert_one_line(call("data/prepare_textfile.py", files[0], "--name", "x", "--tokenizer", "bort", "--data_dir",
                          tmp_path), "--tokenizer bort is none of char, gpt2, bert, roberta")
     damaged = meta | {"definition": "{}"}

@@ -26,7 +26,7 @@ from data.loader import (PIECE, SPLITS, check_same_data, gather, load_meta, load
                          random_crops, recode, subset, windows)
 from data.prepare import DatasetWriter, is_prepared, read_text
 from data.tokenizer import (
-    TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, HubTokenizer, byte_alphabet, characters, check_alphabet,
+    KNOWN, TEXT8_ALPHABET, CharTokenizer, GPT2Tokenizer, HubTokenizer, byte_alphabet, characters, check_alphabet,
     make_tokenizer, short_words, text8_words, tokens_of,
 )
 from studies.quality import ids_of
@@ -358,12 +358,11 @@ def test_byte_order_mark(tmp_path):
 @pytest.mark.parametrize("name, command", [
     ("shakespeare27", "shakespeare.py --alphabet text8"), ("wikitext103", "wikitext.py --large"),
     ("wikitext103_bert", "wikitext.py --large --tokenizer bert"), ("pydoc_gpt2", "pydoc.py --tokenizer gpt2"),
-    ("gutenberg_bpe4096", "gutenberg.py --tokenizer bpe:4096"),
+    ("gutenberg_bpe4096", "gutenberg.py --tokenizer bpe:4096"), ("gutenberg_bert", "gutenberg.py --tokenizer bert"),
     *((name, f"{name}.py") for name in (
         "gutenberg", "names", "openwebtext", "pydoc", "shakespeare", "text8", "wikitext")),
     *((name, f"textfile.py FILE --name {name}") for name in (
-        "mine", "names_mine", "text8_gpt2", "pydoc_mine", "textfile", "textfile_x", "pydoc_bpe4096",
-        "gutenberg_bert"))])
+        "mine", "names_mine", "text8_gpt2", "pydoc_mine", "textfile", "textfile_x", "pydoc_bpe4096"))])
 def test_prepare_command(name, command):
     """Each name of a data set has the command that makes it."""
     assert prepare_command(name) == f"python data/prepare_{command}"
@@ -511,7 +510,7 @@ def test_openwebtext_of_damaged_files(call, monkeypatch, tmp_path, gpt2):
         assert_one_line(result, f"could not load {tmp_path / file} (")
     assert_one_line(go(""), "is a folder: name its files")
     assert not (tmp_path / "openwebtext").exists()
-    prepare_openwebtext.start_worker(0.0)
+    prepare_openwebtext.start_worker(KNOWN["openwebtext"], 0.0)
     (tokens, n_bytes), = prepare_openwebtext.encode(["\ufeffone", None, "two", ""]).values()
     assert gpt2.decode(tokens) == "one<|endoftext|>two<|endoftext|>" and n_bytes == 6
     (tmp_path / "numbers.jsonl").write_text('{"text": 123}\n')
@@ -531,7 +530,7 @@ def test_openwebtext_of_odd_names(call, monkeypatch, tmp_path, gpt2):
     assert "mine" in read(tmp_path / "openwebtext", "train") and "other" not in read(tmp_path / "openwebtext", "train")
 
 
-def die(share):
+def die(meta, share):
     os._exit(1)
 
 

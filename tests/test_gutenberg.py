@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 
+from commands import ROOT
 from cli import UserError
 from data import prepare_gutenberg
 from data.loader import load_meta
@@ -207,9 +208,13 @@ def test_bpe(monkeypatch, tmp_path, books):
     assert meta["definition"] == train_bpe(texts[:2], 270) and meta["vocab_size"] == 270
     assert [read(tmp_path / "gutenberg_bpe270", split) for split in ("train", "val", "test")] == [
         " ".join(texts[:2]), *texts[2:]]
-    for tokens in ("bert", "bpe:9", "270"):
-        with pytest.raises(UserError, match=f"--tokenizer {tokens}: write bpe:SIZE"):
+    for tokens, message in (("bpe:9", "bpe:9: write bpe:SIZE"), ("270", "270 is none of char, gpt2")):
+        with pytest.raises(UserError, match=f"--tokenizer {message}"):
             go(tokens)
+    prepare(monkeypatch, "--tokenizer", ROOT / "pretrained/prose", "--file", tmp_path / "train.txt",
+            tmp_path / "val.txt", "--data_dir", tmp_path)  # the tokens of a checkpoint
+    assert load_meta("gutenberg_prose", tmp_path)["vocab_size"] == 8192
+    assert read(tmp_path / "gutenberg_prose", "train") == " ".join(texts[:2])
 
 
 def test_another_file_is_refused(monkeypatch, tmp_path, books):

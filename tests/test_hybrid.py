@@ -264,6 +264,11 @@ def test_samples_follow_the_chain(p):
     assert expected.sum().item() == pytest.approx(1)
     assert chi_square_excess(counts_of(last.xt), expected) < 4
     assert chi_square_excess(counts_of(last.xt), P_DATA) > 10
+    *_, other = Settings("ancestral", {"grid": [0.9, 0.7, 0.3, 0.0]}).states(
+        Hybrid(V, "loglinear:0.1", p), model, masks(10), torch.Generator().manual_seed(0))
+    *_, same = Settings("ancestral", {"grid": grid}).states(
+        Hybrid(V, "loglinear:0.1", p), model, masks(10), torch.Generator().manual_seed(0))
+    assert torch.equal(other.xt, same.xt)  # a schedule that ends early: the chain begins with masks all the same
     assert (before_last.xt == MASK).any() and (last.xt != before_last.xt)[before_last.xt != MASK].any()
 
 

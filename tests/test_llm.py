@@ -364,6 +364,27 @@ def test_conversations(llm, call, tmp_path):
     assert again["end"] == meta["end"] and again["sha256"] == meta["sha256"]
 
 
+def test_documents(llm, call, tmp_path, monkeypatch):
+    """Documents in a model's tokens, each followed by its end of text."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder, texts = llm("qwen2")[0], [f"the cat sat {a} {b}" for a in "abcdefgh" for b in "abcdefgh"]
+    (tmp_path / "docs.txt").write_text("\n".join(texts))
+    prepare = lambda *flags: call("data/prepare_openwebtext.py", "--file", tmp_path / "docs.txt", "--num_proc=1",
+                                  "--held_out=0.2", "--data_dir", tmp_path, *flags)
+    done = prepare("--tokenizer", folder)
+    assert done.code == 0, done.err
+    meta = load_meta("openwebtext_qwen2", tmp_path)
+    ours, found = make_tokenizer(meta), []
+    for split in ("train", "val", "test"):
+        found += ours.decode(load_split("openwebtext_qwen2", split, 1, tmp_path).tolist()).split("<|endoftext|>")[:-1]
+    assert sorted(found) == sorted(texts)
+    assert prepare_command("openwebtext_qwen2", meta) == (
+        f"python data/prepare_openwebtext.py --file FILE --name openwebtext_qwen2 --held_out 0.2 --tokenizer {folder}")
+    for other in (ROOT / "pretrained/prose", "bpe:300"):
+        assert_one_line(prepare("--name=docs", "--tokenizer", other), "has no token that ends a text")
+
+
 def test_samples_stop_at_the_end(llm, call, tmp_path):
     """A head always predicts end-of-text: one piece is computed, and nothing is written after the prompt."""
     shutil.copytree(llm("llada")[0], tmp_path / "x")
