@@ -269,8 +269,9 @@ def spread(model, objective, device, fsdp, compiled):
         mesh = init_device_mesh(device.type, (world,))
         if compiled:
             allow_graphs()
-        # Keys and values are views of one product. Nothing writes into them, so their gradients are right.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")
+        # Keys and values are views of one product, and some networks' logits are views, too. Nothing writes into them,
+        # so their gradients are right.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .*returned a view")
         for block in model.blocks:
             if compiled:
                 block.compile()

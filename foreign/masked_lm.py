@@ -138,9 +138,9 @@ class MaskedLM(nn.Module):
     def misfit(cls, config):
         objective = config.objective_class
         if (config.conditioning != "none" or objective.random_tokens or objective.causal or config.block_size
-                or config.fsdp or config.changed(cls.defaults)):
+                or config.changed(cls.defaults)):
             return (f"architecture={config.architecture} needs conditioning=none, noise=mask, an objective other than "
-                    f"ar and block, no --fsdp, and the defaults of {', '.join(cls.defaults)}")
+                    f"ar and block, and the defaults of {', '.join(cls.defaults)}")
         if config.backbone:
             longest = longest_text(read_backbone(config.backbone))
             if config.seq_len > longest:
@@ -162,6 +162,15 @@ class MaskedLM(nn.Module):
             self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
         for name, p in self.named_parameters():
             p.requires_grad_(name not in backbone["unused"])  # DistributedDataParallel would wait for their gradients
+
+    @property
+    def blocks(self):
+        """The layers that --fsdp splits one by one: those that transformers can recompute.
+
+        FSDP needs layers that are called as modules, and these are. Networks without them, such as ALBERT, are split
+        as a whole."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+        return [part for part in self.body.modules() if isinstance(part, GradientCheckpointingLayer)]
 
     def trunk(self, xt, sees=None):
         """Tokens xt (B, L) -> features (B, L, D), the input of the head. sees: see forward."""

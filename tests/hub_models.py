@@ -50,13 +50,18 @@ def make(kind):
         model = hf.ModernBertForMaskedLM(hf.ModernBertConfig(  # with rows that no token has, as the published one
             vocab_size=tokens.get_vocab_size() + 6, pad_token_id=4, bos_token_id=2, eos_token_id=3, cls_token_id=2,
             sep_token_id=3, global_attn_every_n_layers=2, local_attention=8, **SIZES | {"num_hidden_layers": 3}))
+    elif kind == "llama":
+        tokens = byte_level(["<s>", "<mask>"])
+        names = dict(bos_token="<s>", mask_token="<mask>")
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=tokens.get_vocab_size(), num_key_value_heads=1,
+                                                   bos_token_id=0, eos_token_id=None, **SIZES))
     else:
         tokens = word_pieces()
         n = tokens.get_vocab_size()
         model = (hf.BertForMaskedLM(hf.BertConfig(vocab_size=n, **SIZES)) if kind == "bert" else
                  hf.DistilBertForMaskedLM(hf.DistilBertConfig(vocab_size=n, dim=32, n_layers=2, n_heads=2,
                                                               hidden_dim=64, max_position_embeddings=40)))
-    if kind != "roberta":
+    if kind not in ("roberta", "llama"):
         names = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
     with torch.no_grad():
         for p in model.parameters():

@@ -78,12 +78,14 @@ def test_special_tokens_are_no_output(saved):
 
 def test_every_parameter_gets_a_gradient(saved):
     """Else DistributedDataParallel would hang."""
-    for kind in KINDS:
+    for kind in (*KINDS, "llama"):
         network, config, meta, _ = checkpoint.load_model(saved(kind)[0], CPU)
         x0 = torch.randint(meta["vocab_size"], (4, 8))
         objective = config.make_objective(meta["vocab_size"])
         objective.loss(network.train(), x0, objective.noise(torch.full((4,), 0.7), torch.rand(4, 8)))[0].backward()
         assert all(p.grad is not None for p in network.parameters()), kind
+        in_blocks = {p for block in network.blocks for p in block.parameters()}  # what --fsdp splits block by block
+        assert len(network.blocks) == config.n_layer and in_blocks.issuperset(network.matrices())
         assert sum(weight.numel() for weight in network.matrices()) > 2 * 4 * 32 * 32
         assert network.flops(8) > 6 * sum(weight.numel() for weight in network.matrices())
 
@@ -219,8 +221,8 @@ def test_recomputation_and_flops(saved):
     assert {part.p for part in dropping if isinstance(part, torch.nn.Dropout)} == {0.3}
     head = sum(p.numel() for p in network.head.parameters() if p.dim() == 2)
     assert network.flops(8, 1.0) - network.flops(8, 0.5) == pytest.approx(3 * head)
-    for other in ({"fsdp": True}, {"predict_next": True}, {"anneal_steps": 5}, {"norm_bias": True}):
-        with pytest.raises(storage.UserError, match="no --fsdp, and the defaults of tied"):
+    for other in ({"predict_next": True}, {"anneal_steps": 5}, {"norm_bias": True}):
+        with pytest.raises(storage.UserError, match="and the defaults of tied"):
             replace(config, **other)
     for wrong in ("{}", "x", "[1]", json.dumps(json.loads(config.backbone) | {"mask": 10**6}),
                   json.dumps(json.loads(config.backbone) | {"before": ["a"]})):

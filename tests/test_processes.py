@@ -15,6 +15,7 @@ from cli import UserError, run
 from commands import (ROOT, STEADY, assert_same_training, finish, finish_well, log, losses, read_until,
                       start, train)
 from conftest import TRAINED
+from hub_models import TEXT
 
 
 # ---- the same run, whatever it runs on -------------------------------------------------------------------------------
@@ -79,6 +80,23 @@ def test_blocks_run_everywhere(call, data_dir, tmp_path):
     for name in ("two", "fsdp"):
         assert_same_training(tmp_path / "one", tmp_path / name)
     assert [len(line["sample"]) for line in log(tmp_path / "fsdp") if "sample" in line] == [32]
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("roberta", []), ("llama", ["--architecture=llm", "--predict_next", "--anneal_steps=3", "--checkpoint_blocks"])])
+def test_networks_of_transformers(saved, kind, more, call, tmp_path):
+    """Two processes that share such a network (FSDP) train, validate and sample as one process does."""
+    folder = saved(kind)[0]
+    (tmp_path / "text.txt").write_text(TEXT * 10)
+    assert call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", kind, "--tokenizer", folder,
+                "--data_dir", tmp_path).code == 0
+    options = [*STEADY, *more, f"--dataset={kind}", f"--init_from={folder}", "--prefix=fixed:4", "--sample_interval=4"]
+    assert train(call, "roberta_wikitext", tmp_path, tmp_path / "one", *options).code == 0
+    results = finish_well(start("roberta_wikitext", tmp_path, tmp_path / "fsdp", *options, "--fsdp", n=2))
+    assert not any("FSDP2-wrapped" in output for _, output in results), results  # a warning of views
+    assert_same_training(tmp_path / "one", tmp_path / "fsdp")
+    one, two = ([losses(tmp_path / name, key) for key in ("val_bits_per_token", "sample")] for name in ("one", "fsdp"))
+    assert two == [pytest.approx(one[0], rel=1e-4), one[1]] and len(one[1]) == 1
 
 
 def test_validation_with_fewer_windows_than_processes(call, data_dir, tmp_path):
