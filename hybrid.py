@@ -54,8 +54,8 @@ class Hybrid(Uniform):
     @classmethod
     def misfit(cls, config):
         if not 1e-3 <= config.uniform_share <= 0.999:
-            return (f"uniform_share={config.uniform_share} must be from 0.001 to 0.999: for masks alone use noise=mask, "
-                    "for random tokens noise=uniform")
+            return (f"uniform_share={config.uniform_share} must be from 0.001 to 0.999: noise=mask has masks alone, "
+                    "noise=uniform random tokens alone")
         return super().misfit(config)
 
     def __init__(self, vocab_size, schedule="linear", uniform_share=0.1, weighting="nelbo"):

@@ -153,7 +153,11 @@ class MaskedLM(nn.Module):
         self.head = model
         if checkpoint_blocks:
             enable = getattr(self.body, "activation_checkpointing_enable", None)  # its name in newer versions
-            (enable or self.body.gradient_checkpointing_enable)()
+            try:
+                (enable or self.body.gradient_checkpointing_enable)()
+            except ValueError:  # some networks, such as ALBERT, cannot recompute their layers
+                raise UserError(f"--checkpoint_blocks does not work with the network {type(self.body).__name__} of "
+                                "transformers: leave it out")
         self.n_before, self.first, self.autocast = len(backbone["before"]), backbone["first"], backbone["autocast"]
         left_out = set(backbone["left_out"])
         tokens = [i for i in range(self.body.config.vocab_size) if i not in left_out][:vocab_size]

@@ -17,7 +17,7 @@ from commands import assert_one_line
 from configs import replace
 from data.loader import load_split
 from data.tokenizer import HubTokenizer, definition_of, from_hub, make_tokenizer
-from foreign.masked_lm import frame_of
+from foreign.masked_lm import MaskedLM, frame_of
 from hub_models import SIZES, TEXT, byte_level, word_pieces
 from model import places
 
@@ -211,12 +211,19 @@ def test_it_can_be_compiled(saved, monkeypatch):
 
 def test_recomputation_and_flops(saved):
     """--checkpoint_blocks and --dropout reach the network; the head counts by its share of predicted tokens."""
+    import transformers as hf
     _, config, meta, _ = checkpoint.load_model(saved("roberta")[0], CPU)
     for flag in (False, True):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             network = replace(config, checkpoint_blocks=flag).make_model(meta["vocab_size"])
         assert any(getattr(part, "gradient_checkpointing", False) for part in network.body.modules()) == flag
+    albert = lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(
+        vocab_size=9, embedding_size=8, hidden_size=8, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8))
+    backbone = dict(before=[], after=[], first=0, autocast=True, left_out=[], mask=8, unused=[])
+    with pytest.raises(storage.UserError, match="--checkpoint_blocks does not work with the network AlbertModel"):
+        MaskedLM(8, albert(), backbone, checkpoint_blocks=True)
+    assert MaskedLM(8, albert(), backbone).blocks == []  # --fsdp splits it as a whole
     dropping = replace(config, dropout=0.3).make_model(meta["vocab_size"]).modules()
     assert {part.p for part in dropping if isinstance(part, torch.nn.Dropout)} == {0.3}
     head = sum(p.numel() for p in network.head.parameters() if p.dim() == 2)
