@@ -127,7 +127,7 @@ class Config:
                                  "spread evenly over the batch; or exact_k, a number of masks, also spread evenly (not "
                                  "for d3pm or uniform noise)", ("uniform", "stratified", "exact_k"))
     weighting: str = setting("nelbo", "loss weight of a masked token: nelbo, as in the bound; or simple, the same for "
-                             "all (mdlm, block; hybrid.py); bert always has the same for all",
+                             "all (mdlm, block); bert always has the same for all",
                              ("nelbo", "simple"))
     anneal_steps: int = setting(0, "steps in which attention grows from causal to full, at random places; 0: full at "
                                 "once")

@@ -37,15 +37,15 @@ class Hybrid(Uniform):
     with f(d) = e^d - 1 - d. This is the score entropy of the scores S_y = p(y)/p(z), written without division by p.
     At t = 1 all tokens are masks, so there is no prior term. There is no reconstruction term either (see Uniform).
 
-    weighting 'simple' multiplies each sample of the bound by 6 c (1 - c), where c = m/(alpha + m) is GIDD's time. Then
-    the KL of a mask has the factor 6, that of a random token 3, and that of a clean token little, at all times: these
-    are the paper's dynamic weights. The reported bound keeps its weights.
+    weighting 'simple' multiplies each sample of the bound by 6 c (1 - c) in training, where c = m/(alpha + m) is GIDD's
+    time. Then a mask has the same weight at all times, a random token half of it, and a clean one little: the paper's
+    dynamic weights.
     """
 
     description = "was trained with masks and random tokens"
     has_mask = True
     samplers = {"ancestral": "hybrid_ancestral"}
-    own = ("uniform_share", "weighting")
+    own = ("weighting", "uniform_share")
 
     @classmethod
     def from_config(cls, config, vocab_size):
@@ -59,8 +59,8 @@ class Hybrid(Uniform):
         return super().misfit(config)
 
     def __init__(self, vocab_size, schedule="linear", uniform_share=0.1, weighting="nelbo"):
-        super().__init__(vocab_size, schedule)
-        self.b, self.weighting = 2 * uniform_share / (1 - uniform_share), weighting
+        super().__init__(vocab_size, schedule, weighting)
+        self.b = 2 * uniform_share / (1 - uniform_share)
 
     def shares(self, sigma):
         """Return (alpha, m, n) at the total noise sigma, a tensor. sqrt(m) solves m + b sqrt(alpha m) = 1 - alpha."""
@@ -94,12 +94,10 @@ class Hybrid(Uniform):
         at_token = each / 2 / torch.where(same, q_x0, each) * (kl + excess(-d_z))
         return torch.where(masked, kl, at_token) / (m + n / 2)
 
-    def loss(self, model, x0, noise):
-        nelbo = self.nelbo(model, x0, noise)
-        if self.weighting == "nelbo":
-            return nelbo.mean(), nelbo.detach()
-        alpha, m, _ = self.shares(noise.sigma)
-        return (6 * alpha * m / (alpha + m) ** 2 * nelbo).mean(), nelbo.detach()
+    def simple_weight(self, sigma):
+        """The factor of weighting 'simple': 6 c (1 - c), with c = m/(alpha + m)."""
+        alpha, m, _ = self.shares(sigma)
+        return 6 * alpha * m / (alpha + m) ** 2
 
 
 def posterior(x, z, now, before):

@@ -91,6 +91,10 @@ class Uniform(Objective):
     so the prior term is zero. At rates above those of the schedule the network is told t = 1, at rates below them
     t = 0. There is no reconstruction term, because the rates begin at 0, where xt = x0. `noise`, for training, covers
     only the rates of the schedule.
+
+    weighting 'simple', for predictions only, multiplies each sample of the bound by 6 r (1 - r) in training, where r is
+    the noise rate. Then a random token has the same weight at all rates, and a clean one little: GIDD's dynamic weights
+    (arXiv 2503.04482; docs/maths.md, section 13). The reported bound keeps its weights.
     """
 
     description = "was trained with uniform noise"
@@ -99,10 +103,11 @@ class Uniform(Objective):
     everywhere = random_tokens = True
     samplers = {"ancestral": "uniform_ancestral", "analytic": "uniform_ancestral", "euler": "uniform_euler"}
     estimators, reported = {"rates": "flatter_rates", "flatter_rates": "rates"}, "rates"
+    own = ("weighting",)
 
     @classmethod
     def from_config(cls, config, vocab_size):
-        return cls(vocab_size, config.schedule)
+        return cls(vocab_size, config.schedule, config.weighting)
 
     @classmethod
     def misfit(cls, config):
@@ -113,9 +118,9 @@ class Uniform(Objective):
         if wrong := [f"--{setting}" for setting, is_wrong in for_masks.items() if is_wrong]:
             return f"noise={config.noise} needs {' '.join(wrong)}: what is set now is for masks"
 
-    def __init__(self, vocab_size, schedule="loglinear"):
+    def __init__(self, vocab_size, schedule="loglinear", weighting="nelbo"):
         super().__init__(vocab_size, schedule)
-        self.V = vocab_size
+        self.V, self.weighting = vocab_size, weighting
         self.last_sigma, self.prior = math.inf, 0.0
         if self.score:
             self.last_sigma = self.schedule.sigma(torch.tensor(1.0, dtype=torch.float64)).item()
@@ -196,11 +201,20 @@ class Uniform(Objective):
         costs = self.position_costs(model(self.corrupt(x0, noise.token), noise.t), x0, noise)
         return noise.weight * costs.mean(1) + self.prior
 
+    def simple_weight(self, sigma):
+        """The factor of weighting 'simple': 6 r (1 - r), whose mean over r is 1."""
+        return 6 * torch.exp(-sigma) * -torch.expm1(-sigma)
+
+    def loss(self, model, x0, noise):
+        nelbo = self.nelbo(model, x0, noise)
+        weight = self.simple_weight(noise.sigma) if self.weighting == "simple" else 1.0
+        return (weight * nelbo).mean(), nelbo.detach()
+
 
 class UniformSEDD(Uniform):
     """Uniform of scores: the objective of SEDD's networks for uniform noise."""
 
-    score = True
+    score, own = True, ()
 
     @classmethod
     def misfit(cls, config):
@@ -217,6 +231,7 @@ class UniformD3PM(Uniform):
     """
 
     estimators, reported = {"t_step": "t_step_uniform", "t_step_uniform": "t_step"}, "t_step"
+    own = ()
     time, t_step_uniform = D3PM.time, D3PM.t_step_uniform
 
     def __init__(self, vocab_size, T=1000, schedule="linear"):

@@ -375,10 +375,10 @@ def test_help_lists_every_setting(call):
     (["bd3_demo", "--uniform_share=0.2"], ["is only for objective=mdlm: use uniform_share=0.1"]),
     (["ar_text8", "--noise=uniform"], ["noise=uniform does not work with objective="]),
     (["d3pm_text8", "--noise=uniform"], ["noise=uniform needs --lambda_ce=0: "]),
-    (["demo", "--noise=uniform"], ["noise=uniform needs --weighting=nelbo --time_sampling=stratified (or uniform): "]),
+    (["udlm_text8", "--objective=sedd", "--weighting=simple"], ["noise=uniform needs --weighting=nelbo: "]),
+    (["demo", "--noise=uniform"], ["noise=uniform needs --time_sampling=stratified (or uniform): "]),
     *((["udlm_text8", flag], [f"noise=uniform needs {needed}"])
       for flag, needed in (("--prefix=fixed:4", "--prefix=none: "), ("--lambda_ce=1", "--lambda_ce=0: "),
-                           ("--weighting=simple", "--weighting=nelbo: "),
                            ("--scale_by_sigma=false", "--scale_by_sigma: "),
                            ("--time_sampling=exact_k", "--time_sampling=stratified (or uniform): "))),
 ])

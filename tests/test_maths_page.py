@@ -681,6 +681,9 @@ def test_masks_and_random_tokens(b):
         assert (steps[0] * np.log(steps[0] / steps[1])).sum() / dsigma == pytest.approx(cost, rel=2e-3)
         factor = {n: 1, 1: nu / 2 / (n * alpha + nu), 2: 1 / 2}[z]
         assert (mu + nu / 2) * J[z] / q[z] == pytest.approx(factor)
+    r = 1 - alpha
+    row = uniform_matrix(alpha, n)[1]
+    assert [r / n / row[z] for z in (2, 1)] == pytest.approx([1, r / (n * alpha + r)])  # the factors of uniform noise
     phi = [m / (a + m) for a in (alpha, earlier) for m in [shares_of(a, b)[0]]]
     assert (phi[0] - phi[1]) / dsigma == pytest.approx(phi[0] * (1 - phi[0]) / (mu + nu / 2), rel=1e-3)
 

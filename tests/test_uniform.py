@@ -250,6 +250,23 @@ def test_training_reaches_the_optimum():
     torch.testing.assert_close(table.detach().double().softmax(-1), world.uniform_oracle(1 - rate), atol=2e-3, rtol=0)
 
 
+def test_simple_weights():
+    """A random token's KL has the same weight in the loss at every rate: 6, as rates are uniform."""
+    objective, logits = Uniform(V, "linear", "simple"), random_logits(2)
+    noise = objective.noise(*uniforms(0, 0, range(27), 27, L, stratified=True))
+    rate = -torch.expm1(-noise.sigma)
+    loss, nelbo = objective.loss(network(logits), SEQUENCES, noise)
+    assert loss.item() == pytest.approx((6 * rate * (1 - rate) * nelbo).mean().item(), rel=1e-5)
+    assert Uniform(V, "linear").loss(network(logits), SEQUENCES, noise)[0] == nelbo.mean()
+    x0, z = torch.tensor([[0]]), torch.tensor([[1]])
+    for r in (0.01, 0.5, 0.99):
+        alpha, sigma = 1 - r, torch.tensor([-math.log1p(-r)])
+        q, p = (alpha * x + r / V for x in (torch.eye(V)[0], logits[0, 0].softmax(-1)))
+        kl = (q * (q / p).log()).sum() + q[1] / p[1] - 1 - (q[1] / p[1]).log()
+        term = objective.simple_weight(sigma) / alpha * objective.cost(logits[:1, :1], x0, z, sigma)  # sigma' = 1/alpha
+        assert term.item() == pytest.approx(6 * kl.item(), rel=1e-3)
+
+
 def test_edges():
     """Rates next to 0 and 1, and predictions of certainty, give finite costs and gradients."""
     logits = (1e4 * torch.nn.functional.one_hot(SEQUENCES, V).float()).requires_grad_()
