@@ -115,10 +115,10 @@ def main():
     request |= {"tokenizer": args.tokenizer} if args.tokenizer != "gpt2" else {}
     if is_prepared(folder, request, "choose another --name" if args.file else "choose another --data_dir"):
         return
+    documents = load_documents(args.file)
     tokens = tokens_of(args.tokenizer, lambda: no_end(args.tokenizer))  # a BPE of these documents would have no end
     if make_tokenizer(tokens).end is None:  # it also fills a cache for the workers
         no_end(args.tokenizer)
-    documents = load_documents(args.file)
     if (held_out := len(documents) * args.held_out) < 50:
         note(f"val and test get about {held_out:.0f} of the {len(documents):,} documents each: a larger --held_out "
              "gives them more")
