@@ -441,7 +441,7 @@ def udlm_text8():
 
 
 def gidd_text8():
-    """as udlm_text8, with GIDD: noise of masks and random characters, a tenth of which are random at most"""
+    """as udlm_text8, with GIDD: noise of masks and of random characters, which are at most a tenth of the text"""
     return replace(udlm_text8(), noise="hybrid", schedule="linear", conditioning="time", weighting="simple")
 
 
