@@ -26,6 +26,8 @@ KINDS = {
     "sedd": ["mdlm_text8", "--objective=sedd", "--conditioning=sigma", "--schedule=loglinear"],
     "uniform": ["mdlm_text8", "--noise=uniform", "--conditioning=sigma", "--schedule=loglinear", "--weighting=nelbo",
                 "--time_sampling=stratified"],
+    "hybrid": ["mdlm_text8", "--noise=hybrid", "--conditioning=time", "--weighting=simple",
+               "--time_sampling=stratified"],
     "blocks": ["bd3_demo", "--block_size=16", "--seq_len=128"],
     "left to right": ["ar_text8"],
     "mixers": ["demo", "--architecture=mixers", "--mixer=gmlp"],
