@@ -125,7 +125,7 @@ class Config:
     scale_by_sigma: bool = setting(True, "multiply the network's scores by alpha/(1 - alpha)/V; sedd with masks only")
     time_sampling: str = setting("uniform", "how training draws the time of each sequence: uniform; stratified, "
                                  "spread evenly over the batch; or exact_k, a number of masks, also spread evenly (not "
-                                 "for d3pm or uniform noise)", ("uniform", "stratified", "exact_k"))
+                                 "for d3pm or random tokens)", ("uniform", "stratified", "exact_k"))
     weighting: str = setting("nelbo", "loss weight of a masked token: nelbo, as in the bound; or simple, the same for "
                              "all (mdlm, block); bert always has the same for all",
                              ("nelbo", "simple"))

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import load_model
+from configs import default_of
 from data.loader import end_of_prefix
 from data.tokenizer import CharTokenizer, make_tokenizer
 from diffusion import MDLM, SCHEDULES, make_schedule
@@ -78,7 +79,8 @@ def perturb(args):
     kind = args.noise or (loaded.config.noise if loaded else "mask")
     name = args.schedule or (loaded.config.schedule if loaded else "linear")
     V, L, t = tokenizer.vocab_size, len(x0), torch.tensor([args.t], dtype=torch.float64)
-    objective = {"mask": MDLM, "uniform": Uniform, "hybrid": Hybrid}[kind](V, name)
+    share = loaded.config.uniform_share if loaded else default_of("uniform_share")
+    objective = {"mask": MDLM(V, name), "uniform": Uniform(V, name), "hybrid": Hybrid(V, name, share)}[kind]
     _, v = uniforms(args.seed, 0, [0], 1, L, stratified=False)
     noise = objective.noise(t, v)
     xt = objective.corrupt(x0, noise[0])[0]
@@ -190,7 +192,8 @@ def show_costs(objective, model, x0, given, args, tokenizer):
     print(f"\nin bits; the sum is {total:.2f}, {total / n:.4f} per token: one sample of the bound on -log2 p(TEXT)"
           + (f", with {prior:.2f} for the noise that is left at the end (uniform.prior_kl)" if prior > 0.005 else ""))
     if not masks:
-        say("Nothing shows which tokens are noise, so all of them cost something.")
+        say(("Masks are noise, but nothing shows which of the other tokens are" if objective.has_mask else
+             "Nothing shows which tokens are noise") + ", so all of them cost something.")
     elif not objective.normalised:
         say("""The scores are S = odds f, and the prediction f sums to Z, not to 1. So score entropy is weight x CE and
             a penalty, weight x (Z - 1 - log Z), which normalising f would save.""")

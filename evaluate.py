@@ -26,6 +26,7 @@ import numpy as np
 
 from checkpoint import add_model_flags
 from cli import ArgumentParser, UserError, named, number, numbers, pick_device, pick_dtype, require, run
+from configs import OBJECTIVES
 from data.loader import SPLITS
 from diffusion import make_schedule
 from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
@@ -162,6 +163,9 @@ def pick_estimator(subject, args):
     if objective.causal and estimator != objective.reported:
         raise UserError(f"{subject.path} {objective.description}, so its likelihood is exact: leave out --estimator "
                         "and --T")
+    if estimator.startswith("t_step") and ("d3pm", subject.config.noise) not in OBJECTIVES:
+        raise UserError(f"{subject.path} {objective.description}, for which there is no T-step bound: leave out --T "
+                        "and --estimator")
     if estimator.startswith("t_step"):
         if objective.block_size:
             raise UserError(f"the T-step bound is for whole texts, and {subject.path} {objective.description}: leave "

@@ -38,8 +38,8 @@ class Hybrid(Uniform):
     At t = 1 all tokens are masks, so there is no prior term. There is no reconstruction term either (see Uniform).
 
     weighting 'simple' multiplies each sample of the bound by 6 c (1 - c) in training, where c = m/(alpha + m) is GIDD's
-    time. Then a mask has the same weight at all times, a random token half of it, and a clean one little: the paper's
-    dynamic weights.
+    time. The loss is then an integral over c in which the KL of a mask has the weight 6, that of a random token 3, and
+    that of a clean one little: the paper's dynamic weights, up to a factor.
     """
 
     description = "was trained with masks and random tokens"
@@ -125,8 +125,8 @@ def hybrid_ancestral(model, xt, objective, draw, rate0, grid):
     y is the clean one, given z = xt, as in uniform_chain. If z is the mask, it is x[y]. If y is the mask, it is nan.
     """
     def step(logits, z, r, rho):
-        now, before = ([share.item() for share in objective.shares(-torch.log1p(-torch.tensor(rate).double()))]
-                       for rate in (r, rho))
+        now, before = ([share.item() for share in objective.shares(-torch.log1p(-rate))]
+                       for rate in torch.tensor((r, rho), dtype=torch.float64))
         x = logits.float().softmax(-1)
         weights = draw.cut(logits.float(), x)
         y = draw.pick(posterior(weights / weights.sum(-1, keepdim=True), z, now, before))

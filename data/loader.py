@@ -24,13 +24,14 @@ OTHER_TOKENS = re.compile(r"(pydoc(?=_gpt2)|gutenberg|wikitext|wikitext103)_(gpt
 
 def prepare_command(name, meta={}):
     """The command that prepares a data set of this name. meta: its meta.json, if it is known."""
-    other = OTHER_TOKENS.fullmatch(name)
+    request, other = meta.get("request", {}), OTHER_TOKENS.fullmatch(name)
     text, tokens = other.groups() if other else (name, "")
+    if "tokenizer" in request and not {"val and test", "held_out"} & request.keys() and "record" not in meta:
+        text, tokens = name.split("_")[0], request["tokenizer"]  # of a checkpoint, with a name that does not say which
     script, *flags = VARIANTS.get(text, f"{text}.py").split()
     if (DATA_DIR / f"prepare_{script}").exists() and text != "textfile":
-        flags += ["--tokenizer", tokens.replace("bpe", "bpe:")] if tokens else []
+        flags += ["--tokenizer", shlex.quote(re.sub(r"^bpe(?=\d)", "bpe:", tokens))] if tokens else []
         return " ".join([f"python data/prepare_{script}", *flags])
-    request = meta.get("request", {})
     tokens = f" --tokenizer {shlex.quote(request['tokenizer'])}" if "tokenizer" in request else ""
     if "record" in meta:
         length = f" --length {meta['record']}" if meta["record"] != 32 else ""

@@ -110,6 +110,8 @@ def main():
     args = p.parse_args()
     folder = folder_of(args, "gutenberg", "char")
     request = {"files": named_files(args.file)} if args.file else {}
+    if not re.fullmatch(r"char|gpt2|bpe:\d+", args.tokenizer):  # else the name of the folder says all
+        request["tokenizer"] = args.tokenizer
     if is_prepared(folder, request, "choose another --data_dir"):
         return
     with open(LIST, encoding="utf-8", newline="") as file:

@@ -374,8 +374,8 @@ def tokens_of(name, texts, items=False):
                  "tokens")
         return meta
     if name not in HUB and not name.startswith("hf://") and not Path(name).is_dir():
-        raise UserError(f"--tokenizer {name} is none of char, gpt2, {', '.join(HUB)}, nor like bpe:4096 or "
-                        "hf://owner/name, nor a folder or a checkpoint")
+        raise UserError(f"--tokenizer {name} cannot be used here: choose gpt2, {', '.join(HUB)}, one like bpe:4096 or "
+                        "hf://owner/name, a folder or a checkpoint")
     return tokens_of_hub(HUB.get(name, name))
 
 

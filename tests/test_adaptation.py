@@ -16,7 +16,7 @@ from adapt import adapt, check_same_network, resize
 from attention import annealed
 from commands import ROOT, assert_one_line, assert_resumes_exactly, losses, train
 from configs import Config, replace
-from data.loader import load_meta, load_split
+from data.loader import load_meta, load_split, prepare_command
 from data.tokenizer import make_tokenizer
 from diffusion import MDLM, cross_entropy
 from foreign.bert import BERT
@@ -113,10 +113,11 @@ def test_prepare(saved, call, tmp_path):
     prose = ROOT / "pretrained/prose"  # the tokens of a checkpoint
     result = call("data/prepare_wikitext.py", "--tokenizer", prose, "--data_dir", tmp_path, "--file", *files)
     meta = load_meta("wikitext_prose", tmp_path)
+    assert prepare_command("wikitext_prose", meta) == f"python data/prepare_wikitext.py --tokenizer {prose}"
     assert result.code == 0 and meta["vocab_size"] == 8192 and "the cat sat" in make_tokenizer(meta).decode(
         load_split("wikitext_prose", "val", 1, tmp_path)[:20])
     assert_one_line(call("data/prepare_textfile.py", files[0], "--name", "x", "--tokenizer", "bort", "--data_dir",
-                         tmp_path), "--tokenizer bort is none of char, gpt2, bert, roberta")
+                         tmp_path), "--tokenizer bort cannot be used here: choose gpt2, bert, roberta")
     damaged = meta | {"definition": "{}"}
     with pytest.raises(storage.UserError, match="damaged"):
         make_tokenizer(damaged)

@@ -106,6 +106,21 @@ def test_perturb_with_random_tokens(call, trained):
     assert len(before) == L
 
 
+def test_perturb_with_masks_and_random_tokens(call, untrained):
+    """Masks and other tokens, in the shares of the checkpoint; each token that moved is named with what it became. In
+    the table of `loss` every token has a cost."""
+    path, _ = untrained(noise="hybrid", objective="mdlm", conditioning="none", uniform_share=0.5)
+    for flags, few in (["-m", path], False), (["--noise", "hybrid"], True):
+        out = demo(call, "perturb", TEXT, "-t", 0.6, *flags)
+        moves = dict(re.findall(r"(\d+) '.' -> '(.)'", out))
+        assert {int(i) for i in moves} == {i for i, v in enumerate(drawn_v().tolist()) if v <= 0.6}
+        masks = [c for c in moves.values() if c == "\u2591"]
+        assert (len(masks) > len(moves) / 2) == few and 0 < len(masks)
+    out = demo(call, "loss", TEXT, "-m", path, "-t", 0.6)
+    assert "Masks are noise, but nothing shows which of the other tokens are" in out
+    assert len(table(out)) == L and all(len(costs) == 2 and costs[0] > 0 for _, _, costs in table(out).values())
+
+
 def test_noise(call, tmp_path):
     """The table is that of the definitions, for one more schedule, too; the picture is a PNG."""
     out = demo(call, "noise", "--out", tmp_path / "n.png", "--schedule", "geometric:0.1:10")

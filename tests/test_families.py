@@ -82,6 +82,8 @@ def test_what_random_tokens_have_not(call, run):
     for flag in ("--curve", "--curse", "--context=0,4", "--order=l2r"):
         assert_one_line(call("evaluate.py", out, flag), flag.split("=")[0],
                         "trained with masks and random tokens" if name == "gidd" else "trained with uniform noise")
+    if name == "gidd":
+        assert_one_line(call("evaluate.py", out, "--T=10"), "for which there is no T-step bound: leave out --T and")
     assert_one_line(call("evaluate.py", out, "--estimator=exact_k"), "--estimator exact_k does not work with")
     assert_one_line(call("sample.py", out, "--sampler=topk"), "--sampler topk needs a model of masks in whole texts",
                     "choose ancestral" if name == "gidd" else "ancestral or analytic or euler")

@@ -208,7 +208,7 @@ def test_bpe(monkeypatch, tmp_path, books):
     assert meta["definition"] == train_bpe(texts[:2], 270) and meta["vocab_size"] == 270
     assert [read(tmp_path / "gutenberg_bpe270", split) for split in ("train", "val", "test")] == [
         " ".join(texts[:2]), *texts[2:]]
-    for tokens, message in (("bpe:9", "bpe:9: write bpe:SIZE"), ("270", "270 is none of char, gpt2")):
+    for tokens, message in (("bpe:9", "bpe:9: write bpe:SIZE"), ("270", "270 cannot be used here: choose gpt2")):
         with pytest.raises(UserError, match=f"--tokenizer {message}"):
             go(tokens)
     prepare(monkeypatch, "--tokenizer", ROOT / "pretrained/prose", "--file", tmp_path / "train.txt",

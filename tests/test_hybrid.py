@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import world
+from categorical import Draw
+from configs import gidd_text8, replace
 from diffusion import MDLM
 from hybrid import Hybrid, posterior
 from randomness import uniforms
+from sampler_settings import schedule_grid
 from sampling import Settings
 from test_sampling import chi_square_excess, counts_of, masks
 from test_uniform import quadrature
@@ -173,16 +176,16 @@ def test_estimates_are_finite_and_agree():
 
 
 def test_simple_weights():
-    """A position's weight in the loss for one sigma: 6 at masks, 3 at random tokens, times dsigma-free s (1 - s)."""
+    """The loss is 6 c (1 - c) times the bound, and the weight of the bound in dc is 1/(c (1 - c)), up to J/q."""
     objective = Hybrid(V, "linear", 0.2, "simple")
     u, v = uniforms(0, 0, range(27), 27, L, stratified=True)
     noise = objective.noise(u, v)
     alpha, m, n = objective.shares(noise.sigma)
-    s = m / (alpha + m)
+    c = m / (alpha + m)
     loss, nelbo = objective.loss(network(random_logits(3)), SEQUENCES, noise)
-    assert loss.item() == pytest.approx((6 * s * (1 - s) * nelbo).mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx((6 * c * (1 - c) * nelbo).mean().item(), rel=1e-5)
     assert Hybrid(V, "linear", 0.2).loss(network(random_logits(3)), SEQUENCES, noise)[0] == nelbo.mean()
-    # ds/dt = s (1 - s) dsigma/dt / (m + n/2): so for s uniform, a mask's KL has the factor 6, a random token's q KL 3
+    # dc/dt = c (1 - c) dsigma/dt / (m + n/2): so for c uniform, a mask's KL has the factor 6, a random token's 3
     t = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
     of = lambda t: objective.shares(-torch.log1p(-t))
     share = lambda t: of(t)[1] / (of(t)[0] + of(t)[1])
@@ -306,13 +309,38 @@ def test_infilling():
     assert (before != MASK).all()
 
 
-def test_temperature():
-    """Temperature changes the prediction: at 0 the chain is that of a prediction of certainty."""
+@pytest.mark.parametrize("common", [dict(temperature=0), dict(temperature=0.5), dict(top_p=0.7), dict(top_k=2)])
+def test_temperature(common):
+    """Temperature, top_p and top_k change the prediction, from which each step follows: at temperature 0 the chain is
+    that of a prediction of certainty."""
     grid, (model, predict) = [1.0, 0.5, 0.0], told(0.5)
-    certain = lambda shares: 1e3 * torch.nn.functional.one_hot(predict(shares).argmax(-1), V).double()
-    expected = world.hybrid_chain_distribution(steps_of(grid, 0.5, certain))
-    *_, state = Settings("ancestral", {"grid": grid}, temperature=0).states(
+    cut = Draw(torch.Generator(), **common).cut
+
+    def changed(shares):
+        logits = predict(shares)
+        p = cut(logits.flatten(0, 1), logits.softmax(-1).flatten(0, 1)).view(logits.shape)
+        return (p / p.sum(-1, keepdim=True)).log()
+
+    expected = world.hybrid_chain_distribution(steps_of(grid, 0.5, changed))
+    *_, state = Settings("ancestral", {"grid": grid}, **common).states(
         Hybrid(V, "linear", 0.5), model, masks(20_000), torch.Generator().manual_seed(0))
-    counts = counts_of(state.xt)
-    assert counts[expected < 1e-12].sum() == 0
-    assert chi_square_excess(counts[expected > 1e-12], expected[expected > 1e-12]) < 4
+    counts, possible = counts_of(state.xt), expected > 1e-12
+    assert counts[~possible].sum() == 0 and chi_square_excess(counts[possible], expected[possible]) < 4
+
+
+def test_rates_next_to_one():
+    """Steps of schedules and grids whose rates are 1 in float32."""
+    anything = lambda xt, t, where: torch.zeros(int(where.sum()), V)
+    for rates in ([1.0, 1 - 1e-8, 0.5, 0.0], schedule_grid("geometric", 20), schedule_grid("cosine", 10**5)[:3] + [0]):
+        *_, state = Settings("ancestral", {"grid": rates}).states(Hybrid(V), anything, masks(50),
+                                                                  torch.Generator().manual_seed(0))
+        assert (state.xt != MASK).all()
+
+
+def test_settings_reach_the_objective():
+    """Those of Config, in the order of the constructor."""
+    config = replace(gidd_text8(), schedule="cosine", uniform_share=0.5)
+    objective = config.make_objective(V)
+    found = [share.item() for share in objective.shares(torch.tensor(math.log(3), dtype=torch.float64))]
+    assert found == pytest.approx(world.hybrid_shares(1 / 3, 0.5))
+    assert objective.weighting == "simple" and objective.time(torch.tensor(0.5)).item() == pytest.approx(1 / 3)
