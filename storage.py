@@ -170,12 +170,13 @@ def add_hints(parser):
     """Add the flags --format and --override, for a command that reads foreign checkpoints."""
     parser.add_argument("--format", choices=translate.FORMATS,
                         help="format of another project's checkpoint (default: detected from the file)")
-    parser.add_argument("--override", type=translate.overrides, metavar="KEY=N,...",
+    parser.add_argument("--override", type=translate.overrides, metavar="KEY=N,...", action="append", default=[],
                         help="settings that another project's checkpoint lacks, such as n_head=2,seq_len=40")
 
 
 def hints_of(args):
-    return Hints(args.dataset, args.override or {}, args.format, args.data_dir)
+    overrides = {key: value for given in args.override for key, value in given.items()}
+    return Hints(args.dataset, overrides, args.format, args.data_dir)
 
 
 def read(path, hints=Hints()):

@@ -432,7 +432,7 @@ def test_every_folder_samples_and_scores(call, golden, data_dir, tmp_path, name)
         assert call("sample.py", golden / name).code == 2
         more = ["--data_dir", tmp_path, "--dataset", "mine"]
     if name == "tiny_diffusion":
-        more += ["--override", "n_head=2,seq_len=40,prefix=8"]
+        more += ["--override", "n_head=2,seq_len=40", "--override", "prefix=8"]
     prompt = ["--prefix=the ", "--length=16"] if name.startswith("bd3lm") else ["--template=the {12}"]
     result = call("sample.py", golden / name, "--steps=4", *prompt, *more)
     assert result.code == 0 and result.out.startswith("the ") and len(result.out) == 17, result.err
