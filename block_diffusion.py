@@ -103,7 +103,7 @@ class BlockDiffusion(MDLM):
             return ("rate_range needs schedule=linear, conditioning=none, and time_sampling=uniform or stratified: "
                     "exact_k draws the number of masks, not a rate")
         if config.prefix != "none":
-            return "objective=block trains without prefixes, because each block continues those before it: use prefix=none"
+            return "objective=block takes no prefix, because each block continues those before it: use prefix=none"
         return super().misfit(config)
 
     def n_times(self, L):
