@@ -126,8 +126,8 @@ class Config:
     time_sampling: str = setting("uniform", "how training draws the time of each sequence: uniform; stratified, "
                                  "spread evenly over the batch; or exact_k, a number of masks, also spread evenly (not "
                                  "for d3pm or random tokens)", ("uniform", "stratified", "exact_k"))
-    weighting: str = setting("nelbo", "loss weight of a masked token: nelbo, as in the bound; or simple, the same for "
-                             "all (mdlm, block); bert always has the same for all",
+    weighting: str = setting("nelbo", "loss weight of a token that is noise: nelbo, as in the bound; or simple, the "
+                             "same at all times (mdlm, block); bert always has the same for all",
                              ("nelbo", "simple"))
     anneal_steps: int = setting(0, "steps in which attention grows from causal to full, at random places; 0: full at "
                                 "once")

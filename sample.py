@@ -191,7 +191,7 @@ def main():
         known = words_of(load_split(config.dataset, "train", 1, data_dir),
                          make_tokenizer(load_meta(config.dataset, data_dir)))
     watching = args.show or args.show_intermediate
-    rewrites = objective.random_tokens  # all tokens are drawn anew in each step, so that masks left do not count
+    rewrites = objective.random_tokens  # all tokens are drawn anew in each step: the number of masks says nothing
     every = args.show_intermediate
     if rewrites and not every and not sys.stderr.isatty():
         every = -(-settings.steps // 10)  # with masks, Screen itself chooses the states
