@@ -191,7 +191,7 @@ class Objective:
 
     description = "predicts masked tokens"  # what a checkpoint of this objective does; completes "it ..." in messages
     has_mask = True     # the noise makes masks, so the network has one token more than the vocabulary
-    random_tokens = False  # the noise makes tokens others at random, so nothing shows which are noise (uniform.py)
+    random_tokens = False  # the noise puts random tokens in place of others; nothing shows where (uniform.py)
     causal = False      # the network sees only tokens on the left
     any_order = True    # it predicts masks in whole texts: any of them, from any visible tokens
     both_sides = True   # a token sees the text on its right, too, so that blanks in the middle of a text can be filled
@@ -410,17 +410,19 @@ class MDLM(Absorbing):
     less than the bound. `noise`, for training, estimates this integral. `exact_k` and `continuous` draw all rates, and
     tell the network t = 1 at rates above 1 - alpha(1).
 
-    For a network that does not see the time, the bound is the same for every schedule from alpha = 1 to alpha = 0; the
-    variance of its estimate is not. time_sampling:
-    'uniform', 'stratified': t = u, and tokens are masked independently. If alpha(0) = 1, the estimate has no finite
-        variance: use this for training and to match papers, never for error bars.
-    'exact_k': exactly k tokens are masked (the method exact_k).
-    'uniform' draws the u of a batch independently; the other two spread them evenly over (0, 1], as MDLM's
-    low-discrepancy sampler does. train.batches draws u, so for `noise` 'uniform' and 'stratified' are the same.
+    For a network that does not see the time, the bound is the same for every schedule from alpha = 1 to alpha = 0. The
+    variance of its estimate is not the same. time_sampling says what is drawn for training:
 
-    weighting 'simple' trains on 2 sum CE / L, the same weight for every masked token. For the linear schedule a term of
-    the bound is (1/t) sum CE / L, so each is multiplied by 2t, which is 1 on average. This is not the bound, but it
-    varies less, and short runs end far lower (LOG.md). The reported bound keeps its weights.
+        uniform      t = u, independent masks; the u of a batch are independent
+        stratified   the same, but the u of a batch are spread evenly over (0, 1] (MDLM's low-discrepancy sampler)
+        exact_k      exactly k masks (the method exact_k), with u spread evenly, too
+
+    train.batches draws u, so `noise` does the same for the first two. If alpha(0) = 1, their estimates of the bound
+    have no finite variance: use them for training and to match papers, never for error bars.
+
+    weighting 'simple' trains on 2 sum CE / L, the same weight for every masked token. For the linear schedule the bound
+    is the mean of (1/t) sum CE / L, so 'simple' multiplies each draw by 2t, which is 1 on average. This is not the
+    bound, but it varies less, and short runs end far lower (LOG.md). The reported bound keeps its weights.
     """
 
     own = ("weighting",)

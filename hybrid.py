@@ -5,12 +5,12 @@ probability n one of the V tokens at random, itself included. With M for the mas
 
     q(xt = y | x0) = alpha [y = x0] + m [y = M] + n/V [y != M],     alpha + m + n = 1,     n = b sqrt(alpha m).
 
-So n, the share of random tokens, is 0 at both ends, and largest where alpha = m. There it is b/(2 + b), which is
-Config.uniform_share. GIDD writes B for b. Text begins to change at random, and ends as masks.
+So n, the share of random tokens, is 0 at both ends, and largest where alpha = m. The largest share, b/(2 + b), is
+Config.uniform_share. GIDD writes B for b. At first tokens become random ones; at the end all are masks.
 
-A network of this kind sees masks, and must also doubt the tokens that it sees. So it can correct what it has written:
-in sampling any token may change until the end. As with uniform noise (uniform.py), its softmax x_theta at a position
-estimates p(x0 there | all other tokens of xt), and every position has a cost.
+A network of this kind fills masks. It also learns that any token that it sees may be noise. So it can correct what it
+has written: in sampling any token may change until the end. As with uniform noise (uniform.py), its softmax x_theta at
+a position estimates p(x0 there | all other tokens of xt), and every position has a cost.
 
 Names and conventions are those of diffusion.py and uniform.py. docs/maths.md, section 13, derives the formulas.
 """
@@ -26,20 +26,21 @@ from uniform import Uniform, chain, excess
 class Hybrid(Uniform):
     """GIDD in continuous time (arXiv 2503.04482), in terms of the total noise sigma = -log alpha.
 
-    Noise hits a token with the jump rate dsigma/dt. A hit makes a mask, or any one of the V tokens, with the chances
+    Noise hits a token with the jump rate dsigma/dt. A hit turns it into the mask M or into a token y, with probability
 
         J_M = m/(m + n/2)     and     J_y = (n/2)/(m + n/2) / V.
 
-    Let z be the token of xt at a position, and p(y) = q(y | x0) with x_theta[y] in place of [y = x0]. Then
+    At one position, let z be the token of xt, q(y) = q(xt = y | x0), and p(y) the same with x_theta[y] in place of
+    [y = x0]. Then, with excess(d) = e^d - 1 - d,
 
-        nelbo = integral over t of dsigma/dt * E[ sum_i J_z/q(z | x0) (KL(q(. | x0) || p) + f(log q(z | x0)/p(z))) ] / L
+        nelbo = integral over t of dsigma/dt * E[ sum_i J_z/q(z) (KL(q || p) + excess(log q(z)/p(z))) ] / L.
 
-    with f(d) = e^d - 1 - d. This is the score entropy of the scores S_y = p(y)/p(z), written without division by p.
-    At t = 1 all tokens are masks, so there is no prior term. There is no reconstruction term either (see Uniform).
+    This is the score entropy of the scores S_y = p(y)/p(z), written without division by p. At t = 1 all tokens are
+    masks, so there is no prior term. There is no reconstruction term either (see Uniform).
 
-    weighting 'simple' multiplies each sample of the bound by 6 c (1 - c) in training, where c = m/(alpha + m) is GIDD's
-    time. The loss is then an integral over c in which the KL of a mask has the weight 6, that of a random token 3, and
-    that of a clean one little: the paper's dynamic weights, up to a factor.
+    weighting 'simple' multiplies each sample of the bound by 6 phi (1 - phi) in training, where phi = m/(alpha + m) is
+    GIDD's time. The loss is then an integral over phi with nearly constant weights: 6 for a mask, 3 for a random token,
+    and little for a clean one. These are the paper's dynamic weights, up to a factor.
     """
 
     description = "was trained with masks and random tokens"
@@ -77,10 +78,10 @@ class Hybrid(Uniform):
         return torch.where((random < 0) & (v <= rate[:, None]), self.mask_id, random)
 
     def cost(self, logits, x0, xt, sigma):
-        """J_z/q(z | x0) (KL(q || p) + f(log q(z | x0)/p(z))): logits (B, L, V), sigma (B,) -> nats (B, L).
+        """J_z/q(z) (KL(q || p) + excess(log q(z)/p(z))): logits (B, L, V), sigma (B,) -> nats (B, L).
 
-        Let e = n/V: q(y | x0) is e for all tokens but x0, which has alpha + e. The masks' terms of the KL are zero.
-        With d = log p - log q, the others are q (e^d - 1 - d), as both q and p sum to alpha + n over the tokens.
+        q(y) is `each` = n/V for a token y != x0, and alpha + n/V for x0. The mask's term of the KL is zero, because
+        q(M) = p(M). Over the tokens q and p have the same sum, so KL = sum of q excess(d) with d = log p - log q.
         """
         alpha, m, n = (share[:, None] for share in self.shares(sigma))
         each = (n / self.V).clamp(min=1e-30)
@@ -95,7 +96,7 @@ class Hybrid(Uniform):
         return torch.where(masked, kl, at_token) / (m + n / 2)
 
     def simple_weight(self, sigma):
-        """The factor of weighting 'simple': 6 c (1 - c), with c = m/(alpha + m)."""
+        """The factor of weighting 'simple': 6 phi (1 - phi), with phi = m/(alpha + m)."""
         alpha, m, _ = self.shares(sigma)
         return 6 * alpha * m / (alpha + m) ** 2
 
@@ -119,7 +120,7 @@ def posterior(x, z, now, before):
 
 
 def hybrid_ancestral(model, xt, objective, draw, rate0, grid):
-    """The reverse chain: from masks on, draw each token or mask from the posterior given the network's prediction.
+    """The reverse chain: begin with masks; each step draws every token, or a mask, from the network's posterior.
 
     Temperature, top_k and top_p change the prediction. p of the States is the network's probability that the new token
     y is the clean one, given z = xt, as in uniform_chain. If z is the mask, it is x[y]. If y is the mask, it is nan.

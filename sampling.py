@@ -73,9 +73,9 @@ def guided(denoiser, given, objective, size, w):
 
         p(x | c)^(1 + w) / p(x)^w, normalised.
 
-    The logits in `where` are combined, so w = 0 is p(x | c). If the first call is told the time of the rate r, which is
-    that of `size` tokens, size * r + (number of given tokens) of L tokens are masks in the second. So it is told the
-    time of the rate (size * r + number)/L.
+    The logits in `where` are combined, so w = 0 is p(x | c). The first call is told the time of a rate r, which means
+    size * r masks. In the second call the given tokens are masks, too: size * r + number of all L tokens. So it is told
+    the time of the rate (size * r + number)/L.
     """
     L, number = given.shape[1], given.sum(1).cpu()
 

@@ -78,22 +78,24 @@ def excess(d):
 class Uniform(Objective):
     """Uniform diffusion in continuous time: UDLM (arXiv 2412.10193), Duo (arXiv 2506.10892); with `score`, SEDD's.
 
-    All of them learn the scores S_y = q_t(xt with y here)/q_t(xt) at every position; z is the token of xt there. The
-    true score given x0 is c_y = q(y | x0)/q(z | x0). All minimise the score entropy (SEDD, arXiv 2310.16834). If the
-    scores are computed from x_theta, it is the bound of UDLM and Duo. The forward jump rate between any two tokens is
-    dsigma/dt / V, so
+    All of them learn the scores S_y = q_t(xt with y here)/q_t(xt) at every position, by the score entropy (SEDD, arXiv
+    2310.16834). With scores that are computed from x_theta it is the bound of UDLM and Duo. Let z be the token of xt at
+    a position. Given x0, the true score there is c_y = q(y | x0)/q(z | x0). The forward jump rate between any two
+    tokens is dsigma/dt / V, so
 
         nelbo = integral over t of dsigma/dt * E[ sum_i 1/V sum_{y != z} (S_y - c_y log S_y + c_y (log c_y - 1)) ] / L.
 
-    With `score` the network's logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is
-    added. Without `score` the logits are those of x_theta. Then S_y = x_bar[y]/x_bar[z], where x_bar[y] =
-    V alpha x_theta[y] + 1 - alpha (UDLM's letter). The estimators then integrate over all rates 1 - alpha from 0 to 1,
-    so the prior term is zero. At rates above those of the schedule the network is told t = 1, at rates below them
-    t = 0. There is no reconstruction term, because the rates begin at 0, where xt = x0. `noise`, for training, covers
+    Without `score` the logits are those of x_theta, and S_y = x_bar[y]/x_bar[z], where x_bar[y] = V alpha x_theta[y] +
+    1 - alpha (UDLM's letter). The estimators draw all noise rates from 0 to 1, so the prior term is zero. The network
+    is told t = 1 at rates above those of the schedule, and t = 0 at rates below them.
+
+    With `score` the logits are log S_y. The integral ends at the schedule's last sigma, and a prior term is added.
+
+    In both cases the rates begin at 0, where xt = x0, so there is no reconstruction term. `noise`, for training, draws
     only the rates of the schedule.
 
-    weighting 'simple', for predictions only, multiplies each sample of the bound by 6 r (1 - r) in training, where r is
-    the noise rate. Then a random token has the same weight at all rates, and a clean one little: GIDD's dynamic weights
+    weighting 'simple' (without `score`) multiplies each sample of the bound by 6 r (1 - r) in training, where r is the
+    noise rate. Then a random token has the same weight at all rates, and a clean one little: GIDD's dynamic weights
     (arXiv 2503.04482; docs/maths.md, section 13). The reported bound keeps its weights.
     """
 

@@ -176,16 +176,16 @@ def test_estimates_are_finite_and_agree():
 
 
 def test_simple_weights():
-    """The loss is 6 c (1 - c) times the bound, and the weight of the bound in dc is 1/(c (1 - c)), up to J/q."""
+    """The loss is 6 phi (1 - phi) times the bound, whose weight in dphi is 1/(phi (1 - phi)), up to J/q."""
     objective = Hybrid(V, "linear", 0.2, "simple")
     u, v = uniforms(0, 0, range(27), 27, L, stratified=True)
     noise = objective.noise(u, v)
     alpha, m, n = objective.shares(noise.sigma)
-    c = m / (alpha + m)
+    phi = m / (alpha + m)
     loss, nelbo = objective.loss(network(random_logits(3)), SEQUENCES, noise)
-    assert loss.item() == pytest.approx((6 * c * (1 - c) * nelbo).mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx((6 * phi * (1 - phi) * nelbo).mean().item(), rel=1e-5)
     assert Hybrid(V, "linear", 0.2).loss(network(random_logits(3)), SEQUENCES, noise)[0] == nelbo.mean()
-    # dc/dt = c (1 - c) dsigma/dt / (m + n/2): so for c uniform, a mask's KL has the factor 6, a random token's 3
+    # dphi/dt = phi (1 - phi) dsigma/dt / (m + n/2): for phi uniform, a mask's KL has the factor 6, a random token's 3
     t = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
     of = lambda t: objective.shares(-torch.log1p(-t))
     share = lambda t: of(t)[1] / (of(t)[0] + of(t)[1])
