@@ -389,11 +389,7 @@ def d3pm_mini():
 
 
 def fast_twin(config, **settings):
-    """The same data and width, with changes by which short runs learn more from the same number of tokens (RESULTS.md).
-
-    It is mdlm_twin with equal weights for all masked tokens, token shift, head gates, Muon, a linear decay of the
-    learning rate, and no dropout.
-    """
+    """The same data and width, with changes by which short runs learn more from as many tokens (RESULTS.md)."""
     return replace(mdlm_twin(config), weighting="simple", shift_tokens=True, head_gates=True, dropout=0.0,
                    optimizer="muon", lr_decay="linear", **settings)
 

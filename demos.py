@@ -57,7 +57,6 @@ def shown(ids, tokenizer):
 
 
 def say(text):
-    """Print a paragraph."""
     print("\n" + textwrap.fill(" ".join(text.split()), 110))
 
 

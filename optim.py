@@ -29,7 +29,6 @@ def learning_rate(step, cfg):
 
 
 def set_learning_rate(optimizers, lr):
-    """Set the learning rate of all parameters."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -148,7 +148,6 @@ class Run:
         self.name, self.out_dir = name, Path(cfg.out_dir) if cfg.out_dir else Path("out", name)
         cfg = on_main(lambda: checkpoint.with_sizes_of_source(cfg, args.resume, args.init_from, self.out_dir))
 
-        # data and model
         meta, self.train_tokens, self.val_tokens, self.items = together(lambda: open_data(cfg))
         main_meta = on_main(lambda: meta)
         together(lambda: check_same_data(meta, main_meta, cfg.dataset, "the main process"))

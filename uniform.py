@@ -168,7 +168,6 @@ class Uniform(Objective):
         if self.score:
             return logits.float().scatter(-1, xt[..., None], 0.0)
         V, sigma = logits.shape[-1], sigma[..., None]
-        # x_bar = V alpha x_theta + (1 - alpha)
         log_x_bar = torch.logaddexp(logits.float().log_softmax(-1) + math.log(V) - sigma,
                                     torch.log(-torch.expm1(-sigma)))
         return log_x_bar - log_x_bar.gather(-1, xt[..., None])

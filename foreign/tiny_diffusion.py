@@ -107,7 +107,6 @@ class TinyDiffusion(nn.Module):
         return list(self.head.parameters())
 
     def matrices(self):
-        """Return the matrices of the blocks."""
         return list(self.blocks.parameters())
 
     def flops(self, seq_len, predicted=1.0):

@@ -94,14 +94,6 @@ def test_noise_has_the_distribution_of_the_process(p):
                 assert chi_square_excess(counts[possible], expected[token, possible]) < 4
 
 
-def test_noise_depends_on_seed_and_index_alone():
-    objective = Hybrid(27)
-    whole = objective.noise(*uniforms(3, 7, range(4), 4, 16, stratified=True))
-    parts = [objective.noise(*uniforms(3, 7, [i], 4, 16, stratified=True)) for i in range(4)]
-    for a, b in zip(whole, zip(*parts)):
-        assert torch.equal(a, torch.cat(b))
-
-
 # ---- the bound -------------------------------------------------------------------------------------------------------
 
 
