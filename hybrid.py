@@ -120,7 +120,8 @@ def posterior(x, z, now, before):
 
 
 def hybrid_ancestral(model, xt, objective, draw, rate0, grid):
-    """The reverse chain: begin with masks; each step draws every token, or a mask, from the network's posterior.
+    """The reverse chain: begin with masks, and draw each position anew in each step, a token or the mask, from the
+    posterior given the network's prediction.
 
     Temperature, top_k and top_p change the prediction. p of the States is the network's probability that the new token
     y is the clean one, given z = xt, as in uniform_chain. If z is the mask, it is x[y]. If y is the mask, it is nan.
