@@ -67,12 +67,16 @@ def check_fits(needed, device, what, remedy):
                         f"{total / 1e9:,.1f} GB: {remedy}")
 
 
-def flops_per_token(model, objective, cfg):
-    """Floating-point operations of a training step per token; the head counts only where logits are computed."""
+def flops_per_token(model, objective, cfg, items=None, until=None):
+    """Floating-point operations of a training step per token; the head counts only where logits are computed.
+
+    items: 256 of them (256, L), if their prefixes end with the token `until`. Without them all lengths are as likely.
+    """
     if objective.everywhere and cfg.prefix == "none":
         return model.flops(cfg.seq_len)
     u, v = uniforms(cfg.seed, 0, range(256), 256, cfg.seq_len, stratified=True, n_times=objective.n_times(cfg.seq_len))
-    noise = objective.noise(u, give_prefix(v, prefix_lengths(cfg.prefix_range, cfg.seed, 0, range(256))))
+    given = prefix_lengths(cfg.prefix_range, cfg.seed, 0, range(256), items, until)
+    noise = objective.noise(u, give_prefix(v, given))
     return model.flops(cfg.seq_len, noise.mask.float().mean().item())
 
 

@@ -162,7 +162,8 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.model = cfg.make_model(V)  # made on the CPU: equal weights on every device and in every process
         deal([key for key, _ in self.model.named_parameters()], cfg.fragments)  # raises UserError if it cannot be done
-        self.flops = flops_per_token(self.model, self.objective, cfg)
+        some = random_crops(self.train_tokens, cfg.seq_len, cfg.seed, 0, range(256), self.items.record)
+        self.flops = flops_per_token(self.model, self.objective, cfg, some, self.items.until)
         self.start_or_resume(args)
 
         # what reports need

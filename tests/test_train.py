@@ -110,6 +110,9 @@ def test_flops_of_what_the_loss_asks_for():
         cfg = replace(CFG, objective=objective, lambda_ce=0.0, prefix="fixed:6", conditioning="none")
         found = flops_per_token(cfg.make_model(50), cfg.make_objective(50), cfg)
         assert found == pytest.approx(cfg.make_model(50).flops(8, share), rel=0.03)
+        questions = torch.tensor([4, 4, 4, 4, 4, 9, 4, 4]).expand(256, -1)  # of the same length
+        until = replace(cfg, prefix="until:x")
+        assert flops_per_token(until.make_model(50), until.make_objective(50), until, questions, 9) == found
 
 
 @pytest.mark.parametrize("grad_clip", [0.01, 0.0])
