@@ -47,6 +47,7 @@ class Hybrid(Uniform):
     has_mask = True
     samplers = {"ancestral": "hybrid_ancestral"}
     own = ("weighting", "uniform_share")
+    log_score = None  # Uniform's is of random tokens alone, and nothing here needs scores
 
     @classmethod
     def from_config(cls, config, vocab_size):

@@ -214,6 +214,8 @@ def test_bpe(monkeypatch, tmp_path, books):
     prepare(monkeypatch, "--tokenizer", ROOT / "pretrained/prose", "--file", tmp_path / "train.txt",
             tmp_path / "val.txt", "--data_dir", tmp_path)  # the tokens of a checkpoint
     assert load_meta("gutenberg_prose", tmp_path)["vocab_size"] == 8192
+    with pytest.raises(UserError, match="is already prepared with tokenizer .*pretrained/prose, not other/prose"):
+        go("other/prose")  # another checkpoint of this name
     assert read(tmp_path / "gutenberg_prose", "train") == " ".join(texts[:2])
 
 
