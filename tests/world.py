@@ -182,16 +182,23 @@ def uniform_matrix(keep):
     return torch.eye(V, dtype=torch.float64) * keep + (1 - keep) / V
 
 
+def by_position(Q, states):
+    """q(xt_i | x0_i) at each position i, for noise with the matrix Q: (L, 27 x0, n) for states xt (n, L)."""
+    return torch.stack([Q[SEQUENCES[:, i]][:, states[:, i]] for i in range(L)])
+
+
 def uniform_distribution(alpha):
     """Distribution q(xt | x0): (27 x0, 27 xt)."""
-    Q = uniform_matrix(alpha)
-    return torch.stack([Q[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)]).prod(0)
+    return by_position(uniform_matrix(alpha), SEQUENCES).prod(0)
 
 
 def uniform_oracle(alpha, leave_one_out=True):
     """p(x0_i | xt) for every xt: (27, L, V) probabilities. With leave_one_out, position i of xt is ignored."""
-    Q = uniform_matrix(alpha)
-    factors = torch.stack([Q[SEQUENCES[:, i]][:, SEQUENCES[:, i]] for i in range(L)])  # (L, 27 x0, 27 xt)
+    return predictions(by_position(uniform_matrix(alpha), SEQUENCES), leave_one_out)
+
+
+def predictions(factors, leave_one_out):
+    """p(x0_i | xt) by Bayes' rule, from the result of by_position for n states: (n, L, V)."""
     found = []
     for i in range(L):
         others = torch.stack([factors[j] for j in range(L) if j != i or not leave_one_out]).prod(0)
@@ -276,20 +283,12 @@ def hybrid_stage(before, now):
 
 def hybrid_distribution(shares):
     """Distribution q(xt | x0): (27 x0, 64 xt)."""
-    Q = hybrid_matrix(*shares)
-    return torch.stack([Q[SEQUENCES[:, i]][:, STATES[:, i]] for i in range(L)]).prod(0)
+    return by_position(hybrid_matrix(*shares), STATES).prod(0)
 
 
 def hybrid_oracle(shares, leave_one_out=True):
     """p(x0_i | xt) for every xt: (64, L, V) probabilities. With leave_one_out, position i of xt is ignored."""
-    Q = hybrid_matrix(*shares)
-    factors = torch.stack([Q[SEQUENCES[:, i]][:, STATES[:, i]] for i in range(L)])  # (L, 27 x0, 64 xt)
-    found = []
-    for i in range(L):
-        others = torch.stack([factors[j] for j in range(L) if j != i or not leave_one_out]).prod(0)
-        found.append((P_DATA[:, None] * others).T @ ONE_HOT[:, i])
-    found = torch.stack(found, 1)
-    return found / found.sum(-1, keepdim=True)
+    return predictions(by_position(hybrid_matrix(*shares), STATES), leave_one_out)
 
 
 def hybrid_step(x, z, now, before):
