@@ -74,7 +74,7 @@ def load_documents(files, source=SOURCE, name=None, split="train"):
 
 def start_worker(meta, share):
     global tokenizer, held_out
-    tokenizer, held_out = make_tokenizer(meta), share
+    tokenizer, held_out = make_tokenizer(meta, plain=True), share
 
 
 def encode(texts):

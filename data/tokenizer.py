@@ -127,10 +127,10 @@ class HubTokenizer:
 
     unit, space_first = "token", True
 
-    def __init__(self, definition, left_out=None, alphabet=None, end=None):
+    def __init__(self, definition, left_out=None, alphabet=None, end=None, plain=False):
         """definition: what a tokenizer.json contains. left_out: the ids to leave out, if not those of special tokens.
         alphabet, end: see CharTokenizer. The vocabulary does not say the alphabet: a byte-level BPE has tokens for all
-        bytes.
+        bytes. plain: the names of all added tokens in a text are text, also of those that are not special.
 
         Raises UserError if it is no such definition.
         """
@@ -147,6 +147,9 @@ class HubTokenizer:
             self.added = {token["id"] for token in parts["added_tokens"]}  # their pieces are their texts
             special = {token["id"] for token in parts["added_tokens"]
                        if token["special"] and token["content"] != unknown}
+            if plain:
+                added = [token | {"special": True} for token in parts["added_tokens"]]
+                self.tokenizer = Tokenizer.from_str(json.dumps(parts | {"added_tokens": added}))
         except Exception as error:  # a plain Exception of the library; or parts that are missing
             raise UserError(f"the definition of the tokenizer is damaged: {first_line(error)}")
         if most > 10**7:
@@ -400,8 +403,11 @@ def describes_tokens(meta):
     return size >= {"gpt2": 50257, "bert": 30521}.get(kind, 1) and isinstance(meta.get("characters", ""), str)
 
 
-def make_tokenizer(meta):
-    """Return the tokenizer that the meta of a data set or checkpoint describes. Raises UserError if it is unknown."""
+def make_tokenizer(meta, plain=False):
+    """Return the tokenizer that the meta of a data set or checkpoint describes. Raises UserError if it is unknown.
+
+    plain: read names of tokens in a text, such as <|endoftext|>, as text. Else large language models have their tokens.
+    """
     if meta["tokenizer"] == "char":
         return CharTokenizer(meta["alphabet"], meta.get("pad"))
     if meta["tokenizer"] == "gpt2":
@@ -410,7 +416,7 @@ def make_tokenizer(meta):
         mask = {103} if meta["vocab_size"] == 30521 else set()  # MDLM's models lack [MASK], UDLM's have it
         return HubTokenizer(definition_of(from_hub(HUB["bert"])), left_out=mask)
     if meta["tokenizer"] == "hf":
-        tokenizer = HubTokenizer(meta["definition"], alphabet=meta.get("characters"), end=meta.get("end"))
+        tokenizer = HubTokenizer(meta["definition"], None, meta.get("characters"), meta.get("end"), plain)
         if tokenizer.vocab_size != meta["vocab_size"]:
             raise UserError(f"the definition of the tokenizer has {tokenizer.vocab_size:,} tokens, and the vocabulary "
                             f"beside it {meta['vocab_size']:,}: one of them is damaged")

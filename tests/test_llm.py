@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -369,6 +370,7 @@ def test_documents(llm, call, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     folder, texts = llm("qwen2")[0], [f"the cat sat {a} {b}" for a in "abcdefgh" for b in "abcdefgh"]
+    texts[0] += " <|start|> and <|endoftext|>."  # the names of tokens, in a document: text
     (tmp_path / "docs.txt").write_text("\n".join(texts))
     prepare = lambda *flags: call("data/prepare_openwebtext.py", "--file", tmp_path / "docs.txt", "--num_proc=1",
                                   "--held_out=0.2", "--data_dir", tmp_path, *flags)
@@ -377,8 +379,10 @@ def test_documents(llm, call, tmp_path, monkeypatch):
     meta = load_meta("openwebtext_qwen2", tmp_path)
     ours, found = make_tokenizer(meta), []
     for split in ("train", "val", "test"):
-        found += ours.decode(load_split("openwebtext_qwen2", split, 1, tmp_path).tolist()).split("<|endoftext|>")[:-1]
-    assert sorted(found) == sorted(texts)
+        ids = load_split("openwebtext_qwen2", split, 1, tmp_path).astype(int)
+        assert ids[-1] == ours.end
+        found += [ours.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == ours.end) + 1)[:-1]]
+    assert sorted(found) == sorted(text + "<|endoftext|>" for text in texts)
     assert prepare_command("openwebtext_qwen2", meta) == (
         f"python data/prepare_openwebtext.py --file FILE --name openwebtext_qwen2 --held_out 0.2 --tokenizer {folder}")
     for other in (ROOT / "pretrained/prose", "bpe:300"):
