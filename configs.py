@@ -241,7 +241,7 @@ class Config:
         for key in self.changed(OWNERS):
             if key not in self.objective_class.own:
                 names, noises = (list(dict.fromkeys(part)) for part in zip(*OWNERS[key]))
-                with_noise = f" with noise={' or '.join(noises)}" if self.objective in names else ""
+                with_noise = "" if "mask" in noises else f" with noise={' or '.join(noises)}"
                 raise UserError(f"{key}={getattr(self, key)} is only for objective={' or '.join(names)}{with_noise}: "
                                 f"use {key}={default_of(key)}")
 

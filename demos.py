@@ -92,16 +92,18 @@ def perturb(args):
           f"  {shown(x0, tokenizer)}\n  {shown(xt, tokenizer)}\n")
     moves = []
     for i in hit.nonzero().flatten().tolist():
-        became = f" -> {shown(xt[i:i + 1], tokenizer)!r}" if objective.random_tokens else ""
-        moves.append(f"{i} {shown(x0[i:i + 1], tokenizer)!r}{became}")
-    how = {"mask": "absorbed", "uniform": "replaced by any token, maybe itself",
-           "hybrid": "replaced by the mask, or by any token, maybe itself"}[kind]
-    print(f"{how}: {'  '.join(moves) or 'none'}")
-    say("""Each token has a random number in (0, 1] of its own and moves once 1 - alpha(t) reaches it: with the same
-        --seed a larger -t moves the same tokens and more. """
-        + {"mask": "A mask shows where text is missing: the network fills it in.",
-           "uniform": "Nothing shows which tokens are noise: the network must doubt all of them.",
-           "hybrid": "Masks show where text is missing; the network must also doubt the tokens that it sees."}[kind])
+        to = f" -> {shown(xt[i:i + 1], tokenizer)!r}" if objective.random_tokens else ""
+        moves.append(f"{i} {shown(x0[i:i + 1], tokenizer)!r}{to}")
+    became, advice = {
+        "mask": ("absorbed", "A mask shows where text is missing: the network fills it in."),
+        "uniform": ("replaced by any token, maybe itself",
+                    "Nothing shows which tokens are noise: the network must doubt all of them."),
+        "hybrid": ("replaced by the mask, or by any token, maybe itself",
+                   "Masks show where text is missing; the network must also doubt the tokens that it sees."),
+    }[kind]
+    print(f"{became}: {'  '.join(moves) or 'none'}")
+    say(f"""Each token has a random number in (0, 1] of its own and moves once 1 - alpha(t) reaches it: with the same
+        --seed a larger -t moves the same tokens and more. {advice}""")
 
 
 def prepared(x0, loaded):

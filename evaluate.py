@@ -163,10 +163,10 @@ def pick_estimator(subject, args):
     if objective.causal and estimator != objective.reported:
         raise UserError(f"{subject.path} {objective.description}, so its likelihood is exact: leave out --estimator "
                         "and --T")
-    if estimator.startswith("t_step") and ("d3pm", subject.config.noise) not in OBJECTIVES:
-        raise UserError(f"{subject.path} {objective.description}, for which there is no T-step bound: leave out --T "
-                        "and --estimator")
     if estimator.startswith("t_step"):
+        if ("d3pm", subject.config.noise) not in OBJECTIVES:
+            raise UserError(f"{subject.path} {objective.description}, for which there is no T-step bound: leave out "
+                            "--T and --estimator")
         if objective.block_size:
             raise UserError(f"the T-step bound is for whole texts, and {subject.path} {objective.description}: leave "
                             "out --T and --estimator")

@@ -26,8 +26,10 @@ def prepare_command(name, meta={}):
     """The command that prepares a data set of this name. meta: its meta.json, if it is known."""
     request, other = meta.get("request", {}), OTHER_TOKENS.fullmatch(name)
     text, tokens = other.groups() if other else (name, "")
-    if "tokenizer" in request and not {"val and test", "held_out"} & request.keys() and "record" not in meta:
-        text, tokens = name.split("_")[0], request["tokenizer"]  # of a checkpoint, with a name that does not say which
+    of_checkpoint = "tokenizer" in request and not {"val and test", "held_out"} & request.keys() and (
+        "record" not in meta)
+    if "_" in name and not other and of_checkpoint:  # the name of the data set does not say which checkpoint
+        text, tokens = name.split("_")[0], request["tokenizer"]
     script, *flags = VARIANTS.get(text, f"{text}.py").split()
     if (DATA_DIR / f"prepare_{script}").exists() and text != "textfile":
         flags += ["--tokenizer", shlex.quote(re.sub(r"^bpe(?=\d)", "bpe:", tokens))] if tokens else []

@@ -372,7 +372,7 @@ def test_help_lists_every_setting(call):
     (["gidd_text8", "--uniform_share=1"], ["uniform_share=1.0 must be from 0.001 to 0.999: "]),
     (["gidd_text8", "--prefix=fixed:4"], ["noise=hybrid needs --prefix=none: "]),
     (["mdlm_text8", "--uniform_share=0.2"], ["is only for objective=mdlm with noise=hybrid: use uniform_share=0.1"]),
-    (["bd3_demo", "--uniform_share=0.2"], ["is only for objective=mdlm: use uniform_share=0.1"]),
+    (["bd3_demo", "--uniform_share=0.2"], ["is only for objective=mdlm with noise=hybrid: use uniform_share=0.1"]),
     (["ar_text8", "--noise=uniform"], ["noise=uniform does not work with objective="]),
     (["d3pm_text8", "--noise=uniform"], ["noise=uniform needs --lambda_ce=0: "]),
     (["udlm_text8", "--objective=sedd", "--weighting=simple"], ["noise=uniform needs --weighting=nelbo: "]),

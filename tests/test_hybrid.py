@@ -118,7 +118,7 @@ def test_cost_is_the_kl_of_a_short_step(p, alpha):
 
 @pytest.mark.parametrize("p", SHARES)
 def test_bound_of_the_optimum_is_the_entropy(p):
-    """With the leave-one-out predictor the bound is -log p of each sequence; with p(x0_i | xt) it is larger."""
+    """The bound of the leave-one-out predictor is -log p of each sequence; that of p(x0_i | xt) is larger."""
     objective = Hybrid(V, "linear", p)
     nats = bound(objective, p, lambda shares: network(world.hybrid_oracle(shares).log()))
     assert (P_DATA @ nats).item() == pytest.approx(ENTROPY, abs=2e-3)
@@ -128,7 +128,7 @@ def test_bound_of_the_optimum_is_the_entropy(p):
 
 
 def test_limits():
-    """With masks alone the cost is MDLM's, and with random tokens alone that of uniform.py: one formula for all."""
+    """The cost of masks alone is MDLM's, and that of random tokens alone is Uniform's."""
     logits, sigma = random_logits(1)[:27].float(), torch.full((27,), 0.7)
     alpha = torch.exp(-sigma)
     kept = torch.randint(V, (27, L), generator=torch.Generator().manual_seed(0))
@@ -172,7 +172,7 @@ def test_simple_weights():
     objective = Hybrid(V, "linear", 0.2, "simple")
     u, v = uniforms(0, 0, range(27), 27, L, stratified=True)
     noise = objective.noise(u, v)
-    alpha, m, n = objective.shares(noise.sigma)
+    alpha, m, _ = objective.shares(noise.sigma)
     phi = m / (alpha + m)
     loss, nelbo = objective.loss(network(random_logits(3)), SEQUENCES, noise)
     assert loss.item() == pytest.approx((6 * phi * (1 - phi) * nelbo).mean().item(), rel=1e-5)
@@ -268,7 +268,7 @@ def test_samples_follow_the_chain(p):
 
 
 def test_many_steps_of_the_optimum_draw_from_the_data():
-    """With the exact predictor the chain's distribution tends to the data's, and tokens change on the way."""
+    """The chain of the exact predictor tends to the distribution of the data as the number of steps grows."""
     gaps = []
     for n in (4, 16, 64):
         grid = [1 - i / n for i in range(n)] + [0.0]
@@ -330,7 +330,7 @@ def test_rates_next_to_one():
 
 
 def test_settings_reach_the_objective():
-    """Those of Config, in the order of the constructor."""
+    """uniform_share, weighting and schedule of a Config arrive where they belong."""
     config = replace(gidd_text8(), schedule="cosine", uniform_share=0.5)
     objective = config.make_objective(V)
     found = [share.item() for share in objective.shares(torch.tensor(math.log(3), dtype=torch.float64))]
