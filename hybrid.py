@@ -6,7 +6,8 @@ probability n one of the V tokens at random, itself included. With M for the mas
     q(xt = y | x0) = alpha [y = x0] + m [y = M] + n/V [y != M],     alpha + m + n = 1,     n = b sqrt(alpha m).
 
 So n, the share of random tokens, is 0 at both ends, and largest where alpha = m. The largest share, b/(2 + b), is
-Config.uniform_share. GIDD writes B for b. At first tokens become random ones; at the end all are masks.
+Config.uniform_share. At first tokens become random ones; at the end all are masks. GIDD writes z_t for xt, B for b, and
+beta_t pi_t for the two shares: m at the mask, and n/V at a token.
 
 A network of this kind fills masks. It also learns that any token that it sees may be noise. So it can correct what it
 has written: in sampling any token may change until the end. As with uniform noise (uniform.py), its softmax x_theta at
