@@ -23,6 +23,11 @@ def begin(xt):
     return State(xt, torch.full(xt.shape, torch.nan, device=xt.device))
 
 
+def rates_of(xt, r):
+    """The same rate r for all texts xt (B, L): (B,) float64."""
+    return torch.full((len(xt),), r, dtype=torch.float64)
+
+
 def with_denoising(grid, least=0.0):
     """Insert one more rate before the 0 at the end of a grid: 1e-5, or half of the rate before it if that is less.
 

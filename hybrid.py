@@ -121,7 +121,7 @@ def posterior(x, z, now, before):
     return (h[:, None] * q).scatter_add(-1, z[:, None], kappa * q.gather(-1, z[:, None]))
 
 
-def hybrid_ancestral(model, xt, objective, draw, rate0, grid):
+def hybrid_ancestral(model, xt, objective, draw, grid):
     """The reverse chain: begin with masks, and draw each position anew in each step, a token or the mask, from the
     posterior given the network's prediction.
 

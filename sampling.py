@@ -1,4 +1,4 @@
-"""The reverse process: samplers, as functions of a denoiser callable `model(xt, t, where) -> logits`.
+"""The reverse process: samplers, as functions of a denoiser callable `model(xt, rate, where) -> logits`.
 
 A sampler is an iterator over the states on the way from xt (B, L), which has masks and maybe given tokens, to text. The
 given tokens never change. `ancestral` and `topk` count the steps in which nothing happens (State.steps), and do not
@@ -18,25 +18,24 @@ All but the last can also fill a text piece by piece, from left to right (piece_
 what the commands call: it runs a sampler on texts of any length.
 
 A token is drawn from the network's prediction. Only `temperature`, `top_k`, `top_p` and `guidance` change this
-distribution. Grids are made of mask rates, not of times. From rate r to rate rho < r a mask is revealed with
-probability 1 - rho/r, whatever the schedule is. The schedule says only what time the network is told at a rate
-(diffusion.Objective.time).
+distribution.
+
+Samplers know mask rates, not times. The rate r of a sampler is the share of the masks of xt that are still masks. From
+rate r to rate rho < r a mask is revealed with probability 1 - rho/r, whatever the schedule is. If tokens are given, too,
+the rate of the whole text is lower: rate0 * r, where rate0 is its rate at the start. The network is told the time
+of that rate (diffusion.Objective.time). Settings.states does both.
 
 All samplers take the same arguments, and then those of their own:
 
-    model      the denoiser: xt (B, L), t (B,) and where (B, L) -> logits (N, V) of the N positions in `where`
+    model      the denoiser: xt (B, L), rate (B,) and where (B, L) -> logits (N, V) of the N positions in `where`
     xt         (B, L) long; objective.mask_id where a token is to be written
-    objective  that of the model, whose `time` says what the network is told at a mask rate
+    objective  that of the model
     draw       categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
-    rate0      (B,) float64, the mask rate of xt: its masks divided by the tokens that noise could hit in training (all
-               tokens, or those after the prefix; Settings.states). It is below 1 if other tokens are given, too. Grids
-               begin at 1 all the same: at the rate r of a grid, the network is told the time of rate0 * r
-    grid       (samplers with steps) mask rates, never rising: from 1, or the schedule's rate at t = 1, to 0
+    grid       (samplers with steps) rates, never rising: from 1, or the schedule's rate at t = 1, to 0
 
-Networks trained on random tokens have samplers of their own, in uniform.py and hybrid.py. They do not use `rate0`.
+Networks trained on random tokens have samplers of their own, in uniform.py and hybrid.py.
 """
 
-import copy
 import math
 from typing import Callable, NamedTuple
 
@@ -44,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 from block_diffusion import finish, in_blocks
-from categorical import SURE, Draw, State, begin, with_denoising
+from categorical import SURE, Draw, State, begin, rates_of, with_denoising
 from hybrid import hybrid_ancestral
 from uniform import uniform_ancestral, uniform_euler
 
@@ -52,16 +51,20 @@ from uniform import uniform_ancestral, uniform_euler
 # ---- what the samplers share -----------------------------------------------------------------------------------------
 
 
-def skip_finished(model, past=None):
-    """The denoiser that runs `model` only for the sequences in which `where` has any position.
+def denoiser_of(model, objective, past=None):
+    """The denoiser that tells the network the time of each rate, and runs it only where something is to be predicted:
+    for the sequences in which `where` has any position. Logits that are no prediction (SEDD's) become log f.
 
     past: of all B sequences, what model.remember() returned for the tokens before (model.DiT)."""
-    def denoiser(xt, t, where):
-        rows = where.any(1).nonzero().squeeze(1)
+    def denoiser(xt, rate, where):
+        t, rows = objective.time(rate).to(xt.device), where.any(1).nonzero().squeeze(1)
         more = {}
         if past is not None:
             more["past"] = past if len(rows) == len(where) else [block_past.of_rows(rows) for block_past in past]
-        return model(xt[rows], t[rows], where=where[rows], **more)
+        logits = model(xt[rows], t[rows], where=where[rows], **more)
+        if objective.normalised:
+            return logits
+        return objective.log_prediction(logits, t[:, None].expand(where.shape)[where])
 
     return denoiser
 
@@ -73,33 +76,28 @@ def guided(denoiser, given, objective, size, w):
 
         p(x | c)^(1 + w) / p(x)^w, normalised.
 
-    The logits in `where` are combined, so w = 0 is p(x | c). The first call is told the time of a rate r, which means
-    size * r masks. In the second call the given tokens are masks, too: size * r + number of all L tokens. So it is told
-    the time of the rate (size * r + number)/L.
+    The logits in `where` are combined, so w = 0 is p(x | c). The rate r of the first call means size * r masks. In the
+    second call the given tokens are masks, too: size * r + number of all L tokens, the rate (size * r + number)/L.
     """
     L, number = given.shape[1], given.sum(1).cpu()
 
-    def both(xt, t, where):
-        rate = 1 - objective.schedule.alpha(t.cpu().double())
-        t_without = objective.time((size * rate + number) / L).to(t.device)
-        logits = denoiser(xt, t, where).float()
-        logits_without = denoiser(xt.masked_fill(given, objective.mask_id), t_without, where).float()
+    def both(xt, rate, where):
+        logits = denoiser(xt, rate, where).float()
+        logits_without = denoiser(xt.masked_fill(given, objective.mask_id), (size * rate + number) / L, where).float()
         return (1 + w) * logits - w * logits_without
 
     return both
 
 
-def fill(model, state, where, objective, rate, draw):
-    """Draw tokens for the masks at `where` (B, L), from the network at the mask rates `rate` (B,). Returns a State."""
-    if not where.any():
-        return state
-    return state.put(where, *draw(model(state.xt, objective.time(rate).to(where.device), where=where)))
+def fill(model, state, where, rate, draw):
+    """Draw tokens for the masks at `where` (B, L), from the network at the rates `rate` (B,). Returns a State."""
+    return state.put(where, *draw(model(state.xt, rate, where))) if where.any() else state
 
 
-def propose(model, state, masked, objective, rate, draw, by="probability"):
+def propose(model, state, masked, rate, draw, by="probability"):
     """Draw a token for every mask. Returns that State, and how sure the network is (B, L): the probability of the token
     drawn, or another measure of categorical.SURE; -inf where nothing is masked."""
-    logits = model(state.xt, objective.time(rate).to(masked.device), where=masked)
+    logits = model(state.xt, rate, masked)
     tokens, p, *sure = draw(logits, SURE[by])
     sure = torch.full_like(state.p, -torch.inf).masked_scatter(masked, sure[0] if sure else p)
     return state.put(masked, tokens, p), sure
@@ -116,7 +114,7 @@ def accept(state, proposed, sure, n):
 
 
 @torch.no_grad()
-def ancestral(model, xt, objective, draw, rate0, grid):
+def ancestral(model, xt, objective, draw, grid):
     """The reverse chain on a grid of mask rates rho_0 > rho_1 > ... > 0 (D3PM, eq. 4; MDLM, eq. 6).
 
     From r to rho each mask is revealed with probability 1 - rho/r, whatever the network says. Its token is drawn from
@@ -145,7 +143,7 @@ def ancestral(model, xt, objective, draw, rate0, grid):
     for j in range(int(turn[masked].max()) + 1 if masked.any() else 0):
         where = masked & (turn == j)
         step = torch.where(where, step_of, last[:, None]).amax(1)
-        state = fill(model, state, where, objective, rate0 * rates[step.clamp(min=0).cpu()], draw)
+        state = fill(model, state, where, rates[step.clamp(min=0).cpu()], draw)
         yield state._replace(steps=(step - last).cpu())
         last = step
     if (last < n_steps - 1).any():  # the empty steps at the end
@@ -153,7 +151,7 @@ def ancestral(model, xt, objective, draw, rate0, grid):
 
 
 @torch.no_grad()
-def first_hitting(model, xt, objective, draw, rate0):
+def first_hitting(model, xt, objective, draw):
     """The reverse chain in continuous time, without a grid (first-hitting sampler, arXiv 2409.02908); L States at most.
 
     At rate r there are k masks, each with its own reveal rate, uniform on [0, r). The next one is the largest of these:
@@ -161,21 +159,21 @@ def first_hitting(model, xt, objective, draw, rate0):
     probability. Its token is drawn from the network's prediction at that rate. No two masks are revealed at once, so
     the draw is exact for the chain in continuous time.
     """
-    state, rate = begin(xt), rate0
+    state, rate = begin(xt), torch.ones(len(xt), dtype=torch.float64)
     while (masked := state.xt == objective.mask_id).any():
         rate = rate * draw.uniform(len(xt)).cpu() ** (1 / masked.sum(1).clamp(min=1).cpu())
         which = draw.uniform(xt.shape).masked_fill(~masked.to(draw.generator.device), -1).argmax(1).to(xt.device)
-        state = fill(model, state, masked & F.one_hot(which, xt.shape[1]).bool(), objective, rate, draw)
+        state = fill(model, state, masked & F.one_hot(which, xt.shape[1]).bool(), rate, draw)
         yield state
 
 
-def rate_left(rate0, left, n):
-    """The mask rate of sequences with `left` of their n masks: (B,) float64."""
-    return rate0 * left.cpu().double() / n.cpu().clamp(min=1)
+def share_left(left, n):
+    """The rate of sequences that have `left` of their n masks: (B,) float64."""
+    return left.cpu().double() / n.cpu().clamp(min=1)
 
 
 @torch.no_grad()
-def topk(model, xt, objective, draw, rate0, grid=None, k=1, by="probability"):
+def topk(model, xt, objective, draw, grid=None, k=1, by="probability"):
     """Reveal the surest tokens first, a fixed number in each step (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
 
     A token is drawn for every mask, and the surest ones are kept. How sure the network is follows from its prediction
@@ -193,7 +191,7 @@ def topk(model, xt, objective, draw, rate0, grid=None, k=1, by="probability"):
     done, n_steps = 0, len(left) - 1  # left: the masks after 0, 1, ..., n_steps steps, (n_steps + 1, K)
     for i in (left[1:] < left[:-1]).any(1).nonzero().flatten().tolist():  # the steps that reveal something
         masked = state.xt == objective.mask_id
-        proposed, sure = propose(model, state, masked, objective, rate_left(rate0, left[i, which], n), draw, by)
+        proposed, sure = propose(model, state, masked, share_left(left[i, which], n), draw, by)
         state = accept(state, proposed, sure, (left[i] - left[i + 1])[which].to(xt.device))
         yield state._replace(steps=i + 1 - done)
         done = i + 1
@@ -202,18 +200,18 @@ def topk(model, xt, objective, draw, rate0, grid=None, k=1, by="probability"):
 
 
 @torch.no_grad()
-def threshold(model, xt, objective, draw, rate0, threshold=0.9):
+def threshold(model, xt, objective, draw, threshold=0.9):
     """Reveal all tokens to which the network gives at least `threshold`, and always the surest one (Fast-dLLM, arXiv
     2505.22618). A token is drawn for every mask, as in topk. Texts do not have the distribution of the model."""
     state, n = begin(xt), (xt == objective.mask_id).sum(1)
     while (masked := state.xt == objective.mask_id).any():
-        proposed, sure = propose(model, state, masked, objective, rate_left(rate0, masked.sum(1), n), draw)
+        proposed, sure = propose(model, state, masked, share_left(masked.sum(1), n), draw)
         state = accept(state, proposed, sure, (sure >= threshold).sum(1).clamp(min=1))
         yield state
 
 
 @torch.no_grad()
-def entropy_bound(model, xt, objective, draw, rate0, gamma=0.1):
+def entropy_bound(model, xt, objective, draw, gamma=0.1):
     """Reveal the tokens of least entropy, as many as have (sum of their entropies - the largest of them) <= gamma nats
     (EB-Sampler, arXiv 2505.24857).
 
@@ -227,8 +225,7 @@ def entropy_bound(model, xt, objective, draw, rate0, gamma=0.1):
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1)
     while (masked := state.xt == objective.mask_id).any():
-        rate = rate_left(rate0, masked.sum(1), n)
-        proposed, sure = propose(model, state, masked, objective, rate, draw, "entropy")
+        proposed, sure = propose(model, state, masked, share_left(masked.sum(1), n), draw, "entropy")
         costs = -sure.sort(dim=1, descending=True).values
         n_now = (costs.cumsum(1) - costs <= gamma).sum(1)  # at visible tokens inf - inf is no number, hence False
         state = accept(state, proposed, sure, n_now)
@@ -239,7 +236,7 @@ DEFAULT_ETA = {"cap": 0.02, "rescale": 0.05, "conf": 1.0, "loop": 0.02}  # {rule
 
 
 @torch.no_grad()
-def remdm(model, xt, objective, draw, rate0, grid, remask="cap", eta=None):
+def remdm(model, xt, objective, draw, grid, remask="cap", eta=None):
     """ancestral, but revealed tokens may become masks again, so that mistakes can be mended (ReMDM, arXiv 2503.00307,
     eq. 7, which calls g sigma_t).
 
@@ -271,13 +268,13 @@ def remdm(model, xt, objective, draw, rate0, grid, remask="cap", eta=None):
         h = 1 - rho / r + (0 if remask == "conf" else g * (1 - r) / r)
         revealed = masked & draw.happens(h, xt)
         again = ~masked & ~given & draw.happens(g, xt)
-        state = fill(model, state, revealed, objective, rate0 * r, draw)
+        state = fill(model, state, revealed, rates_of(xt, r), draw)
         state = State(state.xt.masked_fill(again, objective.mask_id), state.p.masked_fill(again, torch.nan))
         yield state
 
 
 @torch.no_grad()
-def analytic(model, xt, objective, draw, rate0, grid, chance=lambda schedule, r, rho: 1 - rho / r):
+def analytic(model, xt, objective, draw, grid, chance=lambda schedule, r, rho: 1 - rho / r):
     """SEDD's analytic predictor, or Tweedie denoiser (arXiv 2310.16834), with masks.
 
     From rate r to rho a mask becomes y with probability (1 - rho/r) f_y, where f is the network's prediction, whose sum
@@ -289,10 +286,9 @@ def analytic(model, xt, objective, draw, rate0, grid, chance=lambda schedule, r,
     for r, rho in zip(grid, grid[1:]):
         masked = state.xt == objective.mask_id
         if masked.any():
-            t = objective.time(rate0 * r).to(xt.device)
-            logits = model(state.xt, t, where=masked)
-            Z = objective.log_prediction(logits, t[:, None].expand_as(masked)[masked]).exp().sum(-1)
+            logits = model(state.xt, rates_of(xt, r), masked)
             tokens, p = draw(logits)
+            Z = logits.float().exp().sum(-1) if not objective.normalised else torch.ones_like(p)
             Z = torch.zeros(xt.shape, device=xt.device).masked_scatter(masked, Z)
             revealed = masked & (draw.happens(Z * chance(objective.schedule, r, rho), xt) | (rho == 0))
             chosen = revealed[masked]
@@ -309,21 +305,22 @@ def euler_chance(schedule, r, rho):
     return ((t - tau) * schedule.weight(t)).item()
 
 
-def euler(model, xt, objective, draw, rate0, grid):
+def euler(model, xt, objective, draw, grid):
     """SEDD's Euler predictor (arXiv 2310.16834), with masks: analytic with euler_chance in place of 1 - rho/r. For
     linear and log-linear noise the two numbers are equal.
 
     As in that project the chain ends just before t = 0, and a step of noise removal follows.
     """
-    return analytic(model, xt, objective, draw, rate0, with_denoising(grid), euler_chance)
+    return analytic(model, xt, objective, draw, with_denoising(grid), euler_chance)
 
 
 @torch.no_grad()
-def left_to_right(model, xt, objective, draw, rate0):
+def left_to_right(model, xt, objective, draw):
     """Fill the masks from left to right with a causal network (diffusion.AutoRegressive), and yield a State for each.
 
-    Given tokens stay, but only the tokens on their right see them. The network runs once for each position where a
-    token is missing. It reads the tokens that it has not read yet, and has the keys and values of those before.
+    model: the network itself, with its keyword arguments, and not a denoiser. It is called once for each position where
+    a token is missing. It reads the tokens that it has not read yet, and has the keys and values of those before. Given
+    tokens stay, but only the tokens on their right see them.
     """
     state, past, n_read, t = begin(xt), None, 0, torch.ones(len(xt), device=xt.device)
     for i in range(xt.shape[1]):
@@ -342,9 +339,7 @@ def piece_by_piece(sampler, model, xt, objective, draw, size, n, options, end=No
 
     The sampler fills one piece of n masks after the other. It takes the masks of later pieces for given tokens, and the
     network sees them as masks. Of `size` tokens, m are masks of the piece at first, and m' of later pieces. At rate r
-    of the sampler's grid, m r + m' masks are expected. So the network is told the time of the rate
-
-        (m r + m')/size = rate0 * r + m'/size,   where rate0 = m/size.
+    of the sampler m r + m' masks are expected, so the rate of the whole text is (m r + m')/size.
 
     If n is at least the number of masks, there is one piece and m' = 0: this is the sampler itself. size: as in
     Settings. options: those of the sampler. end: the id of the token that ends a text, or None. Once a piece has it,
@@ -356,12 +351,10 @@ def piece_by_piece(sampler, model, xt, objective, draw, size, n, options, end=No
         if not (state.xt == objective.mask_id).any():  # all texts have ended
             break
         here, later = masked & (number > last - n) & (number <= last), masked & (number > last)
-        rate0, share_later = (where.sum(1).cpu().double() / size for where in (here, later))
-        told = copy.copy(objective)
-        told.time = lambda rate: objective.time(rate + share_later)
-        network = lambda x, t, where: model(x.masked_fill(later, objective.mask_id), t, where)
+        m, m_later = (where.sum(1).cpu().double() for where in (here, later))
+        denoiser = lambda x, r, where: model(x.masked_fill(later, objective.mask_id), (m * r + m_later) / size, where)
         p = state.p  # that of the pieces before
-        for part in sampler(network, state.xt.masked_fill(later, 0), told, draw, rate0, **options):
+        for part in sampler(denoiser, state.xt.masked_fill(later, 0), objective, draw, **options):
             xt = part.xt.masked_fill(later, objective.mask_id)
             state = State(xt, torch.where(part.p.isnan(), p, part.p), part.steps)
             yield state
@@ -419,21 +412,26 @@ class Settings(NamedTuple):
     def states(self, objective, model, xt, generator, size=None, past=None, end=None):
         """An iterator over the States from xt (B, L) on.
 
-        size: (B,), the tokens of each sequence that noise can hit. Its mask rate is its masks / size. Default: all L.
+        size: (B,), the tokens of each sequence that noise can hit: all (the default), or those after its prefix. The
+            rate of a whole text is its masks / size.
         past: what model.remember() returned for the tokens before xt.
         end: the token after which piece_by_piece() stops a text, or None.
         """
         draw = Draw(generator, self.temperature, self.top_p, self.top_k)
         size = xt.shape[1] if size is None else size.cpu()
         sampler = SAMPLERS[objective.samplers[self.sampler]]
-        denoiser = model if sampler.keeps_past else skip_finished(model, past)
+        if sampler.keeps_past:
+            return sampler.function(model, xt, objective, draw)
+        denoiser = denoiser_of(model, objective, past)
         if self.guidance:
             denoiser = guided(denoiser, xt != objective.mask_id, objective, size, self.guidance)
         if self.block_length:
             return piece_by_piece(sampler.function, denoiser, xt, objective, draw, size, self.block_length,
                                   self.options, end)
-        rate0 = (xt == objective.mask_id).sum(1).cpu().double() / size
-        return sampler.function(denoiser, xt, objective, draw, rate0, **self.options)
+        if not objective.random_tokens:  # random tokens: noise of the rate r is in all that is not given
+            of_text, rate0 = denoiser, (xt == objective.mask_id).sum(1).cpu().double() / size
+            denoiser = lambda xt, r, where: of_text(xt, rate0 * r, where)
+        return sampler.function(denoiser, xt, objective, draw, **self.options)
 
 
 # ---- texts of any length ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from categorical import begin, in_pieces, with_denoising
+from categorical import begin, in_pieces, rates_of, with_denoising
 from diffusion import D3PM, Noise, Objective, make_schedule, misfit_of_steps
 
 
@@ -303,8 +303,7 @@ def chain(model, xt, start, objective, grid, step):
     state, free = begin(start), xt == objective.mask_id
     for r, rho in zip(grid, grid[1:]):
         if free.any():
-            t = objective.time(torch.full((len(xt),), r, dtype=torch.float64)).to(xt.device)
-            logits = in_pieces(model(state.xt, t, where=free))
+            logits = in_pieces(model(state.xt, rates_of(xt, r), free))
             now = state.xt[free].split([len(piece) for piece in logits])
             new = [step(piece, z, r, rho) for piece, z in zip(logits, now)]
             state = state.put(free, *map(torch.cat, zip(*new)))
@@ -336,7 +335,7 @@ def uniform_chain(model, xt, objective, draw, grid, weigh):
     return chain(model, xt, torch.where(xt == objective.mask_id, noise, xt), objective, grid, step)
 
 
-def uniform_ancestral(model, xt, objective, draw, rate0, grid):
+def uniform_ancestral(model, xt, objective, draw, grid):
     """The reverse chain of uniform noise: draw each token from the posterior given the network's prediction (UDLM,
     arXiv 2412.10193; D3PM, eq. 4). For scores this is SEDD's analytic predictor, and negative probabilities count as 0.
     Rates above the last one that a score network knows are left out."""
@@ -354,7 +353,7 @@ def uniform_ancestral(model, xt, objective, draw, rate0, grid):
     return uniform_chain(model, xt, objective, draw, known, weigh)
 
 
-def uniform_euler(model, xt, objective, draw, rate0, grid):
+def uniform_euler(model, xt, objective, draw, grid):
     """SEDD's Euler predictor with uniform noise. From time t to tau a token z becomes y != z with probability
     (t - tau) dsigma/dt S_y / V, where S_y is the score. Otherwise it stays. The last step removes the noise, as in
     `euler`."""

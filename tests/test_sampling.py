@@ -18,8 +18,8 @@ from categorical import SURE, Draw, entropy, inverse_cdf
 from diffusion import D3PM, MDLM, Absorbing, AutoRegressive, make_schedule
 from sampler_settings import (DEFAULTS, best_grid, bound_on_grid, default_settings, enough_steps, loop_grid,
                               schedule_grid)
-from sampling import (DEFAULT_ETA, SAMPLERS, Settings, ancestral, entropy_bound, first_hitting, left_to_right, remdm,
-                      skip_finished, threshold, topk)
+from sampling import (DEFAULT_ETA, SAMPLERS, Settings, ancestral, denoiser_of, entropy_bound, first_hitting,
+                      left_to_right, remdm, threshold, topk)
 from world import MASK, L, V, picked
 
 
@@ -35,13 +35,10 @@ def masks(B, L=L, mask=MASK):
     return torch.full((B, L), mask)
 
 
-def start(xt, mask=MASK):
-    return (xt == mask).double().mean(1)
-
-
 def states_of(sampler, model, xt, *options, objective=MDLM(MASK), seed=0, temperature=1.0, **named):
-    cut = draw(seed, temperature=temperature)
-    states = sampler(model, xt, objective, cut, start(xt, objective.mask_id), *options, **named)
+    denoiser, rate0 = denoiser_of(model, objective), (xt == objective.mask_id).double().mean(1)
+    states = sampler(lambda xt, r, where: denoiser(xt, rate0 * r, where), xt, objective,
+                     draw(seed, temperature=temperature), *options, **named)
     return [state.xt for state in states]
 
 
@@ -88,7 +85,7 @@ def test_ancestral_from_less_than_pure_noise():
     grid = [0.8, 0.4, 0.0]
     xt, taken, in_first = masks(10_000), torch.zeros(10_000), 0
     model = lambda xt, t, where: torch.zeros(int(where.sum()), V)
-    for state in ancestral(model, xt, MDLM(MASK), draw(), start(xt), grid):
+    for state in ancestral(model, xt, MDLM(MASK), draw(), grid):
         taken += state.steps
         in_first += ((state.xt != MASK) & (xt == MASK)).sum(1)[taken == 1].sum()
         xt = state.xt
@@ -103,7 +100,7 @@ def test_a_million_steps_cost_what_the_tokens_do(sampler):
     grid = schedule_grid("linear", 10**6)
     model = lambda xt, t, where: torch.zeros(int(where.sum()), V)
     for xt, most in ((masks(2, 10), 10), (torch.zeros(2, 10, dtype=torch.long), 0)):
-        states = list(sampler(model, xt, MDLM(MASK), draw(), start(xt), grid))
+        states = list(sampler(model, xt, MDLM(MASK), draw(), grid))
         steps = torch.stack([torch.as_tensor(state.steps).expand(2) for state in states])
         assert len(states) <= most + 1 and (steps.sum(0) == 10**6).all()
         assert (states[-1].xt != MASK).all() and (steps.amax(1) > 0).all() and steps.min() >= 0
@@ -121,7 +118,7 @@ def test_the_network_is_asked_only_for_what_is_revealed():
 
     xt = masks(300, 6)
     xt[:, 0] = torch.arange(300) + 10 * MASK  # given, to tell the rows apart
-    states_of(ancestral, skip_finished(model), xt, schedule_grid("linear", 100))
+    states_of(ancestral, model, xt, schedule_grid("linear", 100))
     assert len(asked) <= 5
     for row in range(300):
         times, numbers = zip(*[call[row + 10 * MASK] for call in asked if row + 10 * MASK in call])
@@ -246,7 +243,7 @@ def test_topk_by_hand():
     assert go(masks(1, 4, M), k=3) == [[[1, 1, 0, M]], [[1, 1, 0, 1]]]
     given = torch.tensor([[1, M, M, M], [0, M, 1, 1], [0, 0, 0, 0]])
     assert go(given, k=2) == [[[1, 1, 0, M], [0, 1, 1, 1], [0] * 4], [[1, 1, 0, 1], [0, 1, 1, 1], [0] * 4]]
-    states = topk(by_hand, given[:1], MDLM(M), draw(), start(given[:1], M), schedule_grid("linear", 5))
+    states = topk(by_hand, given[:1], MDLM(M), draw(), schedule_grid("linear", 5))
     assert [(int((state.xt == M).sum()), state.steps) for state in states] == [(2, 1), (1, 1), (0, 2), (0, 1)]
     flat = lambda xt, t, where: torch.zeros(int(where.sum()), 2)
     left = [int((state == M).sum()) for state in states_of(topk, flat, masks(1, 100, M), schedule_grid("linear", 100),
@@ -316,11 +313,17 @@ def test_entropy(dtype):
 @pytest.mark.parametrize("sampler, flags", [(threshold, {"threshold": 1.0}), (entropy_bound, {"gamma": 0.0}),
                                             (topk, {"k": 1})])
 def test_the_network_is_told_the_masks_that_are_left(sampler, flags):
-    """Four masks, a share of .8 of all tokens: the rates of .8, .6, .4 and .2 when they go one by one."""
-    told, objective = [], MDLM(2)
-    objective.time = lambda rate: told.append(rate.tolist()) or rate.float()
-    list(sampler(by_hand, torch.full((1, 4), 2), objective, draw(), torch.tensor([0.8], dtype=torch.float64), **flags))
-    assert told == [pytest.approx([rate]) for rate in (0.8, 0.6, 0.4, 0.2)]
+    """Four masks that go one by one: the rates of 1, .75, .5 and .25. If a fifth token is given, the network is told
+    the rates of .8, .6, .4 and .2 in the whole text."""
+    told = []
+
+    def network(xt, t, where):
+        told.append(t.tolist())
+        return by_hand(xt, t, where[:, :4])
+
+    list(sampler(network, masks(1, 4, 2), MDLM(2), draw(), **flags))
+    list(Settings(sampler.__name__, flags).states(MDLM(2), network, torch.tensor([[2, 2, 2, 2, 0]]), generator()))
+    assert told == [pytest.approx([rate]) for rate in (1, 0.75, 0.5, 0.25, 0.8, 0.6, 0.4, 0.2)]
 
 
 def test_entropy_bound_by_hand():
@@ -382,8 +385,7 @@ def test_guidance_tells_both_times(objective, size):
     first = 2 / 3 if size is None else 1.0
     expected = [objective.time(torch.tensor(rate, dtype=torch.float64)).item()
                 for rate in (first, 1.0, first / 2, 2 / 3)]
-    assert [masks for masks, _ in told] == [2, 3, 1, 2] and [t for _, t in told] == pytest.approx(
-        expected, abs=2e-3)  # a time in steps of 1/1000 is that of a rate to 1/1000
+    assert [masks for masks, _ in told] == [2, 3, 1, 2] and [t for _, t in told] == pytest.approx(expected, abs=1e-7)
 
 
 ALL = [Settings("ancestral", {"grid": schedule_grid("cosine", 6)}), Settings("first_hitting"),
@@ -608,9 +610,9 @@ def test_left_to_right_follows_the_data():
         lengths.append((i, unread.shape[1]))
         return world.oracle(torch.nn.functional.pad(seen[:, 1:], (0, L - i), value=MASK))[where[:, -1], i], seen
 
-    x0 = states_of(left_to_right, model, masks(30_000))[-1]
+    *_, state = left_to_right(model, masks(30_000), AutoRegressive(MASK), draw())
     assert lengths == [(0, 1), (1, 1), (2, 1)]
-    assert chi_square_excess(counts_of(x0), world.P_DATA) < 4
+    assert chi_square_excess(counts_of(state.xt), world.P_DATA) < 4
     xt = masks(50)
     xt[:, 0], xt[:25, 2] = 2, 1
     *_, state = Settings("left_to_right").states(AutoRegressive(MASK), model, xt, generator())

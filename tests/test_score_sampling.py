@@ -9,7 +9,7 @@ import world
 from categorical import Draw, with_denoising
 from diffusion import MDLM, SEDD, Absorbing, make_schedule
 from sampler_settings import schedule_grid
-from sampling import SAMPLERS, Settings, ancestral
+from sampling import SAMPLERS, Settings, ancestral, denoiser_of
 from test_sampling import chi_square_excess, counts_of, masks
 from uniform import Uniform, UniformD3PM, UniformSEDD
 from world import MASK, P_DATA, SEQUENCES, STATES, L, V, picked
@@ -297,7 +297,7 @@ def test_temperature_of_uniform_noise():
     model = network_at(objective, random_prediction)
     draw = Draw(torch.Generator().manual_seed(0), temperature=0)
     sampler = SAMPLERS["uniform_ancestral"].function
-    (state,) = sampler(model, masks(500), objective, draw, torch.ones(500), grid=[1.0, 0.0])
+    (state,) = sampler(denoiser_of(model, objective), masks(500), objective, draw, grid=[1.0, 0.0])
     first = Draw(torch.Generator().manual_seed(0)).uniform((500, L)) * V
     guess = random_prediction(1.0)[(first.long() * torch.tensor([9, 3, 1])).sum(1)].argmax(-1)
     assert torch.equal(state.xt, guess)
@@ -309,7 +309,7 @@ def test_temperature_of_uniform_noise():
     expected = world.uniform_chain_distribution(steps)
     assert counts[expected == 0].sum() == 0 and chi_square_excess(counts[expected > 0], expected[expected > 0]) < 4
     draw = Draw(torch.Generator().manual_seed(0), temperature=0.5)
-    (state,) = sampler(model, masks(N_SAMPLES), objective, draw, torch.ones(N_SAMPLES), grid=[1.0, 0.0])
+    (state,) = sampler(denoiser_of(model, objective), masks(N_SAMPLES), objective, draw, grid=[1.0, 0.0])
     first = (Draw(torch.Generator().manual_seed(0)).uniform((N_SAMPLES, L)) * V).long()
     p = (2 * random_prediction(1.0)).softmax(-1)[(first * torch.tensor([9, 3, 1])).sum(1)].mean(0)
     for i in range(L):
