@@ -516,7 +516,7 @@ class AutoRegressive(Absorbing):
     description = "is autoregressive"
     causal, any_order, both_sides, everywhere = True, False, False, True
     samplers = {"left_to_right": "left_to_right"}
-    estimators, reported = {"chain_rule": "l2r"}, "chain_rule"  # l2r: no method but an order (likelihood.chain_rule)
+    estimators, reported = {"chain_rule": "l2r"}, "chain_rule"  # l2r: no method but an order (likelihood.nll_along)
 
     @classmethod
     def from_config(cls, config, vocab_size):

@@ -29,7 +29,7 @@ from cli import ArgumentParser, UserError, named, number, numbers, pick_device, 
 from configs import OBJECTIVES
 from data.loader import SPLITS
 from diffusion import make_schedule
-from likelihood import ORDERS, bound, by_rate, chain_rule_of, mean_and_error, plus_minus
+from likelihood import ORDERS, bound, by_rate, nll_of, mean_and_error, plus_minus
 from log import finite
 from randomness import prefix_lengths
 from sampler_settings import NAMES, add_arguments, common_flags, given_flags, settings_of, steps_flag
@@ -194,7 +194,7 @@ def pick_estimators(one, two, args):
 def nats_of(subject, estimator, args):
     """Nats per token of each window (n,), by an estimator or along an order, and a description of the method."""
     if estimator in ORDERS:
-        return (chain_rule_of(subject.model, subject.objective(), subject.data, estimator, args.seed),
+        return (nll_of(subject.model, subject.objective(), subject.data, estimator, args.seed),
                 f"negative log-likelihood, order {estimator}")
     objective, prefix = subject.objective(estimator, args.T), subject.config.prefix
     nats = bound(subject.model, objective, subject.data, seed=args.seed, repeats=args.repeats, estimator=estimator,

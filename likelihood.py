@@ -140,7 +140,7 @@ def reveal(model, objective, x0, order, all_at=()):
         xt[rows, position] = x0[rows, position]
 
 
-def chain_rule(model, objective, x0, order, v=None):
+def nll_along(model, objective, x0, order, v=None):
     """-log p(x0) of the model that reveals one token per call in this order: x0 (B, L) -> nats per token (B,).
 
         -log p(x) = sum over m of -log p(x[order[m]] | x[order[0]], ..., x[order[m - 1]])
@@ -156,7 +156,7 @@ def chain_rule(model, objective, x0, order, v=None):
 
 
 def nats_of_blocks(model, objective, x0, order, v):
-    """chain_rule, but in nats of each block: (B, L/n). A text without blocks is one block: (B, 1)."""
+    """nll_along, but in nats of each block: (B, L/n). A text without blocks is one block: (B, 1)."""
     if n := objective.block_size:
         def blocks_beside_clean(xt, t, where):  # as if each block were a text: xt, where (B L/n, n), t (B L/n,)
             return model(xt.view(x0.shape), t.repeat_interleave(n).view(x0.shape), where=where.view(x0.shape), clean=x0)
@@ -167,7 +167,7 @@ def nats_of_blocks(model, objective, x0, order, v):
 
 
 def order_nats(model, objective, x0, order, v):
-    """chain_rule of texts without blocks, in nats of the whole text: (B,)."""
+    """nll_along of texts without blocks, in nats of the whole text: (B,)."""
     B, L = x0.shape
     if order != "confidence":
         order = torch.arange(L).expand(B, L) if order == "l2r" else v.argsort(1)
@@ -178,15 +178,15 @@ def order_nats(model, objective, x0, order, v):
     return nats
 
 
-def chain_rule_of(model, objective, data, order, seed=0):
-    """chain_rule of all windows: (n,) float64, nats per token. A window's random order depends on (seed, window)."""
+def nll_of(model, objective, data, order, seed=0):
+    """nll_along of all windows: (n,) float64, nats per token. A window's random order depends on (seed, window)."""
     nats = []
     with progress(total=data.n, desc=f"order {order}", unit="seq", leave=False) as bar:
         for chunk in data.batches():
             _, v, _ = repeated_uniforms(seed, chunk, data.n, 1, data.seq_len)
             with autocast(data.device, data.dtype):
-                nats.append(chain_rule(model, objective, data.read(chunk).to(data.device), order,
-                                       v[:, 0]).cpu().double())
+                nats.append(nll_along(model, objective, data.read(chunk).to(data.device), order,
+                                      v[:, 0]).cpu().double())
             bar.update(len(chunk))
     return torch.cat(nats)
 
@@ -208,7 +208,7 @@ def along_orders(model, objective, x0, v):
 def draw_with_orders(model, objective, v, draws, device):
     """Draw texts, revealing one token per call: v, draws (B, L) -> x0 (B, L) long, l (B, blocks) along the orders of v.
 
-    The positions are sorted by v, as in chain_rule, block after block. draws: uniform numbers, one for each token.
+    The positions are sorted by v, as in nll_along, block after block. draws: uniform numbers, one for each token.
     """
     B, L = v.shape
     n = objective.block_size or L

@@ -21,7 +21,7 @@ from data.tokenizer import make_tokenizer
 from diffusion import MDLM, cross_entropy
 from foreign.bert import BERT
 from hub_models import TEXT
-from likelihood import chain_rule
+from likelihood import nll_along
 from model import places
 from studies import adaptation, runs
 from world import picked
@@ -294,10 +294,10 @@ def assert_same_likelihood(network, config, V, L):
     """Assert that with causal attention --order l2r of the diffusion model is the left-to-right model's likelihood."""
     x0 = torch.randint(V, (3, L))
     twin, objective = diffusion_twin(network, config, V)
-    one = chain_rule(network, config.make_objective(V), x0, "l2r")
-    two = chain_rule(causal(twin, L), objective, x0, "l2r")
+    one = nll_along(network, config.make_objective(V), x0, "l2r")
+    two = nll_along(causal(twin, L), objective, x0, "l2r")
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
-    assert (chain_rule(twin, objective, x0, "l2r") - one).abs().min() > 1e-3  # full attention is another model
+    assert (nll_along(twin, objective, x0, "l2r") - one).abs().min() > 1e-3  # full attention is another model
     return twin
 
 

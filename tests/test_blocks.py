@@ -20,7 +20,7 @@ from commands import assert_one_line, assert_resumes_exactly, log, losses, train
 from configs import Config
 from data.tokenizer import CharTokenizer
 from diffusion import MDLM
-from likelihood import by_rate, chain_rule
+from likelihood import by_rate, nll_along
 from model import Block
 from networks import network, small
 from prompts import end_of, text_of
@@ -194,7 +194,7 @@ def test_the_ends():
     model, objective = network(27, objective="block", block_size=1), BlockDiffusion(27, 1)
     with torch.no_grad():
         nelbo = objective.nelbo(model, x0, objective.exact_k(torch.rand(6, 16, dtype=torch.float64), v))
-        torch.testing.assert_close(nelbo, chain_rule(model, objective, x0, "l2r"), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(nelbo, nll_along(model, objective, x0, "l2r"), rtol=1e-5, atol=1e-5)
         one = [F.cross_entropy(model(F.pad(x0[:, :i], (0, 1), value=27), torch.ones(6))[:, -1], x0[:, i],
                                reduction="none") for i in range(16)]
         torch.testing.assert_close(nelbo, torch.stack(one, 1).mean(1), rtol=1e-5, atol=1e-5)
@@ -205,13 +205,13 @@ def test_chain_rule_in_blocks(n):
     """Orders within blocks: from left to right, random, and by confidence: probabilities that sum to one."""
     objective, model = BlockDiffusion(MASK, n), World(n, arbitrary)
     left = torch.stack([in_order(arbitrary, n, x, [range(n)] * (L // n)) for x in TEXTS])
-    torch.testing.assert_close(chain_rule(model, objective, TEXTS, "l2r").double() * L, -left, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(nll_along(model, objective, TEXTS, "l2r").double() * L, -left, rtol=1e-5, atol=1e-5)
     v = torch.rand(1, L, generator=torch.Generator().manual_seed(1)).expand(16, -1)
     orders = [v[0, a:a + n].argsort().tolist() for a in range(0, L, n)]
     mixed = torch.stack([in_order(arbitrary, n, x, orders) for x in TEXTS])
-    torch.testing.assert_close(chain_rule(model, objective, TEXTS, "random", v).double() * L, -mixed, rtol=1e-5,
+    torch.testing.assert_close(nll_along(model, objective, TEXTS, "random", v).double() * L, -mixed, rtol=1e-5,
                                atol=1e-5)
-    sure = chain_rule(model, objective, TEXTS, "confidence").double() * L
+    sure = nll_along(model, objective, TEXTS, "confidence").double() * L
     assert torch.exp(-sure).sum().item() == pytest.approx(1, abs=1e-5)
     if n == L:
         assert not torch.allclose(sure, -left, atol=1e-3)

@@ -293,7 +293,7 @@ def test_autoregressive(call, data_dir, trained, tmp_path, monkeypatch):
                         ("--estimator=exact_k", "is exact"), ("--order=random", "has only one order")):
         assert_one_line(call("evaluate.py", out, flag), words)
     # The second model is checked before the first is scored.
-    monkeypatch.setattr(likelihood, "chain_rule_of", None)
+    monkeypatch.setattr(likelihood, "nll_of", None)
     for flags in ((), ("--text", ROOT / "README.md")):
         assert_one_line(call("evaluate.py", trained, out, "--order=random", *flags), "has only one order")
     assert_one_line(call("sample.py", out, "--steps=4"), "one step per token")

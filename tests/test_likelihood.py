@@ -14,7 +14,7 @@ from block_diffusion import BlockDiffusion
 from commands import assert_one_line
 from diffusion import D3PM, MDLM, AutoRegressive, Noise, cross_entropy
 from evaluate import agree
-from likelihood import (ORDERS, Windows, along_orders, bound, by_rate, chain_rule, chain_rule_of, draw_with_orders,
+from likelihood import (ORDERS, Windows, along_orders, bound, by_rate, nll_along, nll_of, draw_with_orders,
                         log_mean, mean_and_error, reveal)
 from networks import network
 from randomness import repeated_uniforms
@@ -190,7 +190,7 @@ def test_last_batch_of_one_window():
     model, x0 = random_network(5, "none"), random_text(33)
     data = lambda size: windows_of(x0)._replace(batch_size=size)
     for measure in (
-            lambda size: chain_rule_of(model, MDLM(4), data(size), "random"),
+            lambda size: nll_of(model, MDLM(4), data(size), "random"),
             lambda size: torch.tensor([row["ce"] for row in measure_curve(model, MDLM(4), data(size))]),
             lambda size: torch.tensor([
                 row["gap"] for row in measure_curse(model, MDLM(4), data(size), torch.ones(4))])):
@@ -203,7 +203,7 @@ def test_orders_are_distributions(order, sees_time):
     """The probabilities of all 27 sequences along an order sum to one, for a random denoiser."""
     model = world.random_denoiser(4, sees_time)
     v = torch.tensor([0.7, 0.2, 0.9]).expand(27, L)
-    total = (-L * chain_rule(model, MDLM(MASK), SEQUENCES, order, v).double()).exp().sum().item()
+    total = (-L * nll_along(model, MDLM(MASK), SEQUENCES, order, v).double()).exp().sum().item()
     assert total == pytest.approx(1, abs=1e-4)
 
 
@@ -211,10 +211,10 @@ def test_orders_differ_and_the_oracle_does_not_mind():
     """With the Bayes-optimal denoiser every order gives -log p(x); with another one each is another distribution."""
     v = torch.tensor([0.7, 0.2, 0.9]).expand(27, L)
     for order in ORDERS:
-        nats = L * chain_rule(world.oracle, MDLM(MASK), SEQUENCES, order, v)
+        nats = L * nll_along(world.oracle, MDLM(MASK), SEQUENCES, order, v)
         torch.testing.assert_close(nats.double(), -P_DATA.log(), rtol=1e-4, atol=1e-4)
     model = world.random_denoiser(4, False)
-    scored = [chain_rule(model, MDLM(MASK), SEQUENCES, order, v) for order in ORDERS]
+    scored = [nll_along(model, MDLM(MASK), SEQUENCES, order, v) for order in ORDERS]
     assert all((a - b).abs().max() > 0.01 for a, b in itertools.combinations(scored, 2))
 
 
@@ -227,7 +227,7 @@ def test_confidence_order_by_hand():
         best = max((i for i in range(L) if xt[0, i] == MASK), key=lambda i: p[i].max())
         nats -= p[best, x0[0, best]].log().item()
         xt[0, best] = x0[0, best]
-    assert L * chain_rule(model, MDLM(MASK), x0, "confidence").item() == pytest.approx(nats, rel=1e-5)
+    assert L * nll_along(model, MDLM(MASK), x0, "confidence").item() == pytest.approx(nats, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", [MDLM(MASK, "cosine"), D3PM(MASK, 9)], ids=["mdlm", "d3pm"])
@@ -240,7 +240,7 @@ def test_orders_tell_the_share_of_masks(objective):
         assert ((xt == MASK).sum(1) == L + 1 - len(told)).all()
         return torch.zeros(int(where.sum()), V)
 
-    chain_rule(model, objective, SEQUENCES, "l2r")
+    nll_along(model, objective, SEQUENCES, "l2r")
     expected = objective.time(torch.tensor([3, 2, 1], dtype=torch.float64) / L).tolist()
     assert told == [{t} for t in expected] and expected[0] == 1 and expected[2] < expected[1] < 1
 
@@ -356,7 +356,7 @@ def test_autoregressive_prefixes():
     for causal in (True, False):
         model, objective = random_network(3, "none", causal=causal), AutoRegressive(4)
         mean, error = mean_and_error(bound(model, objective, windows_of(x0))
-                                     - chain_rule_of(model, objective, windows_of(x0), "l2r"))
+                                     - nll_of(model, objective, windows_of(x0), "l2r"))
         assert agree(mean, error if causal else 0) == causal
 
 
