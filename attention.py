@@ -74,7 +74,23 @@ def visibility(rule, L, n, device, flex):
     """Layout's `sees` for L tokens among n, where rule(i, j) tells whether i sees j. flex: return a BlockMask."""
     if flex:
         return create_block_mask(lambda batch, head, row, column: rule(row, column), None, None, L, n, device=device)
-    return in_tiles(rule(torch.arange(L, device=device)[:, None], torch.arange(n, device=device)))
+    return in_tiles(table(rule, L, n, device))
+
+
+def table(rule, L, n, device):
+    """The visibility (L, n) bool of a rule."""
+    return rule(torch.arange(L, device=device)[:, None], torch.arange(n, device=device))
+
+
+def of_blocks(size, P=0):
+    """The rule for tokens in blocks of `size` after a past of P tokens: a token sees its block and those before."""
+    return lambda i, j: j // size <= (P + i) // size
+
+
+def beside_clean(size, L):
+    """The rule for L noisy tokens whose past is the clean text itself, j < L: a token sees the noisy tokens of its own
+    block, and the clean tokens of the blocks before (BD3-LM, arXiv 2503.09573, appendix B.6)."""
+    return lambda i, j: torch.where(j < L, j // size < i // size, (j - L) // size == i // size)
 
 
 @functools.lru_cache(maxsize=64)
@@ -85,22 +101,16 @@ def layout_of_blocks(L, P, size, device, flex=False):
     """
     sees, here = None, P + torch.arange(L, device=device)
     if P % size + L > size:  # otherwise all L tokens are in one block, and see everything
-        sees = visibility(lambda i, j: j // size <= (P + i) // size, L, P + L, device, flex)
+        sees = visibility(of_blocks(size, P), L, P + L, device, flex)
     return Layout(sees, here, here % size == size - 1)
 
 
 @functools.lru_cache(maxsize=64)
 def layout_beside_clean(L, size, device, flex=False):
-    """The Layout of L noisy tokens whose past is the clean text itself, P = L, at the same positions.
-
-    A token sees the noisy tokens of its own block, and the clean tokens of the blocks before (BD3-LM, arXiv
-    2503.09573, appendix B.6).
-    """
-    def rule(i, j):  # j < L are the clean tokens, j >= L the noisy ones
-        return torch.where(j < L, j // size < i // size, (j - L) // size == i // size)
-
+    """The Layout of L noisy tokens whose past is the clean text itself, P = L, at the same positions."""
     here = torch.arange(L, device=device)
-    return Layout(visibility(rule, L, 2 * L, device, flex), here, here % size == size - 1, here % size == 0)
+    sees = visibility(beside_clean(size, L), L, 2 * L, device, flex)
+    return Layout(sees, here, here % size == size - 1, here % size == 0)
 
 
 def annealed(L, step, anneal_steps, seed):

@@ -21,9 +21,9 @@ A token is drawn from the network's prediction. Only `temperature`, `top_k`, `to
 distribution.
 
 Samplers know mask rates, not times. The rate r of a sampler is the share of the masks of xt that are still masks. From
-rate r to rate rho < r a mask is revealed with probability 1 - rho/r, whatever the schedule is. If tokens are given, too,
-the rate of the whole text is lower: rate0 * r, where rate0 is its rate at the start. The network is told the time
-of that rate (diffusion.Objective.time). Settings.states does both.
+rate r to rate rho < r a mask is revealed with probability 1 - rho/r, whatever the schedule is. If tokens are given, the
+rate of the whole text is lower: rate0 * r, where rate0 is its rate at the start. The network is told the time of that
+rate (diffusion.Objective.time). Settings.states does both.
 
 All samplers take the same arguments, and then those of their own:
 

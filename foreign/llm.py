@@ -1,22 +1,28 @@
-"""LLaDA, Dream and other diffusion models that have the network of a large language model, as denoisers.
+"""LLaDA, Dream, SDAR and other diffusion models that have the network of a large language model, as denoisers.
 
-LLaDA (arXiv 2502.09992) is a Llama and Dream (arXiv 2508.15487) a Qwen2 in which every token sees all others. So
-transformers has their networks (see_all). What differs from masked_lm.py:
+LLaDA (arXiv 2502.09992) is a Llama and Dream (arXiv 2508.15487) a Qwen2 in which every token sees all others. SDAR
+(arXiv 2510.06303) is a Qwen3 for block diffusion: a token sees its block and the blocks before. So transformers has
+their networks (see_all). What differs from masked_lm.py:
 
 tokens     Special tokens are tokens like others, because conversations are written with them. Only the mask is not.
 shift      Dream's output at a token predicts the one on its right, as in the language model that it began with
            (predict_next). So a token must stand before the text: the begin of text, or the mask.
+blocks     With objective=block nothing is put around a text, and `read` gives the network a table of what each token
+           sees. Keys and values of the blocks before are kept in the cache of transformers.
 weights    They are only renamed, because they have billions of numbers. The tokenizer and config.json say the rest.
 
 A left-to-right model (Llama, Qwen) is read in the same way, with predict_next. It is no denoiser before it is trained
 as one (docs/adaptation.md).
 """
 
+import inspect
 import json
 import re
 
 import torch
+import torch.nn.functional as F
 
+from attention import Past, beside_clean, of_blocks, table
 from cli import UserError, note
 from data.tokenizer import HubTokenizer, definition_of, from_hub, hub_meta
 from foreign.files import check_floats, rename, tensors
@@ -30,14 +36,24 @@ WHOLE_TEXT = {"sliding_window": None, "use_sliding_window": False, "layer_types"
 
 
 class LLM(MaskedLM):
-    """Denoiser over V = vocab_size tokens and the mask (id V), which is not told the time. See MaskedLM."""
+    """Denoiser over V = vocab_size tokens and the mask (id V), which is not told the time. See MaskedLM.
 
-    large = True
+    block_size: as in model.DiT."""
+
+    large = takes_blocks = True
     task, example = "AutoModelForCausalLM", "hf://Qwen/Qwen3-0.6B"
     defaults = ("tied", "head_bias", "norm_bias", "shift_tokens")
 
     @classmethod
+    def from_config(cls, config, vocab_size):
+        network = super().from_config(config, vocab_size)
+        network.block_size = config.block_size
+        return network
+
+    @classmethod
     def misfit(cls, config):
+        if config.block_size and (config.predict_next or config.anneal_steps):
+            return "predict_next and anneal_steps are for whole texts: use objective=mdlm, or leave them out"
         if config.anneal_steps and not config.predict_next:
             return "anneal_steps needs predict_next with architecture=llm"
         if config.predict_next and config.backbone:
@@ -51,6 +67,44 @@ class LLM(MaskedLM):
 
     def __init__(self, vocab_size, model, *others):
         super().__init__(vocab_size, see_all(model), *others)
+        self.block_size = 0
+
+    def trunk(self, xt, sees=None, past=None, clean=None):
+        """Tokens xt (B, L) -> features (B, L, D), the input of the head. sees: as in MaskedLM. past, clean: as in
+        model.DiT.forward, with block_size."""
+        return self.read(xt, past, clean)[0] if self.block_size else super().trunk(xt, sees)
+
+    def remember(self, xt, t, past=None):
+        """Read whole blocks xt (B, L) after a past, and return the `past` for calls on the tokens that follow."""
+        return self.read(xt, past, keep=True)[1]
+
+    def read(self, xt, past=None, clean=None, keep=False):
+        """Read tokens xt (B, L) in blocks: features (B, L, D), and with `keep` the Past of each layer.
+
+        With `clean` one pass reads the clean text and then the noisy one, each at the positions 0 ... L - 1. A clean
+        token sees the clean tokens of its block and of those before.
+        """
+        L, n, device = xt.shape[1], self.block_size, xt.device
+        P = 0 if past is None else past[0].keys.shape[2]
+        positions, sees = P + torch.arange(L, device=device), table(of_blocks(n, P), L, P + L, device)
+        if clean is not None and L > n:  # else there is one block, which sees no clean one
+            xt, positions = torch.cat((clean, xt), 1), positions.repeat(2)
+            sees = torch.cat((F.pad(sees, (0, L)), table(beside_clean(n, L), L, 2 * L, device)))
+        more = {"use_cache": False}
+        if past is not None or keep:
+            from transformers import DynamicCache
+            cache = DynamicCache()
+            for i, layer in enumerate(past or ()):
+                cache.update(layer.keys, layer.values, i)
+            its_name = {"cache", "past_key_values"} & inspect.signature(self.body.forward).parameters.keys()
+            more = {its_name.pop(): cache, "use_cache": True}  # the first is that of newer versions
+        x = self.body(input_ids=self.ids[xt], attention_mask=sees[None, None], position_ids=positions[None], **more)[0]
+        return x[:, -L:], [Past(layer.keys, layer.values) for layer in cache.layers] if keep else None
+
+    def flops(self, seq_len, predicted=1.0):
+        """As MaskedLM.flops. In block diffusion the clean text is read, too."""
+        of_clean = 6 * sum(weight.numel() for weight in self.matrices()) if 0 < self.block_size < seq_len else 0
+        return super().flops(seq_len, predicted) + of_clean
 
 
 def see_all(model):
@@ -94,16 +148,16 @@ LLADA_FIXED = {  # what makes it a Llama; other values are other networks
 
 
 def is_llm(settings):
-    """Tell whether a config.json is that of LLaDA, Dream, A2D of dllm, or a left-to-right model of transformers."""
+    """Tell whether a config.json is of a denoiser (is_denoiser), or of a left-to-right model of transformers."""
     architectures = settings.get("architectures")
     return is_denoiser(settings) or (
         isinstance(architectures, list) and any(str(name).endswith("ForCausalLM") for name in architectures))
 
 
 def is_denoiser(settings):
-    """Tell whether a config.json is that of LLaDA, Dream or A2D, which were trained with masks."""
+    """Tell whether a config.json is that of LLaDA, Dream, SDAR, or A2D of dllm, which were trained with masks."""
     kind = name_of(settings)
-    return kind in ("llada", "Dream") or kind.startswith("a2d-")
+    return kind in ("llada", "Dream", "sdar") or kind.startswith("a2d-")
 
 
 def network_settings(settings, path):
@@ -120,6 +174,8 @@ def network_settings(settings, path):
                                           if settings[key] is not None}, False
     if kind == "Dream":
         return settings | {"model_type": "qwen2"}, True
+    if kind == "sdar":
+        return settings | {"model_type": "qwen3"}, False
     family = kind.removeprefix("a2d-")
     if family not in FAMILIES:
         raise UserError(f"{path} is a language model of the family {family}; those that are read are "
@@ -156,7 +212,8 @@ def tokens_and_mask(settings, tokenizer, path):
     for token in parts["added_tokens"]:
         token["special"] = token["id"] == mask
     meta = hub_meta(json.dumps(parts, ensure_ascii=False))
-    ids, ends = HubTokenizer(meta["definition"]).ids, settings.get("eos_token_id")
+    ids, ends = HubTokenizer(meta["definition"]).ids, tokenizer.eos_token_id
+    ends = settings.get("eos_token_id") if ends is None else ends
     if mask in ids:
         raise UserError(f"texts of {path} have the token {tokenizer.convert_ids_to_tokens(mask)!r}, which is its mask, "
                         "too: write another mask_token_id into its config.json")
@@ -164,10 +221,23 @@ def tokens_and_mask(settings, tokenizer, path):
     return meta | ({"end": ids.index(end)} if end in ids else {}), mask
 
 
+def block_size_of(found, hints):
+    """The number of tokens in a block of SDAR, or 0 for a network of whole texts. Raises UserError for a hint there."""
+    if name_of(found.settings) != "sdar":
+        if "block_size" in hints.overrides:
+            raise UserError(f"{found.path} has no blocks: leave out --override block_size")
+        return 0
+    size = hints.overrides.get("block_size", found.settings.get("block_size"))
+    if size is None:
+        size = 4
+        note(f"{found.path} does not say how long its blocks are: {size} tokens are assumed; --override block_size=N")
+    return size
+
+
 def translate(found, hints):
     """Translate a folder with config.json, a tokenizer, and the weights of a language model. Nothing in it is executed.
 
-    The objective is mdlm, which LLaDA, Dream and A2D were trained with.
+    The objective is mdlm, which LLaDA, Dream and A2D were trained with, and block for SDAR.
     """
     path = found.path
     state = {key: value for key, value in tensors(found.payload).items() if not GPT_NEOX_BUFFERS.search(key)}
@@ -187,9 +257,12 @@ def translate(found, hints):
     kept = {key: value for key, value in settings.to_diff_dict().items() if key not in NOT_KEPT}
     backbone = {"settings": kept | {"model_type": settings.model_type}, "mask": mask, "before": before, "after": after,
                 "left_out": HubTokenizer(meta["definition"]).left_out, "first": None, "unused": [], "autocast": True}
-    config = dict(dataset="wikitext", architecture="llm", backbone=json.dumps(backbone), objective="mdlm",
-                  conditioning="none", predict_next=predict_next,
-                  seq_len=hints.overrides.get("seq_len", min(longest_text(backbone), LONGEST)),
+    size = block_size_of(found, hints)
+    longest = min(longest_text(backbone), LONGEST)
+    config = dict(dataset="wikitext", architecture="llm", backbone=json.dumps(backbone),
+                  objective="block" if size else "mdlm", block_size=size, conditioning="none",
+                  predict_next=predict_next,
+                  seq_len=hints.overrides.get("seq_len", longest // (size or 1) * (size or 1) or longest),
                   **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
     prefix = model.base_model_prefix + "."
     head = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())

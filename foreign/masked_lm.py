@@ -113,7 +113,7 @@ class MaskedLM(nn.Module):
     """
 
     own, of_source = ("backbone",), ("backbone", *SIZES)
-    large = False
+    large = takes_blocks = False  # takes_blocks: it knows block diffusion
     task = "AutoModelForMaskedLM"  # the class of transformers that builds the network
     example = "hf://FacebookAI/roberta-base"
     defaults = ("tied", "head_bias", "norm_bias", "shift_tokens", "predict_next", "anneal_steps")  # must have them
@@ -137,10 +137,10 @@ class MaskedLM(nn.Module):
     @classmethod
     def misfit(cls, config):
         objective = config.objective_class
-        if (config.conditioning != "none" or objective.random_tokens or objective.causal or config.block_size
-                or config.changed(cls.defaults)):
+        if (config.conditioning != "none" or objective.random_tokens or objective.causal
+                or config.block_size and not cls.takes_blocks or config.changed(cls.defaults)):
             return (f"architecture={config.architecture} needs conditioning=none, noise=mask, an objective other than "
-                    f"ar and block, and the defaults of {', '.join(cls.defaults)}")
+                    f"ar{'' if cls.takes_blocks else ' and block'}, and the defaults of {', '.join(cls.defaults)}")
         if config.backbone:
             longest = longest_text(read_backbone(config.backbone))
             if config.seq_len > longest:
@@ -187,13 +187,14 @@ class MaskedLM(nn.Module):
         start = self.n_before - self.predict_next
         return x[:, start:start + L]
 
-    def forward(self, xt, t, where=None, sees=None):
+    def forward(self, xt, t, where=None, **more):
         """Map xt (B, L) long in [0, V], and t, which is not used, to logits (B, L, V), or (N, V) at the N
-        True positions of `where` (B, L), or at the places `where` (N,). sees: which tokens each one sees, (n, n) bool,
-        for the n = L + 1 tokens of a network with predict_next, the first of which stands before the text."""
+        True positions of `where` (B, L), or at the places `where` (N,). more: for the trunk. `sees` says which tokens
+        each one sees, (n, n) bool, for the n = L + 1 tokens of a network with predict_next, the first of which stands
+        before the text."""
         kind = xt.device.type
         with torch.autocast(kind, enabled=self.autocast and torch.is_autocast_enabled(kind)):
-            x = self.trunk(xt, sees)
+            x = self.trunk(xt, **more)
             x = x if where is None else x.flatten(0, 1)[places(where)][None]
             logits = self.head(inputs_embeds=x).logits.index_select(-1, self.ids[:-1])
         return logits if where is None else logits[0]

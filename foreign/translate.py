@@ -19,7 +19,7 @@ files.py reads the checkpoints. ddit.py translates the network that most of them
                     github.com/karpathy/nanoGPT
     diffugpt        github.com/HKUNLP/DiffuLLaMA, DiffuGPT       GPT-2 with full attention, masks
     masked_lm       all ...ForMaskedLM of transformers           themselves (masked_lm.py)
-    llm             LLaDA, Dream, A2D of ZHZisZZ/dllm;           Llama or Qwen of transformers, masks (llm.py)
+    llm             LLaDA, Dream, SDAR, A2D of ZHZisZZ/dllm;     Llama or Qwen of transformers, masks (llm.py)
                     ...ForCausalLM of transformers, to train
 
 Sizes are read from the file. Only two formats lack some: nanoDD may lack its seq_len, and tiny-diffusion lacks its
@@ -45,7 +45,8 @@ from foreign.tiny_diffusion import our_weights
 FORMATS = ("nanodd", "tiny-diffusion", "sedd", "oxen", "mdlm", "bd3lm", "duo", "udlm", "radd",
            "gpt2", "nanogpt", "diffugpt", "masked_lm", "llm")
 # Settings that the user may override, because the file does not hold them reliably.
-UNSAID = {name: ("n_head", "seq_len", "prefix") if name == "tiny-diffusion" else ("seq_len",) for name in FORMATS}
+UNSAID = dict.fromkeys(FORMATS, ("seq_len",)) | {
+    "tiny-diffusion": ("n_head", "seq_len", "prefix"), "llm": ("seq_len", "block_size")}
 
 
 # ---- which format ----------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def llm(tmp_path_factory):
             state, settings = llada_state(), LLADA
             reference = functools.partial(llada_logits, state)
         else:
-            family = {"dream": "qwen2", "a2d": "qwen3"}.get(kind, kind)
+            family = {"dream": "qwen2", "a2d": "qwen3", "sdar": "qwen3"}.get(kind, kind)
             config = hf.AutoConfig.for_model(family, **SIZES, head_dim=8, tie_word_embeddings=kind == "a2d")
             model = hf.AutoModelForCausalLM.from_config(config).eval()
             with torch.no_grad():
@@ -98,12 +98,15 @@ def llm(tmp_path_factory):
             state = {name: p.detach().clone() for name, p in model.named_parameters()}
             settings = {"dream": dict(model_type="Dream", architectures=["DreamModel"], mask_token_id=MASK,
                                       auto_map={"AutoConfig": "configuration_dream.DreamConfig"}),
+                        "sdar": dict(model_type="sdar", architectures=["SDARForCausalLM"], block_size=8,
+                                     debug=False, fuse_cross_entropy=True, attn_implementation="flex_attention",
+                                     auto_map={"AutoConfig": "configuration_sdar.SDARConfig"}),
                         "a2d": dict(model_type="a2d-qwen3", architectures=["A2DQwen3LMHeadModel"])}.get(kind, {})
             settings = config.to_dict() | {"eos_token_id": END, "architectures": ["Qwen2ForCausalLM"]} | settings
 
             def reference(ids):
-                everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
-                return model(input_ids=ids, attention_mask=everything).logits
+                block = torch.arange(ids.shape[1]) // (8 if kind == "sdar" else 10**6)
+                return model(input_ids=ids, attention_mask=(block <= block[:, None])[None, None]).logits
         if kind == "dream":  # its tokenizer has code of its own, and the files of Qwen2's
             parts = json.loads((folder / "tokenizer.json").read_text())
             (folder / "tokenizer.json").unlink()
@@ -146,6 +149,51 @@ def test_logits(llm, kind):
             torch.testing.assert_close(loaded(xt, torch.ones(3)), expected, atol=1e-4, rtol=1e-4)
             for positions in (where, places(where)):
                 torch.testing.assert_close(loaded(xt, torch.ones(3), positions), expected[where], atol=1e-4, rtol=1e-4)
+
+
+def test_blocks(llm):
+    """SDAR's network predicts each noisy block given the clean blocks before it: in one call for all blocks, and with
+    keys and values that are kept, read at once or block by block."""
+    folder, reference = llm("sdar")
+    model, config, meta, _ = checkpoint.load_model(folder, CPU)
+    ours = make_tokenizer(meta)
+    assert (config.objective, config.block_size, config.seq_len, config.predict_next) == ("block", 8, 64, False)
+    ids, t = torch.tensor([*ours.ids, MASK]), torch.ones(3)
+    generator = torch.Generator().manual_seed(1)
+    x0 = torch.randint(ours.vocab_size, (3, 24), generator=generator)
+    xt = x0.masked_fill(torch.rand(3, 24, generator=generator) < 0.5, ours.vocab_size)
+    with torch.no_grad():
+        at_once, past, close = model(xt, t, clean=x0), None, functools.partial(torch.testing.assert_close, rtol=1e-4,
+                                                                               atol=1e-4)
+        for a in range(0, 24, 8):
+            block = xt[:, a:a + 8]
+            expected = reference(ids[torch.cat((x0[:, :a], block), 1)])[:, a:, ours.ids]
+            assert expected.std() > 0.1
+            close(at_once[:, a:a + 8], expected)
+            close(model(block, t, past=past), expected)
+            close(model(block, t, where=block == MASK, past=past), expected[block == MASK])
+            past = model.remember(x0[:, a:a + 8], t, past=past)
+        for one, two in zip(past, model.remember(x0, t)):
+            close(one.keys, two.keys)
+            close(one.values, two.values)
+    of_clean = 6 * sum(weight.numel() for weight in model.matrices())
+    assert model.flops(24) - model.flops(8) == of_clean + 12 * 2 * (24 - 8) * 32  # a block of 8 has no clean text
+
+
+def test_how_long_blocks_are(llm, call, tmp_path):
+    """As config.json says, or the user; else four tokens, as SDAR's first models have, and a line says so."""
+    shutil.copytree(llm("sdar")[0], tmp_path / "x")
+    file = tmp_path / "x" / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["block_size"]
+    file.write_text(json.dumps(settings))
+    said = "does not say how long its blocks are: 4 tokens are assumed"
+    for more, is_said in ((), True), (("--override", "block_size=6"), False):
+        done = call("sample.py", tmp_path / "x", "--length", 12, "--steps", 1, *more)
+        assert done.code == 0 and (said in done.err) == is_said, done.err
+    for where, more, words in ((tmp_path / "x", "block_size=65", "block_size that divides seq_len"),
+                               (llm("llada")[0], "block_size=4", "has no blocks: leave out --override block_size")):
+        assert_one_line(call("sample.py", where, "--override", more), words)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -331,6 +379,30 @@ def test_sample_and_evaluate_and_train(llm, call, tmp_path):
     done = call("train.py", "roberta_wikitext", "--architecture=llm", *where, "--seq_len=32",
                 f"--out_dir={tmp_path / 'new'}")
     assert_one_line(done, "architecture=llm is a network of a checkpoint", "such as hf://Qwen/")
+
+
+def test_block_diffusion(llm, call, tmp_path):
+    """SDAR writes in blocks, the same text with its cache and without, is scored, and begins a run; so does Qwen."""
+    folder, text = llm("sdar")[0], tmp_path / "text.txt"
+    text.write_text(TEXT * 9)
+    write = lambda *flags: json.loads(call("sample.py", folder, "--prefix", "the cat<|end|>sat", "--length", 40,
+                                           "--sampler=threshold", "--json", *flags).out)
+    found, again = write(), write("--no_cache")
+    assert found["samples"][0]["text"] == again["samples"][0]["text"] and found["nfe"] > again["nfe"] > 4
+    for kind in ("sdar", "qwen2"):
+        where = ["--data_dir", tmp_path, "--dataset", kind]
+        assert call("data/prepare_textfile.py", text, "--tokenizer", llm(kind)[0], "--name", kind, *where[:2]).code == 0
+        out = tmp_path / "out" / kind
+        done = call("train.py", "roberta_wikitext", "--architecture=llm", "--objective=block", "--block_size=8", *where,
+                    "--init_from", llm(kind)[0], "--seq_len=32", "--prefix=none", "--max_steps=2", "--batch_size=2",
+                    "--dropout=0", "--eval_sequences=4", "--checkpoint_blocks", f"--out_dir={out}")
+        assert done.code == 0, done.err
+        scored = json.loads(call("evaluate.py", out, *where, "--json").out)
+        assert scored["block_size"] == 8
+        for flag in ("--predict_next", "--anneal_steps=2"):
+            assert_one_line(call("train.py", "roberta_wikitext", "--architecture=llm", "--objective=block",
+                                 "--block_size=8", *where, "--init_from", llm(kind)[0], "--seq_len=32", "--prefix=none",
+                                 flag), "are for whole texts")
 
 
 def test_conversations(llm, call, tmp_path):
