@@ -26,10 +26,12 @@ and compare. Score entropy (SEDD) is such a sum, too, with a penalty beside CE. 
 and of both in hybrid.py.
 
 All randomness comes in as numbers in (0, 1]: u (B,) says how much is masked, v (B, L) which tokens are (randomness.py).
-So an objective is a deterministic function of (x0, u, v). The first c tokens of a text may be given: its prefix. They
-have v = 2, which is above every rate, so they are never masked. The other n = L - c tokens are free. The bound is then
-on -log p(free tokens | prefix)/n, in nats per free token. This p is the reverse chain of the free tokens alone, and not
-the conditional probability of the model of whole texts.
+So an objective is a deterministic function of (x0, u, v). One estimator needs a third number for each text, pick (B,).
+
+The first c tokens of a text may be given: its prefix. They have v = 2, which is above every rate, so they are never
+masked. The other n = L - c tokens are free. The bound is then on -log p(free tokens | prefix)/n, in nats per free
+token. Here p is the model that noises the free tokens alone. It is not the conditional probability under the model of
+whole texts.
 """
 
 import math
@@ -53,7 +55,9 @@ class Schedule(NamedTuple):
         return -self.dalpha(t) / (1 - self.alpha(t))
 
     def dsigma(self, t):
-        """d sigma/dt = -alpha'(t)/alpha(t), the rate at which noise hits a token: finite where alpha is 0."""
+        """d sigma/dt = -alpha'(t)/alpha(t), the jump rate of a token: noise hits it in dt with probability dsigma.
+
+        Where alpha is 0 the result is large, but finite."""
         return -self.dalpha(t) / self.alpha(t).clamp(min=1e-30)
 
     @property
@@ -179,14 +183,14 @@ class Objective:
     """An objective: how text is made noisy, what training minimises, and the bound that is reported.
 
     A new one is a class that inherits from this one, or from Absorbing for masks, and one line in configs.OBJECTIVES.
-    It defines those of the attributes and methods below that differ, and always these methods:
+    It overrides the attributes and methods below whose values here are wrong for it. It always defines these methods:
 
     from_config(config, vocab_size): the objective of a Config
     noise(u, v): the noise to train on, a NamedTuple with `t` and the methods `to` and `split` of Noise
-    cost(logits, x0, ...): the cost of each position. If has_mask, training must use the network's output only here:
-        parallel.compile_parts moves the output layer into the cost, so the output may not be logits outside of it
+    cost(logits, x0, ...): the cost of each position. If has_mask, nothing else may read the network's output in
+        training: parallel.compile_parts moves the output layer into cost(), and the network then returns features
     nelbo(model, x0, noise): one estimate of the bound (B,), nats per token, from the noise of an estimator
-    and a method (u, v, pick) -> noise for each of its estimators
+    a method (u, v, pick) -> noise for each of its estimators, with random numbers as at the top of this file
     """
 
     description = "predicts masked tokens"  # what a checkpoint of this objective does; completes "it ..." in messages
@@ -199,7 +203,7 @@ class Objective:
     normalised = True   # with masks: the prediction of a token sums to 1
     T = None            # the number of steps, or None in continuous time
     block_size = 0      # tokens of a block, if blocks are predicted from left to right (block_diffusion.py)
-    own = ()         # settings of Config that some other objectives do not have: they refuse all values but the default
+    own = ()         # settings of Config that not all objectives have: the others refuse all values but the default
     samplers = {}    # {what --sampler calls a sampler: its name in sampling.SAMPLERS}. The first one is the default
     estimators = {}  # {estimator of the bound: another one with the same mean, for --check}, names of methods
     reported = None  # the default estimator

@@ -52,7 +52,7 @@ def parse_args():
     p.add_argument("--steps", type=steps_flag, help="number of steps of ancestral, topk, remdm, analytic and euler; "
                    "auto: chosen from the curve of evaluate.py --curve (default: the config's T)")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0,
-                   help="random seed (default 0); the same seed, --dtype and --compile give the same samples")
+                   help="random seed (default 0); the same seed and the same other flags give the same samples")
     add_arguments(p)
     q = p.add_argument_group("prompts")
     q.add_argument("--prefix", type=named, metavar="TEXT", help="begin with TEXT")

@@ -54,13 +54,13 @@ def posterior(x, xt, r, rho):
     V = x.shape[-1]
     kappa, not_kappa = (1 - r) / (1 - rho), (r - rho) / (1 - rho)
     factors = r - rho, not_kappa * rho / V, V * (1 - r), kappa * rho
-    of_x, everywhere, of_xz, at_z = (c.to(x) if torch.is_tensor(c) else c for c in factors)
-    more_at_z = of_xz * x.gather(-1, xt[..., None]) + at_z
-    return (of_x * x + everywhere).scatter_add(-1, xt[..., None], more_at_z)
+    of_x, constant, of_x_z, at_z = (c.to(x) if torch.is_tensor(c) else c for c in factors)
+    more_at_z = of_x_z * x.gather(-1, xt[..., None]) + at_z
+    return (of_x * x + constant).scatter_add(-1, xt[..., None], more_at_z)
 
 
 def positive(sigma):
-    """sigma in float32, at least 1e-30: at sigma = 0 there is no noise, and the logarithm of its rate is infinite."""
+    """sigma in float32, at least 1e-30: at sigma = 0 the noise rate is 0, and log_score takes its logarithm."""
     return sigma.float().clamp(min=1e-30)
 
 
@@ -185,13 +185,13 @@ class Uniform(Objective):
         Let c = (1 - alpha)/(1 - alpha + V alpha). If z = x0, all c_y are c. Else c_x0 = 1/c, and the other c_y are 1.
         """
         V, sigma = logits.shape[-1], sigma[:, None].expand_as(x0)
-        log_score, same = self.log_score(logits, xt, sigma), xt == x0
+        log_score, clean = self.log_score(logits, xt, sigma), xt == x0
         rate = -torch.expm1(-sigma)
         log_c = torch.log(rate / (rate + V * torch.exp(-sigma)))
-        usual = torch.where(same, log_c, 0.0)  # log c_y of all y but x0
-        d = (log_score - usual[..., None]).scatter(-1, xt[..., None], 0.0).scatter(-1, x0[..., None], 0.0)
-        d_x0 = log_score.gather(-1, x0[..., None]).squeeze(-1) + log_c
-        return (usual.exp() * excess(d).sum(-1) + torch.where(same, 0.0, excess(d_x0) / log_c.exp())) / V
+        log_c_y = torch.where(clean, log_c, 0.0)  # of all y but z and x0
+        d = (log_score - log_c_y[..., None]).scatter(-1, xt[..., None], 0.0).scatter(-1, x0[..., None], 0.0)
+        d_x0 = log_score.gather(-1, x0[..., None]).squeeze(-1) + log_c  # if z is not x0
+        return (log_c_y.exp() * excess(d).sum(-1) + torch.where(clean, 0.0, excess(d_x0) / log_c.exp())) / V
 
     def position_costs(self, logits, x0, noise):
         """Costs of the positions in the bound, without its weight: logits (B, L, V), x0 (B, L) -> nats (B, L)."""
@@ -292,13 +292,13 @@ def noise_at(r, tokens):
 
 @torch.no_grad()
 def chain(model, xt, start, objective, grid, step):
-    """Draw all tokens that are masks in xt (B, L) anew in each step of a grid, from noise rate r to rho.
+    """Yield the States of a chain that draws tokens anew in each step of a grid, from noise rate r to rho.
 
-    start: (B, L) long, the tokens at rate grid[0], with those of xt where they are given. Given tokens never change.
+    xt: (B, L) long, masks at the positions to draw. All other tokens are given and never change.
+    start: (B, L) long, xt with tokens of the rate grid[0] in place of the masks.
     step: (logits (N, V), tokens (N,), r, rho) -> new tokens (N,), and the network's probabilities of these (N,).
 
-    The network is told the time of the rate r, even if tokens are given: r decides how much a token says of itself.
-    Yields States.
+    The network is told the time of the rate r, even if tokens are given: r says how likely a token is to be noise.
     """
     state, free = begin(start), xt == objective.mask_id
     for r, rho in zip(grid, grid[1:]):
