@@ -50,9 +50,9 @@ ESTIMATORS = {
     "flatter_rates": "continuous-time bound, random tokens, flatter rates",
     "chain_rule": "negative log-likelihood, chain rule",
 }
-LIMIT = 4         # standard errors by which two estimates of one number may differ
-LEAST = 30        # windows that --check needs, because standard errors come from the differences of windows
-DRAWS = 256       # draws of noise that --check needs: with 64, 1 in 100 to 200 correct estimates differ by LIMIT
+MAX_ERRORS = 4    # standard errors by which two estimates of one number may differ
+MIN_WINDOWS = 30  # for --check, because standard errors come from the differences of windows
+MIN_DRAWS = 256   # of noise, for --check: with 64, 1 in 100 to 200 correct estimates differ by MAX_ERRORS
 ROUNDING = 1e-4   # bits by which two estimates may always differ
 
 
@@ -250,8 +250,8 @@ def likelihood(subject, estimator, args):
 
 
 def agree(mean, error):
-    """Tell whether two estimates agree: their mean difference, in bits, is at most LIMIT errors, or is rounding."""
-    return abs(mean) <= LIMIT * error or abs(mean) < ROUNDING
+    """Tell whether two estimates agree: their difference, in bits, is at most MAX_ERRORS errors, or is rounding."""
+    return abs(mean) <= MAX_ERRORS * error or abs(mean) < ROUNDING
 
 
 def difference(one, two, by_stratum):
@@ -284,13 +284,13 @@ def score(args, open_subject, out):
         return compare(one, two, args, out)
     if args.check and one.config.objective_class.causal and one.config.prefix != "none":
         raise UserError(f"--check of an autoregressive model needs prefix=none, and {one.path} has {one.config.prefix}")
-    if args.check and one.data.n < LEAST:
-        raise UserError(f"--check needs at least {LEAST} windows, and there are {one.data.n}: use more --n_tokens, a "
-                        "longer text or a shorter --seq_len")
+    if args.check and one.data.n < MIN_WINDOWS:
+        raise UserError(f"--check needs at least {MIN_WINDOWS} windows, and there are {one.data.n}: use more "
+                        "--n_tokens, a longer text or a shorter --seq_len")
     draws = one.data.n * args.repeats
-    if args.check and draws < DRAWS and not one.config.objective_class.causal:
-        raise UserError(f"--check needs at least {DRAWS} draws of noise, and {one.data.n} windows have {draws}: use "
-                        f"--repeats {-(-DRAWS // one.data.n)}, more --n_tokens or a longer text")
+    if args.check and draws < MIN_DRAWS and not one.config.objective_class.causal:
+        raise UserError(f"--check needs at least {MIN_DRAWS} draws of noise, and {one.data.n} windows have {draws}: "
+                        f"use --repeats {-(-MIN_DRAWS // one.data.n)}, more --n_tokens or a longer text")
     estimator = pick_estimator(one, args)
     train = one.training_tokens() if args.baselines else None
     nats, line, result = likelihood(one, estimator, args)
@@ -301,7 +301,7 @@ def score(args, open_subject, out):
         mean, error = difference(nats, second_nats, strata_of(one, args))
         verdict = agree(mean, error)
         print(f"{line}\ndifference {mean:.4f} {plus_minus(error)}: they {'agree' if verdict else 'DISAGREE'} "
-              f"(more than {max(LIMIT * error, ROUNDING):.4f} would have been noticed)", file=out)
+              f"(more than {max(MAX_ERRORS * error, ROUNDING):.4f} would have been noticed)", file=out)
         result["check"] = {"agree": verdict, "difference": mean, "stderr": error, "second": second}
     if args.baselines:
         result["baselines"] = dict(reference_points(train, one.data.tokens, one.meta["vocab_size"]))

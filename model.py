@@ -243,7 +243,7 @@ class DiT(nn.Module):
 
     block = Block   # the class of the blocks
     own = ("head_gates",)  # settings of Config that no other network has
-    of_source = ()  # settings that a run which begins with a checkpoint takes from it
+    of_source = ()  # settings that a run with --init_from takes from the checkpoint
     large = False   # a large language model: its weights may be in bfloat16, and a text of its stops at its end
 
     @classmethod

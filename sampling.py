@@ -2,7 +2,7 @@
 
 A sampler is an iterator over the states on the way from xt (B, L), which has masks and maybe given tokens, to text. The
 given tokens never change. `ancestral` and `topk` count the steps in which nothing happens (State.steps), and do not
-walk through them. So the number of tokens limits what they cost, however many steps there are.
+walk through them. So the number of tokens limits their cost, and that of steps does not.
 
     sampler          reveals                                                      distribution of the texts
     ancestral        each mask by chance, on a grid of mask rates                 that of the chain on this grid

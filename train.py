@@ -162,8 +162,8 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.model = cfg.make_model(V)  # made on the CPU: equal weights on every device and in every process
         deal([key for key, _ in self.model.named_parameters()], cfg.fragments)  # raises UserError if it cannot be done
-        some = random_crops(self.train_tokens, cfg.seq_len, cfg.seed, 0, range(256), self.items.record)
-        self.flops = flops_per_token(self.model, self.objective, cfg, some, self.items.until)
+        texts = random_crops(self.train_tokens, cfg.seq_len, cfg.seed, 0, range(256), self.items.record)
+        self.flops = flops_per_token(self.model, self.objective, cfg, texts, self.items.until)
         self.start_or_resume(args)
 
         # what reports need
@@ -179,8 +179,8 @@ class Run:
     def start_or_resume(self, args):
         """Set up what training changes, new or from a checkpoint, whose memory is free on return."""
         cfg, model, out_dir = self.cfg, self.model, self.out_dir
-        begin = lambda: checkpoint.open_run(out_dir, args.resume, args.init_from, cfg, self.meta, model, self.stop)
-        payload, source, lock = together(begin if parallel.is_main else lambda: (None, None, None))
+        open_run = lambda: checkpoint.open_run(out_dir, args.resume, args.init_from, cfg, self.meta, model, self.stop)
+        payload, source, lock = together(open_run if parallel.is_main else lambda: (None, None, None))
         resumed, copied = on_main(lambda: (payload is not None, source is not None))
         self.lock = together(lambda: (lock or storage.claim(out_dir)) if parallel.is_main else None)  # until the end
         self.net = parallel.spread(model, self.objective, self.device, cfg.fsdp, parallel.compiles(cfg, self.device))

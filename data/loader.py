@@ -24,12 +24,11 @@ OTHER_TOKENS = re.compile(r"(pydoc(?=_gpt2)|gutenberg|wikitext|wikitext103)_(gpt
 
 def prepare_command(name, meta={}):
     """The command that prepares a data set of this name. meta: its meta.json, if it is known."""
-    request, other = meta.get("request", {}), OTHER_TOKENS.fullmatch(name)
+    request, other = meta.get("request", {}), OTHER_TOKENS.fullmatch(name)  # request: what the script was asked for
     text, tokens = other.groups() if other else (name, "")
-    of_checkpoint = "tokenizer" in request and not {"val and test", "held_out"} & request.keys() and (
-        "record" not in meta)
-    if "_" in name and not other and of_checkpoint:  # the name of the data set does not say which checkpoint
-        text, tokens = name.split("_")[0], request["tokenizer"]
+    by_own_script = not {"val and test", "held_out"} & request.keys() and "record" not in meta
+    if "_" in name and not other and "tokenizer" in request and by_own_script:
+        text, tokens = name.split("_")[0], request["tokenizer"]  # TEXT_CHECKPOINT: only meta has the checkpoint's path
     script, *flags = VARIANTS.get(text, f"{text}.py").split()
     if (DATA_DIR / f"prepare_{script}").exists() and text != "textfile":
         flags += ["--tokenizer", shlex.quote(re.sub(r"^bpe(?=\d)", "bpe:", tokens))] if tokens else []
@@ -97,11 +96,11 @@ def recode(tokens, data_meta, meta, dataset):
     """
     if meta["tokenizer"] == data_meta["tokenizer"] == "gpt2" and data_meta["vocab_size"] <= meta["vocab_size"]:
         return tokens  # the checkpoint may have padding tokens, too
-    ours, theirs = data_meta.get("alphabet", ""), meta.get("alphabet", "")
-    if ours == theirs or not ours or not set(ours) <= set(theirs):
+    of_data, of_model = data_meta.get("alphabet", ""), meta.get("alphabet", "")
+    if of_data == of_model or not of_data or not set(of_data) <= set(of_model):
         check_same_tokens(meta, data_meta, dataset)
         return tokens
-    return np.array([theirs.index(symbol) for symbol in ours], dtype=id_type(len(theirs)))[tokens]
+    return np.array([of_model.index(symbol) for symbol in of_data], dtype=id_type(len(of_model)))[tokens]
 
 
 def check_same_data(meta, other, dataset, owner):

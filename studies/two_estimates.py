@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli import ArgumentParser, UserError, number, run, table
 
 import storage
-from evaluate import DRAWS
+from evaluate import MIN_DRAWS
 from studies import runs
 
 
@@ -77,8 +77,8 @@ def main():
     p.add_argument("--repeats", type=number(int, 1), default=2, help="draws of the noise for each window (default 2)")
     p.add_argument("--jobs", type=number(int, 1), default=1, help="runs at a time, one thread each (default 1)")
     args = p.parse_args()
-    if args.windows * args.repeats < DRAWS:
-        p.error(f"--windows times --repeats must be at least {DRAWS}, what evaluate.py --check asks for")
+    if args.windows * args.repeats < MIN_DRAWS:
+        p.error(f"--windows times --repeats must be at least {MIN_DRAWS}, what evaluate.py --check asks for")
     outs = runs_in(args.folders)
     found = runs.in_stages([[(out,) for out in outs]], lambda out: checked(out, args), args.jobs)
     results = [{"run": str(out), **found[out,]} for out in outs]
