@@ -90,8 +90,8 @@ def parse_args():
                            "it; 256 windows for --orders, --curve, --curse, --context)")
     how = p.add_argument_group("estimate of the likelihood")
     how.add_argument("--estimator", choices=[name for name in ESTIMATORS if name != "chain_rule"],
-                     help="estimator of the bound (default: t_step for d3pm, exact_k for other masked models, rates "
-                          "for other noise of random tokens)")
+                     help="estimator of the bound (default: t_step for d3pm; else exact_k for masks, rates for "
+                          "random tokens)")
     how.add_argument("--normalised", action="store_true",
                      help="score the normalised prediction of sedd with masks: a tighter bound than score entropy")
     how.add_argument("--T", type=number(int, 1, 10**7), help="steps of the T-step bound (default: the checkpoint's)")
