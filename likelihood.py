@@ -84,7 +84,7 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
     The noise of window i depends on seed, i, data.n, repeats, the estimator, the blocks and prefix_range. So two models
     that agree in these, or two steps of training, are compared on the same masks.
     """
-    draw = getattr(objective, estimator or objective.reported)
+    draw_noise = getattr(objective, estimator or objective.reported)
     mine = list(range(data.n) if mine is None else mine)
     size = max(1, data.batch_size // repeats)
     nats = []
@@ -95,7 +95,7 @@ def bound(model, objective, data, mine=None, seed=0, repeats=1, estimator=None, 
             x0 = texts.repeat_interleave(repeats, 0)
             u, v, pick = repeated_uniforms(seed, chunk, data.n, repeats, data.seq_len, objective.n_times(data.seq_len))
             v = give_prefix(v, prefix_lengths(prefix_range, seed, 0, chunk, texts, until))
-            noise = draw(u.flatten(0, 1), v.flatten(0, 1), pick.flatten(0, 1))
+            noise = draw_noise(u.flatten(0, 1), v.flatten(0, 1), pick.flatten(0, 1))
             for x, part in zip(x0.split(data.batch_size), noise.split(data.batch_size)):
                 with autocast(data.device, data.dtype):
                     nelbo = objective.nelbo(model, x.to(data.device), part.to(data.device))
