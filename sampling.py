@@ -121,15 +121,12 @@ def ancestral(model, xt, objective, draw, grid):
     the network's prediction at r. So the network runs only for the sequences, and its head only at the positions, where
     a mask is revealed. This is a draw from the posterior over all V + 1 states, which is never built.
 
-    A mask is still there at rate rho_m with probability
-
-        rho_1/rho_0 * rho_2/rho_1 * ... * rho_m/rho_(m-1) = rho_m/rho_0.
-
-    A number that is uniform on [0, rho_0), the mask's reveal rate, is below rho_m with the same probability. So each
-    mask gets one, and is revealed in the step from r to rho if it is in [rho, r). All reveal rates are drawn at once,
-    and only the steps that reveal something are walked through. These steps differ between sequences, which do not
-    depend on each other. So network call number j takes the j-th such step of every sequence, each at its own rate. The
-    number of calls is the largest number of such steps in a sequence.
+    A mask is still there at rate rho_m with probability rho_1/rho_0 * ... * rho_m/rho_(m-1) = rho_m/rho_0. A number
+    that is uniform on [0, rho_0), the mask's reveal rate, is below rho_m with the same probability. So each mask gets
+    one, and is revealed in the step from r to rho if it is in [rho, r). All reveal rates are drawn at once, and only
+    the steps that reveal something are walked through. These steps differ between sequences, which do not depend on
+    each other. So network call number j takes the j-th such step of every sequence, each at its own rate. The number of
+    calls is the largest number of such steps in a sequence.
     """
     state, masked, n_steps = begin(xt), xt == objective.mask_id, len(grid) - 1
     rates = torch.tensor(grid, dtype=torch.float64)

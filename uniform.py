@@ -316,11 +316,9 @@ def uniform_chain(model, xt, objective, draw, grid, weigh):
     weigh: (x (N, V), logits (N, V), tokens (N,), r, rho) -> weights (N, V) to draw the new tokens from, where x is the
         network's prediction. Negative weights count as 0.
 
-    p of the States is the network's probability that the new token y is the clean one. With z = xt and q(z | x0 = y) =
-    (1 - r) [y = z] + r/V, Bayes says
+    p of the States is the network's probability that the new token y is the clean one (docs/maths.md, section 12):
 
-        p(x0 = y | xt) = x[y] q(z | y) / sum over j of x[j] q(z | j)
-                       = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
+        p(x0 = y | xt = z) = (r x[y] + V (1 - r) [y = z] x[z]) / (r sum x + V (1 - r) x[z]).
     """
     noise = (draw.uniform(xt.shape) * objective.V).long().to(xt.device)
 
