@@ -297,8 +297,9 @@ class Absorbing(Objective):
     def continuous(self, u, v, pick):
         """The continuous-time bound by independent masks at a uniform rate, u, without the large weights of small u.
 
-        u (B,), v (B, L), pick (B,) -> Noise. The weight 1/u is replaced by its mean given k masks, (n + 1)/k. So the
-        estimate has the same mean, and a finite variance (Rao-Blackwell). If k = 0, there is no CE: the weight is 0.
+        u (B,), v (B, L), pick (B,) -> Noise. Given k masks, u has the distribution Beta(k + 1, n - k + 1). So the mean
+        of the weight 1/u is (n + 1)/k, which takes its place: the estimate has the same mean, and a finite variance
+        (Rao-Blackwell). If k = 0, there is no CE: the weight is 0.
 
         A network that sees the time must be told the time of a rate from Beta(k, n - k + 1), as in exact_k. This is the
         k-th smallest of the n numbers that are left if one of v and u, chosen by pick, is left out: u if that one is
@@ -454,14 +455,17 @@ class SEDD(MDLM):
 
     At each mask the network learns the scores S_y = q_t(xt with y here)/q_t(xt) of the tokens y (`scores`: their
     logarithms). The true score is odds * p(x0 = y | visible tokens), where odds = alpha/(1 - alpha) = 1/(e^sigma - 1).
-    Write S_y = odds * f_y: then f is a prediction of x0 that is not normalised, with the sum Z. The score entropy of a
-    mask is the weight of the bound, -alpha'/(1 - alpha), times
+    The score entropy of a mask is
+
+        dsigma/dt * [sum_y S_y - odds log S_x0 + odds (log odds - 1)].
+
+    Write S_y = odds * f_y: then f is a prediction of x0 that is not normalised, with the sum Z. As dsigma/dt * odds is
+    -alpha'/(1 - alpha), the weight of the bound, the score entropy is this weight times
 
         Z - 1 - log f_x0  =  CE + (Z - 1 - log Z),
 
     with the CE of the normalised prediction f/Z: MDLM's bound and a penalty, which is zero if Z = 1 (RADD, arXiv
-    2406.03736; docs/maths.md, section 9). So the network is a masked denoiser like any other, and nothing is lost by
-    normalising.
+    2406.03736). So the network is a masked denoiser like any other, and nothing is lost by normalising.
 
     scaled: as SEDD's `scale_by_sigma`. The logits are log(V f_y) instead of log S_y, so that an output of zeros is
     normalised.
