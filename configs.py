@@ -84,9 +84,9 @@ class Config:
     n_embd: int = setting(768, "width of the network: features per token")
     n_cond: int = setting(128, "width of the time conditioning")
     dropout: float = setting(0.0, "dropout probability on the two residual branches of a block")
-    conditioning: str = setting("step", "input of the time conditioning: nothing, the time t, the step in 1 ... T, "
+    conditioning: str = setting("step", "input of the time conditioning: nothing, 1000 t, t, the step in 1 ... T, "
                                 "the total noise sigma = -log alpha(t), or a constant",
-                                ("none", "time", "step", "sigma", "constant"))
+                                ("none", "time", "unscaled_time", "step", "sigma", "constant"))
     tied: bool = setting(True, "use the token embeddings as the weights of the head (the output layer)")
     head_bias: bool = setting(False, "add a bias to the head")
     norm_bias: bool = setting(False, "add a bias to the layer norms")
@@ -268,8 +268,8 @@ class Config:
         """The function of t whose sinusoids the time embedding takes (model.py), or None without time conditioning.
         With 'step', a model sees its step numbers 1 ... T exactly."""
         T, sigma = self.T, make_schedule(self.schedule).sigma
-        return {"none": None, "time": lambda t: 1000 * t, "step": lambda t: (T * t).round(),
-                "constant": torch.zeros_like, "sigma": sigma}[self.conditioning]
+        return {"none": None, "time": lambda t: 1000 * t, "unscaled_time": lambda t: t,
+                "step": lambda t: (T * t).round(), "constant": torch.zeros_like, "sigma": sigma}[self.conditioning]
 
     @property
     def prefix_range(self):

@@ -110,7 +110,40 @@ def geometric(sigma_min=1e-4, sigma_max=20.0):
                     sigma=sigma)
 
 
-SCHEDULES = {"linear": linear, "cosine": cosine, "loglinear": loglinear, "geometric": geometric}
+def masks_and_random(alpha, rate, b):
+    """Return the shares (m, n) of masks and of random tokens in GIDD's noise (hybrid.py): n = b sqrt(alpha m).
+
+    rate: 1 - alpha. Both are tensors. sqrt(m) solves m + b sqrt(alpha m) = rate.
+    """
+    factor = b * alpha.sqrt()
+    root = 2 * rate / ((factor**2 + 4 * rate).sqrt() + factor)
+    return root**2, factor * root
+
+
+def gidd(uniform_share=0.1):
+    """The time of GIDD (arXiv 2503.04482), for noise of masks and random tokens: t = m/(alpha + m) (hybrid.py).
+
+    With b = 2 uniform_share/(1 - uniform_share) and G = 1 + b sqrt(t (1 - t)), alpha is (1 - t)/G and m is t/G.
+    """
+    if not 1e-3 <= uniform_share <= 0.999:
+        raise ValueError("uniform_share must be from 0.001 to 0.999")
+    b = 2 * uniform_share / (1 - uniform_share)
+    G = lambda t: 1 + b * (t * (1 - t)).sqrt()
+
+    def inverse(a):
+        a = a.clamp(0, 1)
+        m, _ = masks_and_random(a, 1 - a, b)
+        return m / (a + m)
+
+    return Schedule(
+        alpha=lambda t: (1 - t) / G(t),
+        dalpha=lambda t: -(1 + b * (0.5 - t) * ((1 - t) / t).sqrt() / G(t)) / G(t),
+        inverse=inverse,
+        sigma=lambda t: G(t).log() - torch.log1p(-t),
+    )
+
+
+SCHEDULES = {"linear": linear, "cosine": cosine, "loglinear": loglinear, "geometric": geometric, "gidd": gidd}
 
 
 def make_schedule(name):

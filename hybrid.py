@@ -21,6 +21,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from diffusion import masks_and_random
 from uniform import Uniform, chain, excess
 
 
@@ -41,7 +42,8 @@ class Hybrid(Uniform):
 
     weighting 'simple' multiplies each sample of the bound by 6 phi (1 - phi) in training, where phi = m/(alpha + m) is
     GIDD's time. The loss is then an integral over phi with nearly constant weights: 6 for a mask, 3 for a random token,
-    and little for a clean one. These are the paper's dynamic weights, up to a factor.
+    and little for a clean one. These are the paper's dynamic weights, up to a factor. With schedule gidd:P, where P is
+    uniform_share, phi is t.
     """
 
     description = "was trained with masks and random tokens"
@@ -66,11 +68,9 @@ class Hybrid(Uniform):
         self.b = 2 * uniform_share / (1 - uniform_share)
 
     def shares(self, sigma):
-        """Return (alpha, m, n) at the total noise sigma, a tensor. sqrt(m) solves m + b sqrt(alpha m) = 1 - alpha."""
-        alpha, rate = torch.exp(-sigma), -torch.expm1(-sigma)
-        factor = self.b * alpha.sqrt()
-        root = 2 * rate / ((factor**2 + 4 * rate).sqrt() + factor)
-        return alpha, root**2, factor * root
+        """Return (alpha, m, n) at the total noise sigma, a tensor."""
+        alpha = torch.exp(-sigma)
+        return alpha, *masks_and_random(alpha, -torch.expm1(-sigma), self.b)
 
     def tokens(self, rate, v):
         """The noise tokens (B, L) at rates (B,): a random one where v (B, L) <= n, the mask where n < v <= rate, else

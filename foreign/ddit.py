@@ -1,12 +1,14 @@
 """Translate checkpoints of SEDD's network ("DDiT") into our names and conventions, for model.DiT.
 
-MDLM, BD3-LM, Duo, UDLM and RADD took over that network.
+MDLM, BD3-LM, Duo, UDLM, RADD and GIDD took over that network.
 """
+
+import json
 
 import torch
 import torch.nn.functional as F
 
-from cli import UserError, note
+from cli import UserError, first_line, note
 from data.loader import load_meta
 from data.tokenizer import KNOWN, TOKENS
 from foreign.files import BUFFERS, check_floats, rename, tensors
@@ -116,6 +118,7 @@ def mask_last(state, mask):
 WITH_MASK = {28: ("text8", 27), 35: ("text8_framed", 4), 50258: ("openwebtext", 50257), 30522: ("bert", 103)}
 WITHOUT_MASK = {27: ("text8", None), 35: ("text8_framed_uniform", None), 50257: ("openwebtext", None),
                 50258: ("gpt2_padded", None), 30522: ("bert_uniform", None)}
+GIDD = {50258: ("openwebtext", 50257), 50259: ("gpt2_padded", 50258)}
 # The data set of a vocabulary, where its name differs.
 DATA_OF = {"text8_framed": "text8", "text8_framed_uniform": "text8", "gpt2_padded": "openwebtext",
            "bert": "lm1b", "bert_uniform": "lm1b", "oxen": "names", "oxen_words": "names"}
@@ -166,6 +169,12 @@ def process_of(name, settings, path):
     def refuse(what):
         raise UserError(f"{path} is a checkpoint of {name} with {what}, which is not supported")
 
+    if name == "gidd":
+        share = settings["p_uniform"]
+        if type(share) not in (int, float) or not (share == 0 or 1e-3 <= share <= 0.999):
+            raise ValueError(f"p_uniform is {share!r}, not 0 or a number from 0.001 to 0.999")
+        mixed = dict(noise="hybrid", uniform_share=float(share), schedule=f"gidd:{share}") if share else {}
+        return dict(objective="mdlm", conditioning="unscaled_time") | mixed
     algo = settings.get("algo") or settings
     noise = settings.get("noise") or {}
     kind = str(noise.get("type", "loglinear")).replace("-", "").lower()
@@ -200,8 +209,32 @@ def process_of(name, settings, path):
     return dict(objective="mdlm" if parameterization == "subs" else "sedd", conditioning="sigma", schedule=schedule)
 
 
+def heads_of(buffers, D):
+    """Return the number of heads that the tables of rotary embeddings in a file belong to, or None without tables."""
+    for key, table in buffers.items():
+        if key.endswith("inv_freq"):
+            return D // (2 * len(table))
+        if key.endswith("cos_cached"):
+            return D // table.shape[-1]
+
+
+def check_mask(path, mask):
+    """Raise UserError if a tokenizer.json beside the weights names another row than `mask` for [MASK]."""
+    file = path.parent / "tokenizer.json"
+    if not file.is_file():
+        return
+    try:
+        added = json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        said = {token["content"]: token["id"] for token in added}["[MASK]"]
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{file} does not say which token is [MASK]: get it again ({first_line(error)})")
+    if said != mask:
+        raise UserError(f"{file} says that [MASK] is token {said}, and in {path} it is {mask}: the two files do not "
+                        "belong together")
+
+
 def translate(found, name, hints):
-    """Translate SEDD, Oxen, MDLM, BD3-LM, Duo, UDLM or RADD: one network, which is told sigma or no time."""
+    """Translate SEDD, Oxen, MDLM, BD3-LM, Duo, UDLM, RADD or GIDD: one network, told sigma, t or no time."""
     payload, settings, path = found
     state = {key: value for key, value in tensors(payload).items() if not BUFFERS.search(key)}
     rows, D = state["vocab_embed.embedding"].shape
@@ -216,8 +249,12 @@ def translate(found, name, hints):
         check_floats(kind, path)
 
     sizes = settings.get("model") if isinstance(settings.get("model"), dict) else settings
-    frequencies = next((value for key, value in tensors(payload).items() if key.endswith("inv_freq")), None)
-    n_head = sizes.get("n_heads") if frequencies is None else D // (2 * len(frequencies))
+    if name == "gidd":
+        if settings.get("vocab_size", rows) != rows:
+            raise UserError(f"{path} has {rows:,} tokens, and its settings say {settings['vocab_size']}")
+        sizes = {"n_heads": settings["num_attention_heads"], "n_blocks": settings["num_hidden_layers"],
+                 "length": settings["max_seq_len"]}
+    n_head = heads_of(tensors(payload), D) or sizes.get("n_heads")
     seq_len = hints.overrides.get("seq_len") or sizes.get("length") or sizes.get("model_length")
     if not n_head:
         raise UserError(f"{path} does not say its number of heads: put its config.json or config.yaml beside it")
@@ -229,8 +266,10 @@ def translate(found, name, hints):
         raise UserError(f"{path} does not say its sequence length: use --override seq_len=N, such as seq_len=1024")
     process = process_of(name, settings, path)
     uniform = process.get("noise") == "uniform"
-    table = WITHOUT_MASK if uniform else OXEN | WITH_MASK if name == "oxen" else WITH_MASK
+    table = WITHOUT_MASK if uniform else {"oxen": OXEN | WITH_MASK, "gidd": GIDD}.get(name, WITH_MASK)
     meta, mask = vocabulary(rows, table, uniform, hints, path)
+    if name == "gidd":
+        check_mask(path, mask)
     config = dict(dataset=meta["name"], seq_len=int(seq_len), n_layer=n_layer, n_head=int(n_head), n_embd=D, n_cond=C,
                   tied=False, head_bias=True, norm_bias=process["conditioning"] == "none",
                   T=int((settings.get("sampling") or {}).get("steps") or 1000)) | process

@@ -310,7 +310,8 @@ def followed(value, root):
 
 # ---- state dicts -----------------------------------------------------------------------------------------------------
 
-BUFFERS = re.compile(r"(^|\.)(inv_freq|betas|alpha_bars|sampling_eps_m(in|ax)|limiting_distribution)$|^noise\.")
+BUFFERS = re.compile(r"(^|\.)(inv_freq|(cos|sin)_cached|betas|alpha_bars|sampling_eps_m(in|ax)|limiting_distribution)$"
+                     r"|^noise\.")
 
 
 def plain_key(key):

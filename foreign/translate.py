@@ -15,6 +15,7 @@ files.py reads the checkpoints. ddit.py translates the network that most of them
     duo, udlm       github.com/s-sahoo/duo, kuleshov-group/      DiT, told sigma; uniform noise
                     discrete-diffusion-guidance
     radd            github.com/ML-GSAI/RADD                      DiT without time
+    gidd            github.com/dvruette/gidd, Hub                DiT, told t; masks and random tokens
     gpt2, nanogpt   GPT2LMHeadModel of transformers;             GPT-2, left to right (gpt2.py)
                     github.com/karpathy/nanoGPT
     diffugpt        github.com/HKUNLP/DiffuLLaMA, DiffuGPT       GPT-2 with full attention, masks
@@ -42,7 +43,7 @@ from foreign.files import BUFFERS, plain_key, rename, tensors
 from foreign.masked_lm import is_masked_lm
 from foreign.tiny_diffusion import our_weights
 
-FORMATS = ("nanodd", "tiny-diffusion", "sedd", "oxen", "mdlm", "bd3lm", "duo", "udlm", "radd",
+FORMATS = ("nanodd", "tiny-diffusion", "sedd", "oxen", "mdlm", "bd3lm", "duo", "udlm", "radd", "gidd",
            "gpt2", "nanogpt", "diffugpt", "masked_lm", "llm")
 # Settings that the user may override, because the file does not hold them reliably.
 UNSAID = dict.fromkeys(FORMATS, ("seq_len",)) | {
@@ -94,6 +95,8 @@ def detect(found):
         if "blocks.0.norm1.bias" in state:
             return "radd"
         raise unknown(found, state)
+    if "p_uniform" in settings:
+        return "gidd"
     named = settings.get("model_type") or (settings.get("algo") or {}).get("name") or ""
     named = named.lower() if isinstance(named, str) else ""
     named = {"duo_base": "duo", "distillation": "duo", "ot-finetune": "duo"}.get(named, named)

@@ -199,7 +199,7 @@ def test_names_and_shapes_are_checked(tmp_path):
     refused("time conditioning and", {"model_type": "mdlm", "model_length": 8, "time_conditioning": True,
                                       "training": {"change_of_variables": True}})
     refused("does not say with which loss", {"model_type": "bd3lm", "model_length": 8, "time_conditioning": True})
-    refused("has the unknown algorithm 'gidd'", {"model_type": "gidd"})
+    refused("has the unknown algorithm 'plaid'", {"model_type": "plaid"})
     refused("no settings say which", None)
 
 
@@ -456,7 +456,7 @@ def test_files_that_are_none(call, tmp_path):
         (folder / name).write_text(content)
         assert_one_line(call("sample.py", folder), name)
         (folder / name).unlink()
-    assert_one_line(call("sample.py", folder, "--format", "gidd"), "invalid choice")
+    assert_one_line(call("sample.py", folder, "--format", "plaid"), "invalid choice")
     assert_one_line(call("sample.py", folder, "--format", "nanodd"), "looks like a checkpoint of nanodd but lacks")
 
 
