@@ -226,6 +226,7 @@ def main():
                 "sampler": settings.sampler, "steps": history.steps, **options,
                 "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
                 "guidance": settings.guidance, "block_length": args.block_length, "context": args.context,
+                "correct": settings.correct, "correct_temperature": settings.correct_temperature,
                 "nfe": denoiser.nfe, "tokens_read": denoiser.tokens, "seconds": seconds,
                 "tokens_per_second": n_masks / seconds, "seed": args.seed, "dtype": str(dtype).removeprefix("torch."),
                 "checkpoint": args.checkpoint}), flush=True)

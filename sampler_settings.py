@@ -19,7 +19,8 @@ NAMES = list(dict.fromkeys(name for objective in OBJECTIVES.values() if not obje
                            for name in objective.samplers))  # for --sampler; causal networks have no choice
 FLAGS = list(dict.fromkeys(flag for sampler in SAMPLERS.values() for flag in sampler.flags if flag != "steps"))
 DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "remask": "cap"}
-COMMON = ("temperature", "top_p", "top_k", "block_length")  # flags for all samplers, which are fields of Settings
+CORRECTION = ("correct", "correct_temperature")
+COMMON = ("temperature", "top_p", "top_k", "block_length", *CORRECTION)  # flags for all samplers: fields of Settings
 
 
 def grid_flag(text):
@@ -73,6 +74,11 @@ def add_arguments(parser):
     p.add_argument("--block_length", type=number(int, 1), metavar="N",
                    help="fill the masks from left to right, N at a time, each piece by the sampler (and its --steps); "
                    "the network sees the whole text (default: all masks at once)")
+    p.add_argument("--correct", type=number(int, 1, 10**6), metavar="N",
+                   help="then change at most N tokens of each text, one by one, where the network disagrees most: the "
+                   "self-correction of GIDD, for models that were trained on random tokens")
+    p.add_argument("--correct_temperature", type=number(float, 1e-3, 100), metavar="X",
+                   help="temperature of --correct (default 0.1)")
     p.add_argument("--temperature", type=temperature_flag, help="temperature of the token distribution; below 1: "
                    "likelier tokens, less variety; 0: the likeliest token (default 1)")
     p.add_argument("--top_p", type=number(float, 1e-6, 1),
@@ -117,6 +123,10 @@ def pick_sampler(sampler, flags, common, objective, described):
     """
     if "block_length" in common and not objective.any_order:
         raise UserError(f"--block_length is for models of masks in whole texts, and {described}: leave it out")
+    if common.keys() & {*CORRECTION} and not objective.random_tokens:
+        raise UserError(f"--correct is for models that were trained on random tokens, and {described}: leave it out")
+    if "correct_temperature" in common and "correct" not in common:
+        raise UserError("--correct_temperature is that of --correct: add --correct N")
     if objective.causal and (sampler or flags):
         raise UserError(f"{described} and takes one step per token: leave out "
                         + ", ".join(f"--{name}" for name in (["sampler"] if sampler else []) + list(flags)))
@@ -133,8 +143,9 @@ def pick_sampler(sampler, flags, common, objective, described):
                         + (f", or use {' or '.join(users)}" if users else ""))
     if common.get("temperature") == 0 and common.keys() & {"top_p", "top_k"}:
         raise UserError("--temperature 0 draws the likeliest token: leave out --top_p and --top_k")
-    if common and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
-        raise UserError(f"--{next(iter(common))} changes the token distribution, which euler does not use with uniform "
+    cuts = [flag for flag in common if flag not in CORRECTION]
+    if cuts and not SAMPLERS[objective.samplers[sampler]].draws_tokens:
+        raise UserError(f"--{cuts[0]} changes the token distribution, which euler does not use with uniform "
                         "noise: choose --sampler ancestral")
     if "k" in flags and (flags.get("steps") or flags.get("grid")):
         raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")

@@ -33,7 +33,8 @@ All samplers take the same arguments, and then those of their own:
     draw       categorical.Draw: logits (N, V) -> tokens and their probabilities; also all other random numbers
     grid       (samplers with steps) rates, never rising: from 1, or the schedule's rate at t = 1, to 0
 
-Networks trained on random tokens have samplers of their own, in uniform.py and hybrid.py.
+Networks trained on random tokens have samplers of their own, in uniform.py and hybrid.py. Their texts can be corrected
+afterwards (uniform.self_corrected).
 """
 
 import math
@@ -45,7 +46,7 @@ import torch.nn.functional as F
 from block_diffusion import finish, in_blocks
 from categorical import SURE, Draw, State, begin, rates_of, with_denoising
 from hybrid import hybrid_ancestral
-from uniform import uniform_ancestral, uniform_euler
+from uniform import self_corrected, uniform_ancestral, uniform_euler
 
 
 # ---- what the samplers share -----------------------------------------------------------------------------------------
@@ -400,6 +401,8 @@ class Settings(NamedTuple):
     top_k: int = 0
     guidance: float = 0.0  # w of guided()
     block_length: int = 0  # n of piece_by_piece(), if it is not 0
+    correct: int = 0       # n of self_corrected(), if it is not 0
+    correct_temperature: float = 0.1
 
     @property
     def steps(self):
@@ -425,10 +428,14 @@ class Settings(NamedTuple):
         if self.block_length:
             return piece_by_piece(sampler.function, denoiser, xt, objective, draw, size, self.block_length,
                                   self.options, end)
-        if not objective.random_tokens:  # random tokens: noise of the rate r is in all that is not given
+        if not objective.random_tokens:
             of_text, rate0 = denoiser, (xt == objective.mask_id).sum(1).cpu().double() / size
-            denoiser = lambda xt, r, where: of_text(xt, rate0 * r, where)
-        return sampler.function(denoiser, xt, objective, draw, **self.options)
+            denoiser = lambda xt, r, where: of_text(xt, rate0 * r, where)  # random tokens: all that is free has rate r
+        states = sampler.function(denoiser, xt, objective, draw, **self.options)
+        if not self.correct:
+            return states
+        return self_corrected(states, denoiser, xt == objective.mask_id, objective,
+                              Draw(generator, self.correct_temperature), self.correct)
 
 
 # ---- texts of any length ---------------------------------------------------------------------------------------------

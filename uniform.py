@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from categorical import begin, in_pieces, rates_of, with_denoising
+from categorical import State, begin, in_pieces, rates_of, with_denoising
 from diffusion import D3PM, Noise, Objective, make_schedule, misfit_of_steps
 
 
@@ -307,6 +307,53 @@ def chain(model, xt, start, objective, grid, step):
             now = state.xt[free].split([len(piece) for piece in logits])
             new = [step(piece, z, r, rho) for piece, z in zip(logits, now)]
             state = state.put(free, *map(torch.cat, zip(*new)))
+        yield state
+
+
+@torch.no_grad()
+def self_corrected(states, model, free, objective, draw, n, patience=32):
+    """Yield the states of a sampler, and those of at most n more steps, each of which changes one token of each text:
+    GIDD's self-correction (arXiv 2503.04482), for networks that were trained on random tokens.
+
+    In a step a token y_i is drawn at every free position i, from the network's prediction at the temperature of `draw`.
+    Of those that differ from the text the likeliest one replaces its token. The network is always told t = 0.01. A text
+    is finished when no y_i differs, or when its agreement, the share of its free tokens that are the network's
+    likeliest, has not grown in more than `patience` steps. Texts do not have the distribution of the model.
+
+    free: (B, L) bool; other tokens never change. p of a new token is that of the prediction, uncut.
+    """
+    for state in states:
+        yield state
+    B, device = len(free), free.device
+    rate = 1 - objective.schedule.alpha(torch.full((B,), 0.01, dtype=torch.float64))
+    sigma = -math.log1p(-rate[0].item())
+    best, waited, active = torch.zeros(B, device=device), torch.zeros(B, device=device), free.any(1)
+
+    def propose(logits, z):
+        x = objective.prediction(logits, z, torch.full(z.shape, sigma, device=device)).clamp(min=0)
+        x = x / x.sum(-1, keepdim=True)
+        q = draw.cut(x.log(), x)
+        y = draw.pick(q)
+        q_y, x_y = (p.gather(-1, y[:, None]).squeeze(-1) for p in (q, x))
+        return y, x_y, torch.where(y == z, 0.0, q_y), x.argmax(-1)
+
+    for _ in range(n):
+        if not active.any():
+            break
+        where = free & active[:, None]
+        logits = in_pieces(model(state.xt, rate, where))
+        now = state.xt[where].split([len(piece) for piece in logits])
+        y, p, score, likeliest = map(torch.cat, zip(*(propose(*pair) for pair in zip(logits, now))))
+        score = torch.zeros(free.shape, device=device).masked_scatter(where, score)
+        changes = (score > 0) & F.one_hot(score.argmax(1), free.shape[1]).bool()
+        new = state.put(changes, y[changes[where]], p[changes[where]])
+        agrees = torch.zeros_like(free).masked_scatter(where, new.xt[where] == likeliest)
+        agreement = agrees.sum(1) / free.sum(1).clamp(min=1)
+        waited = torch.where(agreement > best, 0, waited + 1)
+        best, took_part = torch.maximum(best, agreement), active
+        active = active & changes.any(1) & (waited <= patience)
+        keep = active[:, None]
+        state = State(torch.where(keep, new.xt, state.xt), torch.where(keep, new.p, state.p), took_part.long().cpu())
         yield state
 
 

@@ -246,7 +246,8 @@ def measure(subject, samples, judge, settings, seed):
             filled, nfe, tokens_read = subject.fill(xt, way, seed)
             seconds = time.perf_counter() - began
             texts = [text_of(*pair, end, subject.tokenizer) for pair in zip(filled[:, c:].tolist(), xt[:, c:].tolist())]
-            options = way.options | {"grid": way.grid_name, "block_length": way.block_length or ""}
+            options = way.options | {"grid": way.grid_name, "block_length": way.block_length or "",
+                                     "correct": f"{way.correct}@{way.correct_temperature}" if way.correct else ""}
             others = " ".join(f"{key}={value}" for key, value in options.items() if value != "")
             add(way.sampler, texts, steps=way.steps, setting=others or None, nfe=nfe, tokens_read=tokens_read,
                 temperature=way.temperature, top_p=way.top_p, top_k=way.top_k or None, seed=seed, seconds=seconds)

@@ -1,6 +1,7 @@
 """Score entropy and uniform noise from the command line: trained by the same train.py, scored and sampled as others."""
 
 import json
+import operator
 
 import pytest
 
@@ -63,6 +64,12 @@ def test_it_samples(call, run):
         assert all(sample["text"].startswith("the cat") and len(sample["text"]) == 32 for sample in result["samples"])
         assert json.loads(call(*command).out)["samples"] == result["samples"]
         assert result["nfe"] <= 7
+        if name in ("udlm", "sedd_uniform", "d3pm_uniform", "gidd"):
+            corrected = json.loads(call(*command, "--correct=5", "--correct_temperature=0.5").out)
+            assert all(sample["text"].startswith("the cat") for sample in corrected["samples"])
+            assert result["nfe"] < corrected["nfe"] <= result["nfe"] + 5 and corrected["correct"] == 5
+            pairs = zip(corrected["samples"], result["samples"])
+            assert 1 <= max(sum(map(operator.ne, a["tokens"], b["tokens"])) for a, b in pairs) <= 5
     assert call("sample.py", out, "--steps=4", "--temperature=0.5", "--top_p=0.9", "--show").code == 0
     if name == "udlm":
         rows = json.loads(call("evaluate.py", out, "--samples=4", "--steps=4", "--sampler=ancestral,euler", "--json",
@@ -76,6 +83,7 @@ def test_what_random_tokens_have_not(call, run):
     """Studies and samplers of masks are refused in one line, and so are estimators of other processes."""
     name, out = run
     if name not in ("udlm", "sedd_uniform", "d3pm_uniform", "gidd"):
+        assert_one_line(call("sample.py", out, "--correct=5"), "--correct is for models that were trained on random")
         assert_one_line(call("evaluate.py", out, "--T=10"), "the T-step bound needs a schedule from alpha = 1 to 0")
         assert_one_line(call("evaluate.py", out, "--estimator=rates"), "choose exact_k or continuous")
         return
@@ -87,6 +95,7 @@ def test_what_random_tokens_have_not(call, run):
     assert_one_line(call("evaluate.py", out, "--estimator=exact_k"), "--estimator exact_k does not work with")
     assert_one_line(call("sample.py", out, "--sampler=topk"), "--sampler topk needs a model of masks in whole texts",
                     "choose ancestral" if name == "gidd" else "ancestral or analytic or euler")
+    assert_one_line(call("sample.py", out, "--correct_temperature=1"), "that of --correct: add --correct N")
     assert_one_line(call("sample.py", out, "--steps=auto"), "auto needs a model of masks in whole texts")
     assert_one_line(call("sample.py", out, "--sampler=euler", "--top_k=2"), "choose ancestral" if name == "gidd" else
                     "--top_k changes the token distribution, which euler does not use with uniform noise: choose "

@@ -1,8 +1,9 @@
-"""GIDD's published checkpoints: their network, noise and steps by their definition, and damaged files.
+"""GIDD's published checkpoints: their network, noise and steps by their definition, damaged files; self-correction.
 
 The published files are on the Hub: config.json, model.safetensors, tokenizer.json. Here are tiny ones of the same form.
 """
 
+import itertools
 import json
 import math
 
@@ -12,11 +13,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import storage
+import world
+from categorical import Draw, begin
 from cli import UserError
 from commands import arguments, assert_one_line
 from data.tokenizer import make_tokenizer
 from hybrid import Hybrid, posterior
 from sampler_settings import schedule_grid
+from sampling import Settings
+from test_sampling import chi_square_excess, counts_of, masks
+from uniform import Uniform, UniformD3PM, self_corrected
+from world import MASK, P_DATA, SEQUENCES, L, V
 
 D, HEADS, COND, LAYERS, LENGTH, GPT2 = 16, 2, 8, 2, 24, 50257
 
@@ -193,6 +200,113 @@ def test_published_steps(p):
         ours = posterior(x, z, of(t), of(s))
         torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), weights / weights.sum(-1, keepdim=True),
                                    rtol=1e-6, atol=1e-9)
+
+
+# ---- self-correction -------------------------------------------------------------------------------------------------
+
+
+def table(seed):
+    """Logits at every text of the enumerable world, (27, L, V)."""
+    return 1.5 * torch.randn(len(SEQUENCES), L, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def index(xt):
+    return (xt * torch.tensor([V**2, V, 1])).sum(1)
+
+
+def denoiser(logits, told):
+    """The network of a table. It keeps what it is told in the list `told`."""
+    def model(xt, t, where):
+        told.extend(t.tolist())
+        return logits[index(xt)][where].float()
+    return model
+
+
+def corrected_distribution(x, start, free, n, temperature, patience):
+    """Distribution (27,) of the text after n steps from the text `start`, by enumeration: x (27, L, V) probabilities.
+
+    A step: draw y_i ~ q_i at all free i, with q_i proportional to x_i^(1/temperature); put the y_i != text_i of largest
+    q_i(y_i) into the text. Stop at a text with no such y_i. Stop before the change if the share of free tokens that are
+    the likeliest ones has not exceeded its maximum in more than `patience` steps.
+    """
+    live, done = {(start, 0.0, 0): 1.0}, torch.zeros(len(SEQUENCES), dtype=torch.float64)
+    positions = [i for i in range(L) if free[i]]
+    for _ in range(n):
+        after = {}
+        for (text, best, waited), p in live.items():
+            q = x[text] ** (1 / temperature)
+            q, likeliest, old = q / q.sum(-1, keepdim=True), x[text].argmax(-1).tolist(), SEQUENCES[text].tolist()
+            for y in itertools.product(range(V), repeat=len(positions)):
+                chance = math.prod(q[i, token].item() for i, token in zip(positions, y))
+                new, changes = list(old), [(q[i, token].item(), -i, token) for i, token in zip(positions, y)
+                                           if token != old[i]]
+                if changes:
+                    _, i, token = max(changes)
+                    new[-i] = token
+                agreement = sum(new[i] == likeliest[i] for i in positions) / len(positions)
+                now = (0 if agreement > best else waited + 1)
+                if not changes or now > patience:
+                    done[text] += p * chance
+                else:
+                    key = (index(torch.tensor([new])).item(), max(best, agreement), now)
+                    after[key] = after.get(key, 0) + p * chance
+        live = after
+    for (text, *_), p in live.items():
+        done[text] += p
+    return done
+
+
+HYBRID = Hybrid(V, "gidd:0.2", 0.2)
+
+
+@pytest.mark.parametrize("objective, n, temperature, patience, free", [
+    (HYBRID, 1, 1.0, 32, (1, 1, 1)), (HYBRID, 4, 1.0, 0, (1, 1, 1)), (HYBRID, 5, 0.7, 1, (1, 1, 1)),
+    (HYBRID, 4, 0.5, 32, (1, 0, 1)), (HYBRID, 8, 0.1, 32, (1, 1, 1)), (Uniform(V), 3, 0.5, 32, (1, 1, 1)),
+    (UniformD3PM(V, 200), 3, 0.5, 32, (1, 1, 1))])
+def test_self_correction(objective, n, temperature, patience, free):
+    """Texts have the enumerated distribution; the network is told t = 0.01; given tokens stay."""
+    logits, told, start, N = table(3), [], 5, 20_000
+    free = torch.tensor(free, dtype=torch.bool)
+    texts = SEQUENCES[start].repeat(N, 1)
+    draw = Draw(torch.Generator().manual_seed(0), temperature)
+    states = list(self_corrected([begin(texts)], denoiser(logits, told), free.expand(N, L), objective, draw, n,
+                                 patience))
+    assert told and told == pytest.approx([0.01] * len(told), rel=1e-5)
+    expected = corrected_distribution(logits.softmax(-1), start, free.tolist(), n, temperature, patience)
+    assert expected.sum().item() == pytest.approx(1)
+    counts, possible = counts_of(states[-1].xt), expected > 1e-12
+    assert counts[~possible].sum() == 0 and chi_square_excess(counts[possible], expected[possible]) < 4
+    assert torch.equal(states[-1].xt[:, ~free], texts[:, ~free])
+    for before, after in zip(states, states[1:]):
+        changed = before.xt != after.xt
+        assert (changed.sum(1) <= 1).all()
+        x = logits[index(before.xt)].softmax(-1).gather(-1, after.xt[..., None]).squeeze(-1).float()
+        torch.testing.assert_close(after.p[changed], x[changed])
+        assert not changed[after.steps == 0].any()
+
+
+def test_self_correction_improves_texts():
+    """With the exact predictor at a small rate, corrected texts are likelier; a sampler's states come first."""
+    objective, told = Hybrid(V, "gidd:0.2", 0.2), []
+    shares = [share.item() for share in objective.shares(objective.schedule.sigma(torch.tensor(0.01).double()))]
+    codes = (SEQUENCES * torch.tensor([(V + 1) ** 2, V + 1, 1])).sum(1)
+    model = denoiser(world.hybrid_oracle(shares)[codes].log(), told)
+    draw = lambda: Draw(torch.Generator().manual_seed(1), 0.1)
+    start = SEQUENCES.repeat(20, 1)
+    *_, end = self_corrected([begin(start)], model, torch.ones_like(start, dtype=torch.bool), objective, draw(), 20)
+    of = lambda xt: P_DATA[index(xt)].log().mean()
+    assert of(end.xt) > of(start) + 0.5
+
+    def network(xt, t, where):
+        return torch.zeros(int(where.sum()), V) if (xt == MASK).any() else model(xt, t, where)
+
+    run = lambda **more: list(Settings("ancestral", {"grid": [1.0, 0.0]}, **more).states(
+        objective, network, masks(200), torch.Generator().manual_seed(0)))
+    plain, corrected = run(), run(correct=6)
+    assert len(plain) == 1 and len(corrected) > 2 and torch.equal(plain[0].xt, corrected[0].xt)
+    assert of(corrected[-1].xt) > of(plain[0].xt) + 0.5
+    hot = run(correct=6, correct_temperature=100.0)
+    assert of(corrected[-1].xt) > of(hot[-1].xt) + 0.5
 
 
 # ---- files that do not fit -------------------------------------------------------------------------------------------
