@@ -95,7 +95,8 @@ def check_same_network(source, cfg, path):
         flags = [f"--{'' if before[key] else 'no-'}{key}" if isinstance(before[key], bool) else f"--{key}={before[key]}"
                  for key in other]
         raise UserError(f"the weights in {path} are of another network than that of this config: add {' '.join(flags)}")
-    clock = {"sigma": ["schedule"], "step": ["T"]}.get(cfg.conditioning, [])  # what the time conditioning depends on
+    timed = {"sigma": ["schedule"], "time": ["schedule"], "unscaled_time": ["schedule"], "step": ["T"]}
+    clock = timed.get(cfg.conditioning, [])  # what the time conditioning depends on
     other = differ(("objective", "noise", "block_size", "conditioning", *clock, "scale_by_sigma"))
     notes = [f"the weights in {path} were trained with other settings: {'; '.join(other)}"] if other else []
     causal = cfg.objective_class.causal

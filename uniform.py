@@ -325,12 +325,11 @@ def self_corrected(states, model, free, objective, draw, n, patience=32):
     for state in states:
         yield state
     B, device = len(free), free.device
-    rate = 1 - objective.schedule.alpha(torch.full((B,), 0.01, dtype=torch.float64))
-    sigma = -math.log1p(-rate[0].item())
+    rate = 1 - objective.schedule.alpha(torch.tensor(0.01, dtype=torch.float64)).item()
     best, waited, active = torch.zeros(B, device=device), torch.zeros(B, device=device), free.any(1)
 
     def propose(logits, z):
-        x = objective.prediction(logits, z, torch.full(z.shape, sigma, device=device)).clamp(min=0)
+        x = objective.prediction(logits, z, noise_at(rate, z)).clamp(min=0)
         x = x / x.sum(-1, keepdim=True)
         q = draw.cut(x.log(), x)
         y = draw.pick(q)
@@ -341,7 +340,7 @@ def self_corrected(states, model, free, objective, draw, n, patience=32):
         if not active.any():
             break
         where = free & active[:, None]
-        logits = in_pieces(model(state.xt, rate, where))
+        logits = in_pieces(model(state.xt, rates_of(state.xt, rate), where))
         now = state.xt[where].split([len(piece) for piece in logits])
         y, p, score, likeliest = map(torch.cat, zip(*(propose(*pair) for pair in zip(logits, now))))
         score = torch.zeros(free.shape, device=device).masked_scatter(where, score)

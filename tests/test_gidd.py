@@ -364,3 +364,5 @@ def test_commands(call, data_dir, tmp_path, p):
     begun = call(*arguments("mdlm_text8", data_dir, tmp_path / "out", *flags))
     assert begun.code == 0 and "tensors taken as they are" in begun.err and "; new:" not in begun.err, begun.err
     assert "trained with other settings" not in begun.err
+    other = call(*arguments("mdlm_text8", data_dir, tmp_path / "other", *flags, "--schedule=cosine"))
+    assert other.code == 0 and f"schedule={'gidd:0.2' if p else 'linear'}, now cosine" in other.err
