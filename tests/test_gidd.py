@@ -20,7 +20,7 @@ from commands import arguments, assert_one_line
 from data.tokenizer import make_tokenizer
 from hybrid import Hybrid, posterior
 from sampler_settings import schedule_grid
-from sampling import Settings
+from sampling import Settings, denoiser_of
 from test_sampling import chi_square_excess, counts_of, masks
 from uniform import Uniform, UniformD3PM, self_corrected
 from world import MASK, P_DATA, SEQUENCES, L, V
@@ -269,8 +269,8 @@ def test_self_correction(objective, n, temperature, patience, free):
     free = torch.tensor(free, dtype=torch.bool)
     texts = SEQUENCES[start].repeat(N, 1)
     draw = Draw(torch.Generator().manual_seed(0), temperature)
-    states = list(self_corrected([begin(texts)], denoiser(logits, told), free.expand(N, L), objective, draw, n,
-                                 patience))
+    model = denoiser_of(denoiser(logits, told), objective)
+    states = list(self_corrected([begin(texts)], model, free.expand(N, L), objective, draw, n, patience))
     assert told and told == pytest.approx([0.01] * len(told), rel=1e-5)
     expected = corrected_distribution(logits.softmax(-1), start, free.tolist(), n, temperature, patience)
     assert expected.sum().item() == pytest.approx(1)
@@ -290,7 +290,8 @@ def test_self_correction_improves_texts():
     objective, told = Hybrid(V, "gidd:0.2", 0.2), []
     shares = [share.item() for share in objective.shares(objective.schedule.sigma(torch.tensor(0.01).double()))]
     codes = (SEQUENCES * torch.tensor([(V + 1) ** 2, V + 1, 1])).sum(1)
-    model = denoiser(world.hybrid_oracle(shares)[codes].log(), told)
+    network_of_texts = denoiser(world.hybrid_oracle(shares)[codes].log(), told)
+    model = denoiser_of(network_of_texts, objective)
     draw = lambda: Draw(torch.Generator().manual_seed(1), 0.1)
     start = SEQUENCES.repeat(20, 1)
     *_, end = self_corrected([begin(start)], model, torch.ones_like(start, dtype=torch.bool), objective, draw(), 20)
@@ -298,7 +299,7 @@ def test_self_correction_improves_texts():
     assert of(end.xt) > of(start) + 0.5
 
     def network(xt, t, where):
-        return torch.zeros(int(where.sum()), V) if (xt == MASK).any() else model(xt, t, where)
+        return torch.zeros(int(where.sum()), V) if (xt == MASK).any() else network_of_texts(xt, t, where)
 
     run = lambda **more: list(Settings("ancestral", {"grid": [1.0, 0.0]}, **more).states(
         objective, network, masks(200), torch.Generator().manual_seed(0)))
