@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -334,16 +335,17 @@ def table(rows, columns, out):
 def check_place(flag, path, ending):
     """Raise UserError if the file that a flag names cannot be written, or lacks this ending. Devices need no ending."""
     try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:  # such as a link that leads to itself
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # fails for a link that leads to itself
+        special = path.exists() and not path.is_file()
+        if path.is_dir() or not path.parent.is_dir():
+            raise UserError(f"{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")
+        if not special:  # make a file beside it, as write_file does: os.access() tells root that all can be written
+            tempfile.TemporaryFile(dir=path.resolve().parent).close()
+        elif not os.access(path, os.W_OK):
+            raise UserError(f"{flag} {path} cannot be written: there is no permission")
+    except OSError as error:
         raise UserError(f"{flag} {path} cannot be written: {error.strerror}")
-    special = path.exists() and not path.is_file()
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{flag} {path} is {'a folder' if path.is_dir() else 'in a folder that does not exist'}")
-    if not os.access(path if special else path.resolve().parent, os.W_OK):  # as write_file needs it
-        raise UserError(f"there is no permission to write {flag} {path}")
     if not special and not path.name.lower().endswith(ending):
         raise UserError(f"{flag} {path} must end in {ending}")
 

@@ -1,6 +1,5 @@
 """A checkpoint and the windows of a text that a command scores it on, for evaluate.py and the studies."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import torch
 
 from categorical import Counted
 from checkpoint import load_model
-from cli import UserError, autocast, generator_on, note, progress
+from cli import UserError, autocast, check_place, generator_on, note, progress
 from data.loader import check_items, check_same_data, end_of_prefix, load_meta, load_split, recode, windows
 from data.prepare import read_text
 from data.tokenizer import TEXT8_ALPHABET, make_tokenizer, text8_words
@@ -69,8 +68,7 @@ class Subject(NamedTuple):
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--out_dir {folder} cannot be made: {error.strerror}")
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"there is no permission to write to {folder}: name another folder with --out_dir")
+        check_place("--out_dir:", folder / name, "")
         return folder / name
 
     def masked_only(self, flag):

@@ -513,7 +513,7 @@ def test_bad_checkpoints(call, trained, tmp_path, script):
     assert_one_line(call(script, tmp_path), "no checkpoint at")
 
 
-def test_other_bad_input(call, data_dir, trained, tmp_path, monkeypatch):
+def test_other_bad_input(call, data_dir, trained, tmp_path):
     """Options out of range, other alphabets, folders that are not there."""
     (tmp_path / "text.txt").write_text("ABC abc " * 200)
     assert call("data/prepare_textfile.py", tmp_path / "text.txt", "--name", "caps", "--data_dir", data_dir).code == 0
@@ -545,10 +545,8 @@ def test_other_bad_input(call, data_dir, trained, tmp_path, monkeypatch):
     assert_one_line(go("--baselines", "--data_dir", tmp_path), "train.bin is missing")  # before anything is scored
     assert_one_line(go("--curve", "--out_dir", tmp_path / "no" / "where"), "cannot be made: No such file or directory")
     assert_one_line(call("evaluate.py", trained, trained, "third"), "third is one argument too many")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda *_: False)
-        assert_one_line(go("--curve", "--out_dir", tmp_path), "there is no permission to write to", "--out_dir")
-        assert_one_line(call("sample.py", trained, "--gif", tmp_path / "a.gif"), "no permission to write --gif")
+    for command in (lambda: go("--curve", "--out_dir=/proc"), lambda: call("sample.py", trained, "--gif=/proc/a.gif")):
+        assert_one_line(command(), "cannot be written")  # before the work; root, too, may not write there
     assert_one_line(go("--estimator=raw"), "invalid choice: 'raw'")
     assert train(call, "mdlm_text8", data_dir, tmp_path / "caps", "--dataset=caps", "--max_steps=1").code == 0
     assert_one_line(go(tmp_path / "caps"), "different tokens (alphabet", "--text FILE compares bits per byte")
