@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from block_diffusion import cut
-from cli import UserError
+from cli import UserError, note
 from data.prepare import read_text
 from data.tokenizer import check_alphabet
 
@@ -63,7 +63,7 @@ def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
 
     Without any of them, one canvas of seq_len masks. block_size: of block diffusion, or 0. Raises UserError for flags
     that contradict each other, and for canvases longer than seq_len without --context, which says how longer text is
-    continued.
+    continued. Flags that change nothing here are named on stderr.
     """
     if (args.template or args.infill) and (args.prefix or args.suffix or args.length):
         raise UserError("--template and --infill give the whole text: leave out --prefix, --suffix and --length")
@@ -92,6 +92,11 @@ def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
                         f"set --context, the number of tokens that each window continues, such as {quarter}")
     if args.context is not None and args.context >= seq_len:
         raise UserError(f"--context {args.context} leaves nothing of the model's {seq_len} tokens: use fewer")
+    if args.context is not None and longest <= seq_len:
+        note(f"--context changes nothing: the text has {longest} tokens, and the model writes {seq_len} at a time")
+    n_masks = min(seq_len, max(canvas.count(mask_id) for canvas in found))
+    if args.block_length and args.block_length > n_masks:
+        note(f"--block_length {args.block_length} changes nothing: here at most {n_masks} tokens are written at a time")
     return found
 
 

@@ -94,7 +94,8 @@ def test_space_before_a_blank():
     assert template("the _ sat {2} ", bpe, M) == [*ids("the"), M, *ids(" sat"), M, M, *ids(" ")]
     assert template("the  _, the\\n_", bpe, M) == [*ids("the "), M, *ids(", the\n"), M]
     assert template("the _", CharTokenizer(ALPHABET), M) == [*CharTokenizer(ALPHABET).encode("the "), M]
-    args = SimpleNamespace(template=None, infill=None, prefix="the cat ", suffix=" mat", length=9, context=None)
+    args = SimpleNamespace(template=None, infill=None, prefix="the cat ", suffix=" mat", length=9, context=None,
+                           block_length=None)
     assert canvases(args, 9, bpe, M)[0] == [*ids("the cat"), *[M] * (9 - len(ids("the cat")) - len(ids(" mat"))),
                                             *ids(" mat")]
 
@@ -201,10 +202,22 @@ def test_block_length(sample, call, trained, tmp_path):
     assert found["nfe"] == 70
     result = call("sample.py", trained, "--template", "a ____ b ____", "--block_length=3", "--steps=5", "--guidance=1",
                   "--show_intermediate")
+    assert "changes nothing" not in result.err
     assert "ancestral, 5 steps for each 3 tokens, " in result.err and re.fullmatch("a .{4} b .{4}\n", result.out)
     rows = json.loads(call("evaluate.py", trained, "--samples=2", "--sampler=topk", "--k=8", "--block_length=16",
                            "--out_dir", tmp_path, "--json").out)["samples"]
     assert (rows[0]["setting"], rows[0]["nfe"]) == ("k=8 block_length=16", 4)
+
+
+def test_flags_that_change_nothing(call, trained):
+    """A text too short for --context or --block_length: a line says so."""
+    texts = ["--prefix=the", "--length=20"]
+    for flag, words in (("--context=8", "the text has 20 tokens, and the model writes 32 at a time"),
+                        ("--block_length=18", "here at most 17 tokens are written at a time")):
+        result = call("sample.py", trained, *texts, flag)
+        assert result.code == 0 and result.err.count("\n") == 2 and words in result.err.split("\n")[0]
+    for flags in (["--length=20", "--block_length=20"], ["--length=33", "--context=8", "--block_length=32"]):
+        assert "changes nothing" not in call("sample.py", trained, *flags).err
 
 
 def test_guidance(sample, call, trained, tmp_path):
