@@ -366,6 +366,7 @@ def test_help_lists_every_setting(call):
       for flag in ("--scale_by_sigma=false", "--noise=uniform")),
     *((["mdlm_text8", "--fsdp", flag], ["needs whole tensors, and --fsdp splits them"])
       for flag in ("--optimizer=sm3", "--optimizer=sm3_nesterov", "--clip=agc:0.01")),
+    (["demo", "--lr=1e-5"], ["lr=1e-05 is below min_lr=3e-05", "use --min_lr=1e-05 or less"]),
     (["mdlm_text8", "--schedule=quadratic"], ["is unknown: choose one of", "cosine"]),
     (["udlm_text8", "--noise=gauss"], ["is unknown: choose one of mask, uniform, hybrid"]),
     (["d3pm_text8", "--noise=hybrid"], ["noise=hybrid does not work with objective=d3pm: use mdlm"]),
