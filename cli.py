@@ -92,7 +92,9 @@ def require(module, what):
 
 
 def note(text):
-    """Print one line on stderr. Line breaks and other unprintable characters, as of names of files, are escaped."""
+    """Print one line on stderr. Line breaks and other unprintable characters, as of names of files, are escaped, and
+    numbers of more than 80 digits, which a flag may quote, are shortened."""
+    text = re.sub(r"(\d[\d,]{39})[\d,]{40,}", r"\1...", text)
     print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr)
 
 

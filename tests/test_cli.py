@@ -38,6 +38,14 @@ def test_control_characters_on_a_terminal():
     assert cli.for_terminal(text, SimpleNamespace(isatty=lambda: False)) == text
 
 
+def test_numbers_of_thousands_of_digits(call):
+    """A line that quotes one is short."""
+    for command in (["sample.py", "--steps="], ["sample.py", "--steps=x"], ["train.py", "demo", "--n_layer="]):
+        result = call(*command[:-1], command[-1] + "9" * 4000)
+        assert_one_line(result, "9...")
+        assert len(result.err) < 200
+
+
 def test_ctrl_c_while_torch_is_loaded(tmp_path):
     """It ends a command without a traceback. During main() it is a KeyboardInterrupt, as in any Python program."""
     heed_ctrl_c = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs do not
