@@ -319,14 +319,20 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** steps
         torch._foreach_lerp_(self.local_average, self.of, 1 - decay)
 
+    def swap(self):
+        """Exchange the model's weights and the average, one tensor after the other, so that no third copy is needed."""
+        for weight, average in zip(self.local_weights, self.local_average):
+            raw = weight.clone()
+            weight.copy_(average)
+            average.copy_(raw)
+
     @contextlib.contextmanager
     def applied(self):
         """Put the model into eval mode with the average as its weights, within the context."""
-        raw = [weight.clone() for weight in self.local_weights]
-        torch._foreach_copy_(self.local_weights, self.local_average)
+        self.swap()
         self.model.eval()
         try:
             yield
         finally:
-            torch._foreach_copy_(self.local_weights, raw)
+            self.swap()
             self.model.train()

@@ -46,6 +46,7 @@ def test_ema_is_applied_and_taken_back():
     raw = model.weight.clone()
     with pytest.raises(ZeroDivisionError), ema.applied():
         assert torch.equal(model.weight, average) and not model.training
+        assert torch.equal(ema.average[0], raw)  # there is no third copy, which the forecast of memory would not count
         raise ZeroDivisionError
     assert torch.equal(model.weight, raw) and model.training and torch.equal(ema.average[0], average)
 
