@@ -133,7 +133,7 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop):
             check_fit(model, payload[kind], path)
         check_moments(model, cfg, payload["optimizer"], path)
         is_last = path.resolve() in (last.resolve(), out_dir.resolve())
-        if not is_last and last.exists() and storage.is_damaged(last):
+        if not is_last and last.exists() and (resume == "auto" or storage.is_damaged(last)):  # auto: it was just read
             last.rename(out_dir / "ckpt_damaged.pt")  # else the next save would put it over ckpt_prev.pt
     if init_from and not payload:
         source = read(init_from, Hints(cfg.dataset, data_dir=cfg.data_dir))

@@ -132,6 +132,8 @@ def test_a_run_continues_from_its_previous_checkpoint(call, data_dir, tmp_path, 
         path.write_bytes(content[:-1000] if damage == "truncated" else content)
         assert_one_line(call("sample.py", tmp_path / "out"), "ckpt.pt")
         assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "out", *options, f"--resume={path}"), "ckpt.pt")
+    if resume == "auto":
+        monkeypatch.setattr(storage, "is_damaged", lambda path: pytest.fail(f"{path} is read again"))
     result = train(call, "mdlm_text8", data_dir, tmp_path / "out", *options, f"--resume={resume}")
     assert result.code == 0 and "continuing at step 6" in result.out
     if resume == "auto" and damage != "missing":
