@@ -266,8 +266,8 @@ def from_hub(name):
         if on_hub:
             raise UserError(f"the tokenizer of {name} is not in the Hub's cache and could not be downloaded ({kind}): "
                             "go online once, or name a folder with its files")
-        raise UserError(f"{name} has no tokenizer that can be read ({kind}): put its tokenizer.json and "
-                        "tokenizer_config.json there")
+        raise UserError(f"{name} has no tokenizer that can be read ({kind}): its tokenizer.json, "
+                        "tokenizer_config.json or config.json is missing or damaged: get them again")
 
 
 def definition_of(tokenizer):

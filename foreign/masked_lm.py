@@ -26,7 +26,7 @@ from model import places
 
 SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
 MOST = {"num_hidden_layers": 1000, "num_attention_heads": 1000, "hidden_size": 10**5, "vocab_size": 10**7,
-        "max_position_embeddings": 10**6}
+        "max_position_embeddings": 10**6, "num_labels": 10**5}
 NOT_KEPT = ("auto_map", "quantization_config", "dtype", "torch_dtype", "transformers_version", "attn_implementation",
             "_attn_implementation", "experts_implementation", "_experts_implementation", "return_dict")  # code, formats
 
@@ -49,16 +49,21 @@ def read_settings(settings):
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    check_sizes({key: settings[key] for key in MOST if key in settings})  # before lists of these lengths are made
     try:
         found = AutoConfig.for_model(**{key: value for key, value in settings.items() if key not in NOT_KEPT})
         sizes = {key: getattr(found, key) for key in MOST}
     except Exception as error:  # unknown model types, settings of wrong types
         raise UserError(f"transformers knows no model with these settings (model_type {name_of(settings)}): "
                         f"{first_line(error)}")
+    check_sizes(sizes)  # those with other names in config.json, too
+    return found
+
+
+def check_sizes(sizes):
     for key, value in sizes.items():
         if type(value) is not int or not 0 < value <= MOST[key]:
             raise UserError(f"its {key} is {str(value)[:30]}, not a number from 1 to {MOST[key]:,}")
-    return found
 
 
 def build(settings, task):

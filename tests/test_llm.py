@@ -15,7 +15,7 @@ import storage
 from commands import ROOT, assert_one_line
 from configs import replace
 from data.loader import load_meta, load_split, prepare_command
-from data.tokenizer import describes_tokens, make_tokenizer
+from data.tokenizer import describes_tokens, make_tokenizer, tokens_of_hub
 from foreign.llm import FAMILIES, network_settings, see_all, tokens_and_mask
 from hub_models import TEXT, byte_level
 from model import places
@@ -500,6 +500,14 @@ def test_what_is_refused(llm, call, tmp_path):
         assert_one_line(go(model_type=kind, architectures=["StableLmForCausalLM"]), "those that are read are llama")
     assert_one_line(go(n_heads=5), str(folder))  # the words depend on the version of transformers
     assert go(embedding_size=None).code == 0
+    for wrong in ({"dtype": "float33"}, {"auto_map": 5}):  # transformers reads config.json for the tokenizer
+        assert_one_line(go(**wrong), "has no tokenizer that can be read", "or config.json is missing or damaged")
+    for text, words in (("{", "config.json cannot be read"), ("[1]", "config.json does not contain settings")):
+        (folder / "config.json").write_text(text)
+        assert_one_line(call("sample.py", folder), words)
+        with pytest.raises(storage.UserError, match="or config.json is missing or damaged"):
+            tokens_of_hub(folder)
+    (folder / "config.json").write_text(json.dumps(settings))
     save_file({key: value.to(torch.int8) for key, value in load_file(folder / "model.safetensors").items()},
               folder / "model.safetensors")
     assert_one_line(go(), "such as quantised ones")

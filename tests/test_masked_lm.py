@@ -327,7 +327,9 @@ def test_bad_folders(saved, tmp_path, call, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "robert"}))
     assert_one_line(go(), "transformers knows no model with these settings (model_type robert)")
     for change, words in (({"num_hidden_layers": 10**7}, "its num_hidden_layers is 10000000"),
-                          ({"hidden_size": "x"}, "knows no model with these settings"),
+                          ({"num_labels": 10**6}, "its num_labels is 1000000"),
+                          ({"hidden_size": "x"}, "its hidden_size is x, not a number"),
+                          ({"type_vocab_size": "x"}, "knows no model with these settings"),
                           ({"vocab_size": 50}, "in other shapes"), ({"num_attention_heads": 5}, "cannot build")):
         (tmp_path / "config.json").write_text(json.dumps(settings | change))
         assert_one_line(go(), words)
