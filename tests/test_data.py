@@ -12,7 +12,9 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ import storage
 from cli import UserError
 from commands import ROOT, assert_one_line, train
 from conftest import TRAINED
-from data import prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile
+from data import (
+    prepare_openwebtext, prepare_pydoc, prepare_shakespeare, prepare_text8, prepare_textfile, prepare_wikitext,
+)
 from data.loader import (PIECE, SPLITS, check_same_data, gather, load_meta, load_split, prefetch, prepare_command,
                          random_crops, recode, subset, windows)
 from data.prepare import DatasetWriter, is_prepared, read_text
@@ -543,6 +547,42 @@ def test_openwebtext_without_its_workers(monkeypatch, tmp_path, gpt2):
         prepare(monkeypatch, prepare_openwebtext, "--file", tmp_path / "a.txt", "--data_dir", tmp_path / "data",
                 "--num_proc", 1)
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_openwebtext_on_a_full_disk(monkeypatch, tmp_path, gpt2):
+    """What waits to be encoded when a document cannot be written is left, not encoded."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    (tmp_path / "a.txt").write_text("some text\n" * 8)
+    encoded = []
+
+    def encode(texts):
+        encoded.append(texts)
+        time.sleep(0.1)
+        return {"train": ([0], 1)}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_openwebtext, "ProcessPoolExecutor",
+                        lambda n, context, *start: ThreadPoolExecutor(n, "", *start))
+    monkeypatch.setattr(prepare_openwebtext, "encode", encode)
+    monkeypatch.setattr(prepare_openwebtext, "BATCH", 1)
+    monkeypatch.setattr(DatasetWriter, "append", full)
+    with pytest.raises(UserError, match="No space left on device; nothing of it was kept"):
+        prepare(monkeypatch, prepare_openwebtext, "--file", tmp_path / "a.txt", "--data_dir", tmp_path, "--num_proc", 1)
+    assert len(encoded) < 5
+
+
+def test_splits_of_wikitext(monkeypatch):
+    """Each split is that of its authors: what is `validation` on the Hub is our val."""
+    def load(files, source, name, split):
+        return {"text": [f"{source} {name} ", None, split]}
+
+    monkeypatch.setattr(prepare_wikitext, "load_documents", load)
+    for large, name in ((False, "wikitext-2-raw-v1"), (True, "wikitext-103-raw-v1")):
+        assert dict(zip(SPLITS, prepare_wikitext.texts(large, None))) == {
+            ours: f"Salesforce/wikitext {name} {theirs}"
+            for ours, theirs in (("train", "train"), ("val", "validation"), ("test", "test"))}
 
 
 def test_line_ends_of_windows(call, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import numpy as np
@@ -329,6 +330,18 @@ def test_number_format_of_weights(llm, trained, monkeypatch, capsys):
     assert needed[0] == 2 * needed[-1] > 0
     other = checkpoint.load_model(trained, CPU, dtype=torch.bfloat16).model
     assert {p.dtype for p in other.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
+def test_commands_pass_the_number_format(llm, call, monkeypatch, script):
+    """With --dtype=bfloat16 they need half of the memory for the weights."""
+    def stop(n_bytes, *_):
+        raise storage.UserError(f"{n_bytes:.0f} bytes")
+
+    monkeypatch.setattr(checkpoint, "check_fits", stop)
+    needed = [call(script, llm("dream")[0], f"--dtype={kind}").err for kind in ("float32", "bfloat16")]
+    full, half = (int(re.search(r"(\d+) bytes$", line)[1]) for line in needed)
+    assert full == 2 * half > 0
 
 
 def test_undrawn_weights_are_zeros():

@@ -54,6 +54,19 @@ def test_longer_items(call, tmp_path):
     assert_one_line(train(call, "mdlm_text8", tmp_path, tmp_path / "out", *SMALL, "--dataset=sums"), "use --seq_len=48")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_items_with_line_breaks(monkeypatch, tmp_path, kind):
+    """An item is a value of the column `text`; one without a text is empty."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    path, rows = tmp_path / f"items.{kind}", [{"text": "a\nb"}, {"text": None}, {"text": "c"}]
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    assert prepare_names.lines_of(path) == ["a\nb", "", "c"]
+
+
 def text_of(folder, split):
     """The names of a split, as it is on disk, pads included."""
     meta = load_meta("names", folder)
