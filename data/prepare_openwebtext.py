@@ -136,9 +136,6 @@ def main():
                     bar.update(len(texts))
         except BrokenProcessPool:
             raise UserError("a process ended, perhaps for lack of memory: use a smaller --num_proc")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 if __name__ == "__main__":
