@@ -3,7 +3,6 @@
 sampling.denoise() fills the masks."""
 
 import re
-from pathlib import Path
 
 from block_diffusion import cut
 from cli import UserError, note
@@ -70,7 +69,8 @@ def canvases(args, seq_len, tokenizer, mask_id, block_size=0):
     if args.template and args.infill:
         raise UserError("use --template or --infill, not both")
     if args.infill:
-        lines = [line.rstrip("\r") for line in read_text(Path(args.infill)).split("\n") if line.strip()]
+        text = read_text("/dev/stdin" if args.infill == "-" else args.infill)
+        lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
         found = [template(line, tokenizer, mask_id, f"--infill {args.infill}, template {i}")
                  for i, line in enumerate(lines, 1)]
     elif args.template:

@@ -64,7 +64,7 @@ def parse_args():
     q.add_argument("--template", type=named, metavar="TEXT",
                    help=r"fill the blanks of TEXT: ____ is four tokens, {12} is twelve; write _ { } \ and a new line "
                    r"as \_ \{ \} \\ \n")
-    q.add_argument("--infill", type=named, metavar="FILE", help="fill the templates in FILE, one per line")
+    q.add_argument("--infill", type=named, metavar="FILE", help="fill the templates in FILE (-: stdin), one per line")
     q.add_argument("--guidance", type=number(float, 0, 100), default=0.0, metavar="W",
                    help="follow the prompt more closely: draw from p(x|prompt)^(1+W) / p(x)^W, with two network calls "
                    "for one (default 0: p(x|prompt))")

@@ -152,6 +152,9 @@ def test_infill(call, trained, sample, tmp_path):
         assert call("sample.py", trained, "--infill", tmp_path / "t.txt", f"--{flag}", tmp_path / f"a.{flag}").code == 0
     assert (tmp_path / "a.html").read_text().count('"events"') == 5
     assert (tmp_path / "a.gif").read_bytes()[:3] == b"GIF" and (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+    piped = subprocess.run([sys.executable, ROOT / "sample.py", trained, "--infill", "-"], input="the ____ one\n",
+                           capture_output=True, text=True, check=True)
+    assert re.fullmatch("the .{4} one\n", piped.stdout)
 
 
 def test_many_templates_go_in_batches(sample, tmp_path):
