@@ -26,10 +26,11 @@ def export(checkpoint, folder, results=(), hints=Hints(), dtype=torch.float32):
     leaves no folder.
     """
     from safetensors.torch import save
-    payload, folder = read(checkpoint, hints), Path(folder)
-    check_keys(payload, ("name",), checkpoint)
+    folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} already exists: name a new folder")
+    payload = read(checkpoint, hints)
+    check_keys(payload, ("name",), checkpoint)
     with torch.device("meta"):  # shapes alone
         check_fit(config_of(payload).make_model(payload["meta"]["vocab_size"]), payload["ema"], checkpoint)
     weights = {key: value.to(dtype).contiguous().clone() for key, value in sorted(payload["ema"].items())}

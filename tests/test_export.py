@@ -48,7 +48,8 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
     assert size(half) < 0.55 * size(folder)
     of_half = json.loads(call("evaluate.py", half, "--json", "--data_dir", data_dir, "--dtype=float32").out)
     assert of_half["bits_per_token"] == pytest.approx(json.loads(result.out)["bits_per_token"], abs=0.01)
-    assert_one_line(call("checkpoint.py", "export", trained, folder), "already exists")
+    nothing = tmp_path / "nothing"
+    assert_one_line(call("checkpoint.py", "export", nothing, folder), "already exists")  # said before it is read
     assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", folder / "config.json"),
                     "is not the output of `evaluate.py")
     (tmp_path / "large.json").write_text(json.dumps(json.loads(result.out) | {"bits_per_token": 10**400}))
@@ -59,7 +60,7 @@ def test_export(call, trained, data_dir, tmp_path, monkeypatch):
                     "has the score of other weights", "step 60, raw")
     assert_one_line(call("checkpoint.py", "export", trained, tmp_path / "z", "--results", tmp_path / "none.json"),
                     "cannot read", "No such file")
-    assert_one_line(call("checkpoint.py", "export", tmp_path / "nothing", tmp_path / "z"), "no checkpoint at")
+    assert_one_line(call("checkpoint.py", "export", nothing, tmp_path / "z"), "no checkpoint at")
     assert not (tmp_path / "z").exists() and not list(tmp_path.glob(".*.tmp"))
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-5] ^= 1
