@@ -177,7 +177,8 @@ def test_overrides(tmp_path, trained):
     """--override's text; what a file leaves unsaid has usual values; what it says, as ours do, cannot be changed."""
     assert translate.overrides("n_head=2,seq_len=40,prefix=0") == {"n_head": 2, "seq_len": 40, "prefix": 0}
     for text, word in (("n_heads=2", "KEY of block_size, n_head, prefix, seq_len"), ("n_head", "KEY=NUMBER"),
-                       ("", "KEY=NUMBER"), ("n_head=2,n_head=3", "once"), ("n_head=two", "not an integer"), ("seq_len=0", "outside")):
+                       ("", "KEY=NUMBER"), ("n_head=2,n_head=3", "once"), ("n_head=two", "not an integer"),
+                       ("seq_len=0", "outside")):
         with pytest.raises(argparse.ArgumentTypeError, match=word):
             translate.overrides(text)
     config = loaded(tmp_path / "model.pt", their_state(), {}).config
