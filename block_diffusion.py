@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from categorical import State, begin
-from diffusion import MDLM, Noise
+from diffusion import MDLM, Noise, n_free
 
 
 def read_rate_range(text):
@@ -99,22 +99,32 @@ class BlockDiffusion(MDLM):
         except ValueError:
             return f"rate_range={config.rate_range!r} is not like 0.3:0.8, two mask rates from 0 to 1"
         if clipped and (config.time_sampling == "exact_k" or config.schedule != "linear" or (
-                config.conditioning != "none")):
-            return ("rate_range needs schedule=linear, conditioning=none, and time_sampling=uniform or stratified: "
-                    "exact_k draws the number of masks, not a rate")
-        if config.prefix != "none":
-            return "objective=block takes no prefix, because each block continues those before it: use prefix=none"
+                config.conditioning != "none" or config.prefix != "none")):
+            return ("rate_range needs schedule=linear, conditioning=none, prefix=none, and time_sampling=uniform or "
+                    "stratified: exact_k draws the number of masks, not a rate")
+        if config.prefix != "none" and config.conditioning != "none":
+            return "objective=block with a prefix needs conditioning=none"
         return super().misfit(config)
 
     def n_times(self, L):
         return L // self.block_size
 
     def in_each_block(self, draw, u, v, *pick):
-        """Call draw(u, v, *pick) with blocks as if they were texts: u, pick (B, L/n), v (B, L) -> Noise (B, L)."""
-        n = self.block_size
-        found = draw(u.reshape(-1), v.reshape(-1, n), *(x.reshape(-1) for x in pick))
-        t, weight = (x.repeat_interleave(n).view(v.shape) for x in (found.t, found.weight))
-        return Noise(found.mask.view(v.shape), t, weight)
+        """Call draw(u, v, *pick) with blocks as if they were texts: u, pick (B, L/n), v (B, L) -> Noise (B, L).
+
+        A prefix may end inside a block. If f of the N free tokens of a text are in a block, the weight from draw is
+        for the mean of these f, and has the factor n/f. For the mean of all N it needs the factor L/N instead.
+        Blocks without free tokens have no noise.
+        """
+        n, (B, L) = self.block_size, v.shape
+        N, v = n_free(v).repeat_interleave(L // n), v.reshape(-1, n)
+        f = n_free(v)
+        some = f > 0
+        found = draw(u.reshape(-1)[some], v[some], *(x.reshape(-1)[some] for x in pick))
+        mask, t, weight = (x.new_zeros(len(v), *x.shape[1:]).index_put((some,), x)
+                           for x in (found.mask, found.t, found.weight))
+        weight = (weight * (f / n * L / N)).float()
+        return Noise(mask.view(B, L), *(x.repeat_interleave(n).view(B, L) for x in (t, weight)))
 
     def clipped_rates(self, u, v):
         """Masks at rates from rate_range: u (N,), v (N, n) -> Noise of N blocks, with weights of the full range."""

@@ -24,7 +24,7 @@ from likelihood import by_rate, nll_along
 from model import Block
 from networks import network, small
 from prompts import end_of, text_of
-from randomness import repeated_uniforms, uniforms
+from randomness import give_prefix, repeated_uniforms, uniforms
 from sampler_settings import loop_grid, schedule_grid
 from sampling import Settings, denoise
 from test_sampling import chi_square_excess
@@ -105,10 +105,13 @@ def likelihood_of(rule, n):
     return torch.stack([math.log(len(p)) - p.logsumexp(0) for p in found])
 
 
-def all_noise(n):
-    """u (N, L/n) and v (N, L) on which exact_k takes each number of masks and each order of tokens equally often."""
-    one = [((k + 0.5) / n, [(i + 0.5) / n for i in ranks])
-           for k in range(n) for ranks in itertools.permutations(range(n))]
+def all_noise(n, n_rates=None):
+    """u (N, L/n) and v (N, L) on which exact_k takes each number of masks and each order of tokens equally often.
+
+    n_rates: number of u, a multiple of the numbers of free tokens that blocks have (default: n)."""
+    n_rates = n_rates or n
+    one = [((k + 0.5) / n_rates, [(i + 0.5) / n for i in ranks])
+           for k in range(n_rates) for ranks in itertools.permutations(range(n))]
     rows = list(itertools.product(one, repeat=L // n))
     return (torch.tensor([[u for u, _ in row] for row in rows], dtype=torch.float64),
             torch.tensor([sum((v for _, v in row), []) for row in rows], dtype=torch.float64))
@@ -156,6 +159,61 @@ def test_estimators_agree(n):
     again = clipped.noise(u, v)
     assert torch.equal(noise.mask, again.mask) and torch.equal(noise.t, again.t)
     torch.testing.assert_close(noise.weight, 1 / again.t)
+
+
+def bound_given(rule, n, c):
+    """The bound on -log p of all but the first c tokens given these, by definition, for all texts: (16,) nats.
+
+    In each block the free tokens are revealed in a random order, after the given ones."""
+    def mean_over_orders(x, a):
+        found, free = [], [i for i in range(n) if a + i >= c]
+        for order in itertools.permutations(free):
+            block = x[None, a:a + n].clone()
+            block[0, free], log_p = MASK, 0
+            for i in order:
+                log_p = log_p + rule(x[None, :a], block)[0, i, x[a + i]]
+                block[0, i] = x[a + i]
+            found.append(-log_p)
+        return sum(found) / len(found) if free else 0
+
+    return torch.stack([sum(mean_over_orders(x, a) for a in range(0, L, n)) for x in TEXTS])
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("c", [1, 2, 3])
+def test_bound_given_a_prefix(n, c):
+    """The mean of exact_k over all its draws is the bound given the prefix, in nats per free token. With the optimum it
+    is -log p(free tokens | prefix). Wherever in a block the prefix ends, no given token is a mask."""
+    objective = BlockDiffusion(MASK, n)
+    u, v = all_noise(n, {1: 1, 2: 2, 4: 12}[n])
+    noise = objective.exact_k(u, give_prefix(v, [c] * len(v)))
+    assert not noise.mask[:, :c].any() and noise.mask[:, c:].any(0).all() and noise.weight.isfinite().all()
+    nothing = (0 if n == 4 else c // n) * n  # the tokens of blocks that are given as a whole
+    assert not noise.weight[:, :nothing].any() and not noise.t[:, :nothing].any()
+    for rule in (optimum, arbitrary):
+        found = torch.stack([objective.nelbo(World(n, rule), x.expand(len(v), -1), noise).double().mean()
+                             for x in TEXTS]) * (L - c)
+        torch.testing.assert_close(found, bound_given(rule, n, c), rtol=1e-5, atol=1e-5)
+    of_prefix = torch.stack([P_DATA[(TEXTS[:, :c] == x[:c]).all(1)].sum() for x in TEXTS])
+    torch.testing.assert_close(bound_given(optimum, n, c), -(P_DATA / of_prefix).log())
+
+
+@pytest.mark.parametrize("estimator", ["exact_k", "continuous", "noise"])
+def test_estimators_given_prefixes_of_any_length(estimator):
+    """20,000 draws, a third of them after each of 0, 1 and 3 tokens, in blocks of two."""
+    N, n, objective = 20_000, 2, BlockDiffusion(MASK, 2, "linear", "stratified")
+    u, v, pick = (x[:, 0] for x in repeated_uniforms(2, range(N), N, 1, L, n_times=2))
+    lengths = torch.tensor([0, 1, 3])[torch.arange(N) % 3]
+    more = (pick,) if estimator == "continuous" else ()
+    noise = getattr(objective, estimator)(u, give_prefix(v, lengths), *more)
+    x = torch.arange(N) % 16
+    expected = torch.stack([bound_given(arbitrary, n, c) / (L - c) for c in range(4)])[lengths, x]
+    error = objective.nelbo(World(n, arbitrary), TEXTS[x], noise).double() - expected
+    for c in (0, 1, 3):
+        some = error[lengths == c]
+        error_of_mean = some.std() / len(some)**0.5
+        assert some.mean().abs() < 4 * error_of_mean + 1e-6  # of one token there is no noise
+        assert error_of_mean < (0.05 if estimator == "noise" else 0.025)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -725,7 +783,8 @@ def test_commands(call, data_dir, tmp_path):
             (("--objective=block", "--block_size=5"), "5 does not"),
             (("--block_size=4",), "is only for objective=block"),
             ((*BLOCK, "--noise=uniform"), "noise=uniform does not work with"),
-            ((*BLOCK, "--prefix=fixed:8"), "use prefix=none"),
+            ((*BLOCK, "--prefix=fixed:8", "--conditioning=time"), "with a prefix needs conditioning=none"),
+            ((*BLOCK, *CLIPPED, "--prefix=fixed:8"), "rate_range needs"),
             ((*BLOCK, *CLIPPED, "--conditioning=time"), "rate_range needs"),
             ((*BLOCK, *CLIPPED, "--schedule=cosine"), "rate_range needs"),
             ((*BLOCK, "--architecture=tiny_diffusion", "--conditioning=step"), "other than ar and block"),

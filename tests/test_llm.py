@@ -445,6 +445,11 @@ def test_conversations(llm, call, tmp_path):
     assert done.code == 0, done.err
     found = json.loads(call("evaluate.py", tmp_path / "x", *where, "--answers", 2, "--steps", 2, "--json").out)
     assert found["n_sequences"] == 2 and found["prefix"] == "until:<|start|>"
+    done = call("train.py", "roberta_wikitext", "--architecture=llm", *where, "--init_from", llm("sdar")[0],
+                "--seq_len=24", "--objective=block", "--block_size=8", "--prefix=until:<|start|>", "--max_steps=2",
+                "--batch_size=2", "--dropout=0", f"--out_dir={tmp_path / 'blocks'}")
+    assert done.code == 0, done.err
+    assert call("evaluate.py", tmp_path / "blocks", *where, "--answers", 2, "--steps", 2).code == 0
     assert prepare("--tokenizer", tmp_path / "x", "--name=again").code == 0  # the tokens of the run, and its end
     again = load_meta("again", tmp_path)
     assert again["end"] == meta["end"] and again["sha256"] == meta["sha256"]
