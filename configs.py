@@ -15,7 +15,7 @@ import torch
 import local_sgd
 from block_diffusion import BlockDiffusion
 from cli import ArgumentParser, UserError, did_you_mean
-from diffusion import D3PM, MDLM, SCHEDULES, SEDD, AutoRegressive, make_schedule
+from diffusion import D3PM, MDLM, SEDD, AutoRegressive
 from foreign.bert import BERT
 from foreign.gpt2 import GPT2, NanoGPT
 from foreign.llm import LLM
@@ -25,6 +25,7 @@ from hybrid import Hybrid
 from mixers import MIXERS, RESIDUALS, MixerDiT
 from model import DiT
 from optim import OPTIMIZERS, TAKE_SHARES, parse_clip
+from schedules import SCHEDULES, make_schedule
 from uniform import Uniform, UniformD3PM, UniformSEDD
 
 # A new objective or network gets a name here and a file of its own (diffusion.Objective lists what it must have).

@@ -27,11 +27,12 @@ from checkpoint import load_model
 from configs import default_of
 from data.loader import end_of_prefix
 from data.tokenizer import CharTokenizer, make_tokenizer
-from diffusion import MDLM, SCHEDULES, make_schedule
+from diffusion import MDLM
 from hybrid import Hybrid
 from plot import panels
 from prompts import encode
 from randomness import give_prefix, prefix_lengths, uniforms
+from schedules import SCHEDULES, make_schedule
 from show import piece
 from storage import Hints
 from studies.names import names

@@ -28,12 +28,12 @@ from checkpoint import add_model_flags
 from cli import ArgumentParser, UserError, named, number, numbers, pick_device, pick_dtype, require, run
 from configs import OBJECTIVES
 from data.loader import SPLITS
-from diffusion import make_schedule
 from likelihood import ORDERS, bound, by_rate, nll_of, mean_and_error, plus_minus
 from log import finite
 from randomness import prefix_lengths
 from sampler_settings import NAMES, add_arguments, common_flags, given_flags, settings_of, steps_flag
 from sampling import SAMPLERS
+from schedules import make_schedule
 from storage import digest
 from studies.baselines import reference_points
 from studies.curves import context, curse, curve

@@ -21,7 +21,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from diffusion import masks_and_random
+from schedules import masks_and_random
 from uniform import Uniform, chain, excess
 
 

@@ -11,8 +11,8 @@ import torch
 from categorical import SURE
 from cli import UserError, number
 from configs import OBJECTIVES
-from diffusion import SCHEDULES, make_schedule
 from sampling import DEFAULT_ETA, SAMPLERS, Settings
+from schedules import SCHEDULES, make_schedule
 from storage import digest
 
 NAMES = list(dict.fromkeys(name for objective in OBJECTIVES.values() if not objective.causal
@@ -215,7 +215,7 @@ def read_curve(checkpoint, model, raw=False):
 
 
 def schedule_grid(schedule, steps):
-    """The rates 1 - alpha(t) of a schedule (see diffusion.make_schedule) at n + 1 equally spaced times from 1 to 0.
+    """The rates 1 - alpha(t) of a schedule (see schedules.make_schedule) at n + 1 equally spaced times from 1 to 0.
 
     The last rate is set to 0: alpha(0) is a little below 1 in the geometric schedule.
     """

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from categorical import State, begin, in_pieces, rates_of, with_denoising
-from diffusion import D3PM, Noise, Objective, make_schedule, misfit_of_steps
+from diffusion import D3PM, Noise, Objective
+from schedules import make_schedule, misfit_of_steps
 
 
 class UniformNoise(NamedTuple):

@@ -12,7 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diffusion import D3PM, make_schedule
+from diffusion import D3PM
+from schedules import make_schedule
 
 
 def beta(r, a, b):

@@ -19,10 +19,11 @@ from block_diffusion import BlockDiffusion
 from commands import assert_one_line, train
 from costs import count_parameters
 from data.loader import SPLITS
-from diffusion import MDLM, Noise, make_schedule
+from diffusion import MDLM, Noise
 from foreign import ddit, files
 from networks import small
 from sampling import euler_chance
+from schedules import make_schedule
 from uniform import Uniform, posterior, uniform_jumps
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ import storage
 from commands import assert_one_line
 from configs import Config
 from data.tokenizer import KNOWN, make_tokenizer
-from diffusion import SCHEDULES
 from randomness import uniforms
+from schedules import SCHEDULES
 
 TEXT8 = make_tokenizer(KNOWN["text8"])
 TEXT, L, V = "the cat sat on the log", 22, 27

@@ -8,12 +8,13 @@ import torch
 import world
 from cli import UserError
 from configs import OBJECTIVES, OWNERS, Config
-from diffusion import D3PM, FULL_RANGE, MDLM, SCHEDULES, SEDD, AutoRegressive, Noise, Schedule, make_schedule
+from diffusion import D3PM, MDLM, SEDD, AutoRegressive, Noise
 from foreign.bert import BERT
 from likelihood import ORDERS
 from networks import network
 from randomness import give_prefix, prefix_lengths, repeated_uniforms, uniforms
 from sampling import SAMPLERS
+from schedules import FULL_RANGE, SCHEDULES, Schedule, make_schedule
 from uniform import Uniform
 from world import MASK, MASKS, SEQUENCES, L, V, picked
 

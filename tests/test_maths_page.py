@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import D3PM, MDLM, SEDD, Absorbing, make_schedule
+from diffusion import D3PM, MDLM, SEDD, Absorbing
 from hybrid import Hybrid
 from randomness import uniforms
 from sampler_settings import bound_on_grid
 from sampling import Settings, euler_chance
+from schedules import make_schedule
 from uniform import Uniform, UniformD3PM, posterior, prior_kl
 from world import picked
 

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 import configs
 import world
 from categorical import SURE, Draw, entropy, inverse_cdf
-from diffusion import D3PM, MDLM, Absorbing, AutoRegressive, make_schedule
+from diffusion import D3PM, MDLM, Absorbing, AutoRegressive
 from sampler_settings import (DEFAULTS, best_grid, bound_on_grid, default_settings, enough_steps, loop_grid,
                               schedule_grid)
 from sampling import (DEFAULT_ETA, SAMPLERS, Settings, ancestral, denoiser_of, entropy_bound, first_hitting,
                       left_to_right, remdm, threshold, topk)
+from schedules import make_schedule
 from world import MASK, L, V, picked
 
 

@@ -7,9 +7,10 @@ import torch
 
 import world
 from categorical import Draw, with_denoising
-from diffusion import MDLM, SEDD, Absorbing, make_schedule
+from diffusion import MDLM, SEDD, Absorbing
 from sampler_settings import schedule_grid
 from sampling import SAMPLERS, Settings, ancestral, denoiser_of
+from schedules import make_schedule
 from test_sampling import chi_square_excess, counts_of, masks
 from uniform import Uniform, UniformD3PM, UniformSEDD
 from world import MASK, P_DATA, SEQUENCES, STATES, L, V, picked
