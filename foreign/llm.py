@@ -231,6 +231,9 @@ def block_size_of(found, hints):
     if size is None:
         size = 4
         note(f"{found.path} does not say how long its blocks are: {size} tokens are assumed; --override block_size=N")
+    if type(size) is not int or size < 1:  # 0 would be a network of whole texts
+        raise UserError(f"the block_size of {found.path} is {str(size)[:30]}, not a whole number from 1: use --override "
+                        "block_size=N")
     return size
 
 

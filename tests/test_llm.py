@@ -195,6 +195,10 @@ def test_how_long_blocks_are(llm, call, tmp_path):
     for where, more, words in ((tmp_path / "x", "block_size=65", "block_size that divides seq_len"),
                                (llm("llada")[0], "block_size=4", "has no blocks: leave out --override block_size")):
         assert_one_line(call("sample.py", where, "--override", more), words)
+    for size in (0, -4, True, "4", 4.0, [4]):
+        file.write_text(json.dumps(settings | {"block_size": size}))
+        assert_one_line(call("sample.py", tmp_path / "x", "--length", 12), f"is {size}, not a whole number from 1")
+    assert call("sample.py", tmp_path / "x", "--length", 12, "--override", "block_size=4").code == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
