@@ -163,8 +163,6 @@ def config_to_score(config, path, seq_len, normalised, block_size):
     if config.objective not in ("mdlm", "block") or config.noise != "mask":
         raise UserError(f"--block_size is for models of objective=mdlm or block, and {path} has "
                         f"objective={config.objective} with noise={config.noise}")
-    if config.prefix != "none":
-        raise UserError(f"{path} needs a prefix ({config.prefix}), and --block_size scores whole windows")
     return config.with_objective("block", block_size=block_size, seq_len=seq_len)
 
 

@@ -118,11 +118,12 @@ def test_two_checkpoints_on_different_texts(call, data_dir, trained, tmp_path):
 
 
 def test_scores_after_a_prefix(call, data_dir, trained, tmp_path):
-    """They are not compared with those of whole windows, and blocks have none."""
-    out = changed(trained, tmp_path / "out", config=lambda config: config | {"prefix": "fixed:8"})
+    """They are not compared with those of whole windows. With --block_size the prefix may end inside a block."""
+    out = changed(trained, tmp_path / "out", config=lambda config: config | {"prefix": "fixed:9"})
     go = lambda *a: call("evaluate.py", *a, "--data_dir", data_dir)
-    assert_one_line(go(trained, out), "scored after different prefixes (none and fixed:8)")
-    assert_one_line(go(out, "--block_size=8"), "needs a prefix (fixed:8), and --block_size scores whole windows")
+    assert_one_line(go(trained, out), "scored after different prefixes (none and fixed:9)")
+    found = go(out, "--block_size=8", "--seq_len=16", "--check", "--repeats=9")
+    assert found.code == 0 and found.out.count("given a prefix (fixed:9), blocks of 8") == 2 and "agree" in found.out
 
 
 def test_estimators(call, data_dir, trained):
