@@ -230,10 +230,11 @@ def block_size_of(found, hints):
     size = hints.overrides.get("block_size", found.settings.get("block_size"))
     if size is None:
         size = 4
-        note(f"{found.path} does not say how long its blocks are: {size} tokens are assumed; --override block_size=N")
+        note(f"{found.path} does not say how long its blocks are: {size} tokens are assumed; sample.py and evaluate.py "
+             "change it by --override block_size=N")
     if type(size) is not int or size < 1:  # 0 would be a network of whole texts
-        raise UserError(f"the block_size of {found.path} is {str(size)[:30]}, not a whole number from 1: use --override "
-                        "block_size=N")
+        raise UserError(f"the block_size of {found.path} is {str(size)[:30]}, not a whole number from 1: correct its "
+                        "config.json")
     return size
 
 
