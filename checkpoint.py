@@ -135,6 +135,8 @@ def open_run(out_dir, resume, init_from, cfg, meta, model, stop):
         is_last = path.resolve() in (last.resolve(), out_dir.resolve())
         if not is_last and last.exists() and (resume == "auto" or storage.is_damaged(last)):  # auto: it was just read
             last.rename(out_dir / "ckpt_damaged.pt")  # else the next save would put it over ckpt_prev.pt
+    elif cfg.min_lr > cfg.lr:  # older runs may have it, and continue
+        raise UserError(f"lr={cfg.lr} is below min_lr={cfg.min_lr}: use --min_lr={cfg.lr} or less")
     if init_from and not payload:
         source = read(init_from, Hints(cfg.dataset, data_dir=cfg.data_dir))
         check_same_tokens(source["meta"], meta, cfg.dataset)

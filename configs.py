@@ -569,7 +569,4 @@ def from_command_line(script, description, add_arguments, several=False):
         raise UserError(f"name one config at a time, not {' and '.join(args.config)}")
     overrides = {key: value for key, value in vars(args).items() if key in Config.__dataclass_fields__}
     configs = [(name, replace(CONFIGS[name](), **overrides)) for name in args.config]
-    for _, cfg in configs:
-        if cfg.min_lr > cfg.lr:  # Config itself allows it, because older checkpoints may have it
-            raise UserError(f"lr={cfg.lr} is below min_lr={cfg.min_lr}: use --min_lr={cfg.lr} or less")
     return (configs, args) if several else (*configs[0], args)

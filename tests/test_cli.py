@@ -375,7 +375,6 @@ def test_help_lists_every_setting(call):
       for flag in ("--scale_by_sigma=false", "--noise=uniform")),
     *((["mdlm_text8", "--fsdp", flag], ["needs whole tensors, and --fsdp splits them"])
       for flag in ("--optimizer=sm3", "--optimizer=sm3_nesterov", "--clip=agc:0.01")),
-    (["demo", "--lr=1e-5"], ["lr=1e-05 is below min_lr=3e-05", "use --min_lr=1e-05 or less"]),
     (["mdlm_text8", "--schedule=quadratic"], ["is unknown: choose one of", "cosine"]),
     (["udlm_text8", "--noise=gauss"], ["is unknown: choose one of mask, uniform, hybrid"]),
     (["d3pm_text8", "--noise=hybrid"], ["noise=hybrid does not work with objective=d3pm: use mdlm"]),
@@ -397,6 +396,17 @@ def test_bad_train_arguments(call, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert_one_line(call("train.py", *arguments), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_learning_rate_that_would_rise(call, data_dir, trained, tmp_path):
+    """A new run is refused. An older run that has it continues."""
+    for flags in ([], ["--resume=auto"], ["--init_from", trained]):
+        assert_one_line(train(call, "mdlm_text8", data_dir, tmp_path / "new", *TRAINED, "--min_lr=0.02", *flags),
+                        "lr=0.01 is below min_lr=0.02: use --min_lr=0.01 or less")
+        assert not (tmp_path / "new").exists()
+    old = changed(trained, tmp_path / "old", config=lambda config: config | {"min_lr": 0.02})
+    result = train(call, "mdlm_text8", data_dir, old, *TRAINED, "--min_lr=0.02", "--resume=auto")
+    assert result.code == 0 and "all 60 steps are done already" in result.out
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "sample.py", "bench.py"])
@@ -710,7 +720,8 @@ def test_readme_command_parses(command, call, monkeypatch):
     elif command[0] == "train.py":
         monkeypatch.setattr(sys, "argv", [word.replace("=DTYPE", "=float32") for word in command])
         add_arguments = importlib.import_module("train").add_arguments
-        assert configs.from_command_line("train.py", "", add_arguments)[0] == command[1]
+        name, cfg, _ = configs.from_command_line("train.py", "", add_arguments)
+        assert name == command[1] and cfg.min_lr <= cfg.lr  # else checkpoint.open_run would refuse it
     else:
         monkeypatch.setattr(cli.ArgumentParser, "parse_args", parse_and_stop)
         with pytest.raises(Parsed):
