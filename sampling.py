@@ -428,14 +428,14 @@ class Settings(NamedTuple):
         if self.block_length:
             return piece_by_piece(sampler.function, denoiser, xt, objective, draw, size, self.block_length,
                                   self.options, end)
-        if not objective.random_tokens:
-            of_text, rate0 = denoiser, (xt == objective.mask_id).sum(1).cpu().double() / size
-            denoiser = lambda xt, r, where: of_text(xt, rate0 * r, where)  # random tokens: all that is free has rate r
-        states = sampler.function(denoiser, xt, objective, draw, **self.options)
+        free = xt == objective.mask_id
+        # With random tokens the rate is that of the free tokens alone.
+        rate0 = 1 if objective.random_tokens else free.sum(1).cpu().double() / size
+        of_text = lambda xt, r, where: denoiser(xt, rate0 * r, where)
+        states = sampler.function(of_text, xt, objective, draw, **self.options)
         if not self.correct:
             return states
-        return self_corrected(states, denoiser, xt == objective.mask_id, objective,
-                              Draw(generator, self.correct_temperature), self.correct)
+        return self_corrected(states, of_text, free, objective, Draw(generator, self.correct_temperature), self.correct)
 
 
 # ---- texts of any length ---------------------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ class LLM(MaskedLM):
         return x[:, -L:], [Past(layer.keys, layer.values) for layer in cache.layers] if keep else None
 
     def flops(self, seq_len, predicted=1.0):
-        """As MaskedLM.flops. In block diffusion the clean text is read, too."""
+        """Count the operations of a training step per token as MaskedLM.flops does. Block diffusion reads the clean
+        text, too."""
         of_clean = 6 * sum(weight.numel() for weight in self.matrices()) if 0 < self.block_size < seq_len else 0
         return super().flops(seq_len, predicted) + of_clean
 
@@ -263,10 +264,11 @@ def translate(found, hints):
                 "left_out": HubTokenizer(meta["definition"]).left_out, "first": None, "unused": [], "autocast": True}
     size = block_size_of(found, hints)
     longest = min(longest_text(backbone), LONGEST)
+    if size:
+        longest = longest // size * size or longest  # whole blocks
     config = dict(dataset="wikitext", architecture="llm", backbone=json.dumps(backbone),
                   objective="block" if size else "mdlm", block_size=size, conditioning="none",
-                  predict_next=predict_next,
-                  seq_len=hints.overrides.get("seq_len", longest // (size or 1) * (size or 1) or longest),
+                  predict_next=predict_next, seq_len=hints.overrides.get("seq_len", longest),
                   **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
     prefix = model.base_model_prefix + "."
     head = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())

@@ -550,7 +550,7 @@ def test_openwebtext_without_its_workers(monkeypatch, tmp_path, gpt2):
 
 
 def test_openwebtext_on_a_full_disk(monkeypatch, tmp_path, gpt2):
-    """What waits to be encoded when a document cannot be written is left, not encoded."""
+    """The documents that still wait when one cannot be written are not encoded."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "a.txt").write_text("some text\n" * 8)
     encoded = []

@@ -286,7 +286,8 @@ def test_self_correction(objective, n, temperature, patience, free):
 
 
 def test_self_correction_improves_texts():
-    """With the exact predictor at a small rate, corrected texts are likelier; a sampler's states come first."""
+    """Corrected texts are likelier under the data, if the network is the exact predictor. The states of the sampler
+    come first."""
     objective, told = Hybrid(V, "gidd:0.2", 0.2), []
     shares = [share.item() for share in objective.shares(objective.schedule.sigma(torch.tensor(0.01).double()))]
     codes = (SEQUENCES * torch.tensor([(V + 1) ** 2, V + 1, 1])).sum(1)

@@ -182,7 +182,7 @@ def test_blocks(llm):
 
 
 def test_how_long_blocks_are(llm, call, tmp_path):
-    """As config.json says, or the user; else four tokens, as SDAR's first models have, and a line says so."""
+    """The size of a block is that of config.json or of --override. Without both it is four, and a line says so."""
     shutil.copytree(llm("sdar")[0], tmp_path / "x")
     file = tmp_path / "x" / "config.json"
     settings = json.loads(file.read_text())
@@ -338,7 +338,7 @@ def test_number_format_of_weights(llm, trained, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
 def test_commands_pass_the_number_format(llm, call, monkeypatch, script):
-    """With --dtype=bfloat16 they need half of the memory for the weights."""
+    """Weights take half of the memory with --dtype=bfloat16."""
     def stop(n_bytes, *_):
         raise storage.UserError(f"{n_bytes:.0f} bytes")
 
