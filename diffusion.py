@@ -359,9 +359,8 @@ class MDLM(Absorbing):
 class SEDD(MDLM):
     """Score entropy (arXiv 2310.16834) with masks: the network's ratios of probabilities need not be normalised.
 
-    At each mask the network learns the scores S_y = q_t(xt with y here)/q_t(xt) of the tokens y (`scores`: their
-    logarithms). The true score is odds * p(x0 = y | visible tokens), where odds = alpha/(1 - alpha) = 1/(e^sigma - 1).
-    The score entropy of a mask is
+    At each mask the network learns the scores S_y = q_t(xt with y here)/q_t(xt) of the tokens y. The true score is
+    odds * p(x0 = y | visible tokens), where odds = alpha/(1 - alpha) = 1/(e^sigma - 1). The score entropy of a mask is
 
         dsigma/dt * [sum_y S_y - odds log S_x0 + odds (log odds - 1)].
 
@@ -403,10 +402,6 @@ class SEDD(MDLM):
         if self.scaled:
             return logits.float() - math.log(logits.shape[-1])
         return logits.float() - self.log_odds(t)[:, None]
-
-    def scores(self, logits, t):
-        """The scores' logarithms, (N, V) float32."""
-        return self.log_prediction(logits, t) + self.log_odds(t)[:, None]
 
     def cost(self, logits, x0, t):
         log_f = self.log_prediction(logits, t)

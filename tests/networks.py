@@ -19,3 +19,8 @@ def network(vocab_size, seed=0, std=0.3, **settings):
         for p in model.parameters():
             p.add_(std * torch.randn_like(p))
     return model.eval()
+
+
+def log_scores(objective, logits, t):
+    """log S_y = log(odds f_y) of a network of diffusion.SEDD: logits (N, V) at times t (N,) -> (N, V) float32."""
+    return objective.log_prediction(logits, t) + objective.log_odds(t)[:, None]

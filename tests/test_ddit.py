@@ -21,7 +21,7 @@ from costs import count_parameters
 from data.loader import SPLITS
 from diffusion import MDLM, Noise
 from foreign import ddit, files
-from networks import small
+from networks import log_scores, small
 from sampling import euler_chance
 from schedules import make_schedule
 from uniform import Uniform, posterior, uniform_jumps
@@ -101,7 +101,7 @@ def test_sedd_masks(load, name, tmp_path):
     close(dsigma, arrays["dsigma"], atol=0, rtol=1e-4)
 
     logits = model(xt, t)
-    log_score = objective.scores(logits.flatten(0, 1), flat_t.flatten()).view(B, L, V)
+    log_score = log_scores(objective, logits.flatten(0, 1), flat_t.flatten()).view(B, L, V)
     own = F.one_hot(xt, V + 1)[..., :V].bool()
     close(log_score.masked_fill(own, 0.0), arrays["log_score"][..., :V])
     cost = objective.cost(logits[masked], x0[masked], flat_t[masked])
@@ -193,7 +193,7 @@ def test_sedd_local_run(load):
     for kind in ("ema", "raw"):
         model, objective, arrays = load("sedd_local", raw=kind == "raw")
         x0, xt, t = arrays["x0"], arrays["x_t"], arrays["t"]
-        log_score = objective.scores(model(xt, t).flatten(0, 1), t[:, None].expand(xt.shape).flatten())
+        log_score = log_scores(objective, model(xt, t).flatten(0, 1), t[:, None].expand(xt.shape).flatten())
         own = F.one_hot(xt, 28)[..., :27].bool()
         close(log_score.view(*xt.shape, 27).masked_fill(own, 0.0), arrays[f"{kind}.log_score"][..., :27])
         if kind == "ema":
@@ -285,7 +285,7 @@ def test_score_entropy_of_mdlms_code(load, golden, tmp_path):
     masked = xt == 27
     at = t[:, None].expand(xt.shape)[masked]
     logits = model(xt, t, where=masked)
-    close(objective.scores(logits, at), arrays["sedd.output"][masked][:, :27])
+    close(log_scores(objective, logits, at), arrays["sedd.output"][masked][:, :27])
     close(objective.schedule.weight(at) * objective.cost(logits, x0[masked], at),
           arrays["sedd.nelbo_per_token"][masked], atol=1e-5, rtol=1e-4)
     for where in ("hi", "mid", "lo"):

@@ -8,6 +8,7 @@ import torch
 import world
 from categorical import Draw, with_denoising
 from diffusion import MDLM, SEDD, Absorbing
+from networks import log_scores
 from sampler_settings import schedule_grid
 from sampling import SAMPLERS, Settings, ancestral, denoiser_of
 from schedules import make_schedule
@@ -66,7 +67,7 @@ def masked_steps(model, objective, grid, dsigma_of):
     for r, s in zip(grid, grid[1:]):
         t = objective.time(torch.full((len(STATES),), r, dtype=torch.float64))
         logits = model(STATES, t).reshape(-1, V)
-        scores = objective.scores(logits, t.repeat_interleave(L)).exp().double().view(len(STATES), L, V)
+        scores = log_scores(objective, logits, t.repeat_interleave(L)).exp().double().view(len(STATES), L, V)
         p = dsigma_of(torch.cat([scores, torch.ones(len(STATES), L, 1)], -1), r, s)
         if s == 0:
             p[..., MASK] = 0
