@@ -405,7 +405,8 @@ def test_score_entropy():
         objective = SEDD(4, scaled=scaled)
         logits = torch.from_numpy(np.log(f * 4 if scaled else S))[None].float()
         assert w * objective.cost(logits, torch.tensor([x0]), t[None]).item() == pytest.approx(score_entropy, rel=1e-5)
-        torch.testing.assert_close(log_scores(objective, logits, t[None])[0].exp().double(), tensor(S), rtol=1e-5, atol=0)
+        found = log_scores(objective, logits, t[None])[0].exp()
+        torch.testing.assert_close(found.double(), tensor(S), rtol=1e-5, atol=0)
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
