@@ -20,6 +20,8 @@ import torch.nn.functional as F
 
 from configs import Config
 
+MASK = "░"  # the picture of a masked token
+
 
 def forward_process(x0, T):
     """Draw the noise of texts x0 (B, L): a step s of each text from 1 ... T, and masks with probability s/T each.
@@ -92,6 +94,7 @@ def sample(objective, model, xt, generator, T=1000):
 def main(T=100, L=64, steps=1000):
     ArgumentParser(description=__doc__).parse_args()
     text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    text = text.replace(MASK, "")  # README.md shows masks, too: as a letter, the network would learn to write them
     letters = sorted(set(text))
     tokens, mask_id = torch.tensor([letters.index(letter) for letter in text]), len(letters)
     torch.manual_seed(0)
@@ -106,7 +109,7 @@ def main(T=100, L=64, steps=1000):
     xt = torch.full((1, L), mask_id)
     for step, xt in enumerate(sample(SimpleNamespace(mask_id=mask_id), model, xt, torch.Generator(), T), 1):
         if step % 20 == 0:
-            print(f"{T - step:3} steps left: {''.join((letters + ['░'])[i] for i in xt[0])!r}")
+            print(f"{T - step:3} steps left: {''.join((letters + [MASK])[i] for i in xt[0])!r}")
 
 
 if __name__ == "__main__":

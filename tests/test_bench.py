@@ -4,6 +4,7 @@ asks how fast anything is."""
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 import bench
 import costs
 import world
-from commands import assert_one_line
+from commands import ROOT, assert_one_line
 from configs import CONFIGS, Config, replace
 from diffusion import D3PM
 from optim import make_optimizers
@@ -73,12 +74,17 @@ def test_textbook_sampler_draws_from_the_model():
 
 
 def test_textbook_trains(monkeypatch, capsys):
-    """Steps from 1 to T come up, and masks as often as they say; the command trains and samples."""
+    """Steps from 1 to T come up, and masks as often as they say; the command trains and samples.
+
+    No mask is left after the last step, and the sign that shows a mask is not a letter that the network learns.
+    """
     torch.manual_seed(0)
     noise = textbook.forward_process(torch.zeros(4000, 20), T=4)
     assert sorted(set(noise.t.tolist())) == [0.25, 0.5, 0.75, 1.0]
     for t in (0.25, 0.5, 1.0):
         assert noise.mask[noise.t == t].float().mean().item() == pytest.approx(t, abs=0.02)
+    text = "░".join((ROOT / "README.md").read_text(encoding="utf-8"))
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: text)
     monkeypatch.setattr(sys, "argv", ["textbook.py"])
     textbook.main(T=20, L=8, steps=100)
     trained, *states = capsys.readouterr().out.splitlines()
