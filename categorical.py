@@ -54,6 +54,10 @@ class Counted:
         self.count(xt)
         return self.model.remember(xt, t, **more)
 
+    def within(self, xt, t, where, window, outside=None):
+        self.count(xt if outside is None else xt[:, slice(*window)])
+        return self.model.within(xt, t, where, window, outside)
+
 
 def in_pieces(logits):
     """Split the rows of logits (N, V) into pieces, so that the computations on them take little memory.

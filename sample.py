@@ -156,6 +156,8 @@ def check(args, config):
         if not objective.any_order or args.sampler in ("analytic", "euler"):
             raise UserError("--guidance needs a model of masks in whole texts, and a sampler that normalises its "
                             "prediction, such as ancestral: leave it out")
+        if args.dual_cache:
+            raise UserError("--guidance and --dual_cache do not go together: leave out one of them")
         if config.prefix_range[0]:
             raise UserError(f"--guidance compares with the text without its prompt, and {args.checkpoint} needs a "
                             "prefix: leave it out")
@@ -225,7 +227,8 @@ def main():
                             for b, (text, tokens) in enumerate(zip(texts, samples))],
                 "sampler": settings.sampler, "steps": history.steps, **options,
                 "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k,
-                "guidance": settings.guidance, "block_length": args.block_length, "context": args.context,
+                "guidance": settings.guidance, "block_length": args.block_length,
+                "dual_cache": settings.dual_cache, "context": args.context,
                 "correct": settings.correct, "correct_temperature": settings.correct_temperature,
                 "nfe": denoiser.nfe, "tokens_read": denoiser.tokens, "seconds": seconds,
                 "tokens_per_second": n_masks / seconds, "seed": args.seed, "dtype": str(dtype).removeprefix("torch."),

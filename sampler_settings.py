@@ -20,7 +20,7 @@ NAMES = list(dict.fromkeys(name for objective in OBJECTIVES.values() if not obje
 FLAGS = list(dict.fromkeys(flag for sampler in SAMPLERS.values() for flag in sampler.flags if flag != "steps"))
 DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "remask": "cap"}
 CORRECTION = ("correct", "correct_temperature")
-COMMON = ("temperature", "top_p", "top_k", "block_length", *CORRECTION)  # flags for all samplers: fields of Settings
+COMMON = ("temperature", "top_p", "top_k", "block_length", "dual_cache", *CORRECTION)  # flags for all samplers: fields of Settings
 
 
 def grid_flag(text):
@@ -74,6 +74,9 @@ def add_arguments(parser):
     p.add_argument("--block_length", type=number(int, 1), metavar="N",
                    help="fill the masks from left to right, N at a time, each piece by the sampler (and its --steps); "
                    "the network sees the whole text (default: all masks at once)")
+    p.add_argument("--dual_cache", action="store_true", default=None,
+                   help="with --block_length, for large language models: read the whole text once for each piece, and "
+                   "then the piece alone, which sees keys and values of the rest as they were; faster, not exact")
     p.add_argument("--correct", type=number(int, 1, 10**6), metavar="N",
                    help="then change at most N tokens of each text, one by one, where the network disagrees most: the "
                    "self-correction of GIDD, for models that were trained on random tokens")
@@ -107,6 +110,8 @@ def settings_of(args, config, checkpoint, model, sampler, flags):
     sampler = pick_sampler(sampler, flags, common, objective, f"{checkpoint} {objective.description}")
     known = SAMPLERS[objective.samplers[sampler]].flags
     own = {flag: value for flag, value in DEFAULTS.items() if flag in known} | flags
+    if "dual_cache" in common:
+        check_dual_cache(common, args.compile, checkpoint, model)
     remask, steps, grid = own.get("remask"), own.pop("steps", None), own.pop("grid", None)
     if remask:
         own.setdefault("eta", DEFAULT_ETA[remask])
@@ -121,8 +126,9 @@ def pick_sampler(sampler, flags, common, objective, described):
 
     sampler, flags: as for settings_of. common: from common_flags. described: the checkpoint in words.
     """
-    if "block_length" in common and not objective.any_order:
-        raise UserError(f"--block_length is for models of masks in whole texts, and {described}: leave it out")
+    for flag in common.keys() & {"block_length", "dual_cache"}:
+        if not objective.any_order:
+            raise UserError(f"--{flag} is for models of masks in whole texts, and {described}: leave it out")
     if common.keys() & {*CORRECTION} and not objective.random_tokens:
         raise UserError(f"--correct is for models that were trained on random tokens, and {described}: leave it out")
     if "correct_temperature" in common and "correct" not in common:
@@ -150,6 +156,16 @@ def pick_sampler(sampler, flags, common, objective, described):
     if "k" in flags and (flags.get("steps") or flags.get("grid")):
         raise UserError("--k sets the number of tokens per step: leave out --steps and --grid")
     return sampler
+
+
+def check_dual_cache(common, compiled, checkpoint, model):
+    """Raise UserError if --dual_cache does not fit the other flags or the model."""
+    if not hasattr(model, "within"):
+        raise UserError(f"--dual_cache is for large language models, and {checkpoint} is none: leave it out")
+    if "block_length" not in common:
+        raise UserError("--dual_cache reads the rest of a text once for each piece: add --block_length N")
+    if compiled:
+        raise UserError("--dual_cache is not compiled: leave out --compile")
 
 
 def name_of_grid(steps, grid, remask):

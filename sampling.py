@@ -52,17 +52,29 @@ from uniform import self_corrected, uniform_ancestral, uniform_euler
 # ---- what the samplers share -----------------------------------------------------------------------------------------
 
 
-def denoiser_of(model, objective, past=None):
+def denoiser_of(model, objective, past=None, window=None):
     """The denoiser that tells the network the time of each rate, and runs it only where something is to be predicted:
     for the sequences in which `where` has any position. Logits that are no prediction (SEDD's) become log f.
 
-    past: of all B sequences, what model.remember() returned for the tokens before (model.DiT)."""
+    past: of all B sequences, what model.remember() returned for the tokens before (model.DiT).
+    window: (a, b), if `where` lies in a ... b - 1 in all calls. Then the first call reads all tokens, and the later
+        ones the window alone. They see keys and values of the others as they were in the first call (dual cache,
+        arXiv 2505.22618; foreign.llm.LLM.within). These would change with each token that is revealed. So the logits
+        are those of the network only if it has one layer.
+    """
+    outside = None
+
     def denoiser(xt, rate, where):
+        nonlocal outside
         t, rows = objective.time(rate).to(xt.device), where.any(1).nonzero().squeeze(1)
-        more = {}
-        if past is not None:
-            more["past"] = past if len(rows) == len(where) else [block_past.of_rows(rows) for block_past in past]
-        logits = model(xt[rows], t[rows], where=where[rows], **more)
+        of_rows = lambda kept: kept if len(rows) == len(where) else [layer.of_rows(rows) for layer in kept]
+        if window is None:
+            more = {} if past is None else {"past": of_rows(past)}
+            logits = model(xt[rows], t[rows], where=where[rows], **more)
+        elif outside is None:
+            logits, outside = model.within(xt, t, where, window)  # of all sequences: later calls may be for others
+        else:
+            logits, _ = model.within(xt[rows], t[rows], where[rows], window, of_rows(outside))
         if objective.normalised:
             return logits
         return objective.log_prediction(logits, t[:, None].expand(where.shape)[where])
@@ -332,15 +344,16 @@ def left_to_right(model, xt, objective, draw):
 
 
 @torch.no_grad()
-def piece_by_piece(sampler, model, xt, objective, draw, size, n, options, end=None):
+def piece_by_piece(sampler, of_piece, xt, objective, draw, size, n, options, end=None):
     """Fill the masks of xt (B, L) from left to right, n at a time: semi-autoregressive (LLaDA, arXiv 2502.09992).
 
     The sampler fills one piece of n masks after the other. It takes the masks of later pieces for given tokens, and the
     network sees them as masks. Of `size` tokens, m are masks of the piece at first, and m' of later pieces. At rate r
     of the sampler m r + m' masks are expected, so the rate of the whole text is (m r + m')/size.
 
-    If n is at least the number of masks, there is one piece and m' = 0: this is the sampler itself. size: as in
-    Settings. options: those of the sampler. end: the id of the token that ends a text, or None. Once a piece has it,
+    If n is at least the number of masks, there is one piece and m' = 0: this is the sampler itself.
+
+    of_piece: (a, b) -> the denoiser for a piece, whose masks are at the positions a ... b - 1. size: as in Settings. options: those of the sampler. end: the id of the token that ends a text, or None. Once a piece has it,
     all later masks of that text are filled with `end`, without the network.
     """
     state, masked = begin(xt), xt == objective.mask_id
@@ -350,6 +363,8 @@ def piece_by_piece(sampler, model, xt, objective, draw, size, n, options, end=No
             break
         here, later = masked & (number > last - n) & (number <= last), masked & (number > last)
         m, m_later = (where.sum(1).cpu().double() for where in (here, later))
+        at = here.any(0).nonzero()
+        model = of_piece((int(at[0]), int(at[-1]) + 1))
         denoiser = lambda x, r, where: model(x.masked_fill(later, objective.mask_id), (m * r + m_later) / size, where)
         p = state.p  # that of the pieces before
         for part in sampler(denoiser, state.xt.masked_fill(later, 0), objective, draw, **options):
@@ -401,6 +416,7 @@ class Settings(NamedTuple):
     top_k: int = 0
     guidance: float = 0.0  # w of guided()
     block_length: int = 0  # n of piece_by_piece(), if it is not 0
+    dual_cache: bool = False  # read the whole text once for each piece: `window` of denoiser_of()
     correct: int = 0       # n of self_corrected(), if it is not 0
     correct_temperature: float = 0.1
 
@@ -426,7 +442,8 @@ class Settings(NamedTuple):
         if self.guidance:
             denoiser = guided(denoiser, xt != objective.mask_id, objective, size, self.guidance)
         if self.block_length:
-            return piece_by_piece(sampler.function, denoiser, xt, objective, draw, size, self.block_length,
+            of_piece = lambda window: denoiser_of(model, objective, window=window) if self.dual_cache else denoiser
+            return piece_by_piece(sampler.function, of_piece, xt, objective, draw, size, self.block_length,
                                   self.options, end)
         free = xt == objective.mask_id
         # With random tokens the rate is that of the free tokens alone.

@@ -90,6 +90,12 @@ class LLM(MaskedLM):
         if clean is not None and L > n:  # else there is one block, which sees no clean one
             xt, positions = torch.cat((clean, xt), 1), positions.repeat(2)
             sees = torch.cat((F.pad(sees, (0, L)), table(beside_clean(n, L), L, 2 * L, device)))
+        x, past = self.features(self.ids[xt], positions, sees, past, keep)
+        return x[:, -L:], past
+
+    def features(self, ids, positions, sees, past, keep):
+        """Run the layers on ids (B, n) at these positions (n,), after a past of P tokens: features (B, n, D), and with
+        `keep` the Past of each layer. sees: as in attention.Layout, (n, P + n) bool."""
         more = {"use_cache": False}
         if past is not None or keep:
             from transformers import DynamicCache
@@ -98,8 +104,30 @@ class LLM(MaskedLM):
                 cache.update(layer.keys, layer.values, i)
             its_name = {"cache", "past_key_values"} & inspect.signature(self.body.forward).parameters.keys()
             more = {its_name.pop(): cache, "use_cache": True}  # the first is that of newer versions
-        x = self.body(input_ids=self.ids[xt], attention_mask=sees[None, None], position_ids=positions[None], **more)[0]
-        return x[:, -L:], [Past(layer.keys, layer.values) for layer in cache.layers] if keep else None
+        x = self.body(input_ids=ids, attention_mask=sees[None, None], position_ids=positions[None], **more)[0]
+        return x, [Past(layer.keys, layer.values) for layer in cache.layers] if keep else None
+
+    def within(self, xt, t, where, window, outside=None):
+        """Logits (N, V) at the True positions of `where` (B, L), all of which are in the window a ... b - 1 of the texts
+        xt (B, L); and `outside`, the Past of the tokens outside the window in each layer.
+
+        Without `outside` all tokens are read. With that of an earlier call only the window is. Its tokens see the
+        others as they were in that call: the dual cache of Fast-dLLM (arXiv 2505.22618).
+        """
+        a, b = window
+        start, end = self.n_before + a - self.predict_next, self.n_before + b  # with predict_next, a - 1 predicts a
+        ids = self.framed(xt)
+        n, positions = ids.shape[1], torch.arange(ids.shape[1], device=xt.device)
+        with self.precision(xt.device.type):
+            if outside is None:
+                x, past = self.features(ids, positions, positions.new_ones(n, n, dtype=torch.bool), None, keep=True)
+                x, there = x[:, start:], torch.cat((positions[:start], positions[end:]))
+                outside = [Past(layer.keys[:, :, there], layer.values[:, :, there]) for layer in past]
+            else:
+                here = positions[start:end]
+                x, _ = self.features(ids[:, start:end], here, here.new_ones(len(here), n, dtype=torch.bool), outside,
+                                     keep=False)
+            return self.predict(x[:, :b - a], where[:, a:b]), outside
 
     def flops(self, seq_len, predicted=1.0):
         """Count the operations of a training step per token as MaskedLM.flops does. Block diffusion reads the clean

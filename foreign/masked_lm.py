@@ -133,7 +133,7 @@ class MaskedLM(nn.Module):
         for ours, theirs in SIZES.items():
             setattr(settings, theirs, getattr(config, ours))
         if getattr(settings, "layer_types", None):  # one for each layer
-            settings.layer_types = settings.layer_types[:config.n_layer]
+            settings.layer_types = (settings.layer_types * config.n_layer)[:config.n_layer]
         for key, value in settings.to_dict().items():
             if "dropout" in key and type(value) in (int, float):
                 setattr(settings, key, config.dropout)
@@ -181,10 +181,14 @@ class MaskedLM(nn.Module):
         from transformers.modeling_layers import GradientCheckpointingLayer
         return [part for part in self.body.modules() if isinstance(part, GradientCheckpointingLayer)]
 
+    def framed(self, xt):
+        """Tokens xt (B, L) -> their numbers in transformers, with what stands before and after a text."""
+        B = len(xt)
+        return torch.cat((self.before.expand(B, -1), self.ids[xt], self.after.expand(B, -1)), 1)
+
     def trunk(self, xt, sees=None):
         """Tokens xt (B, L) -> features (B, L, D), the input of the head. sees: see forward."""
-        B, L = xt.shape
-        ids = torch.cat((self.before.expand(B, -1), self.ids[xt], self.after.expand(B, -1)), 1)
+        L, ids = xt.shape[1], self.framed(xt)
         more = {} if sees is None else {"attention_mask": sees[None, None]}
         if self.first is not None:
             more["position_ids"] = self.first + torch.arange(ids.shape[1], device=xt.device)[None]
@@ -197,11 +201,17 @@ class MaskedLM(nn.Module):
         True positions of `where` (B, L), or at the places `where` (N,). more: for the trunk. `sees` says which tokens
         each one sees, (n, n) bool, for the n = L + 1 tokens of a network with predict_next, the first of which stands
         before the text."""
-        kind = xt.device.type
-        with torch.autocast(kind, enabled=self.autocast and torch.is_autocast_enabled(kind)):
-            x = self.trunk(xt, **more)
-            x = x if where is None else x.flatten(0, 1)[places(where)][None]
-            logits = self.head(inputs_embeds=x).logits.index_select(-1, self.ids[:-1])
+        with self.precision(xt.device.type):
+            return self.predict(self.trunk(xt, **more), where)
+
+    def precision(self, kind):
+        """The context in which the network computes on this kind of device: autocast, if it is on and allowed."""
+        return torch.autocast(kind, enabled=self.autocast and torch.is_autocast_enabled(kind))
+
+    def predict(self, x, where):
+        """Features (B, L, D) -> logits (B, L, V), or (N, V) at the places `where`. See forward."""
+        x = x if where is None else x.flatten(0, 1)[places(where)][None]
+        logits = self.head(inputs_embeds=x).logits.index_select(-1, self.ids[:-1])
         return logits if where is None else logits[0]
 
     def matrices(self):

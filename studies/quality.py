@@ -247,6 +247,7 @@ def measure(subject, samples, judge, settings, seed):
             seconds = time.perf_counter() - began
             texts = [text_of(*pair, end, subject.tokenizer) for pair in zip(filled[:, c:].tolist(), xt[:, c:].tolist())]
             options = way.options | {"grid": way.grid_name, "block_length": way.block_length or "",
+                                     "dual_cache": way.dual_cache or "",
                                      "correct": f"{way.correct}@{way.correct_temperature}" if way.correct else ""}
             others = " ".join(f"{key}={value}" for key, value in options.items() if value != "")
             add(way.sampler, texts, steps=way.steps, setting=others or None, nfe=nfe, tokens_read=tokens_read,

@@ -181,6 +181,88 @@ def test_blocks(llm):
     assert model.flops(24) - model.flops(8) == of_clean + 12 * 2 * (24 - 8) * 32  # a block of 8 has no clean text
 
 
+@pytest.mark.parametrize("kind", ("llada", "dream"))
+def test_dual_cache(llm, kind):
+    """A call in a window sees keys and values of the other tokens as they were in the first call, and of its own as
+    they are: the logits of the whole network, if hooks keep what its layers compute for the others."""
+    model, _, meta, _ = checkpoint.load_model(llm(kind)[0], CPU)
+    V, t, generator = meta["vocab_size"], torch.ones(3), torch.Generator().manual_seed(1)
+    projections = [part for name, part in model.body.named_modules() if name.endswith(("k_proj", "v_proj"))]
+    assert len(projections) == 4
+    for a, b in (0, 5), (6, 13), (15, 20), (0, 20):
+        kept = {}
+        start, end = model.n_before + a - model.predict_next, model.n_before + b
+
+        def keep(part, _, output):
+            first = kept.setdefault(part, output)
+            return torch.cat((first[:, :start], output[:, start:end], first[:, end:]), 1)
+
+        xt, where = torch.randint(V, (3, 20), generator=generator), torch.zeros(3, 20, dtype=torch.bool)
+        where[:, a:b] = torch.rand(3, b - a, generator=generator) < 0.6
+        texts = [xt.clone().index_fill_(1, torch.arange(a, b), V)]
+        for _ in range(2):
+            texts.append(xt.clone())
+            texts[-1][:, a:b] = torch.randint(V + 1, (3, b - a), generator=generator)
+        with torch.no_grad():
+            hooks = [part.register_forward_hook(keep) for part in projections]
+            expected, outside = [model(text, t, where=where) for text in texts], None
+            for hook in hooks:
+                hook.remove()
+            for text, logits in zip(texts, expected):
+                found, outside = model.within(text, t, where, (a, b), outside)
+                torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
+            differ = (model(texts[-1], t, where=where) - logits).abs().max() > 1e-2
+        assert differ == (b - a < 20)  # the whole text is a window without an outside
+
+
+def test_samples_with_a_dual_cache(llm, call, tmp_path):
+    """Each piece costs one call on the whole text, and later ones on its window. With one call per piece, or a network
+    of one layer, the texts are those without the cache; in templates, too, whose pieces have given tokens inside."""
+    templates = tmp_path / "templates.txt"
+    templates.write_text("the ____ sat {9} mat\nsat on {9} the ____ cat\n")
+
+    def write(folder, *flags):
+        done = call("sample.py", folder, "--json", *flags)
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        return [sample["tokens"] for sample in found["samples"]], found
+
+    for kind in ("llada", "dream"):
+        shutil.copytree(llm(kind)[0], tmp_path / kind)
+        file = tmp_path / kind / "config.json"
+        layers = {"n_layers": 1} if kind == "llada" else {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+        file.write_text(json.dumps(json.loads(file.read_text()) | layers))
+        weights = load_file(tmp_path / kind / "model.safetensors")
+        save_file({key: value for key, value in weights.items() if not re.search(r"(blocks|layers)\.1\.", key)},
+                  tmp_path / kind / "model.safetensors")
+        several = ["--prefix", "the cat", "--length=40", "--batch_size=3"]  # pieces with different numbers of calls
+        for flags in (["--infill", templates, "--temperature=0", "--sampler=topk", "--k=1"],
+                      ["--infill", templates, "--temperature=0", "--sampler=topk", "--k=4"],
+                      [*several, "--sampler=threshold", "--threshold=0.9"]):
+            flags.append("--block_length=4")
+            one_layer, two_layers = tmp_path / kind, llm(kind)[0]
+            (expected, without), (found, cached) = write(one_layer, *flags), write(one_layer, *flags, "--dual_cache")
+            assert found == expected and cached["nfe"] == without["nfe"] and cached["dual_cache"]
+            assert cached["tokens_read"] < without["tokens_read"] or "--k=4" in flags
+            (expected, _), (found, _) = write(two_layers, *flags), write(two_layers, *flags, "--dual_cache")
+            assert (found == expected) == ("--k=4" in flags), (kind, flags)
+    _, cached = write(llm("llada")[0], "--prefix", "the cat", "--length=40", "--block_length=8", "--sampler=topk",
+                      "--k=1", "--dual_cache")
+    masks = 40 - len(make_tokenizer(checkpoint.load_model(llm("llada")[0], CPU).meta).encode("the cat"))
+    pieces = [8] * (masks // 8) + [masks % 8] * (masks % 8 > 0)
+    assert cached["tokens_read"] == sum(40 + (size - 1) * size for size in pieces)
+
+
+def test_what_a_dual_cache_needs(llm, trained, call, tmp_path):
+    go = lambda where, *flags: call("sample.py", where, "--dual_cache", *flags)
+    assert_one_line(go(trained, "--block_length=4"), "for large language models", "leave it out")
+    assert_one_line(go(llm("sdar")[0]), "--dual_cache is for models of masks in whole texts")
+    assert_one_line(go(llm("llada")[0]), "add --block_length N")
+    done = go(llm("llada")[0], "--block_length=4", "--compile")
+    assert done.code == 2 and done.err.endswith("--dual_cache is not compiled: leave out --compile\n"), done.err
+    assert_one_line(go(llm("llada")[0], "--block_length=4", "--prefix=a", "--guidance=1"), "do not go together")
+
+
 def test_how_long_blocks_are(llm, call, tmp_path):
     """The size of a block is that of config.json or of --override. Without both it is four, and a line says so."""
     shutil.copytree(llm("sdar")[0], tmp_path / "x")
