@@ -11,11 +11,9 @@ Timings that are compared alternate in one process, except those of --scaling, w
 are medians over the repeats after a warm-up. The last line is JSON.
 """
 
-import contextlib
 import copy
 import itertools
 import json
-import os
 import re
 import statistics
 import sys
@@ -27,7 +25,7 @@ from unittest import mock
 
 # before torch: cli.py sets what OpenMP reads when torch is loaded
 from cli import (UserError, autocast, check_place, device_name, generator_on, in_short, matmul_peak, named, note,
-                 number, pick_device, pick_dtype, progress, require, run, synchronize, table)
+                 number, pick_device, pick_dtype, progress, require, run, synchronize, table, without_stderr)
 
 import numpy as np
 import torch
@@ -148,20 +146,6 @@ def split(training):
     for hook in hooks:
         hook.remove()
     return {part: seconds[part] / seconds.total() for part in ("data", "forward", "loss", "backward", "optimiser")}
-
-
-@contextlib.contextmanager
-def without_stderr():
-    """A context in which stderr is lost: torch's profiler writes to it from C++ at every log level."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def measured_bytes(training):

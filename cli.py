@@ -87,7 +87,7 @@ def did_you_mean(word, known):
 def require(module, what):
     """Raise UserError if an optional package (requirements-all.txt) is missing. Commands call it before any work."""
     if importlib.util.find_spec(module) is None:
-        package = {"PIL": "pillow", "yaml": "pyyaml"}.get(module, module)
+        package = {"PIL": "pillow", "yaml": "pyyaml", "mauve": "mauve-text"}.get(module, module)
         raise UserError(f"{what} needs the package {package}: pip install {package}")
 
 
@@ -96,6 +96,20 @@ def note(text):
     numbers of more than 80 digits, which a flag may quote, are shortened."""
     text = re.sub(r"(\d[\d,]{39})[\d,]{40,}", r"\1...", text)
     print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def without_stderr():
+    """A context in which stderr is lost: torch's profiler and faiss write to it from C++ at every log level."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def first_line(error):

@@ -39,7 +39,8 @@ from studies.baselines import reference_points
 from studies.curves import context, curse, curve
 from studies.orders import orders
 from studies.answers import answers
-from studies.quality import open_judge, read_samples, samples
+from studies.judges import open_judge
+from studies.quality import read_samples, samples
 from studies.raw_text import compare_on_text
 from studies.subject import check_comparable, count_tokens, different_tokens, open_subject
 
@@ -123,6 +124,9 @@ def parse_args():
     q = p.add_argument_group("flags of --samples and --answers")
     q.add_argument("--judge", type=named, metavar="CKPT|hf://NAME",
                    help="judge that scores the samples: an autoregressive checkpoint, or a model of transformers")
+    q.add_argument("--mauve", action="store_true",
+                   help="also compare the samples with real text by MAUVE, in the features of the judge; it needs some "
+                   "thousands of samples")
     q.add_argument("--steps", type=several_steps,
                    help="numbers of sampling steps, such as 8,32,auto (default: the config's T)")
     q.add_argument("--sampler", type=samplers,
@@ -363,7 +367,7 @@ def quality(subject, args, out):
     texts = args.samples if drawn else read_samples(args.samples)
     settings = ways(subject, args) if drawn else []
     judge = open_judge(args.judge, subject.data.device, subject.data.dtype) if args.judge else None
-    return samples(subject, texts, settings, judge, args.out_dir, args.seed, out)
+    return samples(subject, texts, settings, judge, args.out_dir, args.seed, out, args.mauve)
 
 
 def main():
@@ -382,6 +386,10 @@ def main():
         raise UserError("--samples compares with the data set: leave out --text")
     if mode != "samples" and args.judge:
         raise UserError("--judge needs --samples")
+    if args.mauve:
+        if not args.judge:
+            raise UserError("--mauve compares the features of a judge: add --samples N and --judge")
+        require("mauve", "--mauve")
     if mode not in ("samples", "answers") and (args.sampler or given_flags(args, args.steps) or common_flags(args)):
         raise UserError("the flags of samplers need --samples or --answers")
     if args.out_dir and mode in (None, "orders", "answers"):

@@ -5,6 +5,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,8 @@ from cli import UserError
 from commands import assert_one_line, train
 from hub_models import make
 from studies import quality
-from studies.quality import (Judge, TransformersJudge, distinct, judged, open_judge, read_samples, repetition,
-                             unigram_entropy)
+from studies.judges import Judge, TransformersJudge, features, judged, mauve, open_judge, padded
+from studies.quality import distinct, read_samples, repetition, unigram_entropy
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
@@ -128,6 +129,39 @@ def test_transformers_judge(tiny_gpt2):
     assert found["judge_bits_per_char"] == pytest.approx(total / math.log(2) / sum(map(len, texts)), rel=1e-4)
 
 
+def test_features_of_a_judge(ar, tiny_gpt2):
+    """Those after the last token: the head makes the prediction of the next token of them. Long texts are cut."""
+    texts = ["the cat", "t", "a cat sat on the mat and", ""]
+    for judge, head in ((Judge(ar, CPU, FLOAT), lambda judge: judge.model.head),
+                        (open_judge(f"hf://{tiny_gpt2}", CPU, FLOAT), lambda judge: judge.model.lm_head)):
+        found, n_cut = torch.tensor(features(judge, texts, batch_size=3)), 0
+        for text, one in zip(texts, found):
+            ids = judge.encode(text)
+            n_cut += len(ids) >= judge.length
+            ids = ids[:judge.length - 1]
+            with torch.no_grad():
+                logits = head(judge)(one)
+                for token in (0, 5):
+                    ce = judge.cross_entropies(padded([[*ids, token]], CPU))[0, -1]
+                    assert -logits.log_softmax(-1)[token].item() == pytest.approx(ce.item(), rel=1e-4)
+        assert n_cut == isinstance(judge, TransformersJudge)
+
+
+def test_mauve():
+    """Features at two points are two clusters; the area under the curve of their shares is that of many trapezoids."""
+    pytest.importorskip("mauve")
+    points = np.eye(2, 8, dtype=np.float32)
+    for share_p, share_q in ((0.8, 0.3), (0.5, 0.45), (1, 0), (0.9, 0.05)):
+        p, q = (np.repeat(points, [round(20 * share), 20 - round(20 * share)], axis=0) for share in (share_p, share_q))
+        P, Q = np.array([share_p, 1 - share_p]), np.array([share_q, 1 - share_q])
+        kl = lambda a, b: sum(x * math.log(x / y) for x, y in zip(a, b) if x > 0)
+        mixtures = [w * P + (1 - w) * Q for w in np.linspace(1e-9, 1 - 1e-9, 4001)]
+        curve = np.exp(-5 * np.array([[math.inf, 0], *([kl(P, R), kl(Q, R)] for R in mixtures), [0, math.inf]]))
+        area = abs(np.trapezoid(curve[:, 1], curve[:, 0]))
+        assert mauve(p, q) == pytest.approx(area, abs=0.01), (share_p, share_q)
+        assert mauve(p, q) == pytest.approx(mauve(q, p))
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +220,21 @@ def test_real_text_is_as_long_as_the_samples(call, trained, data_dir, tmp_path, 
     assert call("evaluate.py", out, "--samples=3", "--steps=2", "--data_dir", data_dir).code == 0
     drawn, real = measured[-2:]
     assert [len(text) for text in drawn + real] == 6 * [12]
+
+
+def test_mauve_of_samples(call, trained, ar, data_dir, tmp_path):
+    """Samples are compared with real text, and real text with other real text, which is nearest to 1."""
+    pytest.importorskip("mauve")
+    flags = ["--judge", ar, "--data_dir", data_dir, "--out_dir", tmp_path, "--mauve", "--split=train"]
+    rows = json.loads(call("evaluate.py", trained, "--samples=100", "--steps=1,16", *flags, "--json").out)["samples"]
+    one, many, real = [row["mauve"] for row in rows]
+    assert 0 < one < many < real < 1 and real > 0.8
+    (tmp_path / "x.txt").write_text("the cat sat on the mat\n" * 100)
+    done = call("evaluate.py", trained, "--samples", tmp_path / "x.txt", *flags)
+    assert done.code == 0 and "MAUVE" in done.out and "WARNING" not in done.err
+    for few, words in (("99", "at least 100 samples"), ("141", "has only 281 pieces of 32 tokens: choose another")):
+        assert_one_line(call("evaluate.py", trained, "--samples", few, "--steps=1", *flags), words)
+    assert_one_line(call("evaluate.py", trained, "--samples=100", "--mauve"), "add --samples N and --judge")
 
 
 def test_read_samples(tmp_path):
