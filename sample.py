@@ -213,6 +213,7 @@ def main():
     texts = [text_of(tokens, start, end, tokenizer) for tokens, start in zip(samples, history.start)]
     each = f" for each {settings.block_length} tokens" if settings.block_length else ""
     steps = f"{settings.steps} steps{each}, " if settings.steps else ""
+    steps += f"at most {settings.correct} corrections, " if settings.correct else ""
     title = f"{args.checkpoint}: {settings.sampler}, {steps}{denoiser.nfe} network calls"
     files = ((args.out, lambda: "".join(text + "\n" for text in texts)),
              (args.html, lambda: html(history, tokenizer, title)),

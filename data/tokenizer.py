@@ -3,6 +3,7 @@
 import json
 import re
 import string
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -235,12 +236,13 @@ def read_tokenizer(place, **revision):
     from transformers import AutoTokenizer, Qwen2Tokenizer
     from transformers.utils import logging
     logging.set_verbosity_error()  # it warns of a config.json of a kind that it does not know, such as LLaDA's
-    try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False, **revision)
-    except ValueError as error:
-        if "custom code" not in str(error):
-            raise
-    return Qwen2Tokenizer.from_pretrained(place, local_files_only=True, **revision)  # Dream's has the form of Qwen2's
+    with warnings.catch_warnings(action="ignore"):  # about settings with older names
+        try:
+            return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False, **revision)
+        except ValueError as error:
+            if "custom code" not in str(error):
+                raise
+        return Qwen2Tokenizer.from_pretrained(place, local_files_only=True, **revision)  # Dream's has Qwen2's form
 
 
 def from_hub(name):

@@ -1,7 +1,8 @@
 """LLaDA, Dream, SDAR and other diffusion models that have the network of a large language model, as denoisers.
 
 LLaDA (arXiv 2502.09992) is a Llama and Dream (arXiv 2508.15487) a Qwen2 in which every token sees all others. SDAR
-(arXiv 2510.06303) is a Qwen3 for block diffusion: a token sees its block and the blocks before. So transformers has
+(arXiv 2510.06303) is a Qwen3 for block diffusion: a token sees its block and the blocks before. LLaDA-MoE (arXiv
+2509.24389) and the largest SDAR have the mixture of experts of Qwen3-MoE in place of each MLP. So transformers has
 their networks (see_all). What differs from masked_lm.py:
 
 tokens     Special tokens are tokens like others, because conversations are written with them. Only the mask is not.
@@ -9,7 +10,8 @@ shift      Dream's output at a token predicts the one on its right, as in the la
            (predict_next). So a token must stand before the text: the begin of text, or the mask.
 blocks     With objective=block nothing is put around a text, and `read` gives the network a table of what each token
            sees. Keys and values of the blocks before are kept in the cache of transformers.
-weights    They are only renamed, because they have billions of numbers. The tokenizer and config.json say the rest.
+weights    They are only renamed, because they have billions of numbers, and those of the experts of a layer are put
+           together (stacked). The tokenizer and config.json say the rest.
 
 A left-to-right model (Llama, Qwen) is read in the same way, with predict_next. It is no denoiser before it is trained
 as one (docs/adaptation.md).
@@ -31,7 +33,7 @@ from foreign.masked_lm import (NOT_KEPT, SIZES, MaskedLM, build, frame_of, longe
 
 LONGEST = 4096  # tokens of a text if the user does not say; some networks have positions for 131,072
 # Families of transformers that see_all works with, as the tests check. Some others see the left side all the same.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "olmo2", "smollm3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gpt_neox", "olmo2", "smollm3")
 WHOLE_TEXT = {"sliding_window": None, "use_sliding_window": False, "layer_types": None}  # no windows of attention
 
 
@@ -108,8 +110,8 @@ class LLM(MaskedLM):
         return x, [Past(layer.keys, layer.values) for layer in cache.layers] if keep else None
 
     def within(self, xt, t, where, window, outside=None):
-        """Logits (N, V) at the True positions of `where` (B, L), all of which are in the window a ... b - 1 of the texts
-        xt (B, L); and `outside`, the Past of the tokens outside the window in each layer.
+        """Logits (N, V) at the True positions of `where` (B, L), which are in the window a ... b - 1 of texts xt (B, L);
+        and `outside`, the Past of the tokens outside the window in each layer.
 
         Without `outside` all tokens are read. With that of an earlier call only the window is. Its tokens see the
         others as they were in that call: the dual cache of Fast-dLLM (arXiv 2505.22618).
@@ -131,9 +133,12 @@ class LLM(MaskedLM):
 
     def flops(self, seq_len, predicted=1.0):
         """Count the operations of a training step per token as MaskedLM.flops does. Block diffusion reads the clean
-        text, too."""
-        of_clean = 6 * sum(weight.numel() for weight in self.matrices()) if 0 < self.block_size < seq_len else 0
-        return super().flops(seq_len, predicted) + of_clean
+        text, too. Of a layer's experts only those that a token takes count."""
+        settings, reads_clean = self.body.config, 0 < self.block_size < seq_len
+        experts = sum(p.numel() for p in self.body.parameters() if p.dim() == 3)
+        taken = experts // settings.num_experts * settings.num_experts_per_tok if experts else 0
+        of_clean = 6 * sum(weight.numel() for weight in self.matrices()) if reads_clean else 0
+        return super().flops(seq_len, predicted) + of_clean + 6 * taken * (1 + reads_clean)
 
 
 def see_all(model):
@@ -169,11 +174,21 @@ LLADA_SETTINGS = {  # theirs -> those of LlamaConfig
     "max_sequence_length": "max_position_embeddings", "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
     "weight_tying": "tie_word_embeddings",
 }
+LLADA_MOE_SETTINGS = {  # theirs -> those of Qwen3MoeConfig; the others have the same names
+    "expert_intermediate_size": "moe_intermediate_size", "dense_intermediate_size": "intermediate_size"}
+LLADA_MOE_FIXED = {  # what makes it a Qwen3-MoE
+    "qk_layernorm": True, "shared_expert_intermediate_size": None, "moe_router_enable_expert_bias": False,
+    "moe_router_score_function": "softmax", "clip_qkv": None, "partial_rotary_factor": 1, "rope_scaling": None,
+    "hidden_act": "silu"}
+EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 LLADA_FIXED = {  # what makes it a Llama; other values are other networks
     "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True, "alibi": False,
     "attention_layer_norm": False, "bias_for_layer_norm": False, "include_bias": False, "include_qkv_bias": False,
     "input_emb_norm": False, "scale_logits": False, "multi_query_attention": None,
 }
+
+
+LLADA_MOE, SDAR = ("lladamoe", "llada_moe"), ("sdar", "sdar_moe")  # values of model_type in config.json
 
 
 def is_llm(settings):
@@ -186,7 +201,7 @@ def is_llm(settings):
 def is_denoiser(settings):
     """Tell whether a config.json is that of LLaDA, Dream, SDAR, or A2D of dllm, which were trained with masks."""
     kind = name_of(settings)
-    return kind in ("llada", "Dream", "sdar") or kind.startswith("a2d-")
+    return kind in ("llada", *LLADA_MOE, "Dream", *SDAR) or kind.startswith("a2d-")
 
 
 def network_settings(settings, path):
@@ -195,16 +210,25 @@ def network_settings(settings, path):
     Raises UserError for a LLaDA that is no Llama.
     """
     kind = name_of(settings)
-    if kind == "llada":
-        other = [f"{key}={settings[key]}" for key, value in LLADA_FIXED.items() if settings.get(key, value) != value]
+    if kind in ("llada", *LLADA_MOE):
+        mixture = kind in LLADA_MOE or "num_experts" in settings
+        fixed = LLADA_MOE_FIXED if mixture else LLADA_FIXED
+        other = [f"{key}={settings[key]}" for key, value in fixed.items() if settings.get(key, value) != value]
         if other:
             raise UserError(f"{path} is a variant of LLaDA that is not supported: {', '.join(other)}")
+        if mixture:
+            needed = ("hidden_size", "expert_intermediate_size", "num_experts", "num_experts_per_tok")
+            if lacking := [key for key in needed if type(settings.get(key)) is not int]:
+                raise UserError(f"the config.json of {path} does not say {', '.join(lacking)}: get it again")
+            theirs = {LLADA_MOE_SETTINGS.get(key, key): value for key, value in settings.items() if value is not None}
+            dense = [i for i, is_mixture in enumerate(settings.get("moe_layer_freq") or ()) if not is_mixture]
+            return theirs | {"model_type": "qwen3_moe", "norm_topk_prob": False, "mlp_only_layers": dense}, False
         return {"model_type": "llama"} | {ours: settings[key] for key, ours in LLADA_SETTINGS.items()
                                           if settings[key] is not None}, False
     if kind == "Dream":
         return settings | {"model_type": "qwen2"}, True
-    if kind == "sdar":
-        return settings | {"model_type": "qwen3"}, False
+    if kind in SDAR:
+        return settings | {"model_type": kind.replace("sdar", "qwen3")}, False
     family = kind.removeprefix("a2d-")
     if family not in FAMILIES:
         raise UserError(f"{path} is a language model of the family {family}; those that are read are "
@@ -252,7 +276,7 @@ def tokens_and_mask(settings, tokenizer, path):
 
 def block_size_of(found, hints):
     """The number of tokens in a block of SDAR, or 0 for a network of whole texts. Raises UserError for a hint there."""
-    if name_of(found.settings) != "sdar":
+    if name_of(found.settings) not in SDAR:
         if "block_size" in hints.overrides:
             raise UserError(f"{found.path} has no blocks: leave out --override block_size")
         return 0
@@ -267,6 +291,29 @@ def block_size_of(found, hints):
     return size
 
 
+def stacked(state, path):
+    """Put the matrices of a layer's E experts together, as transformers does: gate_up_proj (E, 2 n, D) and down_proj
+    (E, D, n). Raises UserError if an expert lacks one of its three matrices."""
+    found, experts = {}, {}
+    for key, value in state.items():
+        if match := EXPERT.match(key):
+            layer, i, part = match.groups()
+            experts.setdefault(layer, {})[int(i), part] = value
+        else:
+            found[key] = value
+    for layer, parts in experts.items():
+        n = max(i for i, _ in parts) + 1
+        if len(parts) != 3 * n:
+            raise UserError(f"{path} lacks weights of the experts of {layer}: get it again")
+        try:
+            found[f"{layer}.gate_up_proj"] = torch.stack(
+                [torch.cat((parts.pop((i, "gate")), parts.pop((i, "up")))) for i in range(n)])
+            found[f"{layer}.down_proj"] = torch.stack([parts.pop((i, "down")) for i in range(n)])
+        except RuntimeError:
+            raise UserError(f"{path} has experts of different sizes in {layer}: get it again")
+    return found
+
+
 def translate(found, hints):
     """Translate a folder with config.json, a tokenizer, and the weights of a language model. Nothing in it is executed.
 
@@ -275,6 +322,7 @@ def translate(found, hints):
     path = found.path
     state = {key: value for key, value in tensors(found.payload).items() if not GPT_NEOX_BUFFERS.search(key)}
     check_floats(state, path)
+    state = stacked(state, path)
     theirs, predict_next = network_settings(found.settings, path)
     try:
         settings = read_settings(theirs | WHOLE_TEXT)
@@ -300,7 +348,7 @@ def translate(found, hints):
                   **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
     prefix = model.base_model_prefix + "."
     head = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())
-    names = (*(LLADA_NAMES if name_of(found.settings) == "llada" else ()),
+    names = (*(LLADA_NAMES if "model.transformer.wte.weight" in state else ()),
              (r"^(lm_head|embed_out)\.", f"{head}."))  # GPT-NeoX's has both names, depending on the version
     weights = {f"body.{key.removeprefix(prefix)}" if key.startswith(prefix) else f"head.{key}": value
                for key, value in rename(state, names).items()}

@@ -35,8 +35,8 @@ class PassThrough(nn.Module):
     """In place of the body of a model of transformers: returns the features that it is given as inputs_embeds."""
 
     def forward(self, input_ids=None, inputs_embeds=None, **_):
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        from transformers.modeling_outputs import MoeModelOutputWithPast  # heads of mixtures of experts read its fields
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def read_settings(settings):
@@ -51,7 +51,8 @@ def read_settings(settings):
     logging.disable_progress_bar()
     check_sizes({key: settings[key] for key in MOST if key in settings})  # before lists of these lengths are made
     try:
-        found = AutoConfig.for_model(**{key: value for key, value in settings.items() if key not in NOT_KEPT})
+        with warnings.catch_warnings(action="ignore"):  # about settings with older names
+            found = AutoConfig.for_model(**{key: value for key, value in settings.items() if key not in NOT_KEPT})
         sizes = {key: getattr(found, key) for key in MOST}
     except Exception as error:  # unknown model types, settings of wrong types
         raise UserError(f"transformers knows no model with these settings (model_type {name_of(settings)}): "

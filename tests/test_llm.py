@@ -17,7 +17,7 @@ from commands import ROOT, assert_one_line
 from configs import replace
 from data.loader import load_meta, load_split, prepare_command
 from data.tokenizer import describes_tokens, make_tokenizer, tokens_of_hub
-from foreign.llm import FAMILIES, network_settings, see_all, tokens_and_mask
+from foreign.llm import FAMILIES, network_settings, see_all, stacked, tokens_and_mask
 from hub_models import TEXT, byte_level
 from model import places
 
@@ -27,12 +27,74 @@ SPECIAL = ["<|endoftext|>", "<|start|>", "<|end|>", "<|begin|>", "<|mask|>"]  # 
 END, BEGIN, MASK, ROWS = 290, 293, 294, 300
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=ROWS, max_position_embeddings=64)
+EXPERTS = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24)
 LLADA = dict(model_type="llada", architectures=["LLaDAModelLM"],
              auto_map={"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"},
              d_model=32, n_layers=2, n_heads=4, n_kv_heads=4, mlp_hidden_size=48, vocab_size=ROWS, embedding_size=ROWS,
              max_sequence_length=64, rms_norm_eps=1e-5, rope_theta=500000.0, weight_tying=False, mask_token_id=MASK,
              eos_token_id=END, block_type="llama", layer_norm_type="rms", activation_type="silu", rope=True,
              alibi=False, include_bias=False, scale_logits=False, multi_query_attention=None)
+
+
+LLADA_MOE = dict(model_type="llada", architectures=["LLaDAMoEModelLM"], hidden_size=32, dense_intermediate_size=48,
+                 expert_intermediate_size=24, shared_expert_intermediate_size=None, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=4, hidden_act="silu", max_position_embeddings=64,
+                 rms_norm_eps=1e-5, rope_theta=50000, partial_rotary_factor=1, rope_scaling=None, attention_bias=False,
+                 clip_qkv=None, num_experts=5, num_experts_per_tok=2, norm_topk_prob=None, qk_layernorm=True,
+                 moe_layer_freq=[1, 1], moe_router_enable_expert_bias=False, moe_router_score_function="softmax",
+                 tie_word_embeddings=False, vocab_size=ROWS, eos_token_id=END, mask_token_id=MASK,
+                 auto_map={"AutoConfig": "configuration_llada.LLaDAConfig"})
+
+
+def random_weights(shapes):
+    return {key: torch.randn(shape) / 4 + (len(shape) == 1) for key, shape in shapes.items()}
+
+
+def rms_norm(x, gain):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+
+def rotated(x, theta):
+    """x (..., L, d), its entries i and i + d/2 turned by the position times theta^(-2 i/d)."""
+    L, d = x.shape[-2:]
+    angle = torch.arange(L)[:, None] / theta ** (torch.arange(0, d, 2) / d)
+    z = torch.complex(x[..., :d // 2], x[..., d // 2:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((z.real, z.imag), -1)
+
+
+def llada_moe_state():
+    """Random weights under the names of LLaDA-MoE's files."""
+    shapes = {"model.embed_tokens.weight": (ROWS, 32), "model.norm.weight": (32,), "lm_head.weight": (ROWS, 32)}
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (32, 32) for name in "qkvo"}
+        shapes |= {f"{layer}.self_attn.{name}_norm.weight": (8,) for name in "qk"}
+        shapes |= {f"{layer}.{name}_layernorm.weight": (32,) for name in ("input", "post_attention")}
+        shapes |= {f"{layer}.mlp.gate.weight": (5, 32)}
+        for expert in range(5):
+            shapes |= {f"{layer}.mlp.experts.{expert}.{name}_proj.weight": (24, 32) for name in ("gate", "up")}
+            shapes |= {f"{layer}.mlp.experts.{expert}.down_proj.weight": (32, 24)}
+    return random_weights(shapes)
+
+
+def llada_moe_logits(w, ids):
+    """LLaDA-MoE's network by its definition: ids (B, L) -> (B, L, rows). A token takes the two experts to which the
+    router gives the largest probabilities, each times this probability."""
+    (B, L), x = ids.shape, w["model.embed_tokens.weight"][ids]
+    for i in range(2):
+        get = lambda name: w[f"model.layers.{i}.{name}.weight"]
+        h = rms_norm(x, get("input_layernorm"))
+        q, k, v = ((h @ get(f"self_attn.{name}_proj").T).view(B, L, 4, 8).transpose(1, 2) for name in "qkv")
+        q, k = (rotated(rms_norm(a, get(f"self_attn.{name}_norm")), 50000.0) for a, name in ((q, "q"), (k, "k")))
+        seen = (q @ k.mT / 8 ** 0.5).softmax(-1) @ v
+        x = x + seen.transpose(1, 2).reshape(B, L, -1) @ get("self_attn.o_proj").T
+        h = rms_norm(x, get("post_attention_layernorm"))
+        p = (h @ get("mlp.gate").T).softmax(-1)
+        p = p.where(p >= p.topk(2).values[..., -1:], 0)
+        for expert in range(5):
+            gate, up, down = (get(f"mlp.experts.{expert}.{name}_proj") for name in ("gate", "up", "down"))
+            x = x + p[..., expert, None] * ((F.silu(h @ gate.T) * (h @ up.T)) @ down.T)
+    return rms_norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
 
 
 def llada_state():
@@ -43,32 +105,23 @@ def llada_state():
         shapes |= {f"blocks.{i}.ff_proj.weight": (48, 32), f"blocks.{i}.up_proj.weight": (48, 32),
                    f"blocks.{i}.ff_out.weight": (32, 48),
                    f"blocks.{i}.attn_norm.weight": (32,), f"blocks.{i}.ff_norm.weight": (32,)}
-    draw = lambda shape: torch.randn(shape) / 4 if len(shape) > 1 else 1 + torch.randn(shape) / 4
-    return {f"model.transformer.{key}": draw(shape) for key, shape in shapes.items()}
+    return random_weights({f"model.transformer.{key}": shape for key, shape in shapes.items()})
 
 
 def llada_logits(state, ids):
     """LLaDA's network by its definition: ids (B, L) -> (B, L, rows)."""
     w = {key.removeprefix("model.transformer."): value for key, value in state.items()}
     (B, L), heads, d = ids.shape, 4, 8
-    norm = lambda x, gain: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
-    angle = torch.arange(L)[:, None] / 500000.0 ** (torch.arange(0, d, 2) / d)
-    turn = torch.polar(torch.ones_like(angle), angle)  # complex: x[i] + i x[i + d/2] is turned
-
-    def rotated(x):
-        z = torch.complex(x[..., :d // 2], x[..., d // 2:]) * turn
-        return torch.cat((z.real, z.imag), -1)
-
     x = w["wte.weight"][ids]
     for i in range(2):
         get = lambda name: w[f"blocks.{i}.{name}.weight"]
-        h = norm(x, get("attn_norm"))
+        h = rms_norm(x, get("attn_norm"))
         q, k, v = ((h @ get(f"{name}_proj").T).view(B, L, heads, d).transpose(1, 2) for name in "qkv")
-        seen = (rotated(q) @ rotated(k).mT / d ** 0.5).softmax(-1) @ v
+        seen = (rotated(q, 500000.0) @ rotated(k, 500000.0).mT / d ** 0.5).softmax(-1) @ v
         x = x + seen.transpose(1, 2).reshape(B, L, -1) @ get("attn_out").T
-        h = norm(x, get("ff_norm"))
+        h = rms_norm(x, get("ff_norm"))
         x = x + (F.silu(h @ get("ff_proj").T) * (h @ get("up_proj").T)) @ get("ff_out").T
-    return norm(x, w["ln_f.weight"]) @ w["ff_out.weight"].T
+    return rms_norm(x, w["ln_f.weight"]) @ w["ff_out.weight"].T
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +137,17 @@ def llm(tmp_path_factory):
         tokens.add_special_tokens(SPECIAL)
         folder.mkdir()
         names = dict(bos_token="<|begin|>", eos_token="<|endoftext|>")
-        names |= {} if kind in ("llada", "qwen2") else {"mask_token": "<|mask|>"}
+        names |= {} if kind in ("llada", "llada_moe", "qwen2") else {"mask_token": "<|mask|>"}
         hf.PreTrainedTokenizerFast(tokenizer_object=tokens, **names).save_pretrained(folder)
         if kind == "llada":
             state, settings = llada_state(), LLADA
             reference = functools.partial(llada_logits, state)
+        elif kind == "llada_moe":
+            state, settings = llada_moe_state(), LLADA_MOE
+            reference = functools.partial(llada_moe_logits, state)
         else:
-            family = {"dream": "qwen2", "a2d": "qwen3", "sdar": "qwen3"}.get(kind, kind)
-            config = hf.AutoConfig.for_model(family, **SIZES, head_dim=8, tie_word_embeddings=kind == "a2d")
+            family = {"dream": "qwen2", "a2d": "qwen3", "sdar": "qwen3", "sdar_moe": "qwen3_moe"}.get(kind, kind)
+            config = hf.AutoConfig.for_model(family, **SIZES, **EXPERTS, head_dim=8, tie_word_embeddings=kind == "a2d")
             model = hf.AutoModelForCausalLM.from_config(config).eval()
             with torch.no_grad():
                 for p in model.parameters():
@@ -99,6 +155,7 @@ def llm(tmp_path_factory):
             state = {name: p.detach().clone() for name, p in model.named_parameters()}
             settings = {"dream": dict(model_type="Dream", architectures=["DreamModel"], mask_token_id=MASK,
                                       auto_map={"AutoConfig": "configuration_dream.DreamConfig"}),
+                        "sdar_moe": dict(model_type="sdar_moe", architectures=["SDARMoeForCausalLM"], block_size=8),
                         "sdar": dict(model_type="sdar", architectures=["SDARForCausalLM"], block_size=8,
                                      debug=False, fuse_cross_entropy=True, attn_implementation="flex_attention",
                                      auto_map={"AutoConfig": "configuration_sdar.SDARConfig"}),
@@ -106,7 +163,7 @@ def llm(tmp_path_factory):
             settings = config.to_dict() | {"eos_token_id": END, "architectures": ["Qwen2ForCausalLM"]} | settings
 
             def reference(ids):
-                block = torch.arange(ids.shape[1]) // (8 if kind == "sdar" else 10**6)
+                block = torch.arange(ids.shape[1]) // (8 if kind.startswith("sdar") else 10**6)
                 return model(input_ids=ids, attention_mask=(block <= block[:, None])[None, None]).logits
         if kind == "dream":  # its tokenizer has code of its own, and the files of Qwen2's
             parts = json.loads((folder / "tokenizer.json").read_text())
@@ -121,20 +178,20 @@ def llm(tmp_path_factory):
         save_file({key: value.bfloat16() for key, value in state.items()}, folder / "model.safetensors")
         for value in state.values():
             value.copy_(value.bfloat16())  # the file's precision
-        if kind != "llada":
+        if not kind.startswith("llada"):
             model.load_state_dict(state, strict=False)
         return folder, torch.no_grad()(reference)
     return get
 
 
-@pytest.mark.parametrize("kind", ("llada", "dream", "a2d", "qwen2"))
+@pytest.mark.parametrize("kind", ("llada", "llada_moe", "dream", "a2d", "qwen2"))
 def test_logits(llm, kind):
     """The network computes what the original does, whatever the length, at some positions and at all."""
     folder, reference = llm(kind)
     loaded, config, meta, _ = checkpoint.load_model(folder, CPU)
     ours = make_tokenizer(meta)
     mask = 295 if kind == "qwen2" else MASK  # it has none: the first row that is no token
-    before = {"llada": [], "a2d": []}.get(kind, [BEGIN])
+    before = {"llada": [], "llada_moe": [], "a2d": []}.get(kind, [BEGIN])
     assert config.architecture == "llm" and config.objective == "mdlm" and config.seq_len == 64 - len(before)
     assert config.predict_next == bool(before) and ours.left_out == [MASK][kind == "qwen2":]
     generator = torch.Generator().manual_seed(1)
@@ -152,10 +209,11 @@ def test_logits(llm, kind):
                 torch.testing.assert_close(loaded(xt, torch.ones(3), positions), expected[where], atol=1e-4, rtol=1e-4)
 
 
-def test_blocks(llm):
+@pytest.mark.parametrize("kind", ("sdar", "sdar_moe"))
+def test_blocks(llm, kind):
     """SDAR's network predicts each noisy block given the clean blocks before it: in one call for all blocks, and with
     keys and values that are kept, read at once or block by block."""
-    folder, reference = llm("sdar")
+    folder, reference = llm(kind)
     model, config, meta, _ = checkpoint.load_model(folder, CPU)
     ours = make_tokenizer(meta)
     assert (config.objective, config.block_size, config.seq_len, config.predict_next) == ("block", 8, 64, False)
@@ -177,11 +235,12 @@ def test_blocks(llm):
         for one, two in zip(past, model.remember(x0, t)):
             close(one.keys, two.keys)
             close(one.values, two.values)
-    of_clean = 6 * sum(weight.numel() for weight in model.matrices())
+    taken = 2 * 2 * 3 * 24 * 32 if kind == "sdar_moe" else 0  # layers, experts that a token takes, their matrices
+    of_clean = 6 * (sum(weight.numel() for weight in model.matrices()) + taken)
     assert model.flops(24) - model.flops(8) == of_clean + 12 * 2 * (24 - 8) * 32  # a block of 8 has no clean text
 
 
-@pytest.mark.parametrize("kind", ("llada", "dream"))
+@pytest.mark.parametrize("kind", ("llada", "llada_moe", "dream"))
 def test_dual_cache(llm, kind):
     """A call in a window sees keys and values of the other tokens as they were in the first call, and of its own as
     they are: the logits of the whole network, if hooks keep what its layers compute for the others."""
@@ -287,7 +346,7 @@ def test_how_long_blocks_are(llm, call, tmp_path):
 def test_every_token_sees_all(family):
     """A token sees those on its right, as with a mask of ones."""
     import transformers as hf
-    config = hf.AutoConfig.for_model(family, **SIZES, head_dim=8, pad_token_id=None)
+    config = hf.AutoConfig.for_model(family, **SIZES, **EXPERTS, head_dim=8, pad_token_id=None)
     model, ids = see_all(hf.AutoModelForCausalLM.from_config(config).eval()), torch.randint(ROWS, (1, 8))
     with torch.no_grad():
         logits = model(input_ids=ids).logits
@@ -303,7 +362,8 @@ def test_saved_models_are_read(llm, family, tmp_path):
     import transformers as hf
     torch.manual_seed(0)
     shutil.copytree(llm("qwen2")[0], tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    config = hf.AutoConfig.for_model(family, **SIZES, pad_token_id=None, bos_token_id=BEGIN, eos_token_id=END)
+    config = hf.AutoConfig.for_model(family, **SIZES, **EXPERTS, pad_token_id=None, bos_token_id=BEGIN,
+                                     eos_token_id=END)
     original = see_all(hf.AutoModelForCausalLM.from_config(config).eval())
     original.save_pretrained(tmp_path / "x")
     if family == "gpt_neox":
@@ -466,7 +526,7 @@ def test_sample_and_evaluate_and_train(llm, call, tmp_path):
                 "--sampler", "topk", "--k", 1, "--temperature", 0).code == 0
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 9)
-    for kind, more in (("llada", []), ("qwen2", ["--predict_next", "--anneal_steps=2"])):
+    for kind, more in (("llada_moe", []), ("llada", []), ("qwen2", ["--predict_next", "--anneal_steps=2"])):
         where = ["--data_dir", tmp_path, "--dataset", kind]
         assert call("data/prepare_textfile.py", text, "--tokenizer", llm(kind)[0], "--name", kind, *where[:2]).code == 0
         done = call("train.py", "roberta_wikitext", "--architecture=llm", *where, "--init_from", llm(kind)[0],
@@ -475,6 +535,7 @@ def test_sample_and_evaluate_and_train(llm, call, tmp_path):
         assert done.code == 0, done.err
         for checkpoint_ in (tmp_path / "out" / kind, llm(kind)[0]):
             assert call("evaluate.py", checkpoint_, *where).code == 0
+    assert_one_line(call("evaluate.py", tmp_path / "out/qwen2", *where, "--block_size=4"), "predicts the next one")
     done = call("train.py", "roberta_wikitext", "--architecture=llm", *where, "--seq_len=32",
                 f"--out_dir={tmp_path / 'new'}")
     assert_one_line(done, "architecture=llm is a network of a checkpoint", "such as hf://Qwen/")
@@ -599,7 +660,19 @@ def test_what_is_refused(llm, call, tmp_path):
     assert_one_line(go(n_layers=1), "do not fit the model", "body.layers.1")
     assert_one_line(go(n_layers=10**7), "its num_hidden_layers is 10000000")
     assert_one_line(go(embedding_size=294), "tokens, and the tokenizer beside it")
-    assert_one_line(go(model_type="llada_moe"), "mixtures of experts")
+    assert_one_line(go(model_type="llada_moe"), "does not say hidden_size, expert_intermediate_size, num_experts")
+    assert_one_line(go(model_type="llada2_moe"), "LLaDA 2 and DiffusionGemma are not read")
+    for key, value in dict(qk_layernorm=False, shared_expert_intermediate_size=24, moe_router_enable_expert_bias=True,
+                           moe_router_score_function="sigmoid", partial_rotary_factor=0.5, clip_qkv=8.0).items():
+        with pytest.raises(storage.UserError, match=f"not supported: {key}={value}"):
+            network_settings(LLADA_MOE | {key: value}, folder)
+    assert network_settings(LLADA_MOE | {"moe_layer_freq": [0, 1]}, folder)[0]["mlp_only_layers"] == [0]
+    experts = {key: value for key, value in llada_moe_state().items() if "experts.3.up" not in key}
+    with pytest.raises(storage.UserError, match="lacks weights of the experts of model.layers.0.mlp.experts"):
+        stacked(experts, folder)
+    experts["model.layers.0.mlp.experts.3.up_proj.weight"] = torch.ones(20, 32)
+    with pytest.raises(storage.UserError, match="experts of different sizes in model.layers.0"):
+        stacked(experts, folder)
     for kind in ("stablelm", "a2d-stablelm"):
         assert_one_line(go(model_type=kind, architectures=["StableLmForCausalLM"]), "those that are read are llama")
     assert_one_line(go(n_heads=5), str(folder))  # the words depend on the version of transformers

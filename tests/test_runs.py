@@ -281,7 +281,7 @@ def test_only_workers_mind_their_parent(data_dir, tmp_path):
 
 
 def test_killed_at_random(data_dir, tmp_path):
-    """Real runs that write a checkpoint after every step are killed (SIGKILL) at 22 random moments, and resumed: a
+    """Real runs that write a checkpoint after every step are killed (SIGKILL) at 16 random moments, and resumed: a
     whole checkpoint is there each time, never of an earlier step, and they end as runs that nobody killed."""
     counts = {"kills": 0, "in a write": 0, "on the way": 0}
 
@@ -290,7 +290,7 @@ def test_killed_at_random(data_dir, tmp_path):
         whole, out, delay = tmp_path / config, tmp_path / f"{config}-killed", random.Random(seed)
         finish_well(start(config, data_dir, whole, *options))
         saved = 0
-        for _ in range(11):
+        for _ in range(8):
             [process] = start(config, data_dir, out, *options, "--resume=auto")
             if delay.random() < 0.8:
                 read_until(process, "continuing at step" if saved else "mdlm" if "mdlm" in config else "d3pm")
