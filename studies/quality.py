@@ -88,6 +88,19 @@ def read_samples(path):
     return texts
 
 
+def other_windows(tokens, length, starts, n, where):
+    """The starts of n windows beside those at `starts`, evenly spread. Raises UserError if n samples are too few for
+    MAUVE, or the text is too short."""
+    if n < MIN_MAUVE:
+        raise UserError(f"--mauve needs at least {MIN_MAUVE} samples, and these are {n}: ask for more")
+    others = np.setdiff1d(windows(tokens, length), starts)
+    if len(others) < n:
+        raise UserError(f"--mauve compares {n} samples with as many pieces of real text, and these with as many "
+                        f"others, and {where} has only {len(starts) + len(others)} pieces of {length} tokens: choose another "
+                        "--split, or fewer samples")
+    return others[np.linspace(0, len(others) - 1, n).round().astype(int)]
+
+
 def measure(subject, samples, judge, settings, seed, with_mauve=False):
     """Measure samples of each of several sampling.Settings, and as many pieces of real text, if there are so many.
 
@@ -110,13 +123,7 @@ def measure(subject, samples, judge, settings, seed, with_mauve=False):
     starts = windows(data.tokens, length, n)
     text_at = lambda starts: [subject.tokenizer.decode(data.tokens[i + c:i + length]) for i in starts]
     if with_mauve:
-        more_starts = np.setdiff1d(windows(data.tokens, length), starts)[:n]
-        if n < MIN_MAUVE:
-            raise UserError(f"--mauve needs at least {MIN_MAUVE} samples, and these are {n}: ask for more")
-        if len(more_starts) < n:
-            raise UserError(f"--mauve compares {n} samples with as many pieces of real text, and these with as many "
-                            f"others, and {subject.where} has only {len(starts) + len(more_starts)} pieces of {length} "
-                            "tokens: choose another --split, or fewer samples")
+        more_starts = other_windows(data.tokens, length, starts, n, subject.where)
         real = features(judge, text_at(starts), data.batch_size)
 
     def add(name, texts, **more):
