@@ -482,7 +482,7 @@ def test_requirements():
             for name in ([node.module] if isinstance(node, ast.ImportFrom) else
                          [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])}
     mine = {path.stem for path in ROOT.glob("*.py")} | {"data", "foreign", "studies"}
-    packages = {"pil": "pillow", "yaml": "pyyaml"}
+    packages = {"pil": "pillow", "yaml": "pyyaml", "mauve": "mauve-text"}
     outside = {packages.get(name, name) for name in used - mine if name not in sys.stdlib_module_names}
     assert outside <= core | more, outside - core - more
 
