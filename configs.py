@@ -348,9 +348,9 @@ def d3pm_openwebtext_8gpu():
 def mdlm_twin(config):
     """MDLM with the data, size and optimisation of a D3PM: no time conditioning or auxiliary loss, exactly k masks.
 
-    time_sampling=stratified is closer to the paper, but its weights 1/t make losses and gradients jump. Average the
-    weight of one token over the draws, 0 where it is visible: it is 1 in this loss, and 1/T + lambda_ce/2 = 0.026 in
-    that of d3pm_* (docs/maths.md, section 8). So gradients are larger here, and grad_clip is 1.0 instead of 0.1.
+    time_sampling=stratified is closer to the paper, but its weights 1/t make losses and gradients jump. The mean weight
+    of a token over the draws (0 where it is visible) is 1 in this loss, and 1/T + lambda_ce/2 = 0.026 in that of d3pm_*
+    (docs/maths.md, section 8). So gradients are larger here, and grad_clip is 1.0 instead of 0.1.
     """
     return replace(config, objective="mdlm", conditioning="none", lambda_ce=0.0, time_sampling="exact_k", grad_clip=1.0)
 

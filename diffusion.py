@@ -12,8 +12,8 @@ term.
     alpha(t)    P(a token is visible at t)            prod(1 - beta)  alpha_t       alpha_t     exp(-sigma)   alpha_t
     mask_id     the mask, always the last id: V       [MASK]          m             m           MASK          m
     model       logits (B, L, V) of x0 given xt       p~(x~_0|x_t)    x_theta       mu_theta    s_theta       x_theta
-    nelbo       negative evidence lower bound: above  L_vb / L        L_NELBO / L   loss / L    L_DWDSE / L   -
-                -log p(x0), in nats per token
+    nelbo       upper bound on -log p(x0), in nats    L_vb / L        L_NELBO / L   loss / L    L_DWDSE / L   -
+                per token: divided by L
 
 The model never predicts the mask, and it keeps what it sees (carry-over). Then the KL divergence between the true and
 the learned reverse step is zero at visible tokens. At masks it is a multiple of the cross-entropy, CE = -log of the
@@ -207,9 +207,10 @@ class Absorbing(Objective):
         of the weight 1/u is (n + 1)/k, which takes its place: the estimate has the same mean, and a finite variance
         (Rao-Blackwell). If k = 0, there is no CE: the weight is 0.
 
-        A network that sees the time must be told the time of a rate from Beta(k, n - k + 1), as in exact_k. This is the
-        k-th smallest of the n numbers that are left if one of v and u, chosen by pick, is left out: u if that one is
-        below u, which has probability k/(n + 1), else the largest v <= u. docs/maths.md, section 7, derives all this.
+        A network that sees the time must be told the time of a rate from Beta(k, n - k + 1), as in exact_k. Leave out
+        one of the n + 1 numbers v and u at random (pick). The k-th smallest of the others is such a rate
+        (docs/maths.md, section 7): u, if the one left out is below u, which has probability k/(n + 1), else the largest
+        v <= u.
         """
         L, n = v.shape[1], n_free(v)
         mask = v <= u[:, None]
@@ -313,7 +314,7 @@ class MDLM(Absorbing):
 
     This integral covers only the rates from 1 - alpha(0) to 1 - alpha(1). If these are not all rates, it is a little
     less than the bound. `noise`, for training, estimates this integral. `exact_k` and `continuous` draw all rates, and
-    tell the network t = 1 at rates above 1 - alpha(1).
+    tell the network t = 1 at rates above 1 - alpha(1), and t = 0 at rates below 1 - alpha(0).
 
     For a network that does not see the time, the bound is the same for every schedule from alpha = 1 to alpha = 0. The
     variance of its estimate is not the same. time_sampling says what is drawn for training:

@@ -177,7 +177,7 @@ class Block(nn.Module):
         return x + (y if gate is None else gate * y)
 
     def kept(self, k, v, h1, h2, past):
-        """The Past of the past and these tokens. h1, h2: the inputs of attention and MLP before token_shift."""
+        """The Past of all tokens so far. h1, h2: the inputs of attention and MLP before token_shift."""
         if not self.shift_tokens:
             return Past(k, v)
         n_shifted = h1.shape[-1] // 4 * (2 if self.shift_left else 1)  # the channels that token_shift moves right
@@ -191,7 +191,7 @@ class Block(nn.Module):
 
         at: the MLP, two thirds of the weights, runs at these places alone. In the last block nothing reads the rest.
         past: the Past of the tokens before these, or None.
-        keep: also return the Past of the past and these tokens. If `at` is empty, only what it needs is computed.
+        keep: also return the Past of all tokens so far. If `at` is empty, only what that needs is computed.
         """
         B, L, _ = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (
@@ -244,7 +244,7 @@ class DiT(nn.Module):
     block = Block   # the class of the blocks
     own = ("head_gates",)  # settings of Config that no other network has
     of_source = ()  # settings that a run with --init_from takes from the checkpoint
-    large = False   # a large language model: its weights may be in bfloat16, and a text of its stops at its end
+    large = False   # a large language model: its weights may be in bfloat16, and no text goes on after its end token
 
     @classmethod
     def from_config(cls, config, vocab_size):
@@ -384,8 +384,8 @@ class DiT(nn.Module):
     def remember(self, xt, t, past=None):
         """Read tokens xt (B, L) after a past, and return the `past` for calls on the tokens that follow.
 
-        It is a list with the Past of each block. They equal those of one call on all tokens, provided that these tokens
-        see none of those that follow. The last block computes keys and values only (unless shift_tokens).
+        It is a list with the Past of each block. One call on all tokens would compute the same, if these tokens see
+        none of those that follow. The last block computes keys and values only (unless shift_tokens).
         """
         return self.trunk(xt, t, self.layout(xt.shape[1], past), at=xt.new_empty(0), past=past, keep=True)[1]
 

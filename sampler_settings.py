@@ -20,7 +20,8 @@ NAMES = list(dict.fromkeys(name for objective in OBJECTIVES.values() if not obje
 FLAGS = list(dict.fromkeys(flag for sampler in SAMPLERS.values() for flag in sampler.flags if flag != "steps"))
 DEFAULTS = {"threshold": 0.9, "gamma": 0.1, "remask": "cap"}
 CORRECTION = ("correct", "correct_temperature")
-COMMON = ("temperature", "top_p", "top_k", "block_length", "dual_cache", *CORRECTION)  # flags for all samplers: fields of Settings
+# flags for all samplers: fields of Settings
+COMMON = ("temperature", "top_p", "top_k", "block_length", "dual_cache", *CORRECTION)
 
 
 def grid_flag(text):

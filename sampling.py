@@ -1,8 +1,8 @@
 """The reverse process: samplers, as functions of a denoiser callable `model(xt, rate, where) -> logits`.
 
 A sampler is an iterator over the states on the way from xt (B, L), which has masks and maybe given tokens, to text. The
-given tokens never change. `ancestral` and `topk` count the steps in which nothing happens (State.steps), and do not
-walk through them. So the number of tokens limits their cost, and that of steps does not.
+given tokens never change. `ancestral` and `topk` do not walk through the steps in which nothing happens. They only
+count them (State.steps). So their cost is limited by the number of tokens, not of steps.
 
     sampler          reveals                                                      distribution of the texts
     ancestral        each mask by chance, on a grid of mask rates                 that of the chain on this grid
@@ -57,10 +57,10 @@ def denoiser_of(model, objective, past=None, window=None):
     for the sequences in which `where` has any position. Logits that are no prediction (SEDD's) become log f.
 
     past: of all B sequences, what model.remember() returned for the tokens before (model.DiT).
-    window: (a, b), if `where` lies in a ... b - 1 in all calls. Then the first call reads all tokens, and the later
-        ones the window alone. They see keys and values of the others as they were in the first call (dual cache,
-        arXiv 2505.22618; foreign.llm.LLM.within). These would change with each token that is revealed. So the logits
-        are those of the network only if it has one layer.
+    window: (a, b), if `where` lies in a ... b - 1 in all calls: a piece of piece_by_piece(). The first call reads all
+        tokens, and the later ones the piece alone. It sees keys and values of the other tokens as they were in the
+        first call (dual cache, arXiv 2505.22618; foreign.llm.LLM.within). Each token that is revealed would change
+        these, unless the network has one layer. So the logits are an approximation.
     """
     outside = None
 
@@ -89,8 +89,9 @@ def guided(denoiser, given, objective, size, w):
 
         p(x | c)^(1 + w) / p(x)^w, normalised.
 
-    The logits in `where` are combined, so w = 0 is p(x | c). The rate r of the first call means size * r masks. In the
-    second call the given tokens are masks, too: size * r + number of all L tokens, the rate (size * r + number)/L.
+    The logits in `where` are combined, so w = 0 is p(x | c). size: as in Settings.states. At rate r the first call has
+    size * r masks. In the second call the given tokens are masks, too: size * r + number of all L tokens, the rate
+    (size * r + number)/L.
     """
     L, number = given.shape[1], given.sum(1).cpu()
 
@@ -189,8 +190,7 @@ def topk(model, xt, objective, draw, grid=None, k=1, by="probability"):
     A token is drawn for every mask, and the surest ones are kept. How sure the network is follows from its prediction
     at temperature 1, as `by` says (categorical.SURE). MaskGIT adds Gumbel noise to this measure; here there is none.
     On a grid of mask rates a share rho_m/rho_0 of the masks, rounded down, is left after step m. Without one, each step
-    reveals k tokens.
-    Texts do not have the distribution of the model: they look better, and become more alike.
+    reveals k tokens. Texts do not have the distribution of the model: they look better, and become more alike.
     """
     state, n = begin(xt), (xt == objective.mask_id).sum(1).cpu()
     numbers, which = n.unique(return_inverse=True)  # different numbers of masks, (K,): often all texts have the same
@@ -250,8 +250,8 @@ def remdm(model, xt, objective, draw, grid, remask="cap", eta=None):
     """ancestral, but revealed tokens may become masks again, so that mistakes can be mended (ReMDM, arXiv 2503.00307,
     eq. 7, which calls g sigma_t).
 
-    In the step from rate r to rho a mask is revealed with probability h, a revealed token becomes a mask with g.
-    The share of visible tokens must become 1 - rho, as in the chain that the network was trained for:
+    In the step from rate r to rho a mask is revealed with probability h, and a revealed token becomes a mask with
+    probability g. The share of visible tokens must become 1 - rho, as in the chain that the network was trained for:
 
         (1 - r)(1 - g) + r h = 1 - rho,   so   h = 1 - rho/r + g (1 - r)/r,   and h <= 1 if g <= rho/(1 - r).
 
@@ -353,8 +353,10 @@ def piece_by_piece(sampler, of_piece, xt, objective, draw, size, n, options, end
 
     If n is at least the number of masks, there is one piece and m' = 0: this is the sampler itself.
 
-    of_piece: (a, b) -> the denoiser for a piece, whose masks are at the positions a ... b - 1. size: as in Settings. options: those of the sampler. end: the id of the token that ends a text, or None. Once a piece has it,
-    all later masks of that text are filled with `end`, without the network.
+    of_piece: (a, b) -> the denoiser for a piece, whose masks are at the positions a ... b - 1.
+    size: as in Settings.states. options: those of the sampler.
+    end: the id of the token that ends a text, or None. Once a piece has it, all later masks of that text are filled
+        with `end`, without the network.
     """
     state, masked = begin(xt), xt == objective.mask_id
     number = masked.cumsum(1)  # 1, 2, ... at the masks, from left to right
@@ -422,7 +424,7 @@ class Settings(NamedTuple):
 
     @property
     def steps(self):
-        """Number of steps, with block_length of each piece, if it is known beforehand; else None."""
+        """The number of steps, or None if it is not known beforehand. With block_length it is that of each piece."""
         return len(self.options["grid"]) - 1 if self.options.get("grid") else None
 
     def states(self, objective, model, xt, generator, size=None, past=None, end=None):

