@@ -162,7 +162,7 @@ def check(args, config):
             raise UserError(f"--guidance compares with the text without its prompt, and {args.checkpoint} needs a "
                             "prefix: leave it out")
     if args.no_cache and not config.block_size:
-        raise UserError("--no_cache is for block diffusion, and no other model has a cache: leave it out")
+        raise UserError("--no_cache is for block diffusion: leave it out")
     if args.known_words and (args.prefix or args.suffix or args.template or args.infill):
         raise UserError("--known_words counts the words of whole samples: leave it out, or the prompt")
     if args.show and args.show_intermediate:

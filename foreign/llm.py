@@ -1,9 +1,9 @@
 """LLaDA, Dream, SDAR and other diffusion models that have the network of a large language model, as denoisers.
 
 LLaDA (arXiv 2502.09992) is a Llama and Dream (arXiv 2508.15487) a Qwen2 in which every token sees all others. SDAR
-(arXiv 2510.06303) is a Qwen3 for block diffusion: a token sees its block and the blocks before. LLaDA-MoE (arXiv
-2509.24389) and the largest SDAR have the mixture of experts of Qwen3-MoE in place of each MLP. So transformers has
-their networks (see_all). What differs from masked_lm.py:
+(arXiv 2510.06303) is a Qwen3 for block diffusion: a token sees its block and the blocks before. LLaDA-MoE, LLaDA 2
+(llada.py) and the largest SDAR are mixtures of experts. So transformers has their networks (see_all). What differs from
+masked_lm.py:
 
 tokens     Special tokens are tokens like others, because conversations are written with them. Only the mask is not.
 shift      Dream's output at a token predicts the one on its right, as in the language model that it began with
@@ -11,7 +11,7 @@ shift      Dream's output at a token predicts the one on its right, as in the la
 blocks     With objective=block nothing is put around a text, and `read` gives the network a table of what each token
            sees. Keys and values of the blocks before are kept in the cache of transformers.
 weights    They are only renamed, because they have billions of numbers, and those of the experts of a layer are put
-           together (stacked). The tokenizer and config.json say the rest.
+           together (llada.stacked). The tokenizer and config.json say the rest.
 
 A left-to-right model (Llama, Qwen) is read in the same way, with predict_next. It is no denoiser before it is trained
 as one (docs/adaptation.md).
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from attention import Past, beside_clean, of_blocks, table
 from cli import UserError, note
 from data.tokenizer import HubTokenizer, definition_of, from_hub, hub_meta
+from foreign import llada
 from foreign.files import check_floats, rename, tensors
 from foreign.masked_lm import (NOT_KEPT, SIZES, MaskedLM, build, frame_of, longest_text, name_of, read_backbone,
                                read_settings)
@@ -69,6 +70,11 @@ class LLM(MaskedLM):
 
     def __init__(self, vocab_size, model, *others):
         super().__init__(vocab_size, see_all(model), *others)
+        for name, value in list(self.named_buffers()):
+            if name.endswith("e_score_correction_bias"):  # a number for each expert, which training does not change
+                router = self.get_submodule(name.rpartition(".")[0])
+                del router.e_score_correction_bias
+                router.e_score_correction_bias = torch.nn.Parameter(value, requires_grad=False)
         self.block_size = 0
 
     def trunk(self, xt, sees=None, past=None, clean=None):
@@ -110,8 +116,8 @@ class LLM(MaskedLM):
         return x, [Past(layer.keys, layer.values) for layer in cache.layers] if keep else None
 
     def within(self, xt, t, where, window, outside=None):
-        """Logits (N, V) at the True positions of `where` (B, L), which are in the window a ... b - 1 of texts xt (B, L);
-        and `outside`, the Past of the tokens outside the window in each layer.
+        """Logits (N, V) at the True positions of `where` (B, L), which are in the window a ... b - 1 of texts (B, L); and
+        `outside`, the Past of the tokens outside the window in each layer.
 
         Without `outside` all tokens are read. With that of an earlier call only the window is. Its tokens see the
         others as they were in that call: the dual cache of Fast-dLLM (arXiv 2505.22618).
@@ -135,8 +141,8 @@ class LLM(MaskedLM):
         """Count the operations of a training step per token as MaskedLM.flops does. Block diffusion reads the clean
         text, too. Of a layer's experts only those that a token takes count."""
         settings, reads_clean = self.body.config, 0 < self.block_size < seq_len
-        experts = sum(p.numel() for p in self.body.parameters() if p.dim() == 3)
-        taken = experts // settings.num_experts * settings.num_experts_per_tok if experts else 0
+        experts = [p for p in self.body.parameters() if p.dim() == 3]
+        taken = sum(p[0].numel() for p in experts) * getattr(settings, "num_experts_per_tok", 0)
         of_clean = 6 * sum(weight.numel() for weight in self.matrices()) if reads_clean else 0
         return super().flops(seq_len, predicted) + of_clean + 6 * taken * (1 + reads_clean)
 
@@ -152,43 +158,8 @@ def see_all(model):
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
-# LLaDA's names for what LlamaForCausalLM has. ff_out is the output layer of each MLP, and of the whole network.
-LLADA_NAMES = (
-    (r"^model\.transformer\.wte\.", "model.embed_tokens."),
-    (r"^model\.transformer\.ln_f\.", "model.norm."),
-    (r"^model\.transformer\.ff_out\.", "lm_head."),
-    (r"^model\.transformer\.blocks\.", "model.layers."),
-    (r"\.attn_norm\.", ".input_layernorm."),
-    (r"\.ff_norm\.", ".post_attention_layernorm."),
-    (r"\.([qkv])_proj\.", r".self_attn.\1_proj."),
-    (r"\.attn_out\.", ".self_attn.o_proj."),
-    (r"\.ff_proj\.", ".mlp.gate_proj."),
-    (r"\.up_proj\.", ".mlp.up_proj."),
-    (r"\.ff_out\.", ".mlp.down_proj."),
-)
 GPT_NEOX_BUFFERS = re.compile(r"\.attention\.(masked_)?bias$")  # of Pythia's files
-LLADA_SETTINGS = {  # theirs -> those of LlamaConfig
-    "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "mlp_hidden_size": "intermediate_size", "vocab_size": "vocab_size",
-    "embedding_size": "vocab_size",  # with rows that are no tokens; null: there are none
-    "max_sequence_length": "max_position_embeddings", "rms_norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
-    "weight_tying": "tie_word_embeddings",
-}
-LLADA_MOE_SETTINGS = {  # theirs -> those of Qwen3MoeConfig; the others have the same names
-    "expert_intermediate_size": "moe_intermediate_size", "dense_intermediate_size": "intermediate_size"}
-LLADA_MOE_FIXED = {  # what makes it a Qwen3-MoE
-    "qk_layernorm": True, "shared_expert_intermediate_size": None, "moe_router_enable_expert_bias": False,
-    "moe_router_score_function": "softmax", "clip_qkv": None, "partial_rotary_factor": 1, "rope_scaling": None,
-    "hidden_act": "silu"}
-EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
-LLADA_FIXED = {  # what makes it a Llama; other values are other networks
-    "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True, "alibi": False,
-    "attention_layer_norm": False, "bias_for_layer_norm": False, "include_bias": False, "include_qkv_bias": False,
-    "input_emb_norm": False, "scale_logits": False, "multi_query_attention": None,
-}
-
-
-LLADA_MOE, SDAR = ("lladamoe", "llada_moe"), ("sdar", "sdar_moe")  # values of model_type in config.json
+BLOCKS = {"sdar": 4, "sdar_moe": 4, "llada2_moe": 32}  # {model_type: tokens of a block, if nothing says it}
 
 
 def is_llm(settings):
@@ -201,33 +172,20 @@ def is_llm(settings):
 def is_denoiser(settings):
     """Tell whether a config.json is that of LLaDA, Dream, SDAR, or A2D of dllm, which were trained with masks."""
     kind = name_of(settings)
-    return kind in ("llada", *LLADA_MOE, "Dream", *SDAR) or kind.startswith("a2d-")
+    return kind in llada.KINDS or kind in BLOCKS or kind == "Dream" or kind.startswith("a2d-")
 
 
 def network_settings(settings, path):
     """Return (settings of transformers, whether outputs predict the next token) for a config.json, both as dicts.
 
-    Raises UserError for a LLaDA that is no Llama.
+    Raises UserError for variants of LLaDA that are other networks, and for other families.
     """
     kind = name_of(settings)
-    if kind in ("llada", *LLADA_MOE):
-        mixture = kind in LLADA_MOE or "num_experts" in settings
-        fixed = LLADA_MOE_FIXED if mixture else LLADA_FIXED
-        other = [f"{key}={settings[key]}" for key, value in fixed.items() if settings.get(key, value) != value]
-        if other:
-            raise UserError(f"{path} is a variant of LLaDA that is not supported: {', '.join(other)}")
-        if mixture:
-            needed = ("hidden_size", "expert_intermediate_size", "num_experts", "num_experts_per_tok")
-            if lacking := [key for key in needed if type(settings.get(key)) is not int]:
-                raise UserError(f"the config.json of {path} does not say {', '.join(lacking)}: get it again")
-            theirs = {LLADA_MOE_SETTINGS.get(key, key): value for key, value in settings.items() if value is not None}
-            dense = [i for i, is_mixture in enumerate(settings.get("moe_layer_freq") or ()) if not is_mixture]
-            return theirs | {"model_type": "qwen3_moe", "norm_topk_prob": False, "mlp_only_layers": dense}, False
-        return {"model_type": "llama"} | {ours: settings[key] for key, ours in LLADA_SETTINGS.items()
-                                          if settings[key] is not None}, False
+    if kind in llada.KINDS:
+        return llada.network_settings(settings, path), False
     if kind == "Dream":
         return settings | {"model_type": "qwen2"}, True
-    if kind in SDAR:
+    if kind.startswith("sdar"):
         return settings | {"model_type": kind.replace("sdar", "qwen3")}, False
     family = kind.removeprefix("a2d-")
     if family not in FAMILIES:
@@ -253,6 +211,8 @@ def tokens_and_mask(settings, tokenizer, path):
         raise UserError(f"{path} has {rows:,} tokens, and the tokenizer beside it {used:,}")
     mask = settings.get("mask_token_id")
     mask = tokenizer.mask_token_id if mask is None else mask
+    if mask is None and name_of(settings) in llada.KINDS:
+        mask = tokenizer.get_vocab().get("<|mask|>")
     if mask is None and is_denoiser(settings):
         raise UserError(f"{path} does not say which token is the mask: write mask_token_id into its config.json")
     if mask is None:
@@ -275,43 +235,21 @@ def tokens_and_mask(settings, tokenizer, path):
 
 
 def block_size_of(found, hints):
-    """The number of tokens in a block of SDAR, or 0 for a network of whole texts. Raises UserError for a hint there."""
-    if name_of(found.settings) not in SDAR:
+    """The number of tokens in a block of SDAR and LLaDA 2, or 0 for a network of whole texts. Raises UserError for a
+    hint there."""
+    if name_of(found.settings) not in BLOCKS:
         if "block_size" in hints.overrides:
             raise UserError(f"{found.path} has no blocks: leave out --override block_size")
         return 0
     size = hints.overrides.get("block_size", found.settings.get("block_size"))
     if size is None:
-        size = 4
+        size = BLOCKS[name_of(found.settings)]
         note(f"{found.path} does not say how long its blocks are: {size} tokens are assumed; sample.py and evaluate.py "
              "change it by --override block_size=N")
     if type(size) is not int or size < 1:  # 0 would be a network of whole texts
         raise UserError(f"the block_size of {found.path} is {str(size)[:30]}, not a whole number from 1: correct its "
                         "config.json")
     return size
-
-
-def stacked(state, path):
-    """Put the matrices of a layer's E experts together, as transformers does: gate_up_proj (E, 2 n, D) and down_proj
-    (E, D, n). Raises UserError if an expert lacks one of its three matrices."""
-    found, experts = {}, {}
-    for key, value in state.items():
-        if match := EXPERT.match(key):
-            layer, i, part = match.groups()
-            experts.setdefault(layer, {})[int(i), part] = value
-        else:
-            found[key] = value
-    for layer, parts in experts.items():
-        n = max(i for i, _ in parts) + 1
-        if len(parts) != 3 * n:
-            raise UserError(f"{path} lacks weights of the experts of {layer}: get it again")
-        try:
-            found[f"{layer}.gate_up_proj"] = torch.stack(
-                [torch.cat((parts.pop((i, "gate")), parts.pop((i, "up")))) for i in range(n)])
-            found[f"{layer}.down_proj"] = torch.stack([parts.pop((i, "down")) for i in range(n)])
-        except RuntimeError:
-            raise UserError(f"{path} has experts of different sizes in {layer}: get it again")
-    return found
 
 
 def translate(found, hints):
@@ -322,8 +260,10 @@ def translate(found, hints):
     path = found.path
     state = {key: value for key, value in tensors(found.payload).items() if not GPT_NEOX_BUFFERS.search(key)}
     check_floats(state, path)
-    state = stacked(state, path)
     theirs, predict_next = network_settings(found.settings, path)
+    if name_of(found.settings) == "llada2_moe":
+        state = llada.separate_heads(state, found.settings, path)
+    state = llada.stacked(state, path)
     try:
         settings = read_settings(theirs | WHOLE_TEXT)
         with torch.device("meta"):
@@ -348,7 +288,8 @@ def translate(found, hints):
                   **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
     prefix = model.base_model_prefix + "."
     head = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())
-    names = (*(LLADA_NAMES if "model.transformer.wte.weight" in state else ()),
+    variant = llada.variant_of(found.settings)
+    names = (*(variant.names if variant else ()),
              (r"^(lm_head|embed_out)\.", f"{head}."))  # GPT-NeoX's has both names, depending on the version
     weights = {f"body.{key.removeprefix(prefix)}" if key.startswith(prefix) else f"head.{key}": value
                for key, value in rename(state, names).items()}

@@ -144,8 +144,8 @@ def unknown(found, state):
     what = [f"{verb} {', '.join(keys)}" for verb, keys in (("lacks", lacking), ("has", more)) if keys]
     if found.settings.get("model_type"):
         return UserError(f"{found.path} is a model of transformers, {masked_lm.name_of(found.settings)}: if it has a "
-                         "masked language model (a class ...ForMaskedLM), use --format masked_lm; DiffuLLaMA, "
-                         "LLaDA 2 and DiffusionGemma are not read")
+                         "masked language model (a class ...ForMaskedLM), use --format masked_lm; DiffuLLaMA "
+                         "and DiffusionGemma are not read")
     return UserError(f"{found.path} has no known format; the most similar are {near[0]}, then {near[1]}; compared with "
                      f"the first, it {' and '.join(what)}")
 

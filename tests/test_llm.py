@@ -17,7 +17,8 @@ from commands import ROOT, assert_one_line
 from configs import replace
 from data.loader import load_meta, load_split, prepare_command
 from data.tokenizer import describes_tokens, make_tokenizer, tokens_of_hub
-from foreign.llm import FAMILIES, network_settings, see_all, stacked, tokens_and_mask
+from foreign.llada import separate_heads, stacked
+from foreign.llm import FAMILIES, network_settings, see_all, tokens_and_mask
 from hub_models import TEXT, byte_level
 from model import places
 
@@ -97,6 +98,71 @@ def llada_moe_logits(w, ids):
     return rms_norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
 
 
+LLADA2 = dict(model_type="llada2_moe", architectures=["LLaDA2MoeModelLM"], hidden_size=32, intermediate_size=48,
+              moe_intermediate_size=24, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=4,
+              num_key_value_heads=2, head_dim=8, hidden_act="silu", max_position_embeddings=64, rms_norm_eps=1e-5,
+              rope_theta=600000, partial_rotary_factor=0.5, rope_scaling=None, use_qkv_bias=False, use_qk_norm=True,
+              use_bias=False, num_experts=6, num_experts_per_tok=2, num_shared_experts=1, n_group=3, topk_group=2,
+              norm_topk_prob=True, routed_scaling_factor=2.5, score_function="sigmoid", norm_head=False,
+              moe_router_enable_expert_bias=True, tie_word_embeddings=False, vocab_size=ROWS, pad_token_id=END,
+              auto_map={"AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig"})
+
+
+def llada2_state():
+    """Random weights under the names of LLaDA 2's files. The first layer has no experts."""
+    shapes = {"model.word_embeddings.weight": (ROWS, 32), "model.norm.weight": (32,), "lm_head.weight": (ROWS, 32)}
+    mlp = lambda name, n: {f"{name}.{part}_proj.weight": (32, n) if part == "down" else (n, 32)
+                           for part in ("gate", "up", "down")}
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.attention.query_key_value.weight": (64, 32), f"{layer}.attention.dense.weight": (32, 32)}
+        shapes |= {f"{layer}.attention.{name}_layernorm.weight": (8,) for name in ("query", "key")}
+        shapes |= {f"{layer}.{name}_layernorm.weight": (32,) for name in ("input", "post_attention")}
+    shapes |= mlp("model.layers.0.mlp", 48) | mlp("model.layers.1.mlp.shared_experts", 24)
+    shapes |= {"model.layers.1.mlp.gate.weight": (6, 32), "model.layers.1.mlp.gate.expert_bias": (1, 6)}
+    for expert in range(6):
+        shapes |= mlp(f"model.layers.1.mlp.experts.{expert}", 24)
+    state = random_weights(shapes)
+    return state | {"model.layers.1.mlp.gate.expert_bias": state["model.layers.1.mlp.gate.expert_bias"][0]}
+
+
+def llada2_logits(w, ids):
+    """LLaDA 2's network by its definition, with blocks of 8: ids (B, L) -> (B, L, rows).
+
+    The router has a score for each of six experts, the sigmoid of a product. The biases are added where experts are
+    chosen, and only there: of three groups of two the two groups with the largest sums, of their experts the best two.
+    Their weights are their scores divided by the sum of both, times 2.5. Another expert works for all tokens."""
+    (B, L), x = ids.shape, w["model.word_embeddings.weight"][ids]
+    block = torch.arange(L) // 8
+
+    def mlp(name, h):
+        gate, up, down = (w[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        return (F.silu(h @ gate.T) * (h @ up.T)) @ down.T
+
+    def mixture(name, h):
+        scores = (h @ w[f"{name}.gate.weight"].T).sigmoid()
+        biased = (scores + w[f"{name}.gate.expert_bias"]).tolist()
+        groups = sorted(range(3), key=lambda group: -sum(biased[2 * group:2 * group + 2]))[:2]
+        chosen = sorted((i for i in range(6) if i // 2 in groups), key=lambda i: -biased[i])[:2]
+        return mlp(f"{name}.shared_experts", h) + sum(
+            2.5 * scores[i] / scores[chosen].sum() * mlp(f"{name}.experts.{i}", h) for i in chosen)
+
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        get = lambda name: w[f"{layer}.{name}.weight"]
+        h = rms_norm(x, get("input_layernorm"))
+        q, k, v = (h @ get("attention.query_key_value").T).view(B, L, 8, 8).transpose(1, 2).split((4, 2, 2), 1)
+        q, k = (rms_norm(a, get(f"attention.{name}_layernorm")) for a, name in ((q, "query"), (k, "key")))
+        q, k = (torch.cat((rotated(a[..., :4], 600000.0), a[..., 4:]), -1) for a in (q, k))  # half of the channels
+        k, v = (a.repeat_interleave(2, 1) for a in (k, v))
+        scores = (q @ k.mT / 8 ** 0.5).masked_fill(block > block[:, None], -torch.inf)
+        x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, L, -1) @ get("attention.dense").T
+        h = rms_norm(x, get("post_attention_layernorm"))
+        x = x + (mlp(f"{layer}.mlp", h) if i == 0 else
+                 torch.stack([mixture(f"{layer}.mlp", one) for one in h.flatten(0, 1)]).view_as(h))
+    return rms_norm(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+
+
 def llada_state():
     """Random weights under the names of LLaDA's files."""
     shapes = {"wte.weight": (ROWS, 32), "ln_f.weight": (32,), "ff_out.weight": (ROWS, 32)}
@@ -137,11 +203,14 @@ def llm(tmp_path_factory):
         tokens.add_special_tokens(SPECIAL)
         folder.mkdir()
         names = dict(bos_token="<|begin|>", eos_token="<|endoftext|>")
-        names |= {} if kind in ("llada", "llada_moe", "qwen2") else {"mask_token": "<|mask|>"}
+        names |= {} if kind in ("llada", "llada_moe", "llada2", "qwen2") else {"mask_token": "<|mask|>"}
         hf.PreTrainedTokenizerFast(tokenizer_object=tokens, **names).save_pretrained(folder)
         if kind == "llada":
             state, settings = llada_state(), LLADA
             reference = functools.partial(llada_logits, state)
+        elif kind == "llada2":
+            state, settings = llada2_state(), LLADA2 | {"block_size": 8}
+            reference = functools.partial(llada2_logits, state)
         elif kind == "llada_moe":
             state, settings = llada_moe_state(), LLADA_MOE
             reference = functools.partial(llada_moe_logits, state)
@@ -209,10 +278,10 @@ def test_logits(llm, kind):
                 torch.testing.assert_close(loaded(xt, torch.ones(3), positions), expected[where], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ("sdar", "sdar_moe"))
+@pytest.mark.parametrize("kind", ("sdar", "sdar_moe", "llada2"))
 def test_blocks(llm, kind):
-    """SDAR's network predicts each noisy block given the clean blocks before it: in one call for all blocks, and with
-    keys and values that are kept, read at once or block by block."""
+    """The network of SDAR and LLaDA 2 predicts each noisy block given the clean blocks before it: in one call for all
+    blocks, and with keys and values that are kept, read at once or block by block."""
     folder, reference = llm(kind)
     model, config, meta, _ = checkpoint.load_model(folder, CPU)
     ours = make_tokenizer(meta)
@@ -235,7 +304,8 @@ def test_blocks(llm, kind):
         for one, two in zip(past, model.remember(x0, t)):
             close(one.keys, two.keys)
             close(one.values, two.values)
-    taken = 2 * 2 * 3 * 24 * 32 if kind == "sdar_moe" else 0  # layers, experts that a token takes, their matrices
+    layers = {"sdar": 0, "sdar_moe": 2, "llada2": 1}[kind]  # with experts, of which a token takes two
+    taken = layers * 2 * 3 * 24 * 32
     of_clean = 6 * (sum(weight.numel() for weight in model.matrices()) + taken)
     assert model.flops(24) - model.flops(8) == of_clean + 12 * 2 * (24 - 8) * 32  # a block of 8 has no clean text
 
@@ -549,7 +619,7 @@ def test_block_diffusion(llm, call, tmp_path):
                                            "--sampler=threshold", "--json", *flags).out)
     found, again = write(), write("--no_cache")
     assert found["samples"][0]["text"] == again["samples"][0]["text"] and found["nfe"] > again["nfe"] > 4
-    for kind in ("sdar", "qwen2"):
+    for kind in ("sdar", "llada2", "qwen2"):
         where = ["--data_dir", tmp_path, "--dataset", kind]
         assert call("data/prepare_textfile.py", text, "--tokenizer", llm(kind)[0], "--name", kind, *where[:2]).code == 0
         out = tmp_path / "out" / kind
@@ -661,7 +731,12 @@ def test_what_is_refused(llm, call, tmp_path):
     assert_one_line(go(n_layers=10**7), "its num_hidden_layers is 10000000")
     assert_one_line(go(embedding_size=294), "tokens, and the tokenizer beside it")
     assert_one_line(go(model_type="llada_moe"), "does not say hidden_size, expert_intermediate_size, num_experts")
-    assert_one_line(go(model_type="llada2_moe"), "LLaDA 2 and DiffusionGemma are not read")
+    assert_one_line(go(model_type="diffusion_gemma", architectures=["X"]), "DiffuLLaMA and DiffusionGemma are not read")
+    for key, value in dict(use_bias=True, use_qk_norm=False, score_function="softmax").items():
+        with pytest.raises(storage.UserError, match=f"not supported: {key}={value}"):
+            network_settings(LLADA2 | {key: value}, folder)
+    with pytest.raises(storage.UserError, match="has 64 rows, which are not those of 3 [+] 2 x 2 heads"):
+        separate_heads(llada2_state(), LLADA2 | {"num_attention_heads": 3}, folder)
     for key, value in dict(qk_layernorm=False, shared_expert_intermediate_size=24, moe_router_enable_expert_bias=True,
                            moe_router_score_function="sigmoid", partial_rotary_factor=0.5, clip_qkv=8.0).items():
         with pytest.raises(storage.UserError, match=f"not supported: {key}={value}"):
