@@ -170,7 +170,7 @@ def is_llm(settings):
 
 
 def is_denoiser(settings):
-    """Tell whether a config.json is that of LLaDA, Dream, SDAR, or A2D of dllm, which were trained with masks."""
+    """Tell whether a config.json is that of a LLaDA, Dream, SDAR, or A2D of dllm, which were trained with masks."""
     kind = name_of(settings)
     return kind in llada.KINDS or kind in BLOCKS or kind == "Dream" or kind.startswith("a2d-")
 
@@ -185,7 +185,7 @@ def network_settings(settings, path):
         return llada.network_settings(settings, path), False
     if kind == "Dream":
         return settings | {"model_type": "qwen2"}, True
-    if kind.startswith("sdar"):
+    if kind in BLOCKS:  # SDAR
         return settings | {"model_type": kind.replace("sdar", "qwen3")}, False
     family = kind.removeprefix("a2d-")
     if family not in FAMILIES:
@@ -255,7 +255,7 @@ def block_size_of(found, hints):
 def translate(found, hints):
     """Translate a folder with config.json, a tokenizer, and the weights of a language model. Nothing in it is executed.
 
-    The objective is mdlm, which LLaDA, Dream and A2D were trained with, and block for SDAR.
+    The objective is mdlm, which LLaDA, Dream and A2D were trained with, and block for SDAR and LLaDA 2.
     """
     path = found.path
     state = {key: value for key, value in tensors(found.payload).items() if not GPT_NEOX_BUFFERS.search(key)}
