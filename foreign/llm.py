@@ -116,8 +116,8 @@ class LLM(MaskedLM):
         return x, [Past(layer.keys, layer.values) for layer in cache.layers] if keep else None
 
     def within(self, xt, t, where, window, outside=None):
-        """Logits (N, V) at the True positions of `where` (B, L), which are in the window a ... b - 1 of texts (B, L); and
-        `outside`, the Past of the tokens outside the window in each layer.
+        """Logits (N, V) at the True positions of `where` (B, L), which are in the window a ... b - 1 of texts (B, L),
+        and `outside`, the Past of the tokens outside the window in each layer.
 
         Without `outside` all tokens are read. With that of an earlier call only the window is. Its tokens see the
         others as they were in that call: the dual cache of Fast-dLLM (arXiv 2505.22618).

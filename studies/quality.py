@@ -96,8 +96,8 @@ def other_windows(tokens, length, starts, n, where):
     others = np.setdiff1d(windows(tokens, length), starts)
     if len(others) < n:
         raise UserError(f"--mauve compares {n} samples with as many pieces of real text, and these with as many "
-                        f"others, and {where} has only {len(starts) + len(others)} pieces of {length} tokens: choose another "
-                        "--split, or fewer samples")
+                        f"others, and {where} has only {len(starts) + len(others)} pieces of {length} tokens: choose "
+                        "another --split, or fewer samples")
     return others[np.linspace(0, len(others) - 1, n).round().astype(int)]
 
 

@@ -164,8 +164,8 @@ def config_to_score(config, path, seq_len, normalised, block_size):
         raise UserError(f"--block_size is for models of objective=mdlm or block, and {path} has "
                         f"objective={config.objective} with noise={config.noise}")
     if config.predict_next:
-        raise UserError(f"--block_size is for networks whose output at a token predicts that token, and {path} predicts "
-                        "the next one: leave it out")
+        raise UserError(f"--block_size is for networks whose output at a token predicts that token, and {path} "
+                        "predicts the next one: leave it out")
     return config.with_objective("block", block_size=block_size, seq_len=seq_len)
 
 
