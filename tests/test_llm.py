@@ -347,8 +347,9 @@ def test_dual_cache(llm, kind):
 def test_samples_with_a_dual_cache(llm, call, tmp_path):
     """Each piece costs one call on the whole text, and later ones on its window. With one call per piece, or a network
     of one layer, the texts are those without the cache; in templates, too, whose pieces have given tokens inside."""
-    templates = tmp_path / "templates.txt"
+    templates, shifted = tmp_path / "templates.txt", tmp_path / "shifted.txt"
     templates.write_text("the ____ sat {9} mat\nsat on {9} the ____ cat\n")
+    shifted.write_text("the cat sat{9}\n{6}the cat{3} sat\n")  # of equal length: read together, with blanks elsewhere
 
     def write(folder, *flags):
         done = call("sample.py", folder, "--json", *flags)
@@ -367,6 +368,7 @@ def test_samples_with_a_dual_cache(llm, call, tmp_path):
         several = ["--prefix", "the cat", "--length=40", "--batch_size=3"]  # pieces with different numbers of calls
         for flags in (["--infill", templates, "--temperature=0", "--sampler=topk", "--k=1"],
                       ["--infill", templates, "--temperature=0", "--sampler=topk", "--k=4"],
+                      ["--infill", shifted, "--temperature=0", "--sampler=topk", "--k=1"],
                       [*several, "--sampler=threshold", "--threshold=0.9"]):
             flags.append("--block_length=4")
             one_layer, two_layers = tmp_path / kind, llm(kind)[0]
@@ -375,6 +377,7 @@ def test_samples_with_a_dual_cache(llm, call, tmp_path):
             assert cached["tokens_read"] < without["tokens_read"] or "--k=4" in flags
             (expected, _), (found, _) = write(two_layers, *flags), write(two_layers, *flags, "--dual_cache")
             assert (found == expected) == ("--k=4" in flags), (kind, flags)
+            assert shifted not in flags or len({len(tokens) for tokens in found}) == 1
     _, cached = write(llm("llada")[0], "--prefix", "the cat", "--length=40", "--block_length=8", "--sampler=topk",
                       "--k=1", "--dual_cache")
     masks = 40 - len(make_tokenizer(checkpoint.load_model(llm("llada")[0], CPU).meta).encode("the cat"))
@@ -393,7 +396,8 @@ def test_what_a_dual_cache_needs(llm, trained, call, tmp_path):
 
 
 def test_how_long_blocks_are(llm, call, tmp_path):
-    """The size of a block is that of config.json or of --override. Without both it is four, and a line says so."""
+    """The size of a block is that of config.json or of --override. Without both it is four, or 32 for LLaDA 2, and a
+    line says so."""
     shutil.copytree(llm("sdar")[0], tmp_path / "x")
     file = tmp_path / "x" / "config.json"
     settings = json.loads(file.read_text())
@@ -410,6 +414,9 @@ def test_how_long_blocks_are(llm, call, tmp_path):
         file.write_text(json.dumps(settings | {"block_size": size}))
         assert_one_line(call("sample.py", tmp_path / "x", "--length", 12), f"is {size}, not a whole number from 1")
     assert call("sample.py", tmp_path / "x", "--length", 12, "--override", "block_size=4").code == 0
+    shutil.copytree(llm("llada2")[0], tmp_path / "y")
+    (tmp_path / "y" / "config.json").write_text(json.dumps(LLADA2))
+    assert "32 tokens are assumed" in call("sample.py", tmp_path / "y", "--length", 12, "--steps", 1).err
 
 
 @pytest.mark.parametrize("family", FAMILIES)
