@@ -207,6 +207,7 @@ def compile_trunk(model):
 
     In several processes DistributedDataParallel cuts it at its buckets of gradients."""
     allow_graphs()
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")  # by transformers
     trunk = torch.compile(model.trunk)
 
     def trunk_for_any_masks(*inputs, **more):

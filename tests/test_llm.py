@@ -4,6 +4,8 @@ import functools
 import json
 import re
 import shutil
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import parallel
 import storage
 from commands import ROOT, assert_one_line
 from configs import replace
@@ -565,6 +568,18 @@ def test_commands_pass_the_number_format(llm, call, monkeypatch, script):
     needed = [call(script, llm("dream")[0], f"--dtype={kind}").err for kind in ("float32", "bfloat16")]
     full, half = (int(re.search(r"(\d+) bytes$", line)[1]) for line in needed)
     assert full == 2 * half > 0
+
+
+def test_compilation_is_silent(monkeypatch):
+    """Mixtures of experts of transformers call functools.lru_cache, of which torch.compile warns."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    factor = functools.lru_cache(lambda: 2)
+    model = SimpleNamespace(trunk=lambda x: x * factor())
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        parallel.compile_trunk(model)
+        assert model.trunk(torch.ones(2)).tolist() == [2, 2]
+    assert not [one for one in found if "lru_cache" in str(one.message)]
 
 
 def test_undrawn_weights_are_zeros():
