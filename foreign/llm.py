@@ -17,6 +17,7 @@ A left-to-right model (Llama, Qwen) is read in the same way, with predict_next. 
 as one (docs/adaptation.md).
 """
 
+import functools
 import inspect
 import json
 import re
@@ -75,6 +76,7 @@ class LLM(MaskedLM):
                 router = self.get_submodule(name.rpartition(".")[0])
                 del router.e_score_correction_bias
                 router.e_score_correction_bias = torch.nn.Parameter(value, requires_grad=False)
+                router.forward = functools.partial(without_autocast, router.forward)
         self.block_size = 0
 
     def trunk(self, xt, sees=None, past=None, clean=None):
@@ -145,6 +147,12 @@ class LLM(MaskedLM):
         taken = sum(p[0].numel() for p in experts) * getattr(settings, "num_experts_per_tok", 0)
         of_clean = 6 * sum(weight.numel() for weight in self.matrices()) if reads_clean else 0
         return super().flops(seq_len, predicted) + of_clean + 6 * taken * (1 + reads_clean)
+
+
+def without_autocast(forward, x):
+    """Call the forward of a router, which computes in float32: a rounded score would choose other experts."""
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x)
 
 
 def see_all(model):

@@ -1,5 +1,6 @@
 """Networks of large language models, LLaDA, Dream and their kin: the same logits and tokens, and what is refused."""
 
+import copy
 import functools
 import json
 import re
@@ -311,6 +312,22 @@ def test_blocks(llm, kind):
     taken = layers * 2 * 3 * 24 * 32
     of_clean = 6 * (sum(weight.numel() for weight in model.matrices()) + taken)
     assert model.flops(24) - model.flops(8) == of_clean + 12 * 2 * (24 - 8) * 32  # a block of 8 has no clean text
+
+
+def test_llada2_chooses_experts_in_float32(llm):
+    """The products are in bfloat16, and the scores of the experts in float32, as in its own code."""
+    model = checkpoint.load_model(llm("llada2")[0], CPU, dtype=torch.bfloat16).model
+    weights, seen = load_file(llm("llada2")[0] / "model.safetensors")["model.layers.1.mlp.gate.weight"], []
+    for network in (copy.deepcopy(model), model):
+        router = network.body.layers[1].mlp.gate
+        router.register_forward_hook(lambda part, inputs, output: seen.append((*inputs, output[0])))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            network(torch.randint(290, (2, 16)), torch.ones(2))
+            router.weight.zero_()
+            assert not router(torch.ones(1, 32))[0].any()  # a copy has its own weights
+    x, scores = seen[0]
+    assert x.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    assert torch.equal(scores, x.reshape(-1, 32).float() @ weights.float().T)
 
 
 @pytest.mark.parametrize("kind", ("llada", "llada_moe", "dream"))
