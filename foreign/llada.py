@@ -22,9 +22,9 @@ class Variant(NamedTuple):
 
     family: str           # model_type of its network in transformers
     settings: dict        # {their setting: that of transformers}; the others have the same names
-    needed: tuple         # whole numbers that its config.json must have, in their names
+    needed: tuple         # numbers that its config.json must have, in their names
     fixed: dict           # settings that make it this network; with other values it is another one
-    added: dict           # settings of transformers that their config.json does not have
+    added: dict           # settings of transformers, where config.json has none
     names: tuple          # (pattern, replacement) pairs for the names of weights
 
 
@@ -53,7 +53,8 @@ LLADA = Variant(
 LLADA_MOE = Variant(
     "qwen3_moe",
     {"expert_intermediate_size": "moe_intermediate_size", "dense_intermediate_size": "intermediate_size"},
-    ("hidden_size", "expert_intermediate_size", "num_experts", "num_experts_per_tok"),
+    ("hidden_size", "expert_intermediate_size", "num_experts", "num_experts_per_tok", "num_hidden_layers",
+     "num_attention_heads", "rms_norm_eps", "rope_theta"),
     {"qk_layernorm": True, "shared_expert_intermediate_size": None, "moe_router_enable_expert_bias": False,
      "moe_router_score_function": "softmax", "clip_qkv": None, "partial_rotary_factor": 1, "rope_scaling": None,
      "hidden_act": "silu"},
@@ -64,7 +65,8 @@ LLADA2 = Variant(
     "glm4_moe",
     {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts", "use_qkv_bias": "attention_bias"},
     ("hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok", "num_shared_experts", "n_group",
-     "topk_group", "first_k_dense_replace"),
+     "topk_group", "first_k_dense_replace", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "rope_theta",
+     "partial_rotary_factor", "routed_scaling_factor"),
     {"use_qk_norm": True, "use_bias": False, "score_function": "sigmoid", "norm_topk_prob": True, "norm_head": False,
      "rope_scaling": None, "use_sliding_window": False, "hidden_act": "silu"},
     {"use_qk_norm": True, "norm_topk_prob": True, "num_mtp_layers": 0},
@@ -85,19 +87,46 @@ def variant_of(settings):
 
 def network_settings(settings, path):
     """Translate a config.json of LLaDA into settings of transformers, a dict. Raises UserError for other networks."""
-    variant = variant_of(settings)
-    other = [f"{key}={settings[key]}" for key, value in variant.fixed.items() if settings.get(key, value) != value]
+    variant, rope = variant_of(settings), settings.get("rope_parameters")
+    said = settings | (rope if isinstance(rope, dict) else {})  # newer versions of transformers write these there
+    other = [f"{key}={said[key]}" for key, value in variant.fixed.items() if said.get(key, value) != value]
     if other:
         raise UserError(f"{path} is a variant of LLaDA that is not supported: {', '.join(other)}")
-    if lacking := [key for key in variant.needed if type(settings.get(key)) is not int]:
+    if lacking := [key for key in variant.needed if type(said.get(key)) not in (int, float)]:
         raise UserError(f"the config.json of {path} does not say {', '.join(lacking)}: get it again")
     found = {variant.settings.get(key, key): value for key, value in settings.items() if value is not None}
     if settings.get("embedding_size"):
         found["vocab_size"] = settings["embedding_size"]  # with rows that are no tokens
-    if variant is LLADA_MOE:
-        freq = settings.get("moe_layer_freq") or ()
+    if variant is LLADA_MOE and (freq := settings.get("moe_layer_freq")) is not None:
+        n = settings["num_hidden_layers"]
+        if not isinstance(freq, list) or len(freq) != n or not all(i in (0, 1) for i in freq):
+            raise UserError(f"the moe_layer_freq of {path} is {str(freq)[:30]}, not a list of 0 or 1 for each of {n} "
+                            "layers: correct its config.json")
         found["mlp_only_layers"] = [i for i, is_mixture in enumerate(freq) if not is_mixture]
-    return found | variant.added | {"model_type": variant.family}
+    if variant is LLADA2 and not 0 < said["partial_rotary_factor"] <= 1:
+        raise UserError(f"the partial_rotary_factor of {path} is {said['partial_rotary_factor']}, not a number "
+                        "above 0, and at most 1: correct its config.json")
+    return variant.added | found | {"model_type": variant.family}
+
+
+def check_router(settings, path):
+    """Raise UserError if a token cannot take experts in the way that these settings of transformers say.
+
+    A token takes k of E experts. LLaDA 2 chooses them from the best of its groups, by the two best experts of each.
+    """
+    E = getattr(settings, "n_routed_experts", None) or getattr(settings, "num_experts", 0)
+    if not E:
+        return
+    k, size = settings.num_experts_per_tok, E
+    if settings.model_type == LLADA2.family:
+        n, best = settings.n_group, settings.topk_group
+        if n < 1 or E % n or E // n < 2 or not 1 <= best <= n:
+            raise UserError(f"{path} cannot be used: its router takes {best} of {n} groups of {E} experts "
+                            "(topk_group, n_group, num_experts), and groups must be equal, of two experts or more")
+        size = E // n * best
+    if not 1 <= k <= size:
+        raise UserError(f"{path} cannot be used: a token takes {k} experts (num_experts_per_tok), and can choose from "
+                        f"{size}")
 
 
 def separate_heads(state, settings, path):

@@ -278,6 +278,7 @@ def translate(found, hints):
             model = build(settings, LLM.task)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}")
+    llada.check_router(settings, path)
     tokenizer = from_hub(path.parent)
     meta, mask = tokens_and_mask(found.settings, tokenizer, path)
     before, after = frame_of(tokenizer)

@@ -21,8 +21,9 @@ from commands import ROOT, assert_one_line
 from configs import replace
 from data.loader import load_meta, load_split, prepare_command
 from data.tokenizer import describes_tokens, make_tokenizer, tokens_of_hub
-from foreign.llada import separate_heads, stacked
+from foreign.llada import check_router, separate_heads, stacked
 from foreign.llm import FAMILIES, network_settings, see_all, tokens_and_mask
+from foreign.masked_lm import read_settings
 from hub_models import TEXT, byte_level
 from model import places
 
@@ -781,12 +782,40 @@ def test_what_is_refused(llm, call, tmp_path):
         with pytest.raises(storage.UserError, match=f"not supported: {key}={value}"):
             network_settings(LLADA_MOE | {key: value}, folder)
     assert network_settings(LLADA_MOE | {"moe_layer_freq": [0, 1]}, folder)[0]["mlp_only_layers"] == [0]
+    for said, expected in ((None, False), (False, False), (True, True)):
+        assert network_settings(LLADA_MOE | {"norm_topk_prob": said}, folder)[0]["norm_topk_prob"] is expected
     experts = {key: value for key, value in llada_moe_state().items() if "experts.3.up" not in key}
     with pytest.raises(storage.UserError, match="lacks weights of the experts of model.layers.0.mlp.experts"):
         stacked(experts, folder)
     experts["model.layers.0.mlp.experts.3.up_proj.weight"] = torch.ones(20, 32)
     with pytest.raises(storage.UserError, match="experts of different sizes in model.layers.0"):
         stacked(experts, folder)
+    for settings_, key in ((LLADA_MOE, "rope_theta"), (LLADA_MOE, "num_attention_heads"), (LLADA2, "rms_norm_eps"),
+                           (LLADA2, "routed_scaling_factor"), (LLADA2, "num_attention_heads")):
+        for missing in (None, "x", True):
+            with pytest.raises(storage.UserError, match=f"does not say {key}: get it again"):
+                network_settings(settings_ | {key: missing}, folder)
+    rope = {"rope_theta": 600000, "partial_rotary_factor": 0.5, "rope_type": "default"}
+    moved = {key: value for key, value in LLADA2.items() if key not in rope} | {"rope_parameters": rope}
+    assert network_settings(moved, folder)[0]["rope_parameters"] == rope
+    for factor in (0, -1, 1.5):
+        with pytest.raises(storage.UserError, match=f"partial_rotary_factor of .* is {factor}, not a number above 0"):
+            network_settings(LLADA2 | {"partial_rotary_factor": factor}, folder)
+    for freq in (1, 0, [1], [1, 1, 1], [1, 2], "11"):
+        with pytest.raises(storage.UserError, match="moe_layer_freq of .*, not a list of 0 or 1 for each of 2 layers"):
+            network_settings(LLADA_MOE | {"moe_layer_freq": freq}, folder)
+    router = lambda kind, **changes: check_router(read_settings(network_settings(kind | changes, folder)[0]), folder)
+    for kind in (LLADA_MOE, LLADA2):
+        router(kind)
+        for k in (0, -1, 7):
+            with pytest.raises(storage.UserError, match=f"a token takes {k} experts .*, and can choose from [45]$"):
+                router(kind, num_experts_per_tok=k)
+    for n, best in ((0, 1), (-1, 1), (4, 1), (6, 1), (12, 1), (3, 0), (3, 4), (3, -1)):
+        with pytest.raises(storage.UserError, match=f"its router takes {best} of {n} groups of 6 experts"):
+            router(LLADA2, n_group=n, topk_group=best)
+    shutil.copytree(llm("llada2")[0], tmp_path / "groups")
+    (tmp_path / "groups/config.json").write_text(json.dumps(LLADA2 | {"n_group": 4}))
+    assert_one_line(call("sample.py", tmp_path / "groups"), "its router takes 2 of 4 groups of 6 experts")
     for kind in ("stablelm", "a2d-stablelm"):
         assert_one_line(go(model_type=kind, architectures=["StableLmForCausalLM"]), "those that are read are llama")
     assert_one_line(go(n_heads=5), str(folder))  # the words depend on the version of transformers
