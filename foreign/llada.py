@@ -24,7 +24,7 @@ class Variant(NamedTuple):
     settings: dict        # {their setting: that of transformers}; the others have the same names
     needed: tuple         # numbers that its config.json must have, in their names
     fixed: dict           # settings that make it this network; with other values it is another one
-    added: dict           # settings of transformers, where config.json has none
+    added: dict           # settings of transformers, whatever config.json says
     names: tuple          # (pattern, replacement) pairs for the names of weights
 
 
@@ -58,7 +58,7 @@ LLADA_MOE = Variant(
     {"qk_layernorm": True, "shared_expert_intermediate_size": None, "moe_router_enable_expert_bias": False,
      "moe_router_score_function": "softmax", "clip_qkv": None, "partial_rotary_factor": 1, "rope_scaling": None,
      "hidden_act": "silu"},
-    {"norm_topk_prob": False},
+    {"norm_topk_prob": False},  # its code does not read that of config.json
     ())
 
 LLADA2 = Variant(
@@ -106,7 +106,7 @@ def network_settings(settings, path):
     if variant is LLADA2 and not 0 < said["partial_rotary_factor"] <= 1:
         raise UserError(f"the partial_rotary_factor of {path} is {said['partial_rotary_factor']}, not a number "
                         "above 0, and at most 1: correct its config.json")
-    return variant.added | found | {"model_type": variant.family}
+    return found | variant.added | {"model_type": variant.family}
 
 
 def check_router(settings, path):
