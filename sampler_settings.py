@@ -127,8 +127,8 @@ def pick_sampler(sampler, flags, common, objective, described):
 
     sampler, flags: as for settings_of. common: from common_flags. described: the checkpoint in words.
     """
-    for flag in common.keys() & {"block_length", "dual_cache"}:
-        if not objective.any_order:
+    for flag in ("block_length", "dual_cache"):
+        if flag in common and not objective.any_order:
             raise UserError(f"--{flag} is for models of masks in whole texts, and {described}: leave it out")
     if common.keys() & {*CORRECTION} and not objective.random_tokens:
         raise UserError(f"--correct is for models that were trained on random tokens, and {described}: leave it out")

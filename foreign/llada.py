@@ -8,6 +8,7 @@
 Llama's MLP is a mixture of experts in the other two: a router gives each token to a few of the experts.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -127,6 +128,22 @@ def check_router(settings, path):
     if not 1 <= k <= size:
         raise UserError(f"{path} cannot be used: a token takes {k} experts (num_experts_per_tok), and can choose from "
                         f"{size}")
+
+
+def prepare_routers(network):
+    """Make the biases of LLaDA 2's routers parameters that no training changes, so that checkpoints have them, and let
+    the routers compute in float32, as its code does: rounded scores would choose other experts."""
+    for name, bias in list(network.named_buffers()):
+        if name.endswith("e_score_correction_bias"):
+            router = network.get_submodule(name.rpartition(".")[0])
+            del router.e_score_correction_bias
+            router.e_score_correction_bias = torch.nn.Parameter(bias, requires_grad=False)
+            router.forward = functools.partial(without_autocast, router.forward)
+
+
+def without_autocast(forward, x):
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x)
 
 
 def separate_heads(state, settings, path):

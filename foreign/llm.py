@@ -17,7 +17,6 @@ A left-to-right model (Llama, Qwen) is read in the same way, with predict_next. 
 as one (docs/adaptation.md).
 """
 
-import functools
 import inspect
 import json
 import re
@@ -71,12 +70,7 @@ class LLM(MaskedLM):
 
     def __init__(self, vocab_size, model, *others):
         super().__init__(vocab_size, see_all(model), *others)
-        for name, value in list(self.named_buffers()):
-            if name.endswith("e_score_correction_bias"):  # a number for each expert, which training does not change
-                router = self.get_submodule(name.rpartition(".")[0])
-                del router.e_score_correction_bias
-                router.e_score_correction_bias = torch.nn.Parameter(value, requires_grad=False)
-                router.forward = functools.partial(without_autocast, router.forward)
+        llada.prepare_routers(self)
         self.block_size = 0
 
     def trunk(self, xt, sees=None, past=None, clean=None):
@@ -129,14 +123,12 @@ class LLM(MaskedLM):
         ids = self.framed(xt)
         n, positions = ids.shape[1], torch.arange(ids.shape[1], device=xt.device)
         with self.precision(xt.device.type):
+            here = positions if outside is None else positions[start:end]
+            sees = here.new_ones(len(here), n, dtype=torch.bool)
+            x, past = self.features(ids[:, here], here, sees, outside, keep=outside is None)
             if outside is None:
-                x, past = self.features(ids, positions, positions.new_ones(n, n, dtype=torch.bool), None, keep=True)
                 x, there = x[:, start:], torch.cat((positions[:start], positions[end:]))
                 outside = [Past(layer.keys[:, :, there], layer.values[:, :, there]) for layer in past]
-            else:
-                here = positions[start:end]
-                x, _ = self.features(ids[:, start:end], here, here.new_ones(len(here), n, dtype=torch.bool), outside,
-                                     keep=False)
             return self.predict(x[:, :b - a], where[:, a:b]), outside
 
     def flops(self, seq_len, predicted=1.0):
@@ -147,12 +139,6 @@ class LLM(MaskedLM):
         taken = sum(p[0].numel() for p in experts) * getattr(settings, "num_experts_per_tok", 0)
         of_clean = 6 * sum(weight.numel() for weight in self.matrices()) if reads_clean else 0
         return super().flops(seq_len, predicted) + of_clean + 6 * taken * (1 + reads_clean)
-
-
-def without_autocast(forward, x):
-    """Call the forward of a router, which computes in float32: a rounded score would choose other experts."""
-    with torch.autocast(x.device.type, enabled=False):
-        return forward(x)
 
 
 def see_all(model):
@@ -269,7 +255,8 @@ def translate(found, hints):
     state = {key: value for key, value in tensors(found.payload).items() if not GPT_NEOX_BUFFERS.search(key)}
     check_floats(state, path)
     theirs, predict_next = network_settings(found.settings, path)
-    if name_of(found.settings) == "llada2_moe":
+    variant = llada.variant_of(found.settings)
+    if variant is llada.LLADA2:
         state = llada.separate_heads(state, found.settings, path)
     state = llada.stacked(state, path)
     try:
@@ -297,7 +284,6 @@ def translate(found, hints):
                   **{ours: getattr(settings, theirs) for ours, theirs in SIZES.items()})
     prefix = model.base_model_prefix + "."
     head = next(name for name, part in model.named_modules() if part is model.get_output_embeddings())
-    variant = llada.variant_of(found.settings)
     names = (*(variant.names if variant else ()),
              (r"^(lm_head|embed_out)\.", f"{head}."))  # GPT-NeoX's has both names, depending on the version
     weights = {f"body.{key.removeprefix(prefix)}" if key.startswith(prefix) else f"head.{key}": value

@@ -97,7 +97,7 @@ class TransformersJudge:
         return cross_entropy(logits, x0)
 
     def features(self, x0):
-        """As Judge.features."""
+        """Return features (B, L + 1, D) of x0 (B, L), as Judge.features does."""
         with autocast(self.device, self.dtype):
             return self.model.base_model(input_ids=F.pad(x0, (1, 0), value=self.start))[0]
 

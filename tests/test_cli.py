@@ -454,6 +454,7 @@ def test_a_validation_on_one_window(call, data_dir, tmp_path):
     ("matplotlib", ["bench.py", "demo", "--scaling=x.png"], "--scaling needs the package matplotlib"),
     ("huggingface_hub", ["sample.py", "hf://a/b"], "hf://a/b, which is on the Hub, needs the package huggingface_hub"),
     ("transformers", ["evaluate.py", "CKPT", "--samples=1", "--judge=hf://gpt2"], "needs the package transformers"),
+    ("mauve", ["evaluate.py", "CKPT", "--samples=100", "--judge=CKPT", "--mauve"], "needs the package mauve-text"),
     ("tiktoken", ["data/prepare_textfile.py", "TEXT", "--name=x", "--tokenizer=gpt2"], "needs the package tiktoken"),
     ("tokenizers", ["data/prepare_textfile.py", "TEXT", "--name=x", "--tokenizer=bpe:300"],
      "a vocabulary of your own needs the package tokenizers"),
